@@ -1,0 +1,205 @@
+"""`lowbit.json`, the manifest beside a checkpoint (docs/checkpoint.md).
+
+Written last and atomically: no manifest, no checkpoint. Nothing that vLLM needs lives only here. It knows
+nothing of tensors: it names files, sizes, hashes and measured numbers.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from lowbit_core.errors import CheckpointError
+
+MANIFEST_NAME = "lowbit.json"
+PROGRESS_NAME = "lowbit.partial.json"  # present while a quantize run is unfinished
+FORMAT_VERSION = 1
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BaseModelRecord(_Record):
+    """Where the weights came from."""
+
+    name: str
+    kind: Literal["directory", "gguf", "hub"]
+    revision: str | None
+    model_type: str
+    dtype: str
+    sha256: dict[str, str]
+
+
+class SizeRecord(_Record):
+    """Bytes are safetensors payload on disk; `linear_bits_per_weight` counts codes, scales and zero points."""
+
+    parameters: int
+    base_bytes: int
+    bytes: int
+    quantized_parameters: int
+    linear_bits_per_weight: float
+
+
+class ModuleRecord(_Record):
+    """One quantized linear. `error` is the relative squared output error on the calibration tokens."""
+
+    name: str
+    method: str
+    bits: int
+    group_size: int
+    symmetric: bool
+    error: float
+    alpha: float | None
+
+
+class KVLayerRecord(_Record):
+    layer: int
+    k_scale: float
+    v_scale: float
+
+
+class KVCacheRecord(_Record):
+    dtype: str
+    source: str
+    layers: list[KVLayerRecord]
+
+
+class TextRecord(_Record):
+    """A tokenized text: what it was and a hash of the exact token ids."""
+
+    source: str
+    sequences: int
+    sequence_tokens: int
+    tokens: int
+    seed: int
+    sha256: str
+
+
+class QualityRecord(_Record):
+    """The compressed model against its base on held-out text; KL in nats per token, stderr clustered by sequence."""
+
+    heldout: TextRecord
+    predictions: int
+    mean_kld: float
+    kld_stderr: float
+    kld_p99: float
+    kld_max: float
+    top1_agreement: float
+    top1_stderr: float
+    perplexity_base: float
+    perplexity: float
+    perplexity_ratio: float
+    domains: dict[str, dict[str, float]]
+    kv_cache_included: bool
+
+
+class GateRecord(_Record):
+    limits: dict[str, float]
+    accepted: bool
+    reasons: list[str]
+
+
+class FileRecord(_Record):
+    sha256: str
+    bytes: int
+
+
+class RunRecord(_Record):
+    device: str
+    seconds: float
+    cpu_seconds: float
+    peak_rss_bytes: int
+
+
+class Manifest(_Record):
+    """The whole manifest."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+    created: str
+    base: BaseModelRecord
+    recipe: dict[str, Any]
+    size: SizeRecord
+    modules: list[ModuleRecord]
+    kv_cache: KVCacheRecord | None
+    calibration: TextRecord | None
+    quality: QualityRecord
+    gate: GateRecord
+    files: dict[str, FileRecord]
+    versions: dict[str, str]
+    run: RunRecord
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write `lowbit.json` atomically: a reader sees the whole file or none."""
+    temporary = directory / f"{MANIFEST_NAME}.tmp"
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(manifest.model_dump_json(indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(directory / MANIFEST_NAME)
+
+
+def read_manifest(directory: Path) -> Manifest | None:
+    """The manifest of a checkpoint; None where a plain model directory has none.
+
+    Raises CheckpointError when the directory is missing, an unfinished run, or its manifest unreadable.
+    """
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is not a directory; give a checkpoint that `lowbit quantize --out` wrote")
+    path = directory / MANIFEST_NAME
+    if not path.exists():
+        if (directory / PROGRESS_NAME).exists():
+            raise CheckpointError(
+                f"{directory} is an unfinished quantize run ({PROGRESS_NAME} without {MANIFEST_NAME}); "
+                "run the same `lowbit quantize` command again to complete it"
+            )
+        return None
+    try:
+        return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
+    except (ValidationError, UnicodeDecodeError) as error:
+        detail = str(error).splitlines()[0] if isinstance(error, UnicodeDecodeError) else _first(error)
+        raise CheckpointError(f"{path} is not a version {FORMAT_VERSION} manifest: {detail}") from error
+
+
+def _first(error: ValidationError) -> str:
+    first = error.errors()[0]
+    return f"{'.'.join(str(part) for part in first['loc']) or 'file'}: {first['msg']}"
+
+
+def file_sha256(path: Path) -> str:
+    """Hex SHA-256 of a file, read in blocks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def record_files(directory: Path) -> dict[str, FileRecord]:
+    """Size and hash of every file of a checkpoint except its own records."""
+    return {
+        path.name: FileRecord(sha256=file_sha256(path), bytes=path.stat().st_size)
+        for path in sorted(directory.iterdir())
+        if path.is_file() and path.name not in (MANIFEST_NAME, PROGRESS_NAME)
+    }
+
+
+def verify_files(directory: Path, manifest: Manifest, *, hashes: bool) -> None:
+    """Check that each file of the manifest is there with its size and, if asked, its hash.
+
+    Raises CheckpointError naming the first file that differs.
+    """
+    for name, record in manifest.files.items():
+        path = directory / name
+        if not path.is_file():
+            raise CheckpointError(f"{directory} is incomplete: {name} is missing; copy the checkpoint again")
+        if path.stat().st_size != record.bytes:
+            raise CheckpointError(
+                f"{path} has {path.stat().st_size} bytes, {MANIFEST_NAME} says {record.bytes}: "
+                "it was changed or cut off after it was written; copy or quantize it again"
+            )
+        if hashes and file_sha256(path) != record.sha256:
+            raise CheckpointError(
+                f"{path} does not match its SHA-256 in {MANIFEST_NAME}: it was changed after it was written; "
+                "copy or quantize it again"
+            )

@@ -1,0 +1,1 @@
+"""Load test: throughput and latency of an OpenAI-compatible endpoint."""

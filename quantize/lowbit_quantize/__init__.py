@@ -1,0 +1,1 @@
+"""Offline compression: a base model in, a proven checkpoint out."""

@@ -1,0 +1,1 @@
+"""The serving layer: vLLM behind an OpenAI-compatible HTTP endpoint, with its own metrics."""
