@@ -1,0 +1,210 @@
+"""One streaming chat request to an OpenAI-compatible server, and the preflight that finds the model.
+
+It knows HTTP, server-sent events and how a stream can end; it knows nothing of statistics or of other
+requests. Lines are split from bytes at LF only: httpx's `aiter_lines` also splits at U+2028 and its kin,
+which may stand unescaped inside the JSON of an event.
+"""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+from lowbit_core.errors import ConfigError
+
+from lowbit_loadtest.metrics import Outcome, RequestRecord
+
+REJECTED_STATUSES = (429, 503)
+FAILED_FINISH_REASONS = ("abort", "error")  # vLLM ends a request that it lost with these
+PREFLIGHT_TIMEOUT_S = 10.0
+DETAIL_CHARACTERS = 200
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """What is sent, apart from the model's name."""
+
+    messages: tuple[Message, ...]
+    max_tokens: int
+    temperature: float
+    seed: int
+
+    def body(self, model: str) -> dict[str, Any]:
+        return {
+            "model": model,
+            "messages": list(self.messages),
+            "max_tokens": self.max_tokens,
+            "temperature": self.temperature,
+            "seed": self.seed,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+
+
+@dataclass
+class _Stream:
+    """What has arrived of one answer so far."""
+
+    chunk_times_s: list[float] = field(default_factory=list)
+    finished_s: float | None = None
+    finish_reason: str | None = None
+    prompt_tokens: int | None = None
+    output_tokens: int | None = None
+    done: bool = False
+
+    def add(self, event: dict[str, Any], now_s: float) -> None:
+        for choice in event.get("choices") or []:
+            if _carries_output(choice.get("delta") or {}):
+                self.chunk_times_s.append(now_s)
+            if choice.get("finish_reason"):
+                self.finished_s, self.finish_reason = now_s, choice["finish_reason"]
+        if usage := event.get("usage"):
+            self.prompt_tokens = int(usage["prompt_tokens"])
+            self.output_tokens = int(usage["completion_tokens"])
+
+
+@dataclass(frozen=True)
+class _End:
+    outcome: Outcome
+    detail: str = ""
+
+
+class ChatClient:
+    """Sends chat requests to one target. `http` is a client whose base URL ends with /v1/."""
+
+    def __init__(self, http: httpx.AsyncClient, timeout_s: float) -> None:
+        self._http = http
+        self._timeout_s = timeout_s
+
+    async def find_model(self, wanted: str | None) -> str:
+        """The wanted model, or the first that the server lists; ConfigError if that is not to be had."""
+        target = str(self._http.base_url)
+        try:
+            response = await self._http.get("models", timeout=PREFLIGHT_TIMEOUT_S)
+        except (httpx.HTTPError, OSError) as error:
+            raise ConfigError(
+                f"--target {target} does not answer ({_describe(error)}); is the server up?"
+            ) from error
+        if response.status_code in (401, 403):
+            raise ConfigError(
+                f"--target {target} refuses the API key ({response.status_code}); set LOWBIT_API_KEY"
+            )
+        served = _served_models(response)
+        if not served:
+            raise ConfigError(
+                f"--target {target} lists no model at /v1/models (status {response.status_code}); "
+                "give the root URL of an OpenAI-compatible server"
+            )
+        if wanted is not None and wanted not in served:
+            raise ConfigError(
+                f"--model {wanted!r} is not served at {target}; served are: {', '.join(served)}"
+            )
+        return wanted or served[0]
+
+    async def complete(self, request: ChatRequest, model: str) -> RequestRecord:
+        """Send one request and read its stream to the end; never raises for what the server does."""
+        stream = _Stream()
+        sent_s = time.perf_counter()
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                end = await self._exchange(request.body(model), stream)
+        except TimeoutError:
+            end = _End(Outcome.TIMED_OUT, f"no end within {self._timeout_s:g} s")
+        except (httpx.HTTPError, OSError) as error:
+            end = _End(Outcome.FAILED, _describe(error))
+        return RequestRecord(
+            outcome=end.outcome,
+            sent_s=sent_s,
+            ended_s=time.perf_counter(),
+            chunk_times_s=tuple(stream.chunk_times_s),
+            finished_s=stream.finished_s,
+            finish_reason=stream.finish_reason,
+            prompt_tokens=stream.prompt_tokens,
+            output_tokens=stream.output_tokens,
+            detail=end.detail,
+        )
+
+    async def _exchange(self, body: dict[str, Any], stream: _Stream) -> _End:
+        async with self._http.stream("POST", "chat/completions", json=body) as response:
+            if response.status_code != httpx.codes.OK:
+                await response.aread()
+                rejected = response.status_code in REJECTED_STATUSES
+                detail = f"status {response.status_code}: {_error_message(response.text)}"
+                return _End(Outcome.REJECTED if rejected else Outcome.FAILED, detail)
+            try:
+                return await _read_stream(response.aiter_bytes(), stream)
+            except httpx.TransportError as error:
+                return _ended(stream) if stream.done else _End(Outcome.CUT_OFF, _describe(error))
+
+
+async def _read_stream(chunks: AsyncIterator[bytes], stream: _Stream) -> _End:
+    async for data in sse_data(chunks):
+        now_s = time.perf_counter()
+        if stream.done or data == "[DONE]":
+            stream.done = True  # but read on: a body left unread costs the next request a new connection
+            continue
+        try:
+            event = json.loads(data)
+            if "error" in event:
+                return _End(Outcome.FAILED, f"error event: {_error_message(data)}")
+            stream.add(event, now_s)
+        except (ValueError, TypeError, AttributeError, KeyError):
+            return _End(Outcome.FAILED, f"not a chat completion chunk: {data[:DETAIL_CHARACTERS]}")
+    return _ended(stream)
+
+
+def _ended(stream: _Stream) -> _End:
+    if not stream.done:
+        return _End(Outcome.CUT_OFF, "the stream ended without [DONE]")
+    if stream.finish_reason is None:
+        return _End(Outcome.CUT_OFF, "[DONE] without finish_reason")
+    if stream.finish_reason in FAILED_FINISH_REASONS:
+        return _End(Outcome.FAILED, f"finish_reason {stream.finish_reason}")
+    return _End(Outcome.COMPLETED)
+
+
+async def sse_data(chunks: AsyncIterator[bytes]) -> AsyncIterator[str]:
+    """The data of each complete server-sent event; one that the end of the stream cuts off is dropped."""
+    pending = b""
+    data: list[str] = []
+    async for chunk in chunks:
+        *lines, pending = (pending + chunk).split(b"\n")
+        for line in lines:
+            text = line.rstrip(b"\r").decode("utf-8", errors="replace")
+            if text.startswith("data:"):
+                data.append(text[len("data:") :].removeprefix(" "))
+            elif not text and data:
+                yield "\n".join(data)
+                data = []
+
+
+def _carries_output(delta: dict[str, Any]) -> bool:
+    return any(
+        delta.get(key) for key in ("content", "reasoning", "reasoning_content", "tool_calls", "refusal")
+    )
+
+
+def _served_models(response: httpx.Response) -> list[str]:
+    try:
+        return [str(model["id"]) for model in response.json()["data"]]
+    except (ValueError, KeyError, TypeError):
+        return []
+
+
+def _error_message(text: str) -> str:
+    """The message of an OpenAI error body, or the body itself, on one line."""
+    try:
+        error = json.loads(text)["error"]
+        message = error["message"] if isinstance(error, dict) else error
+    except (ValueError, KeyError, TypeError):
+        message = text
+    return " ".join(str(message).split())[:DETAIL_CHARACTERS]
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".removesuffix(": ")
