@@ -7,7 +7,7 @@ nothing of tensors: it names files, sizes, hashes and measured numbers.
 import hashlib
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -15,7 +15,7 @@ from lowbit_core.errors import CheckpointError
 
 MANIFEST_NAME = "lowbit.json"
 PROGRESS_NAME = "lowbit.partial.json"  # present while a quantize run is unfinished
-FORMAT_VERSION = 1
+FORMAT_VERSION: Final = 1
 
 
 class _Record(BaseModel):
