@@ -1,0 +1,184 @@
+"""What the server is asked to do, what the checkpoint says, and the engine arguments that follow from both.
+
+`derive_engine_arguments` is pure and knows nothing of vLLM but the names of its arguments. The rule for the
+context length: the model's own maximum, or what the KV cache holds if that is less.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from lowbit_core.errors import CheckpointError, ConfigError
+from lowbit_core.manifest import MANIFEST_NAME, Manifest, read_manifest, verify_files
+from lowbit_core.model_shape import ModelShape, read_config, shape_from_config
+
+Device = Literal["cpu", "gpu"]
+KVDtype = Literal["auto", "fp8", "bfloat16"]
+KV_DTYPES: tuple[str, ...] = get_args(KVDtype)
+GIB = 1 << 30
+DEFAULT_CPU_KV_CACHE_BYTES = 2 * GIB  # the host's memory is shared with everything else that runs there
+KV_BLOCK_TOKENS = 128  # the CPU engine's block; a multiple of every GPU block size
+ENGINE_DTYPES = ("bfloat16", "float16")  # a float32 checkpoint is left to the engine, as stock vLLM does
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """The flags of `lowbit serve`, checked one by one; None means: derive it."""
+
+    directory: Path
+    host: str = "127.0.0.1"
+    port: int = 8000
+    served_model_name: str | None = None
+    max_model_len: int | None = None
+    kv_cache_memory_bytes: int | None = None
+    kv_cache_dtype: KVDtype = "auto"
+    gpu_memory_utilization: float | None = None
+    tensor_parallel_size: int = 1
+    max_num_seqs: int | None = None
+    enforce_eager: bool = False
+    allow_rejected: bool = False
+    skip_hash_check: bool = False
+    drain_timeout_s: int = 30
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A directory that may be served: its config, its shape, and its manifest where it has one."""
+
+    directory: Path
+    config: dict[str, Any]
+    shape: ModelShape
+    manifest: Manifest | None
+
+    @property
+    def name(self) -> str:
+        """The base model's name without its path, else the directory's name."""
+        base = self.manifest.base.name if self.manifest else ""
+        return Path(base).name or self.directory.resolve().name
+
+    @property
+    def quantization(self) -> dict[str, Any]:
+        """`quantization_config` of config.json; empty for an unquantized model."""
+        found = self.config.get("quantization_config", {})
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def declares_fp8_kv(self) -> bool:
+        """Whether the engine will read an FP8 cache and its scales from the checkpoint by itself."""
+        return bool(self.quantization.get("kv_cache_scheme"))
+
+    @property
+    def measured_with_fp8_kv(self) -> bool:
+        """Whether the manifest says that the model was measured with an FP8 cache."""
+        kv_cache = self.manifest.kv_cache if self.manifest else None
+        return kv_cache is not None and kv_cache.dtype.startswith(("fp8", "float8"))
+
+
+def open_checkpoint(config: ServeConfig) -> Checkpoint:
+    """Read and check a checkpoint before anything expensive starts.
+
+    Raises CheckpointError for a directory that is incomplete, changed, or rejected by its gate.
+    """
+    manifest = read_manifest(config.directory)
+    model_config = read_config(config.directory)
+    if manifest is not None:
+        _refuse_rejected(config, manifest)
+        verify_files(config.directory, manifest, hashes=not config.skip_hash_check)
+    elif not any(config.directory.glob("*.safetensors")):
+        raise CheckpointError(f"{config.directory} is incomplete: it has no *.safetensors file")
+    return Checkpoint(config.directory, model_config, shape_from_config(model_config), manifest)
+
+
+def _refuse_rejected(config: ServeConfig, manifest: Manifest) -> None:
+    if not manifest.gate.accepted and not config.allow_rejected:
+        raise CheckpointError(
+            f"{config.directory} was rejected by its quality gate ({'; '.join(manifest.gate.reasons)}); "
+            f"quantize it again with a milder recipe, or give --allow-rejected ({MANIFEST_NAME}: gate)"
+        )
+
+
+def derive_engine_arguments(config: ServeConfig, checkpoint: Checkpoint, device: Device) -> dict[str, Any]:
+    """vLLM's engine arguments by name, from the flags, the manifest and config.json.
+
+    Raises ConfigError for a flag that this device or this model cannot follow.
+    """
+    kv_bytes = _kv_cache_bytes(config, device)
+    arguments: dict[str, Any] = {
+        "model": str(checkpoint.directory),
+        "served_model_name": [config.served_model_name or checkpoint.name],
+        "dtype": checkpoint.shape.dtype if checkpoint.shape.dtype in ENGINE_DTYPES else "auto",
+        "kv_cache_dtype": _kv_cache_dtype(config, checkpoint),
+        "max_model_len": _max_model_len(config, checkpoint, kv_bytes),
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "enforce_eager": config.enforce_eager,
+        "shutdown_timeout": config.drain_timeout_s,
+    }
+    optional = {
+        "kv_cache_memory_bytes": kv_bytes,
+        "gpu_memory_utilization": config.gpu_memory_utilization,
+        "max_num_seqs": config.max_num_seqs,
+    }
+    return arguments | {name: value for name, value in optional.items() if value is not None}
+
+
+def effective_kv_dtype(config: ServeConfig, checkpoint: Checkpoint) -> str:
+    """The number format that keys and values will be stored in: fp8, or the model's own."""
+    if config.kv_cache_dtype != "auto":
+        return config.kv_cache_dtype
+    if checkpoint.declares_fp8_kv or checkpoint.measured_with_fp8_kv:
+        return "fp8"
+    dtype = checkpoint.shape.dtype
+    return dtype if dtype in ENGINE_DTYPES else "bfloat16"
+
+
+def _kv_cache_dtype(config: ServeConfig, checkpoint: Checkpoint) -> str:
+    # AutoAWQ's and AutoGPTQ's formats have no place for a KV scheme: ask for what the manifest says.
+    if config.kv_cache_dtype == "auto" and checkpoint.measured_with_fp8_kv and not checkpoint.declares_fp8_kv:
+        return "fp8"
+    return config.kv_cache_dtype
+
+
+def _kv_cache_bytes(config: ServeConfig, device: Device) -> int | None:
+    if device == "cpu" and config.gpu_memory_utilization is not None:
+        raise ConfigError(
+            "--gpu-memory-utilization is for GPUs and this engine runs on the CPU; give --kv-cache-gib"
+        )
+    if config.kv_cache_memory_bytes is None and device == "cpu":
+        return DEFAULT_CPU_KV_CACHE_BYTES
+    return config.kv_cache_memory_bytes
+
+
+def _max_model_len(config: ServeConfig, checkpoint: Checkpoint, kv_bytes: int | None) -> int | None:
+    """None leaves it to the engine, which reads the same config.json; -1 asks it to fit the GPU's memory."""
+    shape = checkpoint.shape
+    if (
+        config.max_model_len is not None
+        and shape.max_positions
+        and config.max_model_len > shape.max_positions
+    ):
+        raise ConfigError(
+            f"--max-model-len {config.max_model_len} is more than the model's {shape.max_positions} positions"
+        )
+    if kv_bytes is None:
+        return config.max_model_len or -1
+    fits = _tokens_that_fit(config, checkpoint, kv_bytes)
+    if config.max_model_len is not None:
+        if config.max_model_len > fits:
+            raise ConfigError(
+                f"--max-model-len {config.max_model_len} does not fit: {kv_bytes / GIB:.2f} GiB of KV cache "
+                f"hold {fits} tokens; lower it or raise --kv-cache-gib"
+            )
+        return config.max_model_len
+    return fits if shape.max_positions and shape.max_positions > fits else None
+
+
+def _tokens_that_fit(config: ServeConfig, checkpoint: Checkpoint, kv_bytes: int) -> int:
+    per_token = checkpoint.shape.kv_bytes_per_token(effective_kv_dtype(config, checkpoint))
+    # One block stays back as the engine's null block.
+    blocks = kv_bytes * config.tensor_parallel_size // (per_token * KV_BLOCK_TOKENS) - 1
+    if blocks < 1:
+        raise ConfigError(
+            f"{kv_bytes / GIB:.3f} GiB of KV cache do not hold {KV_BLOCK_TOKENS} tokens of "
+            f"{per_token} bytes each; raise --kv-cache-gib"
+        )
+    return blocks * KV_BLOCK_TOKENS

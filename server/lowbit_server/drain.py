@@ -1,0 +1,108 @@
+"""The HTTP server process: one socket, bound early, and a stop that lets running requests finish.
+
+SIGTERM or SIGINT closes the listening socket, waits for the responses in flight for at most the drain
+timeout, and returns. A second signal does not hurry it: the timeout is the limit.
+"""
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+from fastapi import FastAPI
+
+from lowbit_core.errors import ConfigError, EngineError
+from lowbit_core.log import get_logger
+from lowbit_server.routes import Liveness
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+WATCH_S = 1.0
+KEEP_ALIVE_S = 65  # longer than the 60 s of common load balancers, so that they close idle connections first
+
+log = get_logger("serve")
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Bind the port before the engine starts; raises ConfigError when it is taken or not ours."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"cannot listen on {host}:{port}: {error.strerror or error}; choose another --port"
+        ) from error
+    return listener
+
+
+@contextlib.contextmanager
+def interruptible_start() -> Iterator[None]:
+    """Turn SIGTERM and SIGINT into KeyboardInterrupt: loading a model blocks the event loop for a minute."""
+
+    def interrupt(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = {number: signal.signal(number, interrupt) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class DrainState:
+    """Whether a stop has been asked for."""
+
+    def __init__(self) -> None:
+        self.requested = asyncio.Event()
+
+    @property
+    def draining(self) -> bool:
+        return self.requested.is_set()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers, which would end the process by the signal instead of exit 0."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def serve_until_stopped(
+    app: FastAPI, listener: socket.socket, engine: Liveness, state: DrainState, drain_timeout_s: int
+) -> None:
+    """Serve `app` until a signal, then drain; raises EngineError when the engine dies first."""
+    server = _Server(
+        uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=drain_timeout_s,
+        )
+    )
+    app.state.server = server  # vLLM's error handler asks it to stop when the engine is dead
+    loop = asyncio.get_running_loop()
+    for number in SIGNALS:
+        loop.add_signal_handler(number, state.requested.set)
+    watch = asyncio.create_task(_stop_when_asked_or_dead(server, engine, state))
+    try:
+        await server.serve(sockets=[listener])
+    finally:
+        watch.cancel()
+    if engine.dead:
+        raise EngineError("the engine died while serving; its log above says why")
+
+
+async def _stop_when_asked_or_dead(server: uvicorn.Server, engine: Liveness, state: DrainState) -> None:
+    while not state.draining and not engine.dead:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(state.requested.wait(), WATCH_S)
+    if state.draining:
+        log.info("stopping: no new requests; running ones may finish")
+    server.should_exit = True

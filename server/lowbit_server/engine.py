@@ -1,0 +1,166 @@
+"""The only module that knows vLLM (with `worker.py`, which vLLM loads into its workers).
+
+vLLM is pinned, and tests/contract/test_vllm_symbols.py imports every symbol named here. It is imported late,
+after all that can be checked without it and after `cli.py` has set the environment that it reads at import.
+"""
+
+import contextlib
+from argparse import Namespace
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+from fastapi import FastAPI
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.api_server.routers import register_api_routers
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.entrypoints.launchers.utils.server_utils import lifespan
+from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
+from vllm.entrypoints.serve.middleware.register import init_entrypoints_middleware
+from vllm.platforms import current_platform
+from vllm.usage.usage_lib import UsageContext
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.metrics.loggers import StatLoggerBase
+from vllm.v1.metrics.prometheus import get_prometheus_registry
+from vllm.version import __version__ as vllm_version
+
+from lowbit_core.errors import EngineError
+from lowbit_server.config import Device
+from lowbit_server.memory import DeviceMemory, merge_workers
+from lowbit_server.proof import scales_from_workers
+from lowbit_server.report import EngineFacts
+from lowbit_server.throughput import Throughput
+
+WORKER_EXTENSION = "lowbit_server.worker.WorkerExtension"
+PROCESS_STOP_S = 10  # after the requests are done: time for the engine's processes to free their memory
+
+__all__ = ["Engine", "engine_device", "start_engine"]
+
+
+def engine_device() -> Device:
+    """What the installed build of vLLM runs on."""
+    return "cpu" if current_platform.is_cpu() else "gpu"
+
+
+class _ThroughputLogger(StatLoggerBase):  # type: ignore[misc]  # vLLM has no type information here
+    """Hands each step's token counts to our sliding window."""
+
+    def __init__(self, throughput: Throughput) -> None:
+        self._throughput = throughput
+
+    def record(
+        self,
+        scheduler_stats: Any,
+        iteration_stats: Any,
+        mm_cache_stats: Any = None,
+        engine_idx: int = 0,
+    ) -> None:
+        if iteration_stats is not None:
+            self._throughput.record(
+                prompt_tokens=iteration_stats.num_prompt_tokens,
+                generation_tokens=iteration_stats.num_generation_tokens,
+            )
+
+    def log_engine_initialized(self) -> None:
+        """Nothing to say: cli.py reports the start."""
+
+
+class Engine:
+    """A running vLLM engine: its OpenAI routes, its metrics, and what its workers say about themselves."""
+
+    def __init__(self, client: AsyncLLM, arguments: Namespace) -> None:
+        self._client = client
+        self._arguments = arguments
+        self.lifespan = lifespan  # logs statistics while the app is up
+
+    @property
+    def dead(self) -> bool:
+        """Whether the engine's processes are gone or its output loop has ended."""
+        return bool(self._client.errored)
+
+    async def attach_openai_api(self, app: FastAPI) -> None:
+        """Register vLLM's routers, error handlers and middleware on `app` and fill the state they read."""
+        tasks = await self._client.get_supported_tasks()
+        app.state.args = self._arguments
+        register_api_routers(self._arguments, app, tasks, self._client.model_config)
+        init_exception_handler(app)
+        init_entrypoints_middleware(self._arguments, app, tasks)
+        await init_app_state(self._client, app.state, self._arguments, tasks)
+
+    def metrics_registry(self) -> Any:
+        """The Prometheus registry that holds vLLM's metrics."""
+        return get_prometheus_registry()
+
+    async def memory(self) -> tuple[DeviceMemory, ...]:
+        """Memory by device, asked from every worker now."""
+        return merge_workers(await self._client.collective_rpc("lowbit_memory"))
+
+    async def facts(self) -> EngineFacts:
+        """What the engine runs with, read back from it."""
+        layers = await self._client.collective_rpc("lowbit_kv_scales")
+        methods = await self._client.collective_rpc("lowbit_layer_methods")
+        config = self._client.vllm_config
+        return EngineFacts(
+            vllm=vllm_version,
+            device=engine_device(),
+            quantization=config.model_config.quantization,
+            dtype=str(config.model_config.dtype).removeprefix("torch."),
+            kv_cache_dtype=_kv_dtype(layers, config.model_config.dtype),
+            kv_tokens=config.cache_config.kv_cache_size_tokens,
+            max_model_len=config.model_config.max_model_len,
+            max_num_seqs=config.scheduler_config.max_num_seqs,
+            kv_scales=scales_from_workers(layers),
+            layer_methods=methods[0],
+        )
+
+
+def _kv_dtype(workers: list[list[dict[str, Any]]], model_dtype: Any) -> str:
+    """The cache dtype of the layers, which resolve `auto` themselves; mixed caches are named together."""
+    own = str(model_dtype).removeprefix("torch.")
+    found = sorted({own if layer["kv_dtype"] == "auto" else layer["kv_dtype"] for layer in workers[0]})
+    return "+".join(found) or own
+
+
+def _namespace(arguments: Mapping[str, Any]) -> Namespace:
+    """vLLM's own defaults with our arguments on top; an unknown name is a programming error."""
+    namespace: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args([])
+    for name, value in arguments.items():
+        if not hasattr(namespace, name):
+            raise EngineError(f"vLLM {vllm_version} has no engine argument {name!r}")
+        setattr(namespace, name, value)
+    return namespace
+
+
+@contextlib.asynccontextmanager
+async def start_engine(arguments: Mapping[str, Any], throughput: Throughput) -> AsyncIterator[Engine]:
+    """Start vLLM, and stop it and its processes when the block ends.
+
+    Raises EngineError when it does not start; vLLM has then logged the cause above.
+    """
+    namespace = _namespace({**arguments, "worker_extension_cls": WORKER_EXTENSION})
+    try:
+        client = _start(namespace, throughput)
+    except Exception as error:
+        raise EngineError(f"vLLM {vllm_version} did not start: {_one_line(error)}") from error
+    try:
+        await client.reset_mm_cache()  # as vLLM's own server does: drops its start-up dummy data
+        yield Engine(client, namespace)
+    finally:
+        client.shutdown(timeout=PROCESS_STOP_S)
+
+
+def _start(namespace: Namespace, throughput: Throughput) -> AsyncLLM:
+    engine_arguments = AsyncEngineArgs.from_cli_args(namespace)
+    config = engine_arguments.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+    return AsyncLLM.from_vllm_config(
+        vllm_config=config,
+        usage_context=UsageContext.OPENAI_API_SERVER,
+        stat_loggers=[lambda _config, _engine: _ThroughputLogger(throughput)],
+        enable_log_requests=False,
+        disable_log_stats=False,
+    )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,118 @@
+"""Memory by component for each device: weights, KV cache, free, total.
+
+On a GPU that is VRAM. The CPU engine allocates from the host, so there it is host memory under the same names
+with `device="cpu"`, bounded by the control group where the process runs in one.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from lowbit_core.log import get_logger
+
+COMPONENTS = ("weights", "kv_cache", "free", "total")
+MAX_AGE_S = 5.0  # a scrape older than this asks the workers again
+TIMEOUT_S = 2.0  # a busy engine answers between two steps; a scrape must not wait for a hung one
+CGROUP = Path("/sys/fs/cgroup")
+
+log = get_logger("serve.memory")
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Bytes on one device. What is neither weights, KV cache nor free is activations and other processes."""
+
+    device: str
+    weights_bytes: int
+    kv_cache_bytes: int
+    free_bytes: int
+    total_bytes: int
+
+    def by_component(self) -> dict[str, int]:
+        """Bytes under the names of the metric's label `component`."""
+        values = (self.weights_bytes, self.kv_cache_bytes, self.free_bytes, self.total_bytes)
+        return dict(zip(COMPONENTS, values, strict=True))
+
+
+def merge_workers(reports: Iterable[Mapping[str, object]]) -> tuple[DeviceMemory, ...]:
+    """One entry for each device: workers that share a device add up what they hold."""
+    merged: dict[str, DeviceMemory] = {}
+    for report in reports:
+        one = _from_worker(report)
+        known = merged.get(one.device)
+        merged[one.device] = one if known is None else _add(known, one)
+    return tuple(merged[device] for device in sorted(merged))
+
+
+def _from_worker(report: Mapping[str, object]) -> DeviceMemory:
+    weights, kv_cache, free, total = (int(str(report[name])) for name in COMPONENTS)
+    return DeviceMemory(str(report["device"]), weights, kv_cache, free, total)
+
+
+def _add(known: DeviceMemory, one: DeviceMemory) -> DeviceMemory:
+    return DeviceMemory(
+        device=known.device,
+        weights_bytes=known.weights_bytes + one.weights_bytes,
+        kv_cache_bytes=known.kv_cache_bytes + one.kv_cache_bytes,
+        free_bytes=min(known.free_bytes, one.free_bytes),
+        total_bytes=max(known.total_bytes, one.total_bytes),
+    )
+
+
+def host_memory_bytes(cgroup: Path = CGROUP) -> tuple[int, int]:
+    """Free and total bytes of this host, or of the control group (v2) that bounds this process."""
+    host = psutil.virtual_memory()
+    limit = _read_bytes(cgroup / "memory.max")
+    used = _read_bytes(cgroup / "memory.current")
+    if limit is None or used is None or limit >= host.total:
+        return int(host.available), int(host.total)
+    reclaimable = _read_stat(cgroup / "memory.stat", "inactive_file")
+    return min(int(host.available), max(0, limit - used + reclaimable)), limit
+
+
+def _read_bytes(path: Path) -> int | None:
+    try:
+        text = path.read_text(encoding="ascii").strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None  # "max" means no limit
+
+
+def _read_stat(path: Path, name: str) -> int:
+    try:
+        lines = path.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith(f"{name} ")), 0)
+
+
+class MemoryReader:
+    """Asks the workers at most every `MAX_AGE_S`; a late answer leaves the last one standing."""
+
+    def __init__(
+        self,
+        read: Callable[[], Awaitable[tuple[DeviceMemory, ...]]],
+        first: tuple[DeviceMemory, ...],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._read = read
+        self._clock = clock
+        self._read_at = clock()
+        self.devices = first
+
+    async def refresh(self) -> tuple[DeviceMemory, ...]:
+        """The devices' memory, not older than `MAX_AGE_S` unless the engine does not answer."""
+        if self._clock() - self._read_at < MAX_AGE_S:
+            return self.devices
+        self._read_at = self._clock()
+        try:
+            self.devices = await asyncio.wait_for(self._read(), TIMEOUT_S)
+        except TimeoutError:
+            log.warning(
+                "the engine did not report its memory within %.0f s; showing the last report", TIMEOUT_S
+            )
+        return self.devices

@@ -1,0 +1,99 @@
+"""Lowbit's own metrics, beside vLLM's on the same `/metrics` (docs/metrics.md lists each one).
+
+Values are collected at scrape time from the objects that own them; nothing here is global.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from lowbit_server.memory import DeviceMemory
+from lowbit_server.report import Service, weights_summary
+from lowbit_server.throughput import Throughput
+
+
+class LowbitCollector(Collector):
+    """Yields each of our metric families from the current state."""
+
+    def __init__(
+        self, service: Service, throughput: Throughput, memory: Callable[[], Iterable[DeviceMemory]]
+    ) -> None:
+        self._model = service.model
+        self._manifest = service.checkpoint.manifest
+        self._facts = service.facts
+        self._throughput = throughput
+        self._memory = memory
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """All families, in the order of docs/metrics.md."""
+        yield self._gauge(
+            "lowbit_generation_tokens_per_second",
+            "Generated tokens per second over the last 10 seconds.",
+            self._throughput.generation.per_second(),
+        )
+        yield self._gauge(
+            "lowbit_prompt_tokens_per_second",
+            "Prompt tokens per second over the last 10 seconds, cached ones included.",
+            self._throughput.prompt.per_second(),
+        )
+        yield self._memory_bytes()
+        yield self._gauge(
+            "lowbit_kv_cache_tokens", "Tokens that the KV cache can hold.", float(self._facts.kv_tokens)
+        )
+        yield self._checkpoint_info()
+        yield from self._quality()
+
+    def _gauge(self, name: str, documentation: str, value: float) -> GaugeMetricFamily:
+        family = GaugeMetricFamily(name, documentation, labels=["model"])
+        family.add_metric([self._model], value)
+        return family
+
+    def _memory_bytes(self) -> GaugeMetricFamily:
+        family = GaugeMetricFamily(
+            "lowbit_memory_bytes",
+            "Memory of each device by component: VRAM on a GPU, host memory on the CPU engine.",
+            labels=["device", "component"],
+        )
+        for device in self._memory():
+            for component, value in device.by_component().items():
+                family.add_metric([device.device, component], float(value))
+        return family
+
+    def _checkpoint_info(self) -> GaugeMetricFamily:
+        manifest = self._manifest
+        labels = {
+            "model": self._model,
+            "base": manifest.base.name if manifest else "",
+            "kv_dtype": self._facts.kv_cache_dtype,
+            **(weights_summary(manifest) if manifest else self._unmeasured()),
+        }
+        family = GaugeMetricFamily(
+            "lowbit_checkpoint_info", "The checkpoint in service; always 1.", labels=list(labels)
+        )
+        family.add_metric(list(labels.values()), 1.0)
+        return family
+
+    def _unmeasured(self) -> dict[str, str]:
+        return {"method": self._facts.quantization or "none", "bits": "", "group_size": ""}
+
+    def _quality(self) -> Iterator[GaugeMetricFamily]:
+        if manifest := self._manifest:
+            yield self._gauge(
+                "lowbit_checkpoint_mean_kld",
+                "Mean KL divergence from the base model in nats per token, measured when it was quantized.",
+                manifest.quality.mean_kld,
+            )
+            yield self._gauge(
+                "lowbit_checkpoint_top1_agreement",
+                "Share of held-out tokens where base and checkpoint rank the same token first.",
+                manifest.quality.top1_agreement,
+            )
+
+
+def exposition(engine_registry: CollectorRegistry, collector: LowbitCollector) -> bytes:
+    """One text exposition: the engine's metrics, then ours."""
+    ours = CollectorRegistry()
+    ours.register(collector)
+    return generate_latest(engine_registry) + generate_latest(ours)

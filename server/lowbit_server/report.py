@@ -1,0 +1,74 @@
+"""What the server says about itself: the checkpoint as measured beside the engine as it runs.
+
+It is the document behind `GET /lowbit/checkpoint` (docs/metrics.md has its shape).
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lowbit_core import __version__
+from lowbit_core.manifest import Manifest
+from lowbit_server.config import Checkpoint
+from lowbit_server.memory import DeviceMemory
+from lowbit_server.proof import KVProof, KVScale
+
+
+@dataclass(frozen=True)
+class EngineFacts:
+    """Read back once from the running engine; `kv_tokens` is the capacity of its KV cache."""
+
+    vllm: str
+    device: str
+    quantization: str | None
+    dtype: str
+    kv_cache_dtype: str
+    kv_tokens: int
+    max_model_len: int
+    max_num_seqs: int
+    kv_scales: tuple[KVScale, ...]
+    layer_methods: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Service:
+    """One checkpoint in service: what was measured, what runs, and what was proven about it."""
+
+    model: str
+    checkpoint: Checkpoint
+    facts: EngineFacts
+    proof: KVProof
+
+
+def checkpoint_document(service: Service, memory: Iterable[DeviceMemory]) -> dict[str, Any]:
+    """The JSON of `/lowbit/checkpoint`; `manifest` is null for a directory that has none."""
+    manifest = service.checkpoint.manifest
+    return {
+        "model": service.model,
+        "lowbit": __version__,
+        "manifest": manifest_document(manifest) if manifest else None,
+        "engine": {
+            **asdict(service.facts),
+            "kv_scales_in_force": service.proof.scales,
+            "memory": {device.device: device.by_component() for device in memory},
+        },
+    }
+
+
+def manifest_document(manifest: Manifest) -> dict[str, Any]:
+    """The manifest without what a client has no use for: each module, each file, the whole recipe."""
+    document = manifest.model_dump(
+        mode="json", include={"format_version", "created", "size", "kv_cache", "quality", "gate", "versions"}
+    )
+    base = manifest.base.model_dump(mode="json", exclude={"sha256"})
+    return {**document, "base": base, "weights": weights_summary(manifest)}
+
+
+def weights_summary(manifest: Manifest) -> dict[str, str]:
+    """Methods, bits and group sizes of the quantized linears; several values are joined by `+`."""
+    modules = manifest.modules
+    return {
+        "method": "+".join(sorted({module.method for module in modules})) or "none",
+        "bits": "+".join(map(str, sorted({module.bits for module in modules}))),
+        "group_size": "+".join(map(str, sorted({module.group_size for module in modules}))),
+    }

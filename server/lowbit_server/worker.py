@@ -1,0 +1,87 @@
+"""What the server asks inside vLLM's worker processes, by name through `collective_rpc`.
+
+vLLM mixes this class into its own worker (`worker_extension_cls`), so every name starts with `lowbit_` and
+every answer is plain JSON. It looks and never changes anything. Attributes of layers are read by name: their
+classes differ between backends, `_k_scale` does not.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from vllm.utils.mem_utils import MemorySnapshot
+
+from lowbit_server.memory import host_memory_bytes
+
+LAYER_NUMBER = re.compile(r"\blayers\.(\d+)\b")
+
+
+class WorkerExtension:
+    """Methods that vLLM's worker gains."""
+
+    def lowbit_kv_scales(self) -> list[dict[str, Any]]:
+        """The scales and the cache dtype of each attention layer as its kernels read them."""
+        layers = self.vllm_config.compilation_config.static_forward_context  # type: ignore[attr-defined]
+        return [_kv_scales(name, layer) for name, layer in layers.items() if hasattr(layer, "_k_scale_float")]
+
+    def lowbit_memory(self) -> dict[str, Any]:
+        """Bytes of weights and KV cache that this worker holds, and free and total bytes of its device."""
+        runner = self.model_runner  # type: ignore[attr-defined]
+        model = runner.get_model()
+        free, total = _device_memory(self.device)  # type: ignore[attr-defined]
+        return {
+            "device": str(self.device),  # type: ignore[attr-defined]
+            "weights": _storage_bytes([*model.parameters(), *model.buffers()]),
+            "kv_cache": _storage_bytes(_flatten(runner.kv_caches)),
+            "free": free,
+            "total": total,
+        }
+
+    def lowbit_layer_methods(self) -> dict[str, str]:
+        """Quantization method by type of layer, for example `QKVParallelLinear`."""
+        model = self.model_runner.get_model()  # type: ignore[attr-defined]
+        methods: dict[str, str] = {}
+        for module in model.modules():
+            if method := getattr(module, "quant_method", None):
+                chosen = getattr(module, "scheme", None) or method
+                methods[type(module).__name__] = type(chosen).__name__
+        return methods
+
+
+def _kv_scales(name: str, layer: Any) -> dict[str, Any]:
+    found = LAYER_NUMBER.search(name)
+    return {
+        "layer": int(found[1]) if found else -1,
+        "k_scale": _scale_in_force(name, layer, "_k_scale"),
+        "v_scale": _scale_in_force(name, layer, "_v_scale"),
+        "kv_dtype": str(layer.kv_cache_dtype),
+    }
+
+
+def _scale_in_force(name: str, layer: Any, attribute: str) -> float:
+    """GPU kernels read the tensor and the CPU's the float: a layer where the two differ has no one scale."""
+    tensor, number = float(getattr(layer, attribute).max()), float(getattr(layer, f"{attribute}_float"))
+    if tensor != number:
+        raise RuntimeError(f"{name}: {attribute} is {tensor} on the device and {number} on the host")
+    return number
+
+
+def _device_memory(device: Any) -> tuple[int, int]:
+    if device.type == "cpu":
+        return host_memory_bytes()
+    snapshot = MemorySnapshot(device=device)
+    return int(snapshot.free_memory), int(snapshot.total_memory)
+
+
+def _storage_bytes(tensors: Iterable[Any]) -> int:
+    """Bytes of the distinct storages: tied weights and cache views count once."""
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def _flatten(caches: Any) -> Iterator[Any]:
+    if isinstance(caches, (list, tuple)):
+        for cache in caches:
+            yield from _flatten(cache)
+    else:
+        yield caches
