@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
 from lowbit_core.cli import Command
 from lowbit_core.errors import ConfigError
 from lowbit_core.log import get_logger
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
 from lowbit_loadtest.client import Message
 from lowbit_loadtest.report import as_json, lines, progress
 from lowbit_loadtest.runner import Options, run_load_test

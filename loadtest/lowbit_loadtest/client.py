@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
-from lowbit_core.errors import ConfigError
 
+from lowbit_core.errors import ConfigError
 from lowbit_loadtest.metrics import Outcome, RequestRecord
 
 REJECTED_STATUSES = (429, 503)

@@ -12,11 +12,11 @@ from dataclasses import asdict
 from typing import Any
 
 import httpx
-from lowbit_core import __version__
-from lowbit_core.log import get_logger
 from rich.console import Console
 from rich.progress import Progress
 
+from lowbit_core import __version__
+from lowbit_core.log import get_logger
 from lowbit_loadtest.metrics import Distribution, Outcome, RequestRecord, Summary
 from lowbit_loadtest.runner import Options, Result
 

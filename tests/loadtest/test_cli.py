@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
 from lowbit_core.errors import ConfigError
 from lowbit_loadtest.cli import command
 

@@ -4,6 +4,7 @@ import heapq
 import random
 
 import pytest
+
 from lowbit_loadtest.metrics import Interval, Outcome, RequestRecord, distribution, steady_interval, summarize
 
 

