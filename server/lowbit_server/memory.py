@@ -98,8 +98,10 @@ class MemoryReader:
         read: Callable[[], Awaitable[tuple[DeviceMemory, ...]]],
         first: tuple[DeviceMemory, ...],
         clock: Callable[[], float] = time.monotonic,
+        timeout_s: float = TIMEOUT_S,
     ) -> None:
         self._read = read
+        self._timeout_s = timeout_s
         self._clock = clock
         self._read_at = clock()
         self.devices = first
@@ -110,7 +112,7 @@ class MemoryReader:
             return self.devices
         self._read_at = self._clock()
         try:
-            self.devices = await asyncio.wait_for(self._read(), TIMEOUT_S)
+            self.devices = await asyncio.wait_for(self._read(), self._timeout_s)
         except TimeoutError:
             log.warning(
                 "the engine did not report its memory within %.0f s; showing the last report", TIMEOUT_S

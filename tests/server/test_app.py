@@ -1,0 +1,139 @@
+"""Our app around an engine that is not vLLM: its routes, health, metrics, and the checkpoint document."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from prometheus_client.parser import text_string_to_metric_families
+
+from lowbit_core.errors import EngineError
+from lowbit_server.app import build_app, inspect_engine
+from lowbit_server.config import ServeConfig, open_checkpoint
+from lowbit_server.throughput import Throughput
+
+if TYPE_CHECKING:
+    from tests.server.conftest import Clock, FakeEngine, MakeCheckpoint
+
+DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
+
+
+class Running:
+    """An app with its engine and its throughput, asked without a socket."""
+
+    def __init__(self, app: FastAPI, throughput: Throughput) -> None:
+        self.draining = False
+        self.throughput = throughput
+        self._client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
+
+    async def get(self, path: str) -> httpx.Response:
+        return await self._client.get(path)
+
+    async def samples(self) -> dict[str, float]:
+        """Each sample of `/metrics` as `name{label=value,…}`."""
+        text = (await self.get("/metrics")).text
+        found = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+        return {
+            f"{s.name}{{{','.join(f'{k}={v}' for k, v in sorted(s.labels.items()))}}}": s.value for s in found
+        }
+
+
+async def start(engine: "FakeEngine", directory: Path, clock: Callable[[], float]) -> Running:
+    config = ServeConfig(directory)
+    service = await inspect_engine(engine, config, open_checkpoint(config))
+    throughput = Throughput(10.0, clock)
+    running: Running
+    app = await build_app(engine, service, throughput, lambda: running.draining)
+    running = Running(app, throughput)
+    return running
+
+
+@pytest.fixture
+async def running(engine: "FakeEngine", make_checkpoint: "MakeCheckpoint", clock: "Clock") -> Running:
+    return await start(engine, make_checkpoint(), clock)
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/health", "/livez", "/readyz", "/openapi.json"])
+async def test_allowed_routes_answer(running: Running, path: str) -> None:
+    assert (await running.get(path)).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/scale_elastic_ep", "/invocations", "/docs"])
+async def test_routes_that_nobody_asked_for_are_gone(running: Running, path: str) -> None:
+    assert (await running.get(path)).status_code == 404
+
+
+async def test_draining_server_lives_but_is_not_ready(running: Running) -> None:
+    running.draining = True
+    ready = await running.get("/readyz")
+    assert (ready.status_code, ready.json()) == (503, {"status": "draining"})
+    assert (await running.get("/livez")).status_code == 200
+
+
+async def test_dead_engine_is_neither_live_nor_ready(running: Running, engine: "FakeEngine") -> None:
+    engine.dead = True
+    assert [(await running.get(path)).status_code for path in ("/livez", "/readyz")] == [503, 503]
+
+
+async def test_metrics_are_vllms_and_ours_in_one_exposition(running: Running) -> None:
+    running.throughput.record(prompt_tokens=70, generation_tokens=30)
+    samples = await running.samples()
+    assert samples["vllm:prompt_tokens_total{}"] == 7
+    assert samples["lowbit_prompt_tokens_per_second{model=Tiny-Chat}"] == 7
+    assert samples["lowbit_generation_tokens_per_second{model=Tiny-Chat}"] == 3
+    assert samples["lowbit_memory_bytes{component=weights,device=cpu}"] == 600
+    assert samples["lowbit_memory_bytes{component=kv_cache,device=cpu}"] == 1 << 20
+    assert samples["lowbit_memory_bytes{component=free,device=cpu}"] == 5000
+    assert samples["lowbit_memory_bytes{component=total,device=cpu}"] == 9000
+    assert samples["lowbit_kv_cache_tokens{model=Tiny-Chat}"] == 4096
+    assert samples["lowbit_checkpoint_mean_kld{model=Tiny-Chat}"] == 0.0835
+    assert samples["lowbit_checkpoint_top1_agreement{model=Tiny-Chat}"] == 0.875
+    info = "base=org/Tiny-Chat,bits=4,group_size=64,kv_dtype=fp8,method=awq+gptq+rtn,model=Tiny-Chat"
+    assert samples[f"lowbit_checkpoint_info{{{info}}}"] == 1
+
+
+async def test_metrics_page_is_prometheus_text(running: Running) -> None:
+    assert (await running.get("/metrics")).headers["content-type"].startswith("text/plain; version=")
+
+
+async def test_every_metric_is_documented_and_every_documented_one_exists(running: Running) -> None:
+    exposed = {name.split("{")[0] for name in await running.samples() if name.startswith("lowbit_")}
+    documented = {
+        line.split("`")[1] for line in DOCS.read_text().splitlines() if line.startswith("| `lowbit_")
+    }
+    assert documented == exposed
+
+
+async def test_unknown_quality_has_no_quality_metrics(
+    engine: "FakeEngine", make_checkpoint: "MakeCheckpoint", clock: "Clock"
+) -> None:
+    running = await start(engine, make_checkpoint(manifest=False), clock)
+    samples = await running.samples()
+    assert not [name for name in samples if "mean_kld" in name or "top1" in name]
+    assert (await running.get("/lowbit/checkpoint")).json()["manifest"] is None
+
+
+async def test_checkpoint_document_holds_measured_and_running_facts(running: Running) -> None:
+    document: dict[str, Any] = (await running.get("/lowbit/checkpoint")).json()
+    engine = document["engine"]
+    assert document["model"] == "Tiny-Chat"
+    assert document["manifest"]["quality"]["mean_kld"] == 0.0835
+    assert document["manifest"]["weights"] == {"method": "awq+gptq+rtn", "bits": "4", "group_size": "64"}
+    assert (engine["kv_tokens"], engine["kv_cache_dtype"]) == (4096, "fp8")
+    assert engine["kv_scales"][0] == {"layer": 0, "k_scale": 0.03125, "v_scale": 0.015625}
+    assert engine["kv_scales_in_force"] == "checkpoint"
+    assert engine["memory"]["cpu"] == {"weights": 600, "kv_cache": 1 << 20, "free": 5000, "total": 9000}
+    json.dumps(document, allow_nan=False)
+
+
+async def test_engine_with_other_scales_is_not_served(
+    engine: "FakeEngine", make_checkpoint: "MakeCheckpoint", clock: "Clock"
+) -> None:
+    facts = await engine.facts()
+    wrong = tuple(replace(scale, v_scale=1.0) for scale in facts.kv_scales)
+    with pytest.raises(EngineError, match="layer 0: the engine runs with v_scale 1"):
+        await start(type(engine)(replace(facts, kv_scales=wrong)), make_checkpoint(), clock)

@@ -1,0 +1,88 @@
+"""KV scales in the files against those of the running layers."""
+
+import struct
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from lowbit_core.errors import CheckpointError, EngineError
+from lowbit_server.proof import KVProof, KVScale, prove_kv_scales, read_checkpoint_scales, scales_from_workers
+
+if TYPE_CHECKING:
+    from tests.server.conftest import MakeCheckpoint
+
+
+def _float32(value: float) -> float:
+    return float(struct.unpack("<f", struct.pack("<f", value))[0])
+
+
+def _as_float32(scale: KVScale) -> KVScale:
+    return KVScale(scale.layer, _float32(scale.k_scale), _float32(scale.v_scale))
+
+
+def test_scales_are_read_from_safetensors_as_float32(
+    make_checkpoint: "MakeCheckpoint", scales: dict[int, KVScale]
+) -> None:
+    found = read_checkpoint_scales(make_checkpoint())
+    assert found == {layer: _as_float32(scale) for layer, scale in scales.items()}
+
+
+def test_bfloat16_scales_are_read_too(tmp_path: Path) -> None:
+    header = b'{"model.layers.3.self_attn.k_scale":{"dtype":"BF16","shape":[1],"data_offsets":[0,2]},'
+    header += b'"model.layers.3.self_attn.v_scale":{"dtype":"BF16","shape":[1],"data_offsets":[2,4]}}'
+    data = struct.pack("<f", 0.5)[2:] + struct.pack("<f", 2.0)[2:]
+    (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + data)
+    assert read_checkpoint_scales(tmp_path) == {3: KVScale(3, 0.5, 2.0)}
+
+
+def test_file_that_is_no_safetensors_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(b"\xff" * 20)
+    with pytest.raises(CheckpointError, match="is not a safetensors file"):
+        read_checkpoint_scales(tmp_path)
+
+
+def test_equal_scales_are_proven(scales: dict[int, KVScale]) -> None:
+    running = [_as_float32(scale) for scale in scales.values()]
+    proof = prove_kv_scales(scales, running, kv_dtype="fp8", quant_method="compressed-tensors")
+    assert proof == KVProof("checkpoint", layers=2)
+
+
+def test_dropped_scale_names_layer_and_both_values(scales: dict[int, KVScale]) -> None:
+    running = [scales[0], replace(scales[1], k_scale=1.0)]
+    with pytest.raises(EngineError) as raised:
+        prove_kv_scales(scales, running, kv_dtype="fp8", quant_method="compressed-tensors")
+    assert str(raised.value) == (
+        "layer 1: the engine runs with k_scale 1, the checkpoint says 0.1; "
+        "it would answer with less quality than was measured and is not served"
+    )
+
+
+def test_scale_that_the_engine_invented_is_refused() -> None:
+    with pytest.raises(EngineError, match="the engine runs with v_scale 2, the checkpoint says 1"):
+        prove_kv_scales({}, [KVScale(0, 1.0, 2.0)], kv_dtype="fp8", quant_method="compressed-tensors")
+
+
+def test_layer_that_the_engine_does_not_report_is_refused(scales: dict[int, KVScale]) -> None:
+    with pytest.raises(EngineError, match=r"no KV scales for layers \[1\]"):
+        prove_kv_scales(scales, [scales[0]], kv_dtype="fp8", quant_method="compressed-tensors")
+
+
+def test_awq_format_runs_with_unit_scales_and_says_so(scales: dict[int, KVScale]) -> None:
+    units = [KVScale(0, 1.0, 1.0), KVScale(1, 1.0, 1.0)]
+    assert prove_kv_scales(scales, units, kv_dtype="fp8", quant_method="awq") == KVProof("unit", layers=2)
+
+
+def test_bfloat16_cache_needs_no_scales(scales: dict[int, KVScale]) -> None:
+    proof = prove_kv_scales(
+        scales, list(scales.values()), kv_dtype="bfloat16", quant_method="compressed-tensors"
+    )
+    assert proof.scales == "unused"
+
+
+def test_workers_must_agree_on_a_layer() -> None:
+    one = {"layer": 0, "k_scale": 0.5, "v_scale": 0.5, "kv_dtype": "fp8"}
+    assert scales_from_workers([[one], [one]]) == (KVScale(0, 0.5, 0.5),)
+    with pytest.raises(EngineError, match="two workers hold different KV scales for layer 0"):
+        scales_from_workers([[one], [one | {"k_scale": 0.25}]])
