@@ -1,0 +1,115 @@
+"""Each vLLM symbol that the server relies on, by name: an upgrade that moves one fails here, in seconds."""
+
+import importlib
+import inspect
+from importlib.util import find_spec
+
+import pytest
+
+pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
+
+SYMBOLS = [
+    "vllm.engine.arg_utils:AsyncEngineArgs.from_cli_args",
+    "vllm.engine.arg_utils:AsyncEngineArgs.create_engine_config",
+    "vllm.entrypoints.launchers.api_server.app_state:init_app_state",
+    "vllm.entrypoints.launchers.api_server.routers:register_api_routers",
+    "vllm.entrypoints.launchers.cli_args:make_arg_parser",
+    "vllm.entrypoints.launchers.utils.server_utils:lifespan",
+    "vllm.entrypoints.serve.exception_handling.register:init_exception_handler",
+    "vllm.entrypoints.serve.middleware.register:init_entrypoints_middleware",
+    "vllm.platforms:current_platform.is_cpu",
+    "vllm.usage.usage_lib:UsageContext.OPENAI_API_SERVER",
+    "vllm.utils.argparse_utils:FlexibleArgumentParser",
+    "vllm.utils.mem_utils:MemorySnapshot",
+    "vllm.v1.engine.async_llm:AsyncLLM.collective_rpc",
+    "vllm.v1.engine.async_llm:AsyncLLM.errored",
+    "vllm.v1.engine.async_llm:AsyncLLM.get_supported_tasks",
+    "vllm.v1.engine.async_llm:AsyncLLM.reset_mm_cache",
+    "vllm.v1.engine.async_llm:AsyncLLM.shutdown",
+    "vllm.v1.metrics.loggers:StatLoggerBase.record",
+    "vllm.v1.metrics.prometheus:get_prometheus_registry",
+    "vllm.v1.metrics.stats:IterationStats.num_prompt_tokens",
+    "vllm.version:__version__",
+]
+
+PARAMETERS = [
+    (
+        "vllm.v1.engine.async_llm:AsyncLLM.from_vllm_config",
+        {"vllm_config", "stat_loggers", "disable_log_stats"},
+    ),
+    ("vllm.v1.engine.async_llm:AsyncLLM.shutdown", {"timeout"}),
+    (
+        "vllm.entrypoints.launchers.api_server.routers:register_api_routers",
+        {"args", "app", "supported_tasks", "model_config"},
+    ),
+    (
+        "vllm.engine.arg_utils:AsyncEngineArgs",
+        {
+            "model",
+            "served_model_name",
+            "dtype",
+            "kv_cache_dtype",
+            "kv_cache_memory_bytes",
+            "gpu_memory_utilization",
+            "max_model_len",
+            "max_num_seqs",
+            "tensor_parallel_size",
+            "enforce_eager",
+            "shutdown_timeout",
+            "worker_extension_cls",
+        },
+    ),
+]
+
+# Read by name in the worker process (lowbit_server/worker.py) or from the engine's configuration.
+ATTRIBUTES = [
+    ("vllm.config.compilation", "static_forward_context"),
+    ("vllm.config.cache", "kv_cache_size_tokens"),
+    ("vllm.model_executor.layers.attention.attention", "_k_scale_float"),
+    ("vllm.model_executor.layers.attention.attention", "_v_scale_float"),
+    ("vllm.model_executor.layers.attention.attention", "self.kv_cache_dtype"),
+    ("vllm.v1.worker.gpu_model_runner", "self.kv_caches"),
+    ("vllm.v1.worker.gpu_model_runner", "def get_model"),
+    ("vllm.v1.metrics.stats", "self.num_generation_tokens"),
+]
+
+
+def _resolve(symbol: str) -> object:
+    module, _, path = symbol.partition(":")
+    found: object = importlib.import_module(module)
+    for name in path.split("."):
+        found = getattr(found, name)
+    return found
+
+
+@pytest.mark.parametrize("symbol", SYMBOLS)
+def test_symbol_exists(symbol: str) -> None:
+    _resolve(symbol)
+
+
+@pytest.mark.parametrize(("symbol", "names"), PARAMETERS)
+def test_callable_takes_the_parameters_we_pass(symbol: str, names: set[str]) -> None:
+    found = _resolve(symbol)
+    assert callable(found)
+    assert names <= inspect.signature(found).parameters.keys()
+
+
+@pytest.mark.parametrize(("module", "text"), ATTRIBUTES)
+def test_attribute_read_by_name_is_still_set_there(module: str, text: str) -> None:
+    spec = find_spec(module)
+    assert spec is not None
+    assert spec.origin is not None
+    with open(spec.origin, encoding="utf-8") as source:
+        assert text in source.read()
+
+
+def test_worker_extension_hides_nothing_of_vllms_worker() -> None:
+    worker = _resolve("vllm.v1.worker.gpu_worker:Worker")
+    extension = _resolve("lowbit_server.worker:WorkerExtension")
+    ours = {name for name in vars(extension) if not name.startswith("__")}
+    assert ours == {"lowbit_kv_scales", "lowbit_memory", "lowbit_layer_methods"}
+    assert not ours & set(dir(worker))
+
+
+def test_version_is_the_pinned_one() -> None:
+    assert _resolve("vllm.version:__version__") == "0.32.0"
