@@ -1,0 +1,75 @@
+"""`lowbit inspect`: the manifest for a person, or as JSON; `--verify` hashes every file."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from lowbit_core.cli import Command
+from lowbit_core.errors import CheckpointError
+from lowbit_core.manifest import MANIFEST_NAME, Manifest, read_manifest, verify_files
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, metavar="DIR")
+    parser.add_argument("--verify", action="store_true", help="hash every file and compare with the manifest")
+    parser.add_argument("--json", action="store_true", help="print the whole manifest as JSON")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    manifest = read_manifest(arguments.checkpoint)
+    if manifest is None:
+        raise CheckpointError(f"{arguments.checkpoint} has no {MANIFEST_NAME}; only `lowbit quantize` writes one")
+    if arguments.verify:
+        verify_files(arguments.checkpoint, manifest, hashes=True)
+    if arguments.json:
+        sys.stdout.write(manifest.model_dump_json(indent=2) + "\n")
+        return 0
+    console = Console()
+    console.print(describe(manifest, verified=arguments.verify))
+    console.print(domain_table(manifest))
+    return 0
+
+
+def describe(manifest: Manifest, *, verified: bool) -> Table:
+    """The facts of a checkpoint, one a row."""
+    size, quality, gate = manifest.size, manifest.quality, manifest.gate
+    weights = manifest.recipe["weights"]
+    kv = manifest.kv_cache
+    table = Table(show_header=False, title=manifest.base.name)
+    rows = {
+        "base": f"{manifest.base.kind}, {manifest.base.model_type}, {manifest.base.dtype}, {size.parameters:,} parameters",
+        "weights": f"{weights['method']}, {weights['bits']} bits, group {weights['group_size']}, "
+        f"{'symmetric' if weights['symmetric'] else 'asymmetric'}, {size.linear_bits_per_weight} bits per weight",
+        "KV cache": f"{kv.dtype}, {len(kv.layers)} layers, {kv.source}" if kv else "not quantized",
+        "size": f"{size.base_bytes / 2**20:.1f} MiB to {size.bytes / 2**20:.1f} MiB",
+        "mean KL": f"{quality.mean_kld:.4f} ± {quality.kld_stderr:.4f} nats on {quality.predictions:,} predictions",
+        "top-1 agreement": f"{quality.top1_agreement:.2%} ± {quality.top1_stderr:.2%}",
+        "perplexity": f"{quality.perplexity_base:.3f} to {quality.perplexity:.3f}",
+        "gate": ("accepted" if gate.accepted else "REJECTED: " + "; ".join(gate.reasons))
+        + ("" if gate.limits else " (no limits set)"),
+        "files": f"{len(manifest.files)}, {'every hash verified' if verified else 'not verified (--verify)'}",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def domain_table(manifest: Manifest) -> Table:
+    """Quality by domain of text."""
+    table = Table("domain", "sequences", "mean KL", "top-1", "perplexity base", "perplexity")
+    for name, row in manifest.quality.domains.items():
+        table.add_row(
+            name,
+            f"{row['sequences']:.0f}",
+            f"{row['mean_kld']:.4f}",
+            f"{row['top1_agreement']:.2%}",
+            f"{row['perplexity_base']:.3f}",
+            f"{row['perplexity']:.3f}",
+        )
+    return table
+
+
+command = Command("Show what a checkpoint is and how close it is to its base.", _add_arguments, _run)

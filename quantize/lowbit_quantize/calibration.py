@@ -1,0 +1,238 @@
+"""From texts to token sequences: what a model is calibrated on and what it is judged by.
+
+A sequence holds one domain, so that quality can be told apart by domain; domains take turns, so that any
+prefix is a mix. Conversations go through the model's own chat template. Held-out documents that share a run
+of words with a calibration document are dropped: the two texts never overlap.
+"""
+
+import gzip
+import hashlib
+import json
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit_core.errors import RecipeError
+from lowbit_core.manifest import TextRecord
+from lowbit_quantize.recipe import BUNDLED, Text
+
+OVERLAP_WORDS = 13  # a shared run of this many words makes two documents overlap (Brown et al. 2020, arXiv 2005.14165)
+HELDOUT_SHARE = 5  # where one source gives both texts, one document in five is held out
+DOCUMENT_CHARACTERS = 4000  # plain text is cut into documents of about this size, at blank lines
+
+
+@dataclass(frozen=True)
+class Document:
+    """Plain text, or a conversation of {role, content} messages."""
+
+    domain: str
+    text: str = ""
+    messages: tuple[dict[str, str], ...] = ()
+
+    @property
+    def words(self) -> str:
+        """All its words, for comparing."""
+        return self.text or "\n\n".join(message["content"] for message in self.messages)
+
+    def render(self, tokenizer: Any) -> str:
+        """The text that the model reads."""
+        if not self.messages:
+            return self.text
+        if tokenizer.chat_template:
+            return str(tokenizer.apply_chat_template(list(self.messages), tokenize=False))
+        return self.words
+
+
+@dataclass(frozen=True)
+class TokenText:
+    """Token ids (sequences, tokens), the domain of each sequence, and a record of where they came from."""
+
+    ids: Tensor
+    domains: tuple[str, ...]
+    record: TextRecord
+
+
+def load_texts(calibration: Text, heldout: Text, tokenizer: Any, vocabulary: int) -> tuple[TokenText, TokenText]:
+    """The calibration and held-out sequences of a recipe; raises RecipeError where a source gives too little."""
+    calibration_documents = _documents(calibration, "calibration", heldout)
+    heldout_documents = _documents(heldout, "heldout", calibration)
+    calibration_text, used = _sequences(calibration, calibration_documents, tokenizer, vocabulary, "calibration")
+    disjoint = drop_overlap(heldout_documents, used)
+    return calibration_text, _sequences(heldout, disjoint, tokenizer, vocabulary, "quality")[0]
+
+
+def _sequences(
+    text: Text, documents: list[Document], tokenizer: Any, vocabulary: int, section: str
+) -> tuple[TokenText, list[Document]]:
+    if text.token_ids:
+        ids, domains, used = _read_token_ids(Path(text.token_ids), vocabulary, section), (), documents
+    else:
+        ids, domains, used = _pack(text, documents, tokenizer, section)
+    digest = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
+    record = TextRecord(
+        source=text.token_ids or text.source,
+        sequences=ids.shape[0],
+        sequence_tokens=ids.shape[1],
+        tokens=ids.numel(),
+        seed=text.seed,
+        sha256=digest,
+    )
+    return TokenText(ids, domains or ("all",) * ids.shape[0], record), used
+
+
+def _read_token_ids(path: Path, vocabulary: int, section: str) -> Tensor:
+    wanted = f'{section}.token_ids wants JSON {{"input_ids": [[int, …], …]}} with rows of equal length'
+    try:
+        ids = torch.tensor(json.loads(path.read_text(encoding="utf-8"))["input_ids"], dtype=torch.int64)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RecipeError(f"{path}: {error}; {wanted}") from error
+    if ids.dim() != 2 or ids.numel() == 0:
+        raise RecipeError(f"{path} holds ids of shape {tuple(ids.shape)}; {wanted}")
+    if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
+        raise RecipeError(f"{path} holds token ids outside 0…{vocabulary - 1}; they belong to another tokenizer")
+    return ids
+
+
+def _pack(
+    text: Text, documents: list[Document], tokenizer: Any, section: str
+) -> tuple[Tensor, tuple[str, ...], list[Document]]:
+    """Fill sequences from each domain's documents, the domains taking turns."""
+    by_domain: dict[str, list[Document]] = defaultdict(list)
+    for document in documents:
+        by_domain[document.domain].append(document)
+    used: list[Document] = []
+    streams = {
+        domain: _chunks(shuffled(found, text.seed), text.sequence_tokens, tokenizer, used)
+        for domain, found in sorted(by_domain.items())
+    }
+    rows: list[list[int]] = []
+    domains: list[str] = []
+    while streams and len(rows) < text.sequences:
+        for domain in list(streams):
+            chunk = next(streams[domain], None)
+            if chunk is None:
+                del streams[domain]
+            elif len(rows) < text.sequences:
+                rows.append(chunk)
+                domains.append(domain)
+    if len(rows) < text.sequences:
+        raise RecipeError(
+            f"{section}: {text.source} gives {len(rows)} sequences of {text.sequence_tokens} tokens, "
+            f"the recipe wants {text.sequences}; lower {section}.sequences or give more text"
+        )
+    return torch.tensor(rows, dtype=torch.int64), tuple(domains), used
+
+
+def shuffled(documents: Sequence[Document], seed: int) -> list[Document]:
+    """The documents in the order that `seed` gives."""
+    order = list(documents)
+    random.Random(seed).shuffle(order)
+    return order
+
+
+def _chunks(documents: list[Document], size: int, tokenizer: Any, used: list[Document]) -> Iterator[list[int]]:
+    buffer: list[int] = []
+    for document in documents:
+        used.append(document)
+        conversation = bool(document.messages and tokenizer.chat_template)
+        tokens = tokenizer(document.render(tokenizer), add_special_tokens=not conversation)["input_ids"]
+        buffer += tokens
+        if not conversation and tokenizer.eos_token_id is not None:
+            buffer.append(tokenizer.eos_token_id)
+        while len(buffer) >= size:
+            yield buffer[:size]
+            buffer = buffer[size:]
+
+
+def _documents(text: Text, role: str, other: Text) -> list[Document]:
+    if text.token_ids:
+        return []
+    if text.source == BUNDLED:
+        return list(_read_jsonl(Path(str(files("lowbit_quantize"))) / "texts" / f"{role}.jsonl.gz"))
+    documents = _read_source(text.source)
+    if text.source != other.source or other.token_ids:
+        return documents
+    return [document for document in documents if (_draw(document) == 0) == (role == "heldout")]
+
+
+def _draw(document: Document) -> int:
+    return int(hashlib.sha256(document.words.encode()).hexdigest(), 16) % HELDOUT_SHARE
+
+
+def _read_source(source: str) -> list[Document]:
+    if source.startswith("hub:"):
+        return list(_read_hub(source.removeprefix("hub:")))
+    path = Path(source)
+    if not path.is_file() or path.suffix not in (".jsonl", ".gz", ".txt"):
+        raise RecipeError(
+            f"text source {source!r} is not an existing .jsonl or .txt file; allowed are such a file, "
+            f"hub:DATASET[@REVISION], or {BUNDLED}"
+        )
+    return list(_read_txt(path) if path.suffix == ".txt" else _read_jsonl(path))
+
+
+def _read_txt(path: Path) -> Iterator[Document]:
+    paragraphs: list[str] = []
+    for paragraph in path.read_text(encoding="utf-8").split("\n\n"):
+        paragraphs.append(paragraph)
+        if sum(map(len, paragraphs)) >= DOCUMENT_CHARACTERS:
+            yield Document("text", text="\n\n".join(paragraphs))
+            paragraphs = []
+    if "".join(paragraphs).strip():
+        yield Document("text", text="\n\n".join(paragraphs))
+
+
+def _read_jsonl(path: Path) -> Iterator[Document]:
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                yield _as_document(json.loads(line))
+            except (ValueError, KeyError, TypeError) as error:
+                raise RecipeError(
+                    f'{path} line {number}: {error!r}; a line is {{"text": "…"}} or '
+                    '{"messages": [{"role": "user", "content": "…"}, …]}, with an optional "domain"'
+                ) from error
+
+
+def _read_hub(name: str) -> Iterator[Document]:
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise RecipeError(f"hub:{name} needs the package datasets; run `pip install datasets`") from None
+    dataset, _, revision = name.partition("@")
+    try:
+        rows = load_dataset(dataset, split="train", revision=revision or None, streaming=True)
+        for row in rows:
+            yield _as_document(row)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RecipeError(f"hub:{name} could not be read as text or messages: {error}") from error
+
+
+def _as_document(row: dict[str, Any]) -> Document:
+    domain = str(row.get("domain", "text"))
+    if "messages" in row:
+        messages = tuple({"role": m["role"], "content": m["content"]} for m in row["messages"])
+        return Document(domain, messages=messages)
+    return Document(domain, text=row["text"])
+
+
+def drop_overlap(documents: Iterable[Document], against: Iterable[Document]) -> list[Document]:
+    """The documents that share no run of `OVERLAP_WORDS` words with any document of `against`."""
+    seen = {run for document in against for run in word_runs(document.words)}
+    return [document for document in documents if seen.isdisjoint(word_runs(document.words))]
+
+
+def word_runs(text: str) -> set[str]:
+    """Every run of `OVERLAP_WORDS` words of a text, lower-case; the whole text where it is shorter."""
+    words = text.lower().split()
+    last = max(1, len(words) - OVERLAP_WORDS + 1)
+    return {" ".join(words[start : start + OVERLAP_WORDS]) for start in range(last)}

@@ -1,0 +1,70 @@
+"""`lowbit quantize`: flags in, one JSON object out as the last line of stdout."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lowbit_core.cli import Command
+from lowbit_core.errors import ConfigError, QualityError
+from lowbit_core.manifest import Manifest
+from lowbit_quantize.recipe import bundled_recipes, load_recipe
+
+if TYPE_CHECKING:
+    import torch
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    names = ", ".join(bundled_recipes())
+    parser.add_argument("--model", required=True, help="directory, FILE.gguf, or hub id OWNER/NAME[@REVISION]")
+    parser.add_argument("--recipe", required=True, help=f"FILE.yaml or one of: {names}")
+    parser.add_argument("--out", required=True, type=Path, help="directory for the checkpoint, new or empty")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--calibration", metavar="SOURCE", help="text: default, FILE.jsonl, FILE.txt, hub:DATASET")
+    parser.add_argument("--heldout", metavar="SOURCE", help="text that quality is measured on, as --calibration")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    overrides = list(arguments.set)
+    if arguments.calibration:
+        overrides.append(f"calibration.source={json.dumps(arguments.calibration)}")
+    if arguments.heldout:
+        overrides.append(f"quality.source={json.dumps(arguments.heldout)}")
+    recipe = load_recipe(arguments.recipe, tuple(overrides))
+    device = _device(arguments.device)
+    from lowbit_quantize.pipeline import quantize
+
+    manifest = quantize(arguments.model, recipe, arguments.out, device)
+    sys.stdout.write(json.dumps(summary(manifest, arguments.out)) + "\n")
+    if not manifest.gate.accepted:
+        sys.stderr.write(f"lowbit: rejected by its quality gate: {'; '.join(manifest.gate.reasons)}\n")
+        return QualityError.exit_status
+    return 0
+
+
+def _device(name: str) -> "torch.device":
+    try:
+        import torch
+    except ImportError:
+        raise ConfigError("`lowbit quantize` needs torch and transformers; run `pip install 'lowbit[cpu]'` or [gpu]") from None
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no CUDA device here; allowed: auto, cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def summary(manifest: Manifest, out: Path) -> dict[str, Any]:
+    """The result of a run in one flat object."""
+    return {
+        "checkpoint": str(out),
+        "accepted": manifest.gate.accepted,
+        **manifest.size.model_dump(include={"base_bytes", "bytes", "linear_bits_per_weight"}),
+        **manifest.run.model_dump(include={"seconds", "cpu_seconds", "peak_rss_bytes"}),
+        **manifest.quality.model_dump(
+            include={"mean_kld", "kld_stderr", "top1_agreement", "perplexity_base", "perplexity", "predictions"}
+        ),
+    }
+
+
+command = Command("Compress a model and prove how close it stayed to its base.", _add_arguments, _run)

@@ -1,0 +1,162 @@
+"""One decoder layer: fold AWQ scales, round every linear, and put back the weights that will be served.
+
+Everything here is arithmetic on the layer's weights and on what `observe` saw; no forward pass.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lowbit_core.errors import NumericsError
+from lowbit_quantize.architectures import Architecture, LinearGroup
+from lowbit_quantize.awq import search_grid, search_scale
+from lowbit_quantize.grid import GridSpec, Rounded, output_error, range_grid, round_to_grid
+from lowbit_quantize.observe import Covariance
+
+
+@dataclass(frozen=True)
+class CompressedLinear:
+    """A rounded linear, its AWQ exponent, and its relative squared output error."""
+
+    rounded: Rounded
+    alpha: float | None
+    error: float
+
+
+@dataclass(frozen=True)
+class CompressedLayer:
+    """The rounded linears by name, and what each value channel, (kv_heads · head_dim,), was divided by."""
+
+    linears: dict[str, CompressedLinear]
+    value_divisor: Tensor | None
+
+
+@dataclass
+class _GroupState:
+    """A group's weights (stacked), covariance and chosen exponent, on the way to being rounded."""
+
+    group: LinearGroup
+    weight: Tensor
+    covariance: Tensor
+    mean_abs: Tensor
+    alpha: float | None = None
+    producer_divisor: Tensor | None = None
+
+
+def compress_layer(
+    layer: nn.Module,
+    architecture: Architecture,
+    statistics: Mapping[str, Covariance],
+    spec: GridSpec,
+    method: str,
+    ignored: frozenset[str] = frozenset(),
+) -> CompressedLayer:
+    """Round the linears of a layer in place; returns what to store for each, by name within the layer.
+
+    `statistics` is keyed by the first linear of each group. Raises NumericsError on a weight that is not finite.
+    """
+    states = [_state_of(layer, group, statistics, ignored) for group in architecture.groups]
+    active = [state for state in states if state is not None]
+    if method == "awq":
+        for state in active:
+            _fold_awq_scale(layer, state, active, spec)
+    results: dict[str, CompressedLinear] = {}
+    for state in active:
+        if method == "awq":
+            scale, zero = search_grid(state.weight, state.covariance, spec)
+        else:
+            scale, zero = range_grid(state.weight, spec)
+        rounded = round_to_grid(state.weight, scale, zero, spec)
+        results.update(_install(layer, state, rounded))
+    divisors = [state.producer_divisor for state in active if state.group.fold == "kv_rows"]
+    return CompressedLayer(results, divisors[0] if divisors else None)
+
+
+def _state_of(
+    layer: nn.Module, group: LinearGroup, statistics: Mapping[str, Covariance], ignored: frozenset[str]
+) -> _GroupState | None:
+    if ignored.intersection(group.linears):
+        return None
+    weights = [layer.get_submodule(name).weight.float() for name in group.linears]
+    for name, weight in zip(group.linears, weights, strict=True):
+        if not torch.isfinite(weight).all():
+            raise NumericsError(f"the weight {name} of the base model holds values that are not finite")
+    seen = statistics[group.linears[0]]
+    return _GroupState(group, torch.cat(weights), seen.matrix(), seen.mean_abs())
+
+
+def _fold_awq_scale(layer: nn.Module, state: _GroupState, states: list[_GroupState], spec: GridSpec) -> None:
+    group = state.group
+    mean_abs, heads = state.mean_abs, _value_repeats(layer, group)
+    if group.fold == "kv_rows":
+        mean_abs = _shared_by_heads(mean_abs, heads)
+    choice = search_scale(state.weight, state.covariance, mean_abs, spec)
+    scale = choice.scale if group.fold != "kv_rows" else _shared_by_heads(choice.scale, heads)
+    scale = _divide_producer(layer, state, scale, heads, states)
+    state.weight = state.weight * scale
+    state.covariance = state.covariance / torch.outer(scale, scale)
+    state.alpha = choice.alpha
+
+
+def _divide_producer(
+    layer: nn.Module, state: _GroupState, scale: Tensor, heads: tuple[int, int], states: list[_GroupState]
+) -> Tensor:
+    """Divide the operation before a group by `scale`; returns the scale that was really divided by."""
+    group = state.group
+    producer = layer.get_submodule(group.fold_into)
+    if group.fold == "norm":
+        return _divide_norm(producer, scale)
+    rows = scale if group.fold == "rows" else scale.view(heads[0], heads[1], -1)[:, 0].flatten()
+    owner = next((other for other in states if group.fold_into in other.group.linears), None)
+    if owner is None:  # the producer is not quantized: leave it alone
+        return torch.ones_like(scale)
+    names = owner.group.linears
+    start = sum(layer.get_submodule(name).weight.shape[0] for name in names[: names.index(group.fold_into)])
+    owner.weight[start : start + rows.numel()] /= rows.unsqueeze(1)
+    state.producer_divisor = rows
+    if producer.bias is not None:
+        producer.bias = nn.Parameter((producer.bias.float() / rows).to(producer.bias.dtype), requires_grad=False)
+    return scale
+
+
+def _divide_norm(norm: nn.Module, scale: Tensor) -> Tensor:
+    """Divide a norm's weight; what its storage dtype rounds away is put into the scale, so that nothing is lost."""
+    before = norm.weight.float()
+    after = (before / scale).to(norm.weight.dtype)
+    norm.weight = nn.Parameter(after, requires_grad=False)
+    return torch.where(after == 0, torch.ones_like(scale), before / after.float())
+
+
+def _value_repeats(layer: nn.Module, group: LinearGroup) -> tuple[int, int]:
+    """(kv heads, query heads for each) of the value projection that a group's scale folds into."""
+    if group.fold != "kv_rows":
+        return (1, 1)
+    attention = layer.get_submodule(group.fold_into.rpartition(".")[0])
+    values = layer.get_submodule(group.fold_into).weight.shape[0]
+    return values // attention.head_dim, attention.num_key_value_groups
+
+
+def _shared_by_heads(channels: Tensor, heads: tuple[int, int]) -> Tensor:
+    """Replace each channel of the query heads that share a value channel by their geometric mean."""
+    grouped = channels.view(heads[0], heads[1], -1).clamp(min=1e-8).log()  # (kv_heads, repeats, head_dim)
+    return grouped.mean(1, keepdim=True).exp().expand(-1, heads[1], -1).flatten()
+
+
+def _install(layer: nn.Module, state: _GroupState, rounded: Rounded) -> dict[str, CompressedLinear]:
+    """Split a stacked result back into its linears and give the layer the weights that will be served."""
+    results = {}
+    start = 0
+    for name in state.group.linears:
+        linear = layer.get_submodule(name)
+        stop = start + linear.weight.shape[0]
+        part = Rounded(rounded.codes[start:stop], rounded.scale[start:stop], rounded.zero[start:stop], rounded.spec)
+        served = part.dequantize()
+        original = state.weight[start:stop]
+        power = output_error(original, state.covariance).clamp(min=1e-30)
+        error = float(output_error(original - served, state.covariance) / power)
+        linear.weight = nn.Parameter(served.to(linear.weight.dtype), requires_grad=False)
+        results[name] = CompressedLinear(part, state.alpha, error)
+        start = stop
+    return results

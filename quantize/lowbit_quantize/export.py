@@ -1,0 +1,145 @@
+"""Write a checkpoint: one shard per layer, in compressed-tensors `pack-quantized`, that stock vLLM opens with no flag.
+
+Packing and configuration classes are the compressed-tensors package's: the format is its job. A tensor that
+is not finite is refused here, whatever made it.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lowbit_core.errors import NumericsError
+from lowbit_quantize.compress import CompressedLinear
+from lowbit_quantize.grid import SCALE_DTYPE, Rounded
+from lowbit_quantize.kv_scales import KVScales
+from lowbit_quantize.recipe import Recipe
+from lowbit_quantize.source import INDEX_NAME
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+
+
+class CheckpointWriter:
+    """Writes shards as the walk produces them and the index and configuration at the end."""
+
+    def __init__(self, directory: Path, shards: int) -> None:
+        self.directory, self._shards = directory, shards
+        self._file_of: dict[str, str] = {}
+        self._bytes = 0
+        self._written = 0
+
+    def write_shard(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write one shard; raises NumericsError on a tensor that is not finite."""
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise NumericsError(f"the tensor {name} is not finite; it is not written")
+        self._written += 1
+        file = f"model-{self._written:05d}-of-{self._shards:05d}.safetensors"
+        contiguous = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+        save_file(contiguous, self.directory / file, metadata={"format": "pt"})
+        self._file_of.update(dict.fromkeys(contiguous, file))
+        self._bytes += sum(tensor.numel() * tensor.element_size() for tensor in contiguous.values())
+
+    def finish(self, base: Path, config: Mapping[str, Any]) -> None:
+        """Write the index, config.json, and the base model's tokenizer and generation files."""
+        index = {"metadata": {"total_size": self._bytes}, "weight_map": dict(sorted(self._file_of.items()))}
+        _write_json(self.directory / INDEX_NAME, index)
+        _write_json(self.directory / "config.json", config)
+        for name in TOKENIZER_FILES:
+            if (base / name).is_file():
+                shutil.copyfile(base / name, self.directory / name)
+
+    @property
+    def tensor_bytes(self) -> int:
+        return self._bytes
+
+
+def layer_tensors(
+    layer: nn.Module,
+    name: str,
+    attention: str,
+    linears: Mapping[str, CompressedLinear],
+    kv_scales: KVScales | None,
+) -> dict[str, Tensor]:
+    """The tensors of one decoder layer, by their full names."""
+    packed = {f"{linear}.weight" for linear in linears}
+    tensors = {f"{name}.{key}": value for key, value in layer.state_dict().items() if key not in packed}
+    for linear, result in linears.items():
+        tensors.update({f"{name}.{linear}.{key}": value for key, value in pack(result.rounded).items()})
+    if kv_scales:
+        tensors[f"{name}.{attention}.k_scale"] = torch.tensor([kv_scales.k_scale], dtype=torch.float32)
+        tensors[f"{name}.{attention}.v_scale"] = torch.tensor([kv_scales.v_scale], dtype=torch.float32)
+    return tensors
+
+
+def pack(rounded: Rounded) -> dict[str, Tensor]:
+    """The tensors of one linear in `pack-quantized`."""
+    bits = rounded.spec.bits
+    tensors = {
+        "weight_packed": pack_to_int32(rounded.codes, bits),
+        "weight_scale": rounded.scale.to(SCALE_DTYPE),
+        "weight_shape": torch.tensor(rounded.codes.shape, dtype=torch.int64),
+    }
+    if not rounded.spec.symmetric:
+        tensors["weight_zero_point"] = pack_to_int32(rounded.zero.to(torch.int8), bits, packed_dim=0)
+    return tensors
+
+
+def served_config(config: Any, recipe: Recipe, ignored: list[str], dtype: torch.dtype) -> dict[str, Any]:
+    """The base configuration with `quantization_config`, as transformers and vLLM read it."""
+    data: dict[str, Any] = config.to_diff_dict()
+    data.pop("_name_or_path", None)
+    data.pop("quantization_config", None)
+    data["dtype"] = str(dtype).removeprefix("torch.")
+    quantization = quantization_config(recipe, ignored)
+    if quantization:
+        data["quantization_config"] = quantization
+    return data
+
+
+def quantization_config(recipe: Recipe, ignored: list[str]) -> dict[str, Any] | None:
+    """compressed-tensors' own configuration for a recipe; None where nothing is compressed."""
+    weights, kv = recipe.weights, recipe.kv_cache.dtype == "fp8"
+    if weights.method == "none" and not kv:
+        return None
+    groups = {}
+    if weights.method != "none":
+        arguments = QuantizationArgs(
+            num_bits=weights.bits,
+            type="int",
+            symmetric=weights.symmetric,
+            strategy="group",
+            group_size=weights.group_size,
+        )
+        groups["group_0"] = QuantizationScheme(targets=["Linear"], weights=arguments)
+    config = QuantizationConfig(
+        config_groups=groups,
+        format="pack-quantized" if groups else "dense",
+        quantization_status="compressed",
+        ignore=ignored,
+        kv_cache_scheme=QuantizationArgs(num_bits=8, type="float", symmetric=True, strategy="tensor") if kv else None,
+    )
+    dumped: dict[str, Any] = json.loads(json.dumps(config.to_dict(), default=str))
+    return dumped
+
+
+def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

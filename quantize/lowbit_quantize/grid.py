@@ -1,0 +1,81 @@
+"""The integer grid of a weight: groups of `group_size` inputs share a scale and, if asymmetric, a zero point.
+
+`w ≈ scale · (code − zero)`. Codes are signed, in [−2^(b−1), 2^(b−1) − 1]; symmetric grids have zero = 0. A
+symmetric scale may be negative: the grid has one more level below zero than above, and a group whose largest
+weight is positive rounds better on the mirrored grid. Scales are held at the precision they are stored in, so
+that what is measured is what is served.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SCALE_DTYPE = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class GridSpec:
+    """Bits, group size and symmetry of a weight's grid."""
+
+    bits: int
+    group_size: int
+    symmetric: bool
+
+    @property
+    def lowest(self) -> int:
+        return -(1 << (self.bits - 1))
+
+    @property
+    def highest(self) -> int:
+        return (1 << (self.bits - 1)) - 1
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A weight on its grid: codes int8 (out, in), scale and zero (out, groups)."""
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+    spec: GridSpec
+
+    def dequantize(self) -> Tensor:
+        """The weight that is served, (out, in), float32."""
+        groups = self.codes.unflatten(1, (-1, self.spec.group_size)).float()  # (out, groups, group_size)
+        return ((groups - self.zero.unsqueeze(-1)) * self.scale.unsqueeze(-1)).flatten(1)
+
+
+def stored(scale: Tensor) -> Tensor:
+    """A scale as it will be read back, never zero."""
+    scale = scale.to(SCALE_DTYPE).float()
+    return torch.where(scale == 0, torch.ones_like(scale), scale)
+
+
+def range_grid(weight: Tensor, spec: GridSpec, clip: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Scale and zero, (out, groups), that cover `clip` of each group's range."""
+    groups = weight.unflatten(1, (-1, spec.group_size))  # (out, groups, group_size)
+    if spec.symmetric:
+        reach = groups.abs().amax(-1) * clip
+        return stored(2 * reach / (spec.highest - spec.lowest)), torch.zeros_like(reach)
+    low = groups.amin(-1).clamp(max=0) * clip
+    high = groups.amax(-1).clamp(min=0) * clip
+    scale = stored((high - low) / (spec.highest - spec.lowest))
+    return scale, (spec.lowest - torch.round(low / scale)).clamp(spec.lowest, spec.highest)
+
+
+def encode(groups: Tensor, scale: Tensor, zero: Tensor, spec: GridSpec) -> Tensor:
+    """Nearest codes, as float, of (out, groups, group_size)."""
+    codes = groups / scale.unsqueeze(-1)
+    return codes.round_().add_(zero.unsqueeze(-1)).clamp_(spec.lowest, spec.highest)
+
+
+def round_to_grid(weight: Tensor, scale: Tensor, zero: Tensor, spec: GridSpec) -> Rounded:
+    """Round every weight to its nearest code."""
+    codes = encode(weight.unflatten(1, (-1, spec.group_size)), scale, zero, spec)
+    return Rounded(codes.flatten(1).to(torch.int8), scale, zero, spec)
+
+
+def output_error(difference: Tensor, covariance: Tensor) -> Tensor:
+    """`tr(D H Dᵀ)`: the mean squared output error of a weight that is off by D (out, in) on inputs of covariance H."""
+    return ((difference @ covariance) * difference).sum()

@@ -1,0 +1,52 @@
+"""Statistics of one layer, gathered in one pass: covariances of inputs, and the reach of keys and values."""
+
+import torch
+from torch import Tensor
+
+SYMMETRIC_BLOCKS = 4
+
+
+class Covariance:
+    """`H = XᵀX` in float32 and the mean of |x| over tokens, for inputs of `features` channels.
+
+    Only blocks on and above the diagonal are computed (5/8 of the products for four blocks).
+    """
+
+    def __init__(self, features: int, device: torch.device) -> None:
+        self._sum = torch.zeros(features, features, device=device)
+        self._abs_sum = torch.zeros(features, device=device)
+        self._block = -(-features // SYMMETRIC_BLOCKS)
+        self.tokens = 0
+
+    def add(self, inputs: Tensor) -> None:
+        """Add (tokens, features)."""
+        inputs = inputs.float()
+        for start in range(0, inputs.shape[1], self._block):
+            stop = start + self._block
+            self._sum[start:stop, start:].addmm_(inputs[:, start:stop].T, inputs[:, start:])
+        self._abs_sum += inputs.abs().sum(0)
+        self.tokens += inputs.shape[0]
+
+    def matrix(self) -> Tensor:
+        """The mean of x xᵀ, (features, features)."""
+        upper = self._sum.triu()
+        return (upper + upper.triu(1).T) / max(1, self.tokens)
+
+    def mean_abs(self) -> Tensor:
+        """The mean of |x|, (features,)."""
+        return self._abs_sum / max(1, self.tokens)
+
+
+class KeyValueReach:
+    """Largest |key| of a layer and largest |value| of each value channel, as handed to the cache."""
+
+    def __init__(self) -> None:
+        self.key = torch.zeros(())
+        self.value = torch.zeros(())
+
+    def __call__(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """A cache seam: keys and values are (batch, kv_heads, tokens, head_dim) and pass unchanged."""
+        self.key = torch.maximum(self.key.to(keys.device), keys.abs().amax().float())
+        channels = values.abs().amax(dim=(0, 2)).float()  # (kv_heads, head_dim)
+        self.value = torch.maximum(self.value.to(values.device), channels.reshape(-1))
+        return keys, values

@@ -1,0 +1,160 @@
+"""Hidden states that walk down a decoder one layer at a time, and the seams they are observed at.
+
+Only one layer's weights are in memory. The model exists as a skeleton without weights; what every layer is
+called with (mask, positions, rotary embeddings) is captured once for each sequence length by running the
+skeleton with recorders in place of its layers. Keys and values are seen, and rounded, where every attention
+hands them to `Cache.update`, which is after RoPE.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.cache_utils import Cache
+
+from lowbit_core.errors import ModelError
+from lowbit_quantize.architectures import Architecture
+from lowbit_quantize.source import WeightFiles
+
+BATCH_TOKENS = 4096  # tokens in one forward pass: large enough for efficient products, small enough for memory
+
+KeyValueSeam = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class SeamCache(Cache):
+    """A cache that keeps nothing: it passes keys and values, (batch, heads, tokens, head_dim), through a seam."""
+
+    def __init__(self, seam: KeyValueSeam) -> None:
+        super().__init__(layers=[])
+        self._seam = seam
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return self._seam(key_states, value_states)
+
+
+class _Recorder(nn.Module):
+    """Stands in for a decoder layer and keeps what it was called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.arguments: dict[str, Any] = {}
+
+    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
+        self.arguments = arguments
+        return hidden_states
+
+
+class Decoder:
+    """A causal language model whose weights are read from disk as the walk needs them."""
+
+    def __init__(self, config: Any, architecture: Architecture, weights: WeightFiles, device: torch.device) -> None:
+        self.config, self.architecture, self.weights, self.device = config, architecture, weights, device
+        self.dtype = config.dtype if config.dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
+        self.skeleton = build_skeleton(config)
+        self._layers: nn.ModuleList = self.skeleton.get_submodule(architecture.layers)  # type: ignore[assignment]
+        self._arguments: dict[int, list[dict[str, Any]]] = {}
+
+    @property
+    def depth(self) -> int:
+        return len(self._layers)
+
+    def layer_name(self, index: int) -> str:
+        return f"{self.architecture.layers}.{index}"
+
+    def load_layer(self, index: int) -> nn.Module:
+        """Layer `index` with its weights, in the compute dtype."""
+        return self._load(copy.deepcopy(self._layers[index]), self.layer_name(index))
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Hidden states before the first layer: (sequences, tokens) to (sequences, tokens, hidden)."""
+        embedding = self._load_named(self.architecture.embedding)
+        return torch.cat([embedding(row) for row in token_ids.to(self.device).split(1)])
+
+    def head(self) -> tuple[nn.Module, Tensor]:
+        """The final norm and the output matrix, (vocabulary, hidden)."""
+        name = f"{self.architecture.head}.weight"
+        if name not in self.weights:
+            if not self.config.tie_word_embeddings:
+                raise ModelError(f"{self.weights.directory} lacks {name} and its embeddings are not tied")
+            name = f"{self.architecture.embedding}.weight"
+        return self._load_named(self.architecture.final_norm), self.weights.read(name).to(self.device, self.dtype)
+
+    def run_layer(self, layer: nn.Module, index: int, hidden: Tensor, seam: KeyValueSeam | None = None) -> Iterator[Tensor]:
+        """Run one layer over (sequences, tokens, hidden) in batches; yields each batch's output in order."""
+        arguments = self._layer_arguments(index, hidden.shape[1])
+        for batch in hidden.split(max(1, BATCH_TOKENS // hidden.shape[1])):
+            cache = SeamCache(seam) if seam else None
+            with torch.inference_mode():
+                output = layer(batch, **{**arguments, "past_key_values": cache})
+            yield output[0] if isinstance(output, tuple) else output
+
+    def advance(self, layer: nn.Module, index: int, hidden: Tensor, seam: KeyValueSeam | None = None) -> None:
+        """Replace `hidden` by the layer's output, in place."""
+        size = max(1, BATCH_TOKENS // hidden.shape[1])
+        for start, output in enumerate(self.run_layer(layer, index, hidden, seam)):
+            hidden[start * size : (start + 1) * size] = output
+
+    def _layer_arguments(self, index: int, tokens: int) -> dict[str, Any]:
+        if tokens not in self._arguments:
+            self._arguments[tokens] = self._capture(tokens)
+        return self._arguments[tokens][index]
+
+    def _capture(self, tokens: int) -> list[dict[str, Any]]:
+        recorders = nn.ModuleList(_Recorder() for _ in self._layers)
+        parent_name, _, leaf = self.architecture.layers.rpartition(".")
+        parent = self.skeleton.get_submodule(parent_name)
+        embeds = torch.zeros(1, tokens, self.config.hidden_size, dtype=self.dtype, device=self.device)
+        setattr(parent, leaf, recorders)
+        norm = self.skeleton.get_submodule(self.architecture.final_norm)
+        try:
+            self._replace(self.architecture.final_norm, nn.Identity())
+            self.skeleton.get_submodule(self.architecture.rotary).to(self.device)
+            with torch.inference_mode():
+                parent(inputs_embeds=embeds, use_cache=False)
+        finally:
+            setattr(parent, leaf, self._layers)
+            self._replace(self.architecture.final_norm, norm)
+        return [recorder.arguments for recorder in recorders]  # type: ignore[misc]
+
+    def _replace(self, name: str, module: nn.Module) -> None:
+        parent, _, leaf = name.rpartition(".")
+        setattr(self.skeleton.get_submodule(parent), leaf, module)
+
+    def _load_named(self, name: str) -> nn.Module:
+        return self._load(copy.deepcopy(self.skeleton.get_submodule(name)), name)
+
+    def _load(self, module: nn.Module, prefix: str) -> nn.Module:
+        state = {
+            name: self.weights.read(f"{prefix}.{name}").to(self.device, self.dtype) for name in module.state_dict()
+        }
+        module.load_state_dict(state, assign=True)
+        return module.eval().requires_grad_(False)
+
+
+def build_skeleton(config: Any) -> nn.Module:
+    """The model without weights: parameters on the meta device, computed buffers real."""
+    with init_empty_weights(include_buffers=False):
+        model: nn.Module = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    return model.eval()
+
+
+@contextmanager
+def inputs_of(layer: nn.Module, observers: dict[str, Callable[[Tensor], None]]) -> Iterator[None]:
+    """Call `observers[name]` with the input, (tokens, features), of each named linear while the layer runs."""
+
+    def hook_for(observe: Callable[[Tensor], None]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, inputs: observe(inputs[0].reshape(-1, inputs[0].shape[-1]))
+
+    handles = [
+        layer.get_submodule(name).register_forward_pre_hook(hook_for(observe)) for name, observe in observers.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
