@@ -1,0 +1,95 @@
+"""One evaluator for every tool: how far a checkpoint's next-token distribution is from its base model's.
+
+    python kl.py --base DIR --checkpoint DIR --token-ids FILE --threads 2
+
+Loads both models with transformers in float32, the checkpoint dequantized, so that kernels play no part and
+every tool is judged by the same arithmetic. The KV cache is not quantized here. The last line of stdout is a
+JSON object: mean KL in nats with its standard error over rows, top-1 agreement, perplexities. `--rows` takes
+the first rows only.
+"""
+
+import argparse
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig
+
+
+@dataclass(frozen=True)
+class Row:
+    """Means over the predictions of one row."""
+
+    kl: float
+    top1: float
+    base_nll: float
+    nll: float
+
+
+def load(path: Path) -> torch.nn.Module:
+    """A model in float32; packed weights are unpacked, and anything that stays packed is refused."""
+    config = AutoConfig.from_pretrained(str(path))
+    unpack = {}
+    if hasattr(config, "quantization_config"):
+        config.quantization_config.pop("kv_cache_scheme", None)  # weights alone are compared
+        unpack = {"quantization_config": CompressedTensorsConfig(dequantize=True)}
+    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
+        str(path), config=config, dtype=torch.float32, **unpack
+    )
+    packed = [name for name, _ in model.named_parameters() if name.endswith("weight_packed")]
+    if packed:
+        raise SystemExit(f"{len(packed)} weights of {path.name} stayed packed, first {packed[0]}")
+    return model.eval()
+
+
+def compare(base: torch.nn.Module, other: torch.nn.Module, ids: torch.Tensor) -> Row:
+    """One row's comparison; `ids` is (1, tokens)."""
+    targets = ids[0, 1:]
+    base_log = base(input_ids=ids).logits[0, :-1].float().log_softmax(-1)  # (tokens - 1, vocabulary)
+    other_log = other(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
+    kl = (base_log.exp() * (base_log - other_log)).sum(-1)
+    return Row(
+        kl=kl.mean().item(),
+        top1=(base_log.argmax(-1) == other_log.argmax(-1)).float().mean().item(),
+        base_nll=-base_log.gather(1, targets[:, None]).mean().item(),
+        nll=-other_log.gather(1, targets[:, None]).mean().item(),
+    )
+
+
+def summarized(rows: list[Row], predictions: int) -> dict[str, float]:
+    values = {
+        name: torch.tensor([asdict(row)[name] for row in rows], dtype=torch.float64)
+        for name in asdict(rows[0])
+    }
+    return {
+        "rows": len(rows),
+        "predictions": predictions,
+        "mean_kl_nats": values["kl"].mean().item(),
+        "mean_kl_standard_error": (values["kl"].std() / math.sqrt(len(rows))).item(),
+        "top1_agreement": values["top1"].mean().item(),
+        "base_perplexity": values["base_nll"].mean().exp().item(),
+        "perplexity": values["nll"].mean().exp().item(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="KL divergence of a checkpoint from its base model.")
+    parser.add_argument("--base", type=Path, required=True)
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--token-ids", type=Path, required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--rows", type=int)
+    arguments = parser.parse_args()
+
+    torch.set_num_threads(arguments.threads)
+    base, other = load(arguments.base), load(arguments.checkpoint)
+    ids = json.loads(arguments.token_ids.read_text(encoding="utf-8"))["input_ids"][: arguments.rows]
+    with torch.inference_mode():
+        rows = [compare(base, other, torch.tensor([row])) for row in ids]
+    print(json.dumps(summarized(rows, sum(len(row) - 1 for row in ids))))
+
+
+if __name__ == "__main__":
+    main()
