@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from lowbit_core import __version__
 from lowbit_core.log import get_logger
 from lowbit_server.config import Checkpoint, ServeConfig, derive_engine_arguments
-from lowbit_server.drain import DrainState, bind, interruptible_start, serve_until_stopped
+from lowbit_server.drain import DrainState, address, bind, interruptible_start, serve_until_stopped
 from lowbit_server.memory import DeviceMemory, MemoryReader
 from lowbit_server.metrics import LowbitCollector
 from lowbit_server.proof import KVProof, prove_kv_scales, read_checkpoint_scales
@@ -57,7 +57,7 @@ async def serve(config: ServeConfig, checkpoint: Checkpoint) -> None:
             service = await inspect_engine(engine, config, checkpoint)
             app = await build_app(engine, service, throughput, lambda: state.draining)
         log.info("ready in %.1f s", time.monotonic() - began)
-        log.info("serving %s at http://%s:%d/v1", service.model, config.host, config.port)
+        log.info("serving %s at http://%s/v1", service.model, address(config.host, config.port))
         await serve_until_stopped(app, listener, engine, state, config.drain_timeout_s)
     log.info("stopped")
 
@@ -110,4 +110,5 @@ def _say_proof(proof: KVProof, facts: EngineFacts) -> None:
 
 
 def _readable(arguments: dict[str, Any]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in arguments.items() if name != "model")
+    told = {name: value for name, value in arguments.items() if name != "model" and value is not None}
+    return ", ".join(f"{name}={value}" for name, value in told.items())

@@ -19,13 +19,22 @@ from lowbit_server.routes import Liveness
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 WATCH_S = 1.0
+BACKLOG = 2048  # connections that wait for accept(), as uvicorn's default
 KEEP_ALIVE_S = 65  # longer than the 60 s of common load balancers, so that they close idle connections first
 
 log = get_logger("serve")
 
 
+def address(host: str, port: int) -> str:
+    """`host:port` as it stands in a URL."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def bind(host: str, port: int) -> socket.socket:
-    """Bind the port before the engine starts; raises ConfigError when it is taken or not ours."""
+    """Bind the port before the engine starts; raises ConfigError when it is taken or not ours.
+
+    Listening comes when the app is ready: until then a client is refused at once and does not hang.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -33,10 +42,23 @@ def bind(host: str, port: int) -> socket.socket:
         listener.bind((host, port))
     except OSError as error:
         listener.close()
-        raise ConfigError(
-            f"cannot listen on {host}:{port}: {error.strerror or error}; choose another --port"
-        ) from error
+        raise _port_is_taken(host, port, error) from error
     return listener
+
+
+def listen(listener: socket.socket) -> None:
+    """Open the port; raises ConfigError when another program that was starting too was faster."""
+    try:
+        listener.listen(BACKLOG)
+    except OSError as error:
+        host, port = listener.getsockname()[:2]
+        raise _port_is_taken(host, port, error) from error
+
+
+def _port_is_taken(host: str, port: int, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"cannot listen on {address(host, port)}: {error.strerror or error}; choose another --port"
+    )
 
 
 @contextlib.contextmanager
@@ -87,6 +109,7 @@ async def serve_until_stopped(
         )
     )
     app.state.server = server  # vLLM's error handler asks it to stop when the engine is dead
+    listen(listener)
     loop = asyncio.get_running_loop()
     for number in SIGNALS:
         loop.add_signal_handler(number, state.requested.set)
