@@ -16,6 +16,7 @@ from lowbit_server.config import Checkpoint, ServeConfig, derive_engine_argument
 from lowbit_server.drain import DrainState, address, bind, interruptible_start, serve_until_stopped
 from lowbit_server.memory import DeviceMemory, MemoryReader
 from lowbit_server.metrics import LowbitCollector
+from lowbit_server.preflight import refuse_unfit_machine
 from lowbit_server.proof import KVProof, prove_kv_scales, read_checkpoint_scales
 from lowbit_server.report import EngineFacts, Service, checkpoint_document
 from lowbit_server.routes import (
@@ -47,6 +48,7 @@ async def serve(config: ServeConfig, checkpoint: Checkpoint) -> None:
     from lowbit_server.engine import engine_device, start_engine  # vLLM: seconds, and only when needed
 
     device = engine_device()
+    refuse_unfit_machine(checkpoint, device)
     arguments = derive_engine_arguments(config, checkpoint, device)
     throughput, state, began = Throughput(), DrainState(), time.monotonic()
     async with contextlib.AsyncExitStack() as stack:

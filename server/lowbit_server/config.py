@@ -18,6 +18,7 @@ KV_DTYPES: tuple[str, ...] = get_args(KVDtype)
 GIB = 1 << 30
 DEFAULT_CPU_KV_CACHE_BYTES = 2 * GIB  # the host's memory is shared with everything else that runs there
 KV_BLOCK_TOKENS = 128  # the CPU engine's block; a multiple of every GPU block size
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 ENGINE_DTYPES = ("bfloat16", "float16")  # a float32 checkpoint is left to the engine, as stock vLLM does
 
 
@@ -84,6 +85,7 @@ def open_checkpoint(config: ServeConfig) -> Checkpoint:
     if manifest is not None:
         _refuse_rejected(config, manifest)
         verify_files(config.directory, manifest, hashes=not config.skip_hash_check)
+        _refuse_unlisted_weights(config.directory, manifest)
     elif not any(config.directory.glob("*.safetensors")):
         raise CheckpointError(f"{config.directory} is incomplete: it has no *.safetensors file")
     return Checkpoint(config.directory, model_config, shape_from_config(model_config), manifest)
@@ -94,6 +96,16 @@ def _refuse_rejected(config: ServeConfig, manifest: Manifest) -> None:
         raise CheckpointError(
             f"{config.directory} was rejected by its quality gate ({'; '.join(manifest.gate.reasons)}); "
             f"quantize it again with a milder recipe, or give --allow-rejected ({MANIFEST_NAME}: gate)"
+        )
+
+
+def _refuse_unlisted_weights(directory: Path, manifest: Manifest) -> None:
+    """The engine loads every weight file that it finds: one that is not listed was added later."""
+    found = (path.name for path in sorted(directory.iterdir()) if path.suffix in WEIGHT_SUFFIXES)
+    if unlisted := [name for name in found if name not in manifest.files]:
+        raise CheckpointError(
+            f"{directory} holds {', '.join(unlisted)}, which {MANIFEST_NAME} does not list: "
+            "remove what was added"
         )
 
 

@@ -101,6 +101,16 @@ def test_one_flipped_bit_is_refused_unless_hashes_are_skipped(make_checkpoint: "
     open_checkpoint(ServeConfig(directory, skip_hash_check=True))
 
 
+def test_weight_file_that_the_manifest_does_not_list_is_refused(make_checkpoint: "MakeCheckpoint") -> None:
+    directory = make_checkpoint()
+    (directory / "extra.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError) as raised:
+        open_checkpoint(ServeConfig(directory))
+    assert str(raised.value) == (
+        f"{directory} holds extra.safetensors, which lowbit.json does not list: remove what was added"
+    )
+
+
 def test_unfinished_run_is_refused(make_checkpoint: "MakeCheckpoint") -> None:
     directory = make_checkpoint()
     (directory / MANIFEST_NAME).rename(directory / PROGRESS_NAME)
