@@ -112,9 +112,13 @@ def environment(name: str, work: Path) -> Path:
 
 
 def thread_limits(threads: int) -> dict[str, str]:
-    """The process environment of every run: offline, and no more threads than the scenario says."""
+    """The process environment of every run: offline, and no more threads than the scenario says.
+
+    Idle threads sleep. By default they spin, and on a machine with neighbours that counts as CPU time.
+    """
     limits = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-    return {**os.environ, **limits, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    quiet = {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return {**os.environ, **limits, **quiet}
 
 
 def prepared_model(python: Path, work: Path) -> Path:
