@@ -81,13 +81,13 @@ def open_checkpoint(config: ServeConfig) -> Checkpoint:
     Raises CheckpointError for a directory that is incomplete, changed, or rejected by its gate.
     """
     manifest = read_manifest(config.directory)
-    model_config = read_config(config.directory)
     if manifest is not None:
         _refuse_rejected(config, manifest)
         verify_files(config.directory, manifest, hashes=not config.skip_hash_check)
         _refuse_unlisted_weights(config.directory, manifest)
     elif not any(config.directory.glob("*.safetensors")):
         raise CheckpointError(f"{config.directory} is incomplete: it has no *.safetensors file")
+    model_config = read_config(config.directory)
     return Checkpoint(config.directory, model_config, shape_from_config(model_config), manifest)
 
 

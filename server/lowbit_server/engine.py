@@ -33,7 +33,7 @@ from lowbit_server.report import EngineFacts
 from lowbit_server.throughput import Throughput
 
 WORKER_EXTENSION = "lowbit_server.worker.WorkerExtension"
-PROCESS_STOP_S = 10  # after the requests are done: time for the engine's processes to free their memory
+PROCESS_STOP_S = 15  # after the requests are done: time for the engine's processes to free their memory
 
 __all__ = ["Engine", "engine_device", "start_engine"]
 
