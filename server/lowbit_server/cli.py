@@ -27,6 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser, environment: Mapping[str, str
 
     def value(flag: str, parse: Callable[[str], object], default: object, help_text: str) -> None:
         given = environment.get(_variable(flag), default)
+        if str(given).startswith("tcp://"):  # Kubernetes' own LOWBIT_PORT, for a Service named "lowbit"
+            given = default
         parser.add_argument(flag, type=_named(flag, parse), default=given, help=help_text)
 
     def switch(flag: str, help_text: str) -> None:
@@ -105,7 +107,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         from lowbit_server import app, engine  # noqa: F401  # vLLM: imported only now, see the module docstring
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] not in ("vllm", "torch"):
+        if error.name is None or error.name.startswith("lowbit_"):
             raise
         raise EngineError(
             f"{error.name} is not installed; pip install 'lowbit[cpu]' (no GPU) or 'lowbit[gpu]' (CUDA)"

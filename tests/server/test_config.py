@@ -63,6 +63,10 @@ def test_wrong_value_is_one_line_whether_flag_or_variable(flag: str, text: str, 
         assert str(raised.value) == message
 
 
+def test_service_link_of_kubernetes_is_not_taken_for_our_port() -> None:
+    assert _parse(["ckpt"], {"LOWBIT_PORT": "tcp://10.0.0.7:8000"}).port == ServeConfig.port
+
+
 def test_flags_that_contradict_each_other_are_refused() -> None:
     with pytest.raises(ConfigError, match="say the same thing; give one of them"):
         _parse(["ckpt", "--kv-cache-gib", "1", "--kv-cache-memory-bytes", "1"])
