@@ -202,7 +202,7 @@ def measured(tool: str, python: Path, scenario: Scenario, work: Path) -> tuple[M
 
 def numbers(line: str) -> dict[str, float]:
     """The numeric entries of the JSON object in a tool's last line; its paths and names stay out."""
-    return {key: value for key, value in json.loads(line).items() if isinstance(value, (int, float))}
+    return {key: value for key, value in json.loads(line).items() if type(value) in (int, float)}
 
 
 def versions(python: Path) -> dict[str, str]:
