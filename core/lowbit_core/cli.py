@@ -65,7 +65,9 @@ def load_command(entry: EntryPoint) -> Command:
 
 
 def _overview(commands: dict[str, EntryPoint]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="lowbit", description="Quantize, prove, serve and load-test language models.")
+    parser = argparse.ArgumentParser(
+        prog="lowbit", description="Quantize, prove, serve and load-test language models."
+    )
     parser.add_argument("--version", action="version", version=f"lowbit {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name, entry in sorted(commands.items()):

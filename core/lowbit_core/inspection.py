@@ -21,7 +21,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     manifest = read_manifest(arguments.checkpoint)
     if manifest is None:
-        raise CheckpointError(f"{arguments.checkpoint} has no {MANIFEST_NAME}; only `lowbit quantize` writes one")
+        raise CheckpointError(
+            f"{arguments.checkpoint} has no {MANIFEST_NAME}; only `lowbit quantize` writes one"
+        )
     if arguments.verify:
         verify_files(arguments.checkpoint, manifest, hashes=True)
     if arguments.json:
@@ -37,10 +39,10 @@ def describe(manifest: Manifest, *, verified: bool) -> Table:
     """The facts of a checkpoint, one a row."""
     size, quality, gate = manifest.size, manifest.quality, manifest.gate
     weights = manifest.recipe["weights"]
-    kv = manifest.kv_cache
+    kv, base = manifest.kv_cache, manifest.base
     table = Table(show_header=False, title=manifest.base.name)
     rows = {
-        "base": f"{manifest.base.kind}, {manifest.base.model_type}, {manifest.base.dtype}, {size.parameters:,} parameters",
+        "base": f"{base.kind}, {base.model_type}, {base.dtype}, {size.parameters:,} parameters",
         "weights": f"{weights['method']}, {weights['bits']} bits, group {weights['group_size']}, "
         f"{'symmetric' if weights['symmetric'] else 'asymmetric'}, {size.linear_bits_per_weight} bits per weight",
         "KV cache": f"{kv.dtype}, {len(kv.layers)} layers, {kv.source}" if kv else "not quantized",

@@ -148,7 +148,9 @@ def read_manifest(directory: Path) -> Manifest | None:
     Raises CheckpointError when the directory is missing, an unfinished run, or its manifest unreadable.
     """
     if not directory.is_dir():
-        raise CheckpointError(f"{directory} is not a directory; give a checkpoint that `lowbit quantize --out` wrote")
+        raise CheckpointError(
+            f"{directory} is not a directory; give a checkpoint that `lowbit quantize --out` wrote"
+        )
     path = directory / MANIFEST_NAME
     if not path.exists():
         if (directory / PROGRESS_NAME).exists():

@@ -7,6 +7,8 @@ output channels by `s` and multiplying the linears' input columns by `s` leaves 
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import nn
+
 from lowbit_core.errors import ModelError
 
 
@@ -56,3 +58,11 @@ def architecture_of(model_type: str, model: str) -> Architecture:
             f"{model} has the architecture {model_type!r}; supported are: {', '.join(sorted(ARCHITECTURES))}"
         )
     return ARCHITECTURES[model_type]
+
+
+def linear_of(layer: nn.Module, name: str) -> nn.Linear:
+    """A linear of a decoder layer, by the name that the table uses."""
+    module = layer.get_submodule(name)
+    if not isinstance(module, nn.Linear):
+        raise TypeError(f"{name} is a {type(module).__name__}, the table says it is a linear")
+    return module

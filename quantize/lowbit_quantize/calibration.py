@@ -23,7 +23,9 @@ from lowbit_core.errors import RecipeError
 from lowbit_core.manifest import TextRecord
 from lowbit_quantize.recipe import BUNDLED, Text
 
-OVERLAP_WORDS = 13  # a shared run of this many words makes two documents overlap (Brown et al. 2020, arXiv 2005.14165)
+OVERLAP_WORDS = (
+    13  # a shared run of this many words makes two documents overlap (Brown et al. 2020, arXiv 2005.14165)
+)
 HELDOUT_SHARE = 5  # where one source gives both texts, one document in five is held out
 DOCUMENT_CHARACTERS = 4000  # plain text is cut into documents of about this size, at blank lines
 
@@ -59,11 +61,15 @@ class TokenText:
     record: TextRecord
 
 
-def load_texts(calibration: Text, heldout: Text, tokenizer: Any, vocabulary: int) -> tuple[TokenText, TokenText]:
+def load_texts(
+    calibration: Text, heldout: Text, tokenizer: Any, vocabulary: int
+) -> tuple[TokenText, TokenText]:
     """The calibration and held-out sequences of a recipe; raises RecipeError where a source gives too little."""
     calibration_documents = _documents(calibration, "calibration", heldout)
     heldout_documents = _documents(heldout, "heldout", calibration)
-    calibration_text, used = _sequences(calibration, calibration_documents, tokenizer, vocabulary, "calibration")
+    calibration_text, used = _sequences(
+        calibration, calibration_documents, tokenizer, vocabulary, "calibration"
+    )
     disjoint = drop_overlap(heldout_documents, used)
     return calibration_text, _sequences(heldout, disjoint, tokenizer, vocabulary, "quality")[0]
 
@@ -72,7 +78,8 @@ def _sequences(
     text: Text, documents: list[Document], tokenizer: Any, vocabulary: int, section: str
 ) -> tuple[TokenText, list[Document]]:
     if text.token_ids:
-        ids, domains, used = _read_token_ids(Path(text.token_ids), vocabulary, section), (), documents
+        ids, used = _read_token_ids(Path(text.token_ids), vocabulary, section), documents
+        domains: tuple[str, ...] = ("all",) * ids.shape[0]
     else:
         ids, domains, used = _pack(text, documents, tokenizer, section)
     digest = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
@@ -84,7 +91,7 @@ def _sequences(
         seed=text.seed,
         sha256=digest,
     )
-    return TokenText(ids, domains or ("all",) * ids.shape[0], record), used
+    return TokenText(ids, domains, record), used
 
 
 def _read_token_ids(path: Path, vocabulary: int, section: str) -> Tensor:
@@ -96,7 +103,9 @@ def _read_token_ids(path: Path, vocabulary: int, section: str) -> Tensor:
     if ids.dim() != 2 or ids.numel() == 0:
         raise RecipeError(f"{path} holds ids of shape {tuple(ids.shape)}; {wanted}")
     if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
-        raise RecipeError(f"{path} holds token ids outside 0…{vocabulary - 1}; they belong to another tokenizer")
+        raise RecipeError(
+            f"{path} holds token ids outside 0…{vocabulary - 1}; they belong to another tokenizer"
+        )
     return ids
 
 
@@ -137,7 +146,9 @@ def shuffled(documents: Sequence[Document], seed: int) -> list[Document]:
     return order
 
 
-def _chunks(documents: list[Document], size: int, tokenizer: Any, used: list[Document]) -> Iterator[list[int]]:
+def _chunks(
+    documents: list[Document], size: int, tokenizer: Any, used: list[Document]
+) -> Iterator[list[int]]:
     buffer: list[int] = []
     for document in documents:
         used.append(document)
@@ -190,7 +201,11 @@ def _read_txt(path: Path) -> Iterator[Document]:
 
 
 def _read_jsonl(path: Path) -> Iterator[Document]:
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+    with (
+        gzip.open(path, "rt", encoding="utf-8")
+        if path.suffix == ".gz"
+        else path.open(encoding="utf-8") as file
+    ):
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue

@@ -17,13 +17,21 @@ if TYPE_CHECKING:
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     names = ", ".join(bundled_recipes())
-    parser.add_argument("--model", required=True, help="directory, FILE.gguf, or hub id OWNER/NAME[@REVISION]")
+    parser.add_argument(
+        "--model", required=True, help="directory, FILE.gguf, or hub id OWNER/NAME[@REVISION]"
+    )
     parser.add_argument("--recipe", required=True, help=f"FILE.yaml or one of: {names}")
     parser.add_argument("--out", required=True, type=Path, help="directory for the checkpoint, new or empty")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--calibration", metavar="SOURCE", help="text: default, FILE.jsonl, FILE.txt, hub:DATASET")
-    parser.add_argument("--heldout", metavar="SOURCE", help="text that quality is measured on, as --calibration")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key")
+    parser.add_argument(
+        "--calibration", metavar="SOURCE", help="text: default, FILE.jsonl, FILE.txt, hub:DATASET"
+    )
+    parser.add_argument(
+        "--heldout", metavar="SOURCE", help="text that quality is measured on, as --calibration"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key"
+    )
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -48,7 +56,9 @@ def _device(name: str) -> "torch.device":
     try:
         import torch
     except ImportError:
-        raise ConfigError("`lowbit quantize` needs torch and transformers; run `pip install 'lowbit[cpu]'` or [gpu]") from None
+        raise ConfigError(
+            "`lowbit quantize` needs torch and transformers; run `pip install 'lowbit[cpu]'` or [gpu]"
+        ) from None
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch sees no CUDA device here; allowed: auto, cpu")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
@@ -62,7 +72,14 @@ def summary(manifest: Manifest, out: Path) -> dict[str, Any]:
         **manifest.size.model_dump(include={"base_bytes", "bytes", "linear_bits_per_weight"}),
         **manifest.run.model_dump(include={"seconds", "cpu_seconds", "peak_rss_bytes"}),
         **manifest.quality.model_dump(
-            include={"mean_kld", "kld_stderr", "top1_agreement", "perplexity_base", "perplexity", "predictions"}
+            include={
+                "mean_kld",
+                "kld_stderr",
+                "top1_agreement",
+                "perplexity_base",
+                "perplexity",
+                "predictions",
+            }
         ),
     }
 

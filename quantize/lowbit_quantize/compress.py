@@ -5,13 +5,15 @@ Everything here is arithmetic on the layer's weights and on what `observe` saw; 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lowbit_core.errors import NumericsError
-from lowbit_quantize.architectures import Architecture, LinearGroup
-from lowbit_quantize.awq import search_grid, search_scale
+from lowbit_quantize.architectures import Architecture, LinearGroup, linear_of
+from lowbit_quantize.awq import search_scale
+from lowbit_quantize.clip import round_clipped
 from lowbit_quantize.grid import GridSpec, Rounded, output_error, range_grid, round_to_grid
 from lowbit_quantize.observe import Covariance
 
@@ -40,7 +42,6 @@ class _GroupState:
     group: LinearGroup
     weight: Tensor
     covariance: Tensor
-    mean_abs: Tensor
     alpha: float | None = None
     producer_divisor: Tensor | None = None
 
@@ -65,10 +66,9 @@ def compress_layer(
     results: dict[str, CompressedLinear] = {}
     for state in active:
         if method == "awq":
-            scale, zero = search_grid(state.weight, state.covariance, spec)
+            rounded = round_clipped(state.weight, state.covariance, spec)
         else:
-            scale, zero = range_grid(state.weight, spec)
-        rounded = round_to_grid(state.weight, scale, zero, spec)
+            rounded = round_to_grid(state.weight, *range_grid(state.weight, spec), spec)
         results.update(_install(layer, state, rounded))
     divisors = [state.producer_divisor for state in active if state.group.fold == "kv_rows"]
     return CompressedLayer(results, divisors[0] if divisors else None)
@@ -79,20 +79,19 @@ def _state_of(
 ) -> _GroupState | None:
     if ignored.intersection(group.linears):
         return None
-    weights = [layer.get_submodule(name).weight.float() for name in group.linears]
+    weights = [linear_of(layer, name).weight.float() for name in group.linears]
     for name, weight in zip(group.linears, weights, strict=True):
         if not torch.isfinite(weight).all():
             raise NumericsError(f"the weight {name} of the base model holds values that are not finite")
-    seen = statistics[group.linears[0]]
-    return _GroupState(group, torch.cat(weights), seen.matrix(), seen.mean_abs())
+    return _GroupState(group, torch.cat(weights), statistics[group.linears[0]].matrix())
 
 
 def _fold_awq_scale(layer: nn.Module, state: _GroupState, states: list[_GroupState], spec: GridSpec) -> None:
     group = state.group
-    mean_abs, heads = state.mean_abs, _value_repeats(layer, group)
+    activation, heads = state.covariance.diagonal().clamp(min=0).sqrt(), _value_repeats(layer, group)
     if group.fold == "kv_rows":
-        mean_abs = _shared_by_heads(mean_abs, heads)
-    choice = search_scale(state.weight, state.covariance, mean_abs, spec)
+        activation = _shared_by_heads(activation, heads)
+    choice = search_scale(state.weight, state.covariance, activation, spec)
     scale = choice.scale if group.fold != "kv_rows" else _shared_by_heads(choice.scale, heads)
     scale = _divide_producer(layer, state, scale, heads, states)
     state.weight = state.weight * scale
@@ -105,23 +104,25 @@ def _divide_producer(
 ) -> Tensor:
     """Divide the operation before a group by `scale`; returns the scale that was really divided by."""
     group = state.group
-    producer = layer.get_submodule(group.fold_into)
     if group.fold == "norm":
-        return _divide_norm(producer, scale)
+        return _divide_norm(layer.get_submodule(group.fold_into), scale)
+    producer = linear_of(layer, group.fold_into)
     rows = scale if group.fold == "rows" else scale.view(heads[0], heads[1], -1)[:, 0].flatten()
     owner = next((other for other in states if group.fold_into in other.group.linears), None)
     if owner is None:  # the producer is not quantized: leave it alone
         return torch.ones_like(scale)
     names = owner.group.linears
-    start = sum(layer.get_submodule(name).weight.shape[0] for name in names[: names.index(group.fold_into)])
+    start = sum(linear_of(layer, name).weight.shape[0] for name in names[: names.index(group.fold_into)])
     owner.weight[start : start + rows.numel()] /= rows.unsqueeze(1)
     state.producer_divisor = rows
     if producer.bias is not None:
-        producer.bias = nn.Parameter((producer.bias.float() / rows).to(producer.bias.dtype), requires_grad=False)
+        producer.bias = nn.Parameter(
+            (producer.bias.float() / rows).to(producer.bias.dtype), requires_grad=False
+        )
     return scale
 
 
-def _divide_norm(norm: nn.Module, scale: Tensor) -> Tensor:
+def _divide_norm(norm: Any, scale: Tensor) -> Tensor:
     """Divide a norm's weight; what its storage dtype rounds away is put into the scale, so that nothing is lost."""
     before = norm.weight.float()
     after = (before / scale).to(norm.weight.dtype)
@@ -133,8 +134,8 @@ def _value_repeats(layer: nn.Module, group: LinearGroup) -> tuple[int, int]:
     """(kv heads, query heads for each) of the value projection that a group's scale folds into."""
     if group.fold != "kv_rows":
         return (1, 1)
-    attention = layer.get_submodule(group.fold_into.rpartition(".")[0])
-    values = layer.get_submodule(group.fold_into).weight.shape[0]
+    attention: Any = layer.get_submodule(group.fold_into.rpartition(".")[0])
+    values = linear_of(layer, group.fold_into).out_features
     return values // attention.head_dim, attention.num_key_value_groups
 
 
@@ -149,9 +150,11 @@ def _install(layer: nn.Module, state: _GroupState, rounded: Rounded) -> dict[str
     results = {}
     start = 0
     for name in state.group.linears:
-        linear = layer.get_submodule(name)
+        linear = linear_of(layer, name)
         stop = start + linear.weight.shape[0]
-        part = Rounded(rounded.codes[start:stop], rounded.scale[start:stop], rounded.zero[start:stop], rounded.spec)
+        part = Rounded(
+            rounded.codes[start:stop], rounded.scale[start:stop], rounded.zero[start:stop], rounded.spec
+        )
         served = part.dequantize()
         original = state.weight[start:stop]
         power = output_error(original, state.covariance).clamp(min=1e-30)

@@ -135,7 +135,9 @@ def quantization_config(recipe: Recipe, ignored: list[str]) -> dict[str, Any] | 
         format="pack-quantized" if groups else "dense",
         quantization_status="compressed",
         ignore=ignored,
-        kv_cache_scheme=QuantizationArgs(num_bits=8, type="float", symmetric=True, strategy="tensor") if kv else None,
+        kv_cache_scheme=QuantizationArgs(num_bits=8, type="float", symmetric=True, strategy="tensor")
+        if kv
+        else None,
     )
     dumped: dict[str, Any] = json.loads(json.dumps(config.to_dict(), default=str))
     return dumped

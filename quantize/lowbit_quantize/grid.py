@@ -43,7 +43,8 @@ class Rounded:
     def dequantize(self) -> Tensor:
         """The weight that is served, (out, in), float32."""
         groups = self.codes.unflatten(1, (-1, self.spec.group_size)).float()  # (out, groups, group_size)
-        return ((groups - self.zero.unsqueeze(-1)) * self.scale.unsqueeze(-1)).flatten(1)
+        served: Tensor = (groups - self.zero.unsqueeze(-1)) * self.scale.unsqueeze(-1)
+        return served.flatten(1)
 
 
 def stored(scale: Tensor) -> Tensor:

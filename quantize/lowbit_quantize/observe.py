@@ -7,14 +7,13 @@ SYMMETRIC_BLOCKS = 4
 
 
 class Covariance:
-    """`H = XᵀX` in float32 and the mean of |x| over tokens, for inputs of `features` channels.
+    """`H`, the mean of x xᵀ over tokens, in float32, for inputs of `features` channels.
 
     Only blocks on and above the diagonal are computed (5/8 of the products for four blocks).
     """
 
     def __init__(self, features: int, device: torch.device) -> None:
         self._sum = torch.zeros(features, features, device=device)
-        self._abs_sum = torch.zeros(features, device=device)
         self._block = -(-features // SYMMETRIC_BLOCKS)
         self.tokens = 0
 
@@ -24,17 +23,12 @@ class Covariance:
         for start in range(0, inputs.shape[1], self._block):
             stop = start + self._block
             self._sum[start:stop, start:].addmm_(inputs[:, start:stop].T, inputs[:, start:])
-        self._abs_sum += inputs.abs().sum(0)
         self.tokens += inputs.shape[0]
 
     def matrix(self) -> Tensor:
         """The mean of x xᵀ, (features, features)."""
         upper = self._sum.triu()
         return (upper + upper.triu(1).T) / max(1, self.tokens)
-
-    def mean_abs(self) -> Tensor:
-        """The mean of |x|, (features,)."""
-        return self._abs_sum / max(1, self.tokens)
 
 
 class KeyValueReach:

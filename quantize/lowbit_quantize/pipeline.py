@@ -38,6 +38,7 @@ from lowbit_core.manifest import (
     write_manifest,
 )
 from lowbit_quantize import quality
+from lowbit_quantize.architectures import linear_of
 from lowbit_quantize.calibration import TokenText, load_texts
 from lowbit_quantize.compress import CompressedLayer, CompressedLinear, compress_layer
 from lowbit_quantize.export import CheckpointWriter, layer_tensors, pack, served_config
@@ -83,14 +84,21 @@ class Walk:
     """One walk down the decoder; the streams are held here and move one layer at a time."""
 
     def __init__(
-        self, decoder: Decoder, plan: Plan, calibration: TokenText, heldout: TokenText, writer: CheckpointWriter
+        self,
+        decoder: Decoder,
+        plan: Plan,
+        calibration: TokenText,
+        heldout: TokenText,
+        writer: CheckpointWriter,
     ) -> None:
         self.decoder, self.plan, self.recipe, self.writer = decoder, plan, plan.recipe, writer
         self.calibration_text, self.heldout_text = calibration, heldout
         self.calibration = decoder.embed(calibration.ids)  # (sequences, tokens, hidden)
         self.heldout = decoder.embed(heldout.ids)
         self.heldout_base = self.heldout.clone()
-        self.spec = GridSpec(self.recipe.weights.bits, self.recipe.weights.group_size, self.recipe.weights.symmetric)
+        self.spec = GridSpec(
+            self.recipe.weights.bits, self.recipe.weights.group_size, self.recipe.weights.symmetric
+        )
         self.modules: list[ModuleRecord] = []
         self.kv_scales: list[KVScales] = []
         self.packed_bytes = 0
@@ -111,7 +119,9 @@ class Walk:
     def quality(self) -> QualityRecord:
         """Compare both streams at the end of the walk."""
         norm, head = self.decoder.head()
-        predictions = quality.compare(self.heldout_base, self.heldout, norm, norm, head, self.heldout_text.ids)
+        predictions = quality.compare(
+            self.heldout_base, self.heldout, norm, norm, head, self.heldout_text.ids
+        )
         return quality.summarize(predictions, self.heldout_text, kv_cache_included=bool(self.kv_scales))
 
     def write_rest(self, base: Path) -> None:
@@ -127,14 +137,16 @@ class Walk:
         reach, statistics = KeyValueReach(), {}
         if self.recipe.weights.method != "none":
             for group in self.plan.architecture.groups:
-                features = layer.get_submodule(group.linears[0]).in_features
+                features = linear_of(layer, group.linears[0]).in_features
                 statistics[group.linears[0]] = Covariance(features, self.decoder.device)
         with inputs_of(layer, {name: seen.add for name, seen in statistics.items()}):
             for _ in self.decoder.run_layer(layer, index, self.calibration, reach):
                 pass
         return statistics, reach
 
-    def _compress(self, layer: nn.Module, index: int, statistics: Mapping[str, Covariance]) -> CompressedLayer:
+    def _compress(
+        self, layer: nn.Module, index: int, statistics: Mapping[str, Covariance]
+    ) -> CompressedLayer:
         if self.recipe.weights.method == "none":
             return CompressedLayer({}, None)
         prefix = f"{self.decoder.layer_name(index)}."
@@ -151,7 +163,9 @@ class Walk:
         self.kv_scales.append(scales)
         return scales
 
-    def _write(self, layer: nn.Module, index: int, compressed: CompressedLayer, scales: KVScales | None) -> None:
+    def _write(
+        self, layer: nn.Module, index: int, compressed: CompressedLayer, scales: KVScales | None
+    ) -> None:
         name = self.decoder.layer_name(index)
         linears = compressed.linears
         self.writer.write_shard(layer_tensors(layer, name, self.plan.architecture.attention, linears, scales))
@@ -215,7 +229,9 @@ def _tokenizer(reference: ModelReference) -> Any:
 def _manifest(plan: Plan, walk: Walk, measured: QualityRecord, clock: _Clock, out: Path) -> Manifest:
     reference, recipe, decoder = plan.reference, plan.recipe, walk.decoder
     fingerprint = plan.fingerprint()
-    kv_layers = [KVLayerRecord(layer=i, k_scale=s.k_scale, v_scale=s.v_scale) for i, s in enumerate(walk.kv_scales)]
+    kv_layers = [
+        KVLayerRecord(layer=i, k_scale=s.k_scale, v_scale=s.v_scale) for i, s in enumerate(walk.kv_scales)
+    ]
     return Manifest(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         base=BaseModelRecord(
@@ -235,7 +251,9 @@ def _manifest(plan: Plan, walk: Walk, measured: QualityRecord, clock: _Clock, ou
             linear_bits_per_weight=round(8 * walk.packed_bytes / max(1, plan.linear_parameters), 4),
         ),
         modules=walk.modules,
-        kv_cache=KVCacheRecord(dtype="fp8_e4m3", source="largest magnitude on the calibration text", layers=kv_layers)
+        kv_cache=KVCacheRecord(
+            dtype="fp8_e4m3", source="largest magnitude on the calibration text", layers=kv_layers
+        )
         if kv_layers
         else None,
         calibration=walk.calibration_text.record,
@@ -245,7 +263,9 @@ def _manifest(plan: Plan, walk: Walk, measured: QualityRecord, clock: _Clock, ou
         versions={
             "lowbit": __version__,
             "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers", "compressed-tensors", "safetensors")},
+            **{
+                name: version(name) for name in ("torch", "transformers", "compressed-tensors", "safetensors")
+            },
         },
         run=clock.record(str(decoder.device)),
     )

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,11 +104,11 @@ def _matches(pattern: str, name: str) -> bool:
 def _check_group_size(linears: dict[str, nn.Linear], group_size: int) -> None:
     for name, linear in linears.items():
         if linear.in_features % group_size:
-            fitting = [size for size in (32, 64, 128) if all(m.in_features % size == 0 for m in linears.values())]
-            allowed = f"allowed here: {', '.join(map(str, fitting))}" if fitting else "no size of 32, 64 or 128 fits"
-            raise RecipeError(
-                f"weights.group_size = {group_size} does not divide the {linear.in_features} inputs of {name}; {allowed}"
-            )
+            widths = {other.in_features for other in linears.values()}
+            fitting = [str(size) for size in (32, 64, 128) if all(width % size == 0 for width in widths)]
+            allowed = f"allowed here: {', '.join(fitting)}" if fitting else "32, 64 and 128 do not fit either"
+            inputs = f"the {linear.in_features} inputs of {name}"
+            raise RecipeError(f"weights.group_size = {group_size} does not divide {inputs}; {allowed}")
 
 
 def finished_before(plan: Plan, out: Path) -> bool:
@@ -122,14 +123,19 @@ def finished_before(plan: Plan, out: Path) -> bool:
             return True
         raise OutputError(f"output {out} holds a checkpoint of another model or recipe; give a new directory")
     if any(out.iterdir()) and not (out / PROGRESS_NAME).exists():
-        raise OutputError(f"output {out} holds something else than a checkpoint; give a directory that is new or empty")
+        raise OutputError(
+            f"output {out} holds something else than a checkpoint; give a directory that is new or empty"
+        )
     return False
 
 
-def check_disk(plan: Plan, out: Path) -> None:
+def _free_bytes(path: Path) -> int:
+    return shutil.disk_usage(path).free
+
+
+def check_disk(plan: Plan, out: Path, free_bytes: Callable[[Path], int] = _free_bytes) -> None:
     """Raises OutputError where the disk under `out` is too small."""
-    existing = next(parent for parent in (out, *out.resolve().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
+    free = free_bytes(next(parent for parent in (out, *out.resolve().parents) if parent.exists()))
     if free < plan.disk_bytes:
         raise OutputError(
             f"output {out} needs {plan.disk_bytes / 2**20:.0f} MiB and its disk has {free / 2**20:.0f} MiB free; "

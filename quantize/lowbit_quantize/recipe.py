@@ -68,7 +68,7 @@ def bundled_recipes() -> dict[str, Path]:
     """Recipes that ship with Lowbit, by name."""
     package = Path(str(files("lowbit_quantize")))
     folder = next(path for path in (package / "recipes", package.parent / "recipes") if path.is_dir())
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"), key=lambda path: path.stem)}
 
 
 def load_recipe(name_or_path: str, overrides: tuple[str, ...] = ()) -> Recipe:
@@ -109,10 +109,11 @@ def parse_recipe(data: dict[str, Any], origin: str) -> Recipe:
 
 
 def _section_at(location: tuple[int | str, ...]) -> type[BaseModel]:
-    section: type[BaseModel] = Recipe
+    section: Any = Recipe
     for part in location:
-        section = section.model_fields[str(part)].annotation or section
-    return section
+        section = section.model_fields[str(part)].annotation
+    found: type[BaseModel] = section
+    return found
 
 
 def _override(data: dict[str, Any], override: str) -> None:

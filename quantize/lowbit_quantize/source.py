@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers.utils.logging import disable_progress_bar
 
 from lowbit_core.errors import ModelError
 from lowbit_core.manifest import file_sha256
@@ -39,7 +40,9 @@ class ModelReference:
                 return AutoConfig.from_pretrained(self.path.parent, gguf_file=self.path.name)
             return AutoConfig.from_pretrained(self.path, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"{self.name}: {_model_type(self) or 'no readable configuration'}: {error}") from error
+            raise ModelError(
+                f"{self.name}: {_model_type(self) or 'no readable configuration'}: {error}"
+            ) from error
 
     @property
     def model_type(self) -> str:
@@ -83,11 +86,15 @@ def _from_hub(name: str) -> ModelReference:
     repository, _, revision = name.partition("@")
     try:
         path = snapshot_download(
-            repository, revision=revision or None, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+            repository,
+            revision=revision or None,
+            allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"],
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"model {name!r} is no local path and could not be had from the hub: {reason}") from error
+        raise ModelError(
+            f"model {name!r} is no local path and could not be had from the hub: {reason}"
+        ) from error
     found = _directory(Path(path))
     return ModelReference(name=repository, kind="hub", path=found.path, revision=found.path.name)
 
@@ -105,11 +112,12 @@ def _model_type(reference: ModelReference) -> str | None:
         data = json.loads((reference.path / "config.json").read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise ModelError(f"{reference.path / 'config.json'} is not readable JSON: {error}") from error
-    return data.get("model_type")
+    return str(data["model_type"]) if "model_type" in data else None
 
 
 def unpack_gguf(reference: ModelReference, directory: Path) -> Path:
     """Dequantize a GGUF file into a bfloat16 safetensors directory with its tokenizer."""
+    disable_progress_bar()  # ours is enough
     folder, file = reference.path.parent, reference.path.name
     model = AutoModelForCausalLM.from_pretrained(
         folder,
@@ -132,7 +140,7 @@ class WeightFiles:
             self._file_of: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         else:
             with safe_open(directory / SINGLE_NAME, framework="pt") as file:
-                self._file_of = {name: SINGLE_NAME for name in file.keys()}  # noqa: SIM118 (not a dict)
+                self._file_of = dict.fromkeys(file.keys(), SINGLE_NAME)
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
@@ -150,7 +158,8 @@ class WeightFiles:
         if name not in self._file_of:
             raise ModelError(f"{self.directory} lacks the tensor {name}; the model is incomplete")
         with self._open(name) as file:
-            return file.get_tensor(name)
+            tensor: torch.Tensor = file.get_tensor(name)
+        return tensor
 
     def bytes(self) -> int:
         """Size of the weight files."""

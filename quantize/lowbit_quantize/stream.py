@@ -21,7 +21,9 @@ from lowbit_core.errors import ModelError
 from lowbit_quantize.architectures import Architecture
 from lowbit_quantize.source import WeightFiles
 
-BATCH_TOKENS = 4096  # tokens in one forward pass: large enough for efficient products, small enough for memory
+BATCH_TOKENS = (
+    4096  # tokens in one forward pass: large enough for efficient products, small enough for memory
+)
 
 KeyValueSeam = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -33,7 +35,9 @@ class SeamCache(Cache):
         super().__init__(layers=[])
         self._seam = seam
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         return self._seam(key_states, value_states)
 
 
@@ -52,7 +56,9 @@ class _Recorder(nn.Module):
 class Decoder:
     """A causal language model whose weights are read from disk as the walk needs them."""
 
-    def __init__(self, config: Any, architecture: Architecture, weights: WeightFiles, device: torch.device) -> None:
+    def __init__(
+        self, config: Any, architecture: Architecture, weights: WeightFiles, device: torch.device
+    ) -> None:
         self.config, self.architecture, self.weights, self.device = config, architecture, weights, device
         self.dtype = config.dtype if config.dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
         self.skeleton = build_skeleton(config)
@@ -82,9 +88,13 @@ class Decoder:
             if not self.config.tie_word_embeddings:
                 raise ModelError(f"{self.weights.directory} lacks {name} and its embeddings are not tied")
             name = f"{self.architecture.embedding}.weight"
-        return self._load_named(self.architecture.final_norm), self.weights.read(name).to(self.device, self.dtype)
+        return self._load_named(self.architecture.final_norm), self.weights.read(name).to(
+            self.device, self.dtype
+        )
 
-    def run_layer(self, layer: nn.Module, index: int, hidden: Tensor, seam: KeyValueSeam | None = None) -> Iterator[Tensor]:
+    def run_layer(
+        self, layer: nn.Module, index: int, hidden: Tensor, seam: KeyValueSeam | None = None
+    ) -> Iterator[Tensor]:
         """Run one layer over (sequences, tokens, hidden) in batches; yields each batch's output in order."""
         arguments = self._layer_arguments(index, hidden.shape[1])
         for batch in hidden.split(max(1, BATCH_TOKENS // hidden.shape[1])):
@@ -130,7 +140,8 @@ class Decoder:
 
     def _load(self, module: nn.Module, prefix: str) -> nn.Module:
         state = {
-            name: self.weights.read(f"{prefix}.{name}").to(self.device, self.dtype) for name in module.state_dict()
+            name: self.weights.read(f"{prefix}.{name}").to(self.device, self.dtype)
+            for name in module.state_dict()
         }
         module.load_state_dict(state, assign=True)
         return module.eval().requires_grad_(False)
@@ -151,7 +162,8 @@ def inputs_of(layer: nn.Module, observers: dict[str, Callable[[Tensor], None]]) 
         return lambda _, inputs: observe(inputs[0].reshape(-1, inputs[0].shape[-1]))
 
     handles = [
-        layer.get_submodule(name).register_forward_pre_hook(hook_for(observe)) for name, observe in observers.items()
+        layer.get_submodule(name).register_forward_pre_hook(hook_for(observe))
+        for name, observe in observers.items()
     ]
     try:
         yield

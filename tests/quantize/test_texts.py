@@ -6,8 +6,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import lowbit_quantize
 import pytest
+
+import lowbit_quantize
 
 TEXTS = Path(lowbit_quantize.__file__).parent / "texts"
 DOMAINS = {"prose", "dialogue", "code", "maths"}

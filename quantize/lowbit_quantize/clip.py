@@ -1,0 +1,134 @@
+"""The grid of every group of a weight, chosen by output error rather than by range.
+
+Each group tries its range clipped by a few factors, on the grid and on its mirror image, and then the scale
+that is best in the least-squares sense for the codes so found. A group's error is `d H_gg dᵀ`, with d its
+rounding error and H_gg the covariance of its own inputs: what AWQ's clip search measures by running the block.
+
+At last, with the codes fixed, all scales of a row are solved for together (`solve_scales`): the error of a row
+is quadratic in its scales, and the minimum takes the correlation between groups into account.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lowbit_quantize.grid import GridSpec, Rounded, encode, range_grid, round_to_grid, stored
+
+CLIPS = (1.0, 0.93, 0.86, 0.79, 0.72, 0.65)
+REFINEMENTS = 2
+ROW_BLOCK = 256  # rows whose candidates are held at once
+RIDGE = 1e-4  # pull of `solve_scales` towards the scales it starts from, relative to the mean curvature
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best grid so far of each group: error, scale and zero, each (rows, groups)."""
+
+    error: Tensor
+    scale: Tensor
+    zero: Tensor
+
+
+def round_clipped(weight: Tensor, covariance: Tensor, spec: GridSpec) -> Rounded:
+    """Round a weight (out, in) on the grids that err least on inputs of this covariance (in, in)."""
+    blocks = diagonal_blocks(covariance, spec.group_size)
+    parts = [_search_rows(rows, blocks, spec) for rows in weight.split(ROW_BLOCK)]
+    scale, zero = torch.cat([part.scale for part in parts]), torch.cat([part.zero for part in parts])
+    return solve_scales(round_to_grid(weight, scale, zero, spec), weight, covariance)
+
+
+def diagonal_blocks(covariance: Tensor, group_size: int) -> Tensor:
+    """The (groups, group_size, group_size) blocks of H that lie on the diagonal."""
+    count = covariance.shape[0] // group_size
+    tiles = covariance.view(count, group_size, count, group_size)
+    return torch.stack([tiles[group, :, group] for group in range(count)])
+
+
+def candidates(weight: Tensor, spec: GridSpec, clip: float) -> Sequence[tuple[Tensor, Tensor]]:
+    """Grids that cover `clip` of each group's range; a symmetric one also mirrored."""
+    scale, zero = range_grid(weight, spec, clip)
+    return ((scale, zero), (-scale, zero)) if spec.symmetric else ((scale, zero),)
+
+
+def best_of(groups: Tensor, blocks: Tensor, grids: Iterable[tuple[Tensor, Tensor]], spec: GridSpec) -> Best:
+    """For each group of (rows, groups, group_size), the grid that errs least."""
+    best: Best | None = None
+    for scale, zero in grids:
+        codes = encode(groups, scale, zero, spec).sub_(zero.unsqueeze(-1))
+        error = block_error(codes.mul_(scale.unsqueeze(-1)).sub_(groups), blocks)
+        if best is None:
+            best = Best(error, scale, zero)
+            continue
+        better = error < best.error
+        best = Best(
+            torch.where(better, error, best.error),
+            torch.where(better, scale, best.scale),
+            torch.where(better, zero, best.zero),
+        )
+    assert best is not None, "no grids to choose from"
+    return best
+
+
+def block_error(difference: Tensor, blocks: Tensor) -> Tensor:
+    """`d_g H_gg d_gᵀ` of each group: (rows, groups, group_size) to (rows, groups)."""
+    return (torch.einsum("rgi,gij->rgj", difference, blocks) * difference).sum(-1)
+
+
+def _search_rows(weight: Tensor, blocks: Tensor, spec: GridSpec) -> Best:
+    groups = weight.unflatten(1, (-1, spec.group_size))  # (rows, groups, group_size)
+    best = best_of(groups, blocks, (grid for clip in CLIPS for grid in candidates(weight, spec, clip)), spec)
+    for _ in range(REFINEMENTS):
+        refined = least_squares_scale(groups, best, blocks, spec)
+        best = best_of(groups, blocks, ((best.scale, best.zero), (refined, best.zero)), spec)
+    return best
+
+
+def least_squares_scale(groups: Tensor, grid: Best, blocks: Tensor, spec: GridSpec) -> Tensor:
+    """The scale that errs least for the codes that a grid gives: `qᵀHw / qᵀHq` in each group."""
+    steps = encode(groups, grid.scale, grid.zero, spec) - grid.zero.unsqueeze(-1)
+    weighted = torch.einsum("rgi,gij->rgj", steps, blocks)
+    refined = (weighted * groups).sum(-1) / (weighted * steps).sum(-1).clamp(min=1e-20)
+    return stored(torch.where(refined == 0, grid.scale, refined))
+
+
+def solve_scales(rounded: Rounded, weight: Tensor, covariance: Tensor) -> Rounded:
+    """With the codes fixed, the scales of each row that minimize `(w−ŵ) H (w−ŵ)ᵀ` over all groups together.
+
+    ŵ = Σ_g s_g q_g is linear in the scales, so they solve A s = b with A_gh = q_g H q_hᵀ and b_g = q_g H wᵀ. A
+    small ridge holds them near where they were; a row that would err more keeps its scales.
+    """
+    parts = [
+        _solve_rows(codes, scale, zero, rows, covariance, rounded.spec)
+        for codes, scale, zero, rows in zip(
+            rounded.codes.split(ROW_BLOCK),
+            rounded.scale.split(ROW_BLOCK),
+            rounded.zero.split(ROW_BLOCK),
+            weight.split(ROW_BLOCK),
+            strict=True,
+        )
+    ]
+    return replace(rounded, scale=torch.cat(parts))
+
+
+def _solve_rows(
+    codes: Tensor, scale: Tensor, zero: Tensor, weight: Tensor, covariance: Tensor, spec: GridSpec
+) -> Tensor:
+    groups = codes.unflatten(1, (-1, spec.group_size)).float()
+    steps = groups - zero.unsqueeze(-1)  # (rows, groups, group_size)
+    tiles = covariance.view(-1, spec.group_size, covariance.shape[1])
+    curvature = torch.stack(
+        [((steps[:, g] @ tile).view_as(steps) * steps).sum(-1) for g, tile in enumerate(tiles)], dim=1
+    )  # (rows, groups, groups)
+    slope = ((weight @ covariance).view_as(steps) * steps).sum(-1)  # (rows, groups)
+    pull = RIDGE * curvature.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + 1e-20
+    system = curvature + torch.diag_embed(pull.expand_as(scale))
+    solved = stored(torch.linalg.solve(system, slope + pull * scale))
+
+    def relative_error(s: Tensor) -> Tensor:  # up to the constant w H wᵀ
+        quadratic: Tensor = torch.einsum("rg,rgh,rh->r", s, curvature, s)
+        return quadratic - 2 * (s * slope).sum(-1)
+
+    better = (relative_error(solved) < relative_error(scale)) & torch.isfinite(solved).all(-1)
+    return torch.where(better.unsqueeze(-1), solved, scale)

@@ -1,0 +1,104 @@
+"""AWQ on a whole layer: folding keeps the function, searching lowers the error."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowbit_quantize.architectures import architecture_of, linear_of
+from lowbit_quantize.awq import awq_scale, column_weight, search_scale
+from lowbit_quantize.clip import round_clipped
+from lowbit_quantize.compress import _fold_awq_scale, _state_of, compress_layer
+from lowbit_quantize.grid import GridSpec, output_error
+from lowbit_quantize.observe import Covariance
+from lowbit_quantize.source import WeightFiles, find_model
+from lowbit_quantize.stream import Decoder, inputs_of
+
+SPEC = GridSpec(4, 32, symmetric=True)
+
+
+def observed_layer(directory: Path) -> tuple[Decoder, torch.nn.Module, torch.Tensor, dict[str, Covariance]]:
+    reference = find_model(str(directory))
+    architecture = architecture_of(reference.model_type, reference.name)
+    decoder = Decoder(reference.config, architecture, WeightFiles(reference.path), torch.device("cpu"))
+    decoder.dtype = torch.float32
+    ids = torch.randint(0, 512, (8, 64), generator=torch.Generator().manual_seed(6))
+    hidden, layer = decoder.embed(ids), decoder.load_layer(0)
+    statistics = {
+        group.linears[0]: Covariance(linear_of(layer, group.linears[0]).in_features, decoder.device)
+        for group in architecture.groups
+    }
+    with inputs_of(layer, {name: seen.add for name, seen in statistics.items()}):
+        list(decoder.run_layer(layer, 0, hidden))
+    return decoder, layer, hidden, statistics
+
+
+def output(decoder: Decoder, layer: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    return torch.cat(list(decoder.run_layer(layer, 0, hidden)))
+
+
+def test_folding_scales_leaves_the_layer_unchanged(tiny_model: Callable[[str], Path], family: str) -> None:
+    decoder, layer, hidden, statistics = observed_layer(tiny_model(family))
+    before = output(decoder, layer, hidden)
+    groups = decoder.architecture.groups
+    states: list[Any] = [_state_of(layer, group, statistics, frozenset()) for group in groups]
+    for state in states:
+        _fold_awq_scale(layer, state, states, SPEC)
+    assert all(state.alpha is not None for state in states)
+    assert any(state.producer_divisor is not None and state.producer_divisor.std() > 0.01 for state in states)
+    for state in states:  # put the scaled, unrounded weights back
+        for name, part in zip(
+            state.group.linears,
+            state.weight.split([linear_of(layer, n).weight.shape[0] for n in state.group.linears]),
+            strict=True,
+        ):
+            linear_of(layer, name).weight = torch.nn.Parameter(part.contiguous(), requires_grad=False)
+    torch.testing.assert_close(output(decoder, layer, hidden), before, rtol=1e-3, atol=1e-3)
+
+
+def test_awq_errs_less_than_rounding_in_every_linear_and_in_the_output(
+    tiny_model: Callable[[str], Path], family: str
+) -> None:
+    errors = {}
+    for method in ("rtn", "awq"):
+        decoder, layer, hidden, statistics = observed_layer(tiny_model(family))
+        before = output(decoder, layer, hidden)
+        result = compress_layer(layer, decoder.architecture, statistics, SPEC, method)
+        difference = float((output(decoder, layer, hidden) - before).square().mean())
+        errors[method] = {name: linear.error for name, linear in result.linears.items()} | {
+            "output": difference
+        }
+    assert len(errors["awq"]) == 8
+    assert sum(errors["awq"].values()) < 0.8 * sum(errors["rtn"].values())
+    assert errors["awq"]["output"] < 0.8 * errors["rtn"]["output"]
+
+
+def test_a_linear_that_is_ignored_leaves_its_whole_group_alone(tiny_model: Callable[[str], Path]) -> None:
+    decoder, layer, _, statistics = observed_layer(tiny_model("llama"))
+    before = linear_of(layer, "self_attn.v_proj").weight.clone()
+    ignored = frozenset({"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"})
+    result = compress_layer(layer, decoder.architecture, statistics, SPEC, "awq", ignored)
+    assert set(result.linears) == {"self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
+    assert torch.equal(linear_of(layer, "self_attn.v_proj").weight, before)
+    assert result.value_divisor is None
+
+
+def test_the_searched_scale_errs_less_than_no_scale_where_activations_are_uneven() -> None:
+    generator = torch.Generator().manual_seed(7)
+    weight = torch.randn(96, 128, generator=generator)
+    inputs = (
+        torch.randn(1000, 128, generator=generator)
+        * torch.logspace(-1, 1, 128)[torch.randperm(128, generator=generator)]
+    )
+    covariance = inputs.T @ inputs / 1000
+    choice = search_scale(weight, covariance, covariance.diagonal().sqrt(), SPEC)
+
+    def error(scale: torch.Tensor) -> float:
+        rounded = round_clipped(weight * scale, covariance / torch.outer(scale, scale), SPEC)
+        return float(output_error(weight - rounded.dequantize() / scale, covariance))
+
+    assert choice.alpha > 0
+    assert error(choice.scale) < 0.95 * error(torch.ones(128))
+    again = awq_scale(covariance.diagonal().sqrt(), column_weight(weight, SPEC), choice.alpha, choice.beta)
+    assert torch.equal(choice.scale, again)
