@@ -97,7 +97,7 @@ def config_from(arguments: argparse.Namespace) -> ServeConfig:
 def run(arguments: argparse.Namespace) -> int:
     """Serve until a signal; 0 after a clean stop."""
     config = config_from(arguments)
-    log.info("checking %s%s", config.directory, "" if config.skip_hash_check else " and its file hashes")
+    log.info("checking the files of %s", config.directory)
     checkpoint = open_checkpoint(config)
     if checkpoint.manifest is None:
         log.warning("%s has no manifest: how close it is to its base model is unknown", config.directory)

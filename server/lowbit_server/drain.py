@@ -63,9 +63,16 @@ def _port_is_taken(host: str, port: int, error: OSError) -> ConfigError:
 
 @contextlib.contextmanager
 def interruptible_start() -> Iterator[None]:
-    """Turn SIGTERM and SIGINT into KeyboardInterrupt: loading a model blocks the event loop for a minute."""
+    """Turn SIGTERM and SIGINT into KeyboardInterrupt: loading a model blocks the event loop for a minute.
+
+    An interrupt that lands where Python can only report it (a finalizer, a callback from C) is raised again
+    when the block ends, so that no signal is lost.
+    """
+    asked = False
 
     def interrupt(_number: int, _frame: object) -> None:
+        nonlocal asked
+        asked = True
         raise KeyboardInterrupt
 
     previous = {number: signal.signal(number, interrupt) for number in SIGNALS}
@@ -74,6 +81,8 @@ def interruptible_start() -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+    if asked:
+        raise KeyboardInterrupt
 
 
 class DrainState:

@@ -1,6 +1,7 @@
 """The socket, the signals, and the stop: a whole HTTP server without an engine."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -121,6 +122,11 @@ async def test_port_taken_while_the_engine_started_is_the_same_line(
 
 def test_ipv6_address_is_bracketed() -> None:
     assert address("::1", 8000) == "[::1]:8000"
+
+
+def test_interrupt_that_was_swallowed_is_raised_when_the_start_ends() -> None:
+    with pytest.raises(KeyboardInterrupt), interruptible_start(), contextlib.suppress(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGTERM)
 
 
 def test_signal_while_starting_interrupts_and_handlers_come_back() -> None:
