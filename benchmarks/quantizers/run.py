@@ -172,6 +172,7 @@ def main() -> None:
     arguments = options()
     work = arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
+    started_from = revision(REPOSITORY)
     ours = arguments.lowbit_python or environment("lowbit", work)
     model = (arguments.model or prepared_model(ours, work)).resolve()
     token_ids = arguments.token_ids or prepared_tokens(ours, work, model, "calibration", arguments.rows)
@@ -197,7 +198,7 @@ def main() -> None:
         print(f"{tool}: {measurement.cpu_s:.0f} CPU s", file=sys.stderr, flush=True)
     result = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "git_revision": revision(REPOSITORY),
+        "git_revision": started_from,
         "hardware": hardware(),
         "scenario": scenario.described(),
         "runs": [{**asdict(one), "cpu_s": round(one.cpu_s, 1)} for one in measurements],
