@@ -172,7 +172,7 @@ def load(url: str) -> float:
     ]
     command += ["--max-tokens", "64", "--prompt", "Tell me a story about a lighthouse."]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return float(json.loads(done.stdout.strip().splitlines()[-1])["output_tokens_per_second"])
+    return float(json.loads(done.stdout.strip().splitlines()[-1])["output_tokens_per_s"])
 
 
 def checks(report: dict[str, Any]) -> list[str]:

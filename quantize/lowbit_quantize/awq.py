@@ -15,11 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowbit_quantize.clip import best_of, candidates, diagonal_blocks
+from lowbit_quantize.clip import best_of, candidates, diagonal_blocks, split_groups
 from lowbit_quantize.grid import GridSpec
+from lowbit_quantize.parallel import parallel_map
 
 ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8)
 BETAS = (0.0, 0.25, 0.5, 0.75, 1.0)
+START = (0.2, 0.5)
 SEARCH_CLIP = 0.86
 SAMPLE_ROWS = 256
 SWEEPS = 2
@@ -47,14 +49,17 @@ def search_scale(weight: Tensor, covariance: Tensor, activation: Tensor, spec: G
     errors: dict[tuple[float, float], float] = {}
 
     def error_of(point: tuple[float, float]) -> float:
-        if point not in errors:
-            errors[point] = _error(sample, blocks, awq_scale(activation, columns, *point), spec)
-        return errors[point]
+        return _error(sample, blocks, awq_scale(activation, columns, *point), spec)
 
-    best = min(((0.0, 0.0), (0.2, 0.5)), key=error_of)
+    def best_of_all(points: list[tuple[float, float]]) -> tuple[float, float]:
+        new = [point for point in points if point not in errors]
+        errors.update(zip(new, parallel_map(error_of, new, weight.device), strict=True))
+        return min(errors, key=lambda point: errors[point])
+
+    best = best_of_all([(0.0, 0.0), START])
     for _ in range(SWEEPS):
-        best = min(((alpha, best[1]) for alpha in ALPHAS), key=error_of)
-        best = min(((best[0], beta) for beta in BETAS), key=error_of)
+        best = best_of_all([(alpha, best[1]) for alpha in ALPHAS])
+        best = best_of_all([(best[0], beta) for beta in BETAS])
     return ScaleChoice(*best, awq_scale(activation, columns, *best))
 
 
@@ -73,9 +78,8 @@ def column_weight(weight: Tensor, spec: GridSpec) -> Tensor:
 
 
 def _error(weight: Tensor, blocks: Tensor, scale: Tensor, spec: GridSpec) -> float:
-    scaled = weight * scale
+    groups = split_groups(weight * scale, spec)
     parts = scale.view(-1, spec.group_size)
     scaled_blocks = blocks / (parts.unsqueeze(2) * parts.unsqueeze(1))  # (groups, group_size, group_size)
-    groups = scaled.unflatten(1, (-1, spec.group_size))
-    grids = (*candidates(scaled, spec, 1.0), *candidates(scaled, spec, SEARCH_CLIP))
+    grids = (*candidates(groups, spec, 1.0), *candidates(groups, spec, SEARCH_CLIP))
     return float(torch.sum(best_of(groups, scaled_blocks, grids, spec).error))

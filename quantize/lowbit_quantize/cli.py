@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.heldout:
         overrides.append(f"quality.source={json.dumps(arguments.heldout)}")
     recipe = load_recipe(arguments.recipe, tuple(overrides))
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads: idle threads sleep, not spin
     device = _device(arguments.device)
     from lowbit_quantize.pipeline import quantize
 

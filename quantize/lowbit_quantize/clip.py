@@ -14,17 +14,19 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lowbit_quantize.grid import GridSpec, Rounded, encode, range_grid, round_to_grid, stored
+from lowbit_quantize.grid import GridSpec, Rounded, encode, group_grid, round_to_grid, stored
+from lowbit_quantize.parallel import parallel_map
 
 CLIPS = (1.0, 0.93, 0.86, 0.79, 0.72, 0.65)
 REFINEMENTS = 2
-ROW_BLOCK = 256  # rows whose candidates are held at once
+BLOCK_WEIGHTS = 1 << 17  # weights whose candidates are held at once: few enough for a core's cache
+SOLVE_ROWS = 512  # rows that are solved at once
 RIDGE = 1e-4  # pull of `solve_scales` towards the scales it starts from, relative to the mean curvature
 
 
 @dataclass(frozen=True)
 class Best:
-    """The best grid so far of each group: error, scale and zero, each (rows, groups)."""
+    """The best grid so far of each group: error, scale and zero, each (groups, rows)."""
 
     error: Tensor
     scale: Tensor
@@ -34,8 +36,9 @@ class Best:
 def round_clipped(weight: Tensor, covariance: Tensor, spec: GridSpec) -> Rounded:
     """Round a weight (out, in) on the grids that err least on inputs of this covariance (in, in)."""
     blocks = diagonal_blocks(covariance, spec.group_size)
-    parts = [_search_rows(rows, blocks, spec) for rows in weight.split(ROW_BLOCK)]
-    scale, zero = torch.cat([part.scale for part in parts]), torch.cat([part.zero for part in parts])
+    row_blocks = weight.split(max(1, BLOCK_WEIGHTS // weight.shape[1]))
+    parts = parallel_map(lambda rows: _search_rows(rows, blocks, spec), row_blocks, weight.device)
+    scale, zero = (torch.cat(part, dim=1).T.contiguous() for part in zip(*parts, strict=True))
     return solve_scales(round_to_grid(weight, scale, zero, spec), weight, covariance)
 
 
@@ -46,18 +49,28 @@ def diagonal_blocks(covariance: Tensor, group_size: int) -> Tensor:
     return torch.stack([tiles[group, :, group] for group in range(count)])
 
 
-def candidates(weight: Tensor, spec: GridSpec, clip: float) -> Sequence[tuple[Tensor, Tensor]]:
+def split_groups(weight: Tensor, spec: GridSpec) -> Tensor:
+    """(rows, in) to (groups, rows, group_size): the order in which groups meet their covariance without a copy."""
+    return weight.unflatten(1, (-1, spec.group_size)).transpose(0, 1).contiguous()
+
+
+def candidates(groups: Tensor, spec: GridSpec, clip: float) -> Sequence[tuple[Tensor, Tensor]]:
     """Grids that cover `clip` of each group's range; a symmetric one also mirrored."""
-    scale, zero = range_grid(weight, spec, clip)
+    scale, zero = group_grid(groups, spec, clip)
     return ((scale, zero), (-scale, zero)) if spec.symmetric else ((scale, zero),)
 
 
-def best_of(groups: Tensor, blocks: Tensor, grids: Iterable[tuple[Tensor, Tensor]], spec: GridSpec) -> Best:
-    """For each group of (rows, groups, group_size), the grid that errs least."""
-    best: Best | None = None
+def best_of(
+    groups: Tensor,
+    blocks: Tensor,
+    grids: Iterable[tuple[Tensor, Tensor]],
+    spec: GridSpec,
+    best: Best | None = None,
+) -> Best:
+    """For each group of (groups, rows, group_size), the grid that errs least, among these and `best`."""
     for scale, zero in grids:
-        codes = encode(groups, scale, zero, spec).sub_(zero.unsqueeze(-1))
-        error = block_error(codes.mul_(scale.unsqueeze(-1)).sub_(groups), blocks)
+        steps = _steps(groups, scale, zero, spec)
+        error = block_error(steps.mul_(scale.unsqueeze(-1)).sub_(groups), blocks)
         if best is None:
             best = Best(error, scale, zero)
             continue
@@ -72,23 +85,29 @@ def best_of(groups: Tensor, blocks: Tensor, grids: Iterable[tuple[Tensor, Tensor
 
 
 def block_error(difference: Tensor, blocks: Tensor) -> Tensor:
-    """`d_g H_gg d_gᵀ` of each group: (rows, groups, group_size) to (rows, groups)."""
-    return (torch.einsum("rgi,gij->rgj", difference, blocks) * difference).sum(-1)
+    """`d_g H_gg d_gᵀ` of each group: (groups, rows, group_size) to (groups, rows)."""
+    return torch.bmm(difference, blocks).mul_(difference).sum(-1)
 
 
-def _search_rows(weight: Tensor, blocks: Tensor, spec: GridSpec) -> Best:
-    groups = weight.unflatten(1, (-1, spec.group_size))  # (rows, groups, group_size)
-    best = best_of(groups, blocks, (grid for clip in CLIPS for grid in candidates(weight, spec, clip)), spec)
+def _steps(groups: Tensor, scale: Tensor, zero: Tensor, spec: GridSpec) -> Tensor:
+    """Codes less their zero point: what the scale multiplies."""
+    codes = encode(groups, scale, zero, spec)
+    return codes if spec.symmetric else codes.sub_(zero.unsqueeze(-1))
+
+
+def _search_rows(weight: Tensor, blocks: Tensor, spec: GridSpec) -> tuple[Tensor, Tensor]:
+    groups = split_groups(weight, spec)
+    best = best_of(groups, blocks, (grid for clip in CLIPS for grid in candidates(groups, spec, clip)), spec)
     for _ in range(REFINEMENTS):
         refined = least_squares_scale(groups, best, blocks, spec)
-        best = best_of(groups, blocks, ((best.scale, best.zero), (refined, best.zero)), spec)
-    return best
+        best = best_of(groups, blocks, [(refined, best.zero)], spec, best)
+    return best.scale, best.zero
 
 
 def least_squares_scale(groups: Tensor, grid: Best, blocks: Tensor, spec: GridSpec) -> Tensor:
     """The scale that errs least for the codes that a grid gives: `qᵀHw / qᵀHq` in each group."""
-    steps = encode(groups, grid.scale, grid.zero, spec) - grid.zero.unsqueeze(-1)
-    weighted = torch.einsum("rgi,gij->rgj", steps, blocks)
+    steps = _steps(groups, grid.scale, grid.zero, spec)
+    weighted = torch.bmm(steps, blocks)
     refined = (weighted * groups).sum(-1) / (weighted * steps).sum(-1).clamp(min=1e-20)
     return stored(torch.where(refined == 0, grid.scale, refined))
 
@@ -102,10 +121,7 @@ def solve_scales(rounded: Rounded, weight: Tensor, covariance: Tensor) -> Rounde
     parts = [
         _solve_rows(codes, scale, zero, rows, covariance, rounded.spec)
         for codes, scale, zero, rows in zip(
-            rounded.codes.split(ROW_BLOCK),
-            rounded.scale.split(ROW_BLOCK),
-            rounded.zero.split(ROW_BLOCK),
-            weight.split(ROW_BLOCK),
+            *(part.split(SOLVE_ROWS) for part in (rounded.codes, rounded.scale, rounded.zero, weight)),
             strict=True,
         )
     ]

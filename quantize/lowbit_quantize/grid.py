@@ -55,7 +55,11 @@ def stored(scale: Tensor) -> Tensor:
 
 def range_grid(weight: Tensor, spec: GridSpec, clip: float = 1.0) -> tuple[Tensor, Tensor]:
     """Scale and zero, (out, groups), that cover `clip` of each group's range."""
-    groups = weight.unflatten(1, (-1, spec.group_size))  # (out, groups, group_size)
+    return group_grid(weight.unflatten(1, (-1, spec.group_size)), spec, clip)
+
+
+def group_grid(groups: Tensor, spec: GridSpec, clip: float = 1.0) -> tuple[Tensor, Tensor]:
+    """The same for weights that are already split into groups along the last axis, in any order before it."""
     if spec.symmetric:
         reach = groups.abs().amax(-1) * clip
         return stored(2 * reach / (spec.highest - spec.lowest)), torch.zeros_like(reach)
@@ -66,9 +70,11 @@ def range_grid(weight: Tensor, spec: GridSpec, clip: float = 1.0) -> tuple[Tenso
 
 
 def encode(groups: Tensor, scale: Tensor, zero: Tensor, spec: GridSpec) -> Tensor:
-    """Nearest codes, as float, of (out, groups, group_size)."""
-    codes = groups / scale.unsqueeze(-1)
-    return codes.round_().add_(zero.unsqueeze(-1)).clamp_(spec.lowest, spec.highest)
+    """Nearest codes, as float, of weights split into groups along the last axis."""
+    codes = (groups / scale.unsqueeze(-1)).round_()
+    if not spec.symmetric:
+        codes.add_(zero.unsqueeze(-1))
+    return codes.clamp_(spec.lowest, spec.highest)
 
 
 def round_to_grid(weight: Tensor, scale: Tensor, zero: Tensor, spec: GridSpec) -> Rounded:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from lowbit_quantize.precision import exact_products
+
 SYMMETRIC_BLOCKS = 4
 
 
@@ -19,11 +21,12 @@ class Covariance:
 
     def add(self, inputs: Tensor) -> None:
         """Add (tokens, features)."""
-        inputs = inputs.float()
-        for start in range(0, inputs.shape[1], self._block):
-            stop = start + self._block
-            self._sum[start:stop, start:].addmm_(inputs[:, start:stop].T, inputs[:, start:])
-        self.tokens += inputs.shape[0]
+        wide = inputs.float()
+        with exact_products(inputs.dtype):
+            for start in range(0, wide.shape[1], self._block):
+                stop = start + self._block
+                self._sum[start:stop, start:].addmm_(wide[:, start:stop].T, wide[:, start:])
+        self.tokens += len(inputs)
 
     def matrix(self) -> Tensor:
         """The mean of x xᵀ, (features, features)."""

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from lowbit_core.manifest import GateRecord, QualityRecord
 from lowbit_quantize.calibration import TokenText
+from lowbit_quantize.precision import exact_products
 from lowbit_quantize.recipe import Quality
 
-CHUNK_POSITIONS = 256
+CHUNK_POSITIONS = 128
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,9 @@ def compare(
     base: Tensor, compressed: Tensor, base_norm: nn.Module, norm: nn.Module, head: Tensor, ids: Tensor
 ) -> Predictions:
     """Compare two models by their last hidden states, (sequences, tokens, hidden), on the text `ids`."""
+    wide = head.float()
     rows = [
-        _compare_sequence(base_norm(base[i, :-1]), norm(compressed[i, :-1]), head.float(), ids[i, 1:])
+        _compare_sequence(base_norm(base[i, :-1]), norm(compressed[i, :-1]), wide, ids[i, 1:])
         for i in range(ids.shape[0])
     ]
     stacked = [torch.stack(parts) for parts in zip(*rows, strict=True)]
@@ -45,14 +47,20 @@ def _compare_sequence(base: Tensor, compressed: Tensor, head: Tensor, targets: T
     parts = []
     for start in range(0, len(targets), CHUNK_POSITIONS):
         chunk = slice(start, start + CHUNK_POSITIONS)
-        p = torch.log_softmax(base[chunk].float() @ head.T, -1)
-        q = torch.log_softmax(compressed[chunk].float() @ head.T, -1)
-        target = targets[chunk, None].to(p.device)
-        agrees = p.argmax(-1) == q.argmax(-1)
-        losses = [-logs.gather(-1, target).squeeze(-1) for logs in (p, q)]
-        kld = (p.exp() * (p - q)).sum(-1)
-        parts.append((kld, agrees.float(), *losses))
+        with exact_products(base.dtype):
+            p, q = base[chunk].float() @ head.T, compressed[chunk].float() @ head.T  # (positions, vocabulary)
+        parts.append(_compare_logits(p, q, targets[chunk, None].to(p.device)))
     return tuple(torch.cat(columns).double().cpu() for columns in zip(*parts, strict=True))
+
+
+def _compare_logits(p: Tensor, q: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    """KL, agreement and both losses of logits, (positions, vocabulary); overwrites `p` and `q`."""
+    agrees = (p.argmax(-1) == q.argmax(-1)).float()
+    p_sum, q_sum = p.logsumexp(-1, keepdim=True), q.logsumexp(-1, keepdim=True)
+    losses = [(total - logits.gather(-1, targets)).squeeze(-1) for logits, total in ((p, p_sum), (q, q_sum))]
+    log_ratio = q.neg_().add_(p).sub_(p_sum - q_sum)
+    kld = torch.linalg.vecdot(p.sub_(p_sum).exp_(), log_ratio)
+    return (kld, agrees, *losses)
 
 
 def clustered_stderr(values: Tensor) -> float:

@@ -10,8 +10,9 @@ from lowbit_quantize.clip import (
     least_squares_scale,
     round_clipped,
     solve_scales,
+    split_groups,
 )
-from lowbit_quantize.grid import GridSpec, output_error, range_grid, round_to_grid
+from lowbit_quantize.grid import GridSpec, encode, group_grid, output_error, range_grid, round_to_grid
 
 SPEC = GridSpec(4, 32, symmetric=True)
 ASYMMETRIC = GridSpec(4, 32, symmetric=False)
@@ -32,12 +33,12 @@ def weight_and_covariance() -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_block_error_equals_the_error_on_each_groups_own_inputs() -> None:
     inputs = correlated_inputs()
-    difference = torch.randn(8, 4, 32, generator=torch.Generator().manual_seed(5))
+    difference = torch.randn(4, 8, 32, generator=torch.Generator().manual_seed(5))
     blocks = diagonal_blocks(inputs.T @ inputs / len(inputs), 32)
     for group in range(4):
-        outputs = inputs[:, group * 32 : (group + 1) * 32] @ difference[:, group].T  # (tokens, rows)
+        outputs = inputs[:, group * 32 : (group + 1) * 32] @ difference[group].T  # (tokens, rows)
         torch.testing.assert_close(
-            block_error(difference, blocks)[:, group], outputs.square().mean(0), rtol=1e-3, atol=1e-4
+            block_error(difference, blocks)[group], outputs.square().mean(0), rtol=1e-3, atol=1e-4
         )
 
 
@@ -53,9 +54,9 @@ def test_clipped_grids_err_less_than_the_range(spec: GridSpec) -> None:
 
 def test_least_squares_scale_is_the_minimum_over_scales_for_fixed_codes() -> None:
     weight, covariance = weight_and_covariance()
-    groups, blocks = weight.unflatten(1, (-1, 32)), diagonal_blocks(covariance, 32)
-    scale, zero = range_grid(weight, SPEC)
-    codes = round_to_grid(weight, scale, zero, SPEC).codes.unflatten(1, (-1, 32)).float()
+    groups, blocks = split_groups(weight, SPEC), diagonal_blocks(covariance, 32)
+    scale, zero = group_grid(groups, SPEC)
+    codes = encode(groups, scale, zero, SPEC)
     best = least_squares_scale(groups, Best(torch.zeros_like(scale), scale, zero), blocks, SPEC)
 
     def error(candidate: torch.Tensor) -> torch.Tensor:
