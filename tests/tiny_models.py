@@ -1,5 +1,6 @@
 """Tiny seeded models of each family, with a real tokenizer trained on the bundled text."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,14 @@ def write_tiny_model(directory: Path, family: str = "llama", seed: int = 0) -> P
 
 def tiny_tokenizer(*, chat: bool = True) -> PreTrainedTokenizerFast:
     """A byte-level BPE of 512 tokens."""
+    fast = PreTrainedTokenizerFast(tokenizer_object=_trained(), eos_token="<|eos|>")
+    if chat:
+        fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+@cache
+def _trained() -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -63,7 +72,4 @@ def tiny_tokenizer(*, chat: bool = True) -> PreTrainedTokenizerFast:
     )
     sample = [document.words for document in _documents(Text(), "heldout", Text())[:40]]
     tokenizer.train_from_iterator(sample, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|eos|>")
-    if chat:
-        fast.chat_template = CHAT_TEMPLATE
-    return fast
+    return tokenizer

@@ -73,7 +73,3 @@ def _overview(commands: dict[str, EntryPoint]) -> argparse.ArgumentParser:
     for name, entry in sorted(commands.items()):
         subparsers.add_parser(name, help=load_command(entry).help)
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

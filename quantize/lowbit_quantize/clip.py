@@ -51,7 +51,8 @@ def diagonal_blocks(covariance: Tensor, group_size: int) -> Tensor:
 
 def split_groups(weight: Tensor, spec: GridSpec) -> Tensor:
     """(rows, in) to (groups, rows, group_size): the order in which groups meet their covariance without a copy."""
-    return weight.unflatten(1, (-1, spec.group_size)).transpose(0, 1).contiguous()
+    groups: Tensor = weight.unflatten(1, (-1, spec.group_size))
+    return groups.transpose(0, 1).contiguous()
 
 
 def candidates(groups: Tensor, spec: GridSpec, clip: float) -> Sequence[tuple[Tensor, Tensor]]:
@@ -143,8 +144,8 @@ def _solve_rows(
     solved = stored(torch.linalg.solve(system, slope + pull * scale))
 
     def relative_error(s: Tensor) -> Tensor:  # up to the constant w H wᵀ
-        quadratic: Tensor = torch.einsum("rg,rgh,rh->r", s, curvature, s)
-        return quadratic - 2 * (s * slope).sum(-1)
+        error: Tensor = torch.einsum("rg,rgh,rh->r", s, curvature, s) - 2 * (s * slope).sum(-1)
+        return error
 
     better = (relative_error(solved) < relative_error(scale)) & torch.isfinite(solved).all(-1)
     return torch.where(better.unsqueeze(-1), solved, scale)

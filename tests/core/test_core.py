@@ -1,0 +1,147 @@
+"""The command line, the error tree, and the manifest."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lowbit_core import errors
+from lowbit_core.cli import main
+from lowbit_core.errors import CheckpointError, LowbitError
+from lowbit_core.manifest import (
+    MANIFEST_NAME,
+    PROGRESS_NAME,
+    Manifest,
+    read_manifest,
+    record_files,
+    verify_files,
+    write_manifest,
+)
+
+
+def example(files: dict[str, object]) -> Manifest:
+    text = {"source": "default", "sequences": 2, "sequence_tokens": 4, "tokens": 8, "seed": 0, "sha256": "ab"}
+    base = {"name": "m", "kind": "directory", "revision": None, "model_type": "llama", "dtype": "bfloat16"}
+    quality = {
+        "heldout": text, "predictions": 6, "mean_kld": 0.1, "kld_stderr": 0.01, "kld_p99": 1.0, "kld_max": 2.0,
+        "top1_agreement": 0.9, "top1_stderr": 0.01, "perplexity_base": 9.0, "perplexity": 10.0,
+        "perplexity_ratio": 1.1, "kv_cache_included": True,
+        "domains": {
+            "code": {"sequences": 2, "mean_kld": 0.1, "top1_agreement": 0.9, "perplexity_base": 9, "perplexity": 10}
+        },
+    }  # fmt: skip
+    return Manifest.model_validate(
+        {
+            "created": "2026-01-01T00:00:00+00:00",
+            "base": {**base, "sha256": {"model.safetensors": "cd"}},
+            "recipe": {"weights": {"method": "awq", "bits": 4, "group_size": 64, "symmetric": True}},
+            "size": {
+                "parameters": 10, "base_bytes": 20, "bytes": 8, "quantized_parameters": 8,
+                "linear_bits_per_weight": 4.25,
+            },
+            "modules": [],
+            "kv_cache": None,
+            "calibration": text,
+            "quality": quality,
+            "gate": {"limits": {}, "accepted": True, "reasons": []},
+            "files": files,
+            "versions": {},
+            "run": {"device": "cpu", "seconds": 1, "cpu_seconds": 1, "peak_rss_bytes": 1},
+        }
+    )  # fmt: skip
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "config.json").write_text("{}")
+    write_manifest(tmp_path, example({k: v.model_dump() for k, v in record_files(tmp_path).items()}))
+    return tmp_path
+
+
+def test_a_manifest_reads_back_as_it_was_written_and_verifies(checkpoint: Path) -> None:
+    manifest = read_manifest(checkpoint)
+    assert manifest is not None
+    assert set(manifest.files) == {"model.safetensors", "config.json"}
+    verify_files(checkpoint, manifest, hashes=True)
+    assert not list(checkpoint.glob("*.tmp"))
+
+
+def damage_missing(checkpoint: Path) -> None:
+    (checkpoint / "config.json").unlink()
+
+
+def damage_size(checkpoint: Path) -> None:
+    (checkpoint / "model.safetensors").write_bytes(b"weight")
+
+
+def damage_content(checkpoint: Path) -> None:
+    (checkpoint / "model.safetensors").write_bytes(b"wEights")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_missing, "config.json is missing"),
+        (damage_size, "has 6 bytes"),
+        (damage_content, "does not match its SHA-256"),
+    ],
+)
+def test_every_change_to_a_file_is_found(checkpoint: Path, damage, message: str) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001
+    manifest = read_manifest(checkpoint)
+    assert manifest is not None
+    damage(checkpoint)
+    with pytest.raises(CheckpointError, match=message):
+        verify_files(checkpoint, manifest, hashes=True)
+
+
+def test_no_manifest_is_unknown_but_an_unfinished_run_is_refused(tmp_path: Path) -> None:
+    assert read_manifest(tmp_path) is None
+    (tmp_path / PROGRESS_NAME).write_text("{}")
+    with pytest.raises(CheckpointError, match="unfinished quantize run"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", '{"format_version": 2}', "[]", "\udcff"])
+def test_an_unreadable_manifest_is_refused_in_one_line(tmp_path: Path, content: str) -> None:
+    (tmp_path / MANIFEST_NAME).write_text(content, errors="surrogateescape")
+    with pytest.raises(CheckpointError, match="is not a version 1 manifest") as caught:
+        read_manifest(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_inspect_prints_the_facts_and_its_json_is_the_manifest(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(checkpoint), "--verify"]) == 0
+    shown = capsys.readouterr().out
+    for fact in ("llama", "4.25 bits per weight", "0.1000 ± 0.0100", "every hash verified", "code"):
+        assert fact in shown
+    assert main(["inspect", str(checkpoint), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((checkpoint / MANIFEST_NAME).read_text())
+
+
+def test_inspect_refuses_what_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(tmp_path)]) == 2
+    assert main(["inspect", str(tmp_path / "nowhere")]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 2
+
+
+def test_an_unknown_command_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["quantise"]) == 2
+    assert "commands are: inspect, loadtest, quantize, serve" in capsys.readouterr().err
+
+
+def subclasses(error: type[LowbitError]) -> Iterator[type[LowbitError]]:
+    yield error
+    for child in error.__subclasses__():
+        yield from subclasses(child)
+
+
+def test_every_error_is_drawn_in_the_tree_of_the_module() -> None:
+    drawn = errors.__doc__ or ""
+    known = [error for error in subclasses(LowbitError) if error.__module__ == errors.__name__]
+    assert len(known) >= 9
+    assert all(error.__name__ in drawn for error in known)
+    assert {error.exit_status for error in known} == {1, 2, 3}
