@@ -43,6 +43,8 @@ def _run(arguments: argparse.Namespace) -> int:
         overrides.append(f"quality.source={json.dumps(arguments.heldout)}")
     recipe = load_recipe(arguments.recipe, tuple(overrides))
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads: idle threads sleep, not spin
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars are for terminals
     device = _device(arguments.device)
     from lowbit_quantize.pipeline import quantize
 
