@@ -35,11 +35,17 @@ class Best:
 
 def round_clipped(weight: Tensor, covariance: Tensor, spec: GridSpec) -> Rounded:
     """Round a weight (out, in) on the grids that err least on inputs of this covariance (in, in)."""
+    scale, zero = search_grids(weight, covariance, spec)
+    return solve_scales(round_to_grid(weight, scale, zero, spec), weight, covariance)
+
+
+def search_grids(weight: Tensor, covariance: Tensor, spec: GridSpec) -> tuple[Tensor, Tensor]:
+    """Scale and zero, (out, groups), of the grids that err least on each group's own inputs."""
     blocks = diagonal_blocks(covariance, spec.group_size)
     row_blocks = weight.split(max(1, BLOCK_WEIGHTS // weight.shape[1]))
     parts = parallel_map(lambda rows: _search_rows(rows, blocks, spec), row_blocks, weight.device)
     scale, zero = (torch.cat(part, dim=1).T.contiguous() for part in zip(*parts, strict=True))
-    return solve_scales(round_to_grid(weight, scale, zero, spec), weight, covariance)
+    return scale, zero
 
 
 def diagonal_blocks(covariance: Tensor, group_size: int) -> Tensor:

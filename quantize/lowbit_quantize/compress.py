@@ -3,7 +3,7 @@
 Everything here is arithmetic on the layer's weights and on what `observe` saw; no forward pass.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,22 @@ from lowbit_core.errors import NumericsError
 from lowbit_quantize.architectures import Architecture, LinearGroup, linear_of
 from lowbit_quantize.awq import search_scale
 from lowbit_quantize.clip import round_clipped
+from lowbit_quantize.gptq import round_gptq
 from lowbit_quantize.grid import GridSpec, Rounded, output_error, range_grid, round_to_grid
 from lowbit_quantize.observe import Covariance
+
+
+def _round_to_nearest(weight: Tensor, _: Tensor, spec: GridSpec) -> Rounded:
+    return round_to_grid(weight, *range_grid(weight, spec), spec)
+
+
+# Each rounds a weight (out, in) on inputs of a covariance (in, in); methods named awq fold scales first.
+ROUND: dict[str, Callable[[Tensor, Tensor, GridSpec], Rounded]] = {
+    "rtn": _round_to_nearest,
+    "awq": round_clipped,
+    "gptq": round_gptq,
+    "awq+gptq": round_gptq,
+}
 
 
 @dataclass(frozen=True)
@@ -60,16 +74,12 @@ def compress_layer(
     """
     states = [_state_of(layer, group, statistics, ignored) for group in architecture.groups]
     active = [state for state in states if state is not None]
-    if method == "awq":
+    if method.startswith("awq"):
         for state in active:
             _fold_awq_scale(layer, state, active, spec)
     results: dict[str, CompressedLinear] = {}
     for state in active:
-        if method == "awq":
-            rounded = round_clipped(state.weight, state.covariance, spec)
-        else:
-            rounded = round_to_grid(state.weight, *range_grid(state.weight, spec), spec)
-        results.update(_install(layer, state, rounded))
+        results.update(_install(layer, state, ROUND[method](state.weight, state.covariance, spec)))
     divisors = [state.producer_divisor for state in active if state.group.fold == "kv_rows"]
     return CompressedLayer(results, divisors[0] if divisors else None)
 

@@ -22,7 +22,7 @@ class _Section(BaseModel):
 class Weights(_Section):
     """How decoder linears are stored; `ignore` holds names or `re:` patterns of linears left alone."""
 
-    method: Literal["awq", "rtn", "none"] = "awq"
+    method: Literal["awq", "gptq", "awq+gptq", "rtn", "none"] = "awq"
     bits: Literal[4, 8] = 4
     group_size: int = Field(default=128, ge=32, multiple_of=32)
     symmetric: bool = True

@@ -57,11 +57,11 @@ def test_folding_scales_leaves_the_layer_unchanged(tiny_model: Callable[[str], P
     torch.testing.assert_close(output(decoder, layer, hidden), before, rtol=1e-3, atol=1e-3)
 
 
-def test_awq_errs_less_than_rounding_in_every_linear_and_in_the_output(
+def test_awq_errs_less_than_rounding_and_gptq_less_than_awq(
     tiny_model: Callable[[str], Path], family: str
 ) -> None:
     errors = {}
-    for method in ("rtn", "awq"):
+    for method in ("rtn", "awq", "gptq", "awq+gptq"):
         decoder, layer, hidden, statistics = observed_layer(tiny_model(family))
         before = output(decoder, layer, hidden)
         result = compress_layer(layer, decoder.architecture, statistics, SPEC, method)
@@ -72,6 +72,8 @@ def test_awq_errs_less_than_rounding_in_every_linear_and_in_the_output(
     assert len(errors["awq"]) == 8
     assert sum(errors["awq"].values()) < 0.8 * sum(errors["rtn"].values())
     assert errors["awq"]["output"] < 0.8 * errors["rtn"]["output"]
+    for method in ("gptq", "awq+gptq"):
+        assert sum(errors[method].values()) < 0.9 * sum(errors["awq"].values())
 
 
 def test_a_linear_that_is_ignored_leaves_its_whole_group_alone(tiny_model: Callable[[str], Path]) -> None:

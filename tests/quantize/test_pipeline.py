@@ -39,11 +39,13 @@ def reloaded_kld(base: Path, checkpoint: Path, recipe: Recipe) -> float:
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
+@pytest.mark.parametrize("method", ["awq", "gptq", "awq+gptq"])
 @pytest.mark.parametrize("symmetric", ["true", "false"])
 def test_riding_along_measures_what_a_reload_measures(
-    tiny_model: Callable[[str], Path], family: str, symmetric: str, tmp_path: Path
+    tiny_model: Callable[[str], Path], family: str, symmetric: str, method: str, tmp_path: Path
 ) -> None:
-    recipe = recipe_of("awq-g64", f"weights.symmetric={symmetric}", "kv_cache.dtype=none")
+    overrides = (f"weights.symmetric={symmetric}", f"weights.method={method}", "kv_cache.dtype=none")
+    recipe = recipe_of("awq-g64", *overrides)
     manifest = quantize(str(tiny_model(family)), recipe, tmp_path / "out", CPU)
     assert reloaded_kld(tiny_model(family), tmp_path / "out", recipe) == pytest.approx(
         manifest.quality.mean_kld, abs=1e-3

@@ -54,7 +54,7 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, content: str) -> N
 
 
 def test_an_unknown_recipe_name_lists_the_bundled_ones() -> None:
-    with pytest.raises(RecipeError, match="awq, awq-g64, rtn-g64"):
+    with pytest.raises(RecipeError, match="awq, awq-g64, awq-gptq-g64, gptq-g64, rtn-g64"):
         load_recipe("awqq")
 
 

@@ -1,0 +1,76 @@
+"""GPTQ: round one input column at a time and let the columns to come make up for the error.
+
+Frantar et al. 2022, arXiv 2210.17323. With H the covariance of the inputs and U the upper Cholesky factor of its
+inverse, column j is rounded, and its error, divided by U_jj, times row j of U is taken from the columns after it:
+the best they can do for what is already fixed. Columns go in order of falling H_jj ("activation order"), so the
+inputs that matter most are rounded while most columns are left to help; groups stay where they are in memory
+("static groups"): a column uses the grid of the group it belongs to, chosen before the first column is rounded.
+
+Rows do not meet, so blocks of rows are worked on in parallel; within one, a weight lies transposed, so that a
+column is contiguous, and updates beyond the current block of columns are applied once for the block.
+"""
+
+import torch
+from torch import Tensor
+
+from lowbit_core.errors import NumericsError
+from lowbit_quantize.clip import search_grids, solve_scales
+from lowbit_quantize.grid import GridSpec, Rounded
+from lowbit_quantize.parallel import parallel_map
+
+DAMPING = (0.01, 0.03, 0.1, 0.3, 1.0)  # of the mean of diag H; the next is taken when a factor fails
+BLOCK_COLUMNS = 64
+BLOCK_ROWS = 512
+
+
+def round_gptq(weight: Tensor, covariance: Tensor, spec: GridSpec) -> Rounded:
+    """Round a weight (out, in) by GPTQ on inputs of this covariance (in, in); raises NumericsError.
+
+    The grids are those of the clip search; once the codes are chosen, the scales of each row are solved for.
+    """
+    scale, zero = search_grids(weight, covariance, spec)
+    order = covariance.diagonal().argsort(descending=True, stable=True)
+    factor = inverse_factor(covariance[order][:, order])
+    groups = order // spec.group_size
+
+    def rows(block: slice) -> Tensor:
+        grids = scale[block].T[groups], zero[block].T[groups]  # (in, rows)
+        return gptq_codes(weight[block].T[order], *grids, factor, spec)
+
+    blocks = [slice(start, start + BLOCK_ROWS) for start in range(0, weight.shape[0], BLOCK_ROWS)]
+    ordered = torch.cat(parallel_map(rows, blocks, weight.device), dim=1)  # (in, out)
+    codes = torch.empty_like(ordered)
+    codes[order] = ordered
+    return solve_scales(Rounded(codes.T.contiguous(), scale, zero, spec), weight, covariance)
+
+
+def inverse_factor(covariance: Tensor) -> Tensor:
+    """The upper triangular U with UᵀU = (H + λI)⁻¹, λ raised until H can be factored; raises NumericsError."""
+    mean = covariance.diagonal().mean().clamp(min=1e-12)
+    for damping in DAMPING:
+        damped = covariance + damping * mean * torch.eye(len(covariance), device=covariance.device)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if failed:
+            continue
+        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not failed and torch.isfinite(upper).all():
+            found: Tensor = upper
+            return found
+    raise NumericsError(f"an input covariance cannot be factored even with damping {DAMPING[-1]}")
+
+
+def gptq_codes(columns: Tensor, scale: Tensor, zero: Tensor, factor: Tensor, spec: GridSpec) -> Tensor:
+    """Codes int8 of `columns`, a weight as (in, rows) in rounding order, on grids of the same shape."""
+    columns, codes = columns.clone(), torch.empty(columns.shape, dtype=torch.int8, device=columns.device)
+    for start in range(0, len(columns), BLOCK_COLUMNS):
+        stop = min(start + BLOCK_COLUMNS, len(columns))
+        block, errors = columns[start:stop], torch.empty_like(columns[start:stop])
+        within = factor[start:stop, start:stop]
+        for i in range(stop - start):
+            s, z = scale[start + i], zero[start + i]
+            code = (block[i] / s).round_().add_(z).clamp_(spec.lowest, spec.highest)
+            codes[start + i] = code
+            errors[i] = (block[i] - (code - z) * s) / within[i, i]
+            block[i + 1 :].addr_(within[i, i + 1 :], errors[i], alpha=-1)
+        columns[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+    return codes
