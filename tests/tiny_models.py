@@ -26,7 +26,7 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 32,
-    "max_position_embeddings": 256,
+    "max_position_embeddings": 512,
 }
 CONFIGS: dict[str, Any] = {
     "llama": LlamaConfig(**SIZES, tie_word_embeddings=True),

@@ -5,6 +5,7 @@ pay for quantize's imports. An expected error becomes one line on stderr and the
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("lowbit: interrupted\n")
         return 130
+    except BrokenPipeError:  # whoever read our output has left; leave nothing to flush
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def _dispatch(arguments: list[str], commands: dict[str, EntryPoint]) -> int:

@@ -38,13 +38,15 @@ def _run(arguments: argparse.Namespace) -> int:
 def describe(manifest: Manifest, *, verified: bool) -> Table:
     """The facts of a checkpoint, one a row."""
     size, quality, gate = manifest.size, manifest.quality, manifest.gate
-    weights = manifest.recipe["weights"]
+    weights = manifest.recipe.get("weights", {})
     kv, base = manifest.kv_cache, manifest.base
     table = Table(show_header=False, title=manifest.base.name)
     rows = {
         "base": f"{base.kind}, {base.model_type}, {base.dtype}, {size.parameters:,} parameters",
-        "weights": f"{weights['method']}, {weights['bits']} bits, group {weights['group_size']}, "
-        f"{'symmetric' if weights['symmetric'] else 'asymmetric'}, {size.linear_bits_per_weight} bits per weight",
+        "weights": f"{weights.get('method')}, {weights.get('bits')} bits, group {weights.get('group_size')}, "
+        f"{'symmetric' if weights.get('symmetric') else 'asymmetric'}, {size.linear_bits_per_weight} bits per weight"
+        if manifest.modules
+        else "not quantized",
         "KV cache": f"{kv.dtype}, {len(kv.layers)} layers, {kv.source}" if kv else "not quantized",
         "size": f"{size.base_bytes / 2**20:.1f} MiB to {size.bytes / 2**20:.1f} MiB",
         "mean KL": f"{quality.mean_kld:.4f} ± {quality.kld_stderr:.4f} nats on {quality.predictions:,} predictions",

@@ -19,7 +19,7 @@ FORMAT_VERSION: Final = 1
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
 
 class BaseModelRecord(_Record):
@@ -161,8 +161,8 @@ def read_manifest(directory: Path) -> Manifest | None:
         return None
     try:
         return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
-    except (ValidationError, UnicodeDecodeError) as error:
-        detail = str(error).splitlines()[0] if isinstance(error, UnicodeDecodeError) else _first(error)
+    except (ValidationError, UnicodeDecodeError, OSError) as error:
+        detail = _first(error) if isinstance(error, ValidationError) else str(error)
         raise CheckpointError(f"{path} is not a version {FORMAT_VERSION} manifest: {detail}") from error
 
 
@@ -179,6 +179,10 @@ def file_sha256(path: Path) -> str:
 
 def record_files(directory: Path) -> dict[str, FileRecord]:
     """Size and hash of every file of a checkpoint except its own records."""
+    for path in directory.iterdir():
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())  # the manifest must not outlive what it vouches for
     return {
         path.name: FileRecord(sha256=file_sha256(path), bytes=path.stat().st_size)
         for path in sorted(directory.iterdir())
@@ -192,6 +196,10 @@ def verify_files(directory: Path, manifest: Manifest, *, hashes: bool) -> None:
     Raises CheckpointError naming the first file that differs.
     """
     for name, record in manifest.files.items():
+        if Path(name).name != name:
+            raise CheckpointError(
+                f"{directory / MANIFEST_NAME} names {name!r}, which is not a file beside it"
+            )
         path = directory / name
         if not path.is_file():
             raise CheckpointError(f"{directory} is incomplete: {name} is missing; copy the checkpoint again")

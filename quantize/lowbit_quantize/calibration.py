@@ -16,6 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 from torch import Tensor
 
@@ -26,7 +27,9 @@ from lowbit_quantize.recipe import BUNDLED, Text
 OVERLAP_WORDS = (
     13  # a shared run of this many words makes two documents overlap (Brown et al. 2020, arXiv 2005.14165)
 )
+OVERLAP_TOKENS = 64  # as OVERLAP_WORDS, for given token ids; longer than what chat templates repeat
 HELDOUT_SHARE = 5  # where one source gives both texts, one document in five is held out
+HUB_CHARACTERS_PER_TOKEN = 40  # how much to read of an endless data set: several times what is needed
 DOCUMENT_CHARACTERS = 4000  # plain text is cut into documents of about this size, at blank lines
 
 
@@ -67,11 +70,22 @@ def load_texts(
     """The calibration and held-out sequences of a recipe; raises RecipeError where a source gives too little."""
     calibration_documents = _documents(calibration, "calibration", heldout)
     heldout_documents = _documents(heldout, "heldout", calibration)
-    calibration_text, used = _sequences(
-        calibration, calibration_documents, tokenizer, vocabulary, "calibration"
-    )
-    disjoint = drop_overlap(heldout_documents, used)
-    return calibration_text, _sequences(heldout, disjoint, tokenizer, vocabulary, "quality")[0]
+    ours, used = _sequences(calibration, calibration_documents, tokenizer, vocabulary, "calibration")
+    theirs, _ = _sequences(heldout, drop_overlap(heldout_documents, used), tokenizer, vocabulary, "quality")
+    if (calibration.token_ids or heldout.token_ids) and not token_runs(ours.ids).isdisjoint(
+        token_runs(theirs.ids)
+    ):
+        raise RecipeError(
+            f"calibration and held-out tokens share a run of {OVERLAP_TOKENS} tokens: quality would be measured "
+            "on what the model was calibrated with; give other token ids or text for one of them"
+        )
+    return ours, theirs
+
+
+def token_runs(ids: Tensor) -> set[bytes]:
+    """Every run of `OVERLAP_TOKENS` tokens within a row; the row where it is shorter."""
+    size = min(OVERLAP_TOKENS, ids.shape[1])
+    return {run.numpy().tobytes() for row in ids.int() for run in row.unfold(0, size, 1)}
 
 
 def _sequences(
@@ -82,6 +96,10 @@ def _sequences(
         domains: tuple[str, ...] = ("all",) * ids.shape[0]
     else:
         ids, domains, used = _pack(text, documents, tokenizer, section)
+    if int(ids.max()) >= vocabulary:
+        raise RecipeError(
+            f"{section}: token {int(ids.max())} is outside the model's vocabulary of {vocabulary}"
+        )
     digest = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
     record = TextRecord(
         source=text.token_ids or text.source,
@@ -97,11 +115,14 @@ def _sequences(
 def _read_token_ids(path: Path, vocabulary: int, section: str) -> Tensor:
     wanted = f'{section}.token_ids wants JSON {{"input_ids": [[int, …], …]}} with rows of equal length'
     try:
-        ids = torch.tensor(json.loads(path.read_text(encoding="utf-8"))["input_ids"], dtype=torch.int64)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        rows = json.loads(path.read_text(encoding="utf-8"))["input_ids"]
+        if any(type(token) is not int for row in rows for token in row):
+            raise TypeError("not every id is an integer")
+        ids = torch.tensor(rows, dtype=torch.int64)
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise RecipeError(f"{path}: {error}; {wanted}") from error
-    if ids.dim() != 2 or ids.numel() == 0:
-        raise RecipeError(f"{path} holds ids of shape {tuple(ids.shape)}; {wanted}")
+    if ids.dim() != 2 or len(ids) < (2 if section == "quality" else 1) or ids.shape[1] < 2:
+        raise RecipeError(f"{path} holds ids of shape {tuple(ids.shape)}; {wanted}, two rows to judge by")
     if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
         raise RecipeError(
             f"{path} holds token ids outside 0…{vocabulary - 1}; they belong to another tokenizer"
@@ -153,7 +174,13 @@ def _chunks(
     for document in documents:
         used.append(document)
         conversation = bool(document.messages and tokenizer.chat_template)
-        tokens = tokenizer(document.render(tokenizer), add_special_tokens=not conversation)["input_ids"]
+        try:
+            rendered = document.render(tokenizer)
+        except jinja2.TemplateError as error:
+            raise RecipeError(
+                f"the model's chat template refuses a conversation of the text: {error}"
+            ) from error
+        tokens = tokenizer(rendered, add_special_tokens=not conversation)["input_ids"]
         buffer += tokens
         if not conversation and tokenizer.eos_token_id is not None:
             buffer.append(tokenizer.eos_token_id)
@@ -167,7 +194,8 @@ def _documents(text: Text, role: str, other: Text) -> list[Document]:
         return []
     if text.source == BUNDLED:
         return list(_read_jsonl(Path(str(files("lowbit_quantize"))) / "texts" / f"{role}.jsonl.gz"))
-    documents = _read_source(text.source)
+    wanted = text.sequences * text.sequence_tokens * HUB_CHARACTERS_PER_TOKEN
+    documents = _read_source(text.source, wanted * (HELDOUT_SHARE if text.source == other.source else 1))
     if text.source != other.source or other.token_ids:
         return documents
     return [document for document in documents if (_draw(document) == 0) == (role == "heldout")]
@@ -177,9 +205,9 @@ def _draw(document: Document) -> int:
     return int(hashlib.sha256(document.words.encode()).hexdigest(), 16) % HELDOUT_SHARE
 
 
-def _read_source(source: str) -> list[Document]:
+def _read_source(source: str, characters: int) -> list[Document]:
     if source.startswith("hub:"):
-        return list(_read_hub(source.removeprefix("hub:")))
+        return list(_read_hub(source.removeprefix("hub:"), characters))
     path = Path(source)
     if not path.is_file() or path.suffix not in (".jsonl", ".gz", ".txt"):
         raise RecipeError(
@@ -190,8 +218,12 @@ def _read_source(source: str) -> list[Document]:
 
 
 def _read_txt(path: Path) -> Iterator[Document]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not UTF-8 text: {error}") from error
     paragraphs: list[str] = []
-    for paragraph in path.read_text(encoding="utf-8").split("\n\n"):
+    for paragraph in text.split("\n\n"):
         paragraphs.append(paragraph)
         if sum(map(len, paragraphs)) >= DOCUMENT_CHARACTERS:
             yield Document("text", text="\n\n".join(paragraphs))
@@ -201,34 +233,38 @@ def _read_txt(path: Path) -> Iterator[Document]:
 
 
 def _read_jsonl(path: Path) -> Iterator[Document]:
-    with (
-        gzip.open(path, "rt", encoding="utf-8")
-        if path.suffix == ".gz"
-        else path.open(encoding="utf-8") as file
-    ):
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                yield _as_document(json.loads(line))
-            except (ValueError, KeyError, TypeError) as error:
-                raise RecipeError(
-                    f'{path} line {number}: {error!r}; a line is {{"text": "…"}} or '
-                    '{"messages": [{"role": "user", "content": "…"}, …]}, with an optional "domain"'
-                ) from error
+    number = 0
+    try:
+        with (
+            gzip.open(path, "rt", encoding="utf-8")
+            if path.suffix == ".gz"
+            else path.open(encoding="utf-8") as file
+        ):
+            for number, line in enumerate(file, 1):  # noqa: B007 (named in the message)
+                if line.strip():
+                    yield _as_document(json.loads(line))
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RecipeError(
+            f'{path} line {max(1, number)}: {error!r}; a line is {{"text": "…"}} or '
+            '{"messages": [{"role": "user", "content": "…"}, …]}, with an optional "domain"'
+        ) from error
 
 
-def _read_hub(name: str) -> Iterator[Document]:
+def _read_hub(name: str, characters: int) -> Iterator[Document]:
+    """Documents of a hub data set's train split, as many as give `characters`."""
     try:
         from datasets import load_dataset
     except ImportError:
         raise RecipeError(f"hub:{name} needs the package datasets; run `pip install datasets`") from None
     dataset, _, revision = name.partition("@")
     try:
-        rows = load_dataset(dataset, split="train", revision=revision or None, streaming=True)
-        for row in rows:
-            yield _as_document(row)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        for row in load_dataset(dataset, split="train", revision=revision or None, streaming=True):
+            document = _as_document(row)
+            characters -= len(document.words)
+            yield document
+            if characters < 0:
+                return
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RecipeError(f"hub:{name} could not be read as text or messages: {error}") from error
 
 
@@ -236,8 +272,12 @@ def _as_document(row: dict[str, Any]) -> Document:
     domain = str(row.get("domain", "text"))
     if "messages" in row:
         messages = tuple({"role": m["role"], "content": m["content"]} for m in row["messages"])
-        return Document(domain, messages=messages)
-    return Document(domain, text=row["text"])
+        strings = [part for message in messages for part in message.values()]
+    else:
+        messages, strings = (), [row["text"]]
+    if not strings or not all(isinstance(part, str) for part in strings):
+        raise TypeError("text, role and content must be strings")
+    return Document(domain, messages=messages) if messages else Document(domain, text=row["text"])
 
 
 def drop_overlap(documents: Iterable[Document], against: Iterable[Document]) -> list[Document]:

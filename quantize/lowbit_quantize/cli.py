@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -37,9 +38,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     overrides = list(arguments.set)
-    if arguments.calibration:
+    if arguments.calibration is not None:
         overrides.append(f"calibration.source={json.dumps(arguments.calibration)}")
-    if arguments.heldout:
+    if arguments.heldout is not None:
         overrides.append(f"quality.source={json.dumps(arguments.heldout)}")
     recipe = load_recipe(arguments.recipe, tuple(overrides))
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads: idle threads sleep, not spin
@@ -70,21 +71,15 @@ def _device(name: str) -> "torch.device":
 
 def summary(manifest: Manifest, out: Path) -> dict[str, Any]:
     """The result of a run in one flat object."""
+    measured = manifest.quality.model_dump(
+        include={"mean_kld", "kld_stderr", "top1_agreement", "perplexity_base", "perplexity", "predictions"}
+    )
     return {
         "checkpoint": str(out),
         "accepted": manifest.gate.accepted,
         **manifest.size.model_dump(include={"base_bytes", "bytes", "linear_bits_per_weight"}),
         **manifest.run.model_dump(include={"seconds", "cpu_seconds", "peak_rss_bytes"}),
-        **manifest.quality.model_dump(
-            include={
-                "mean_kld",
-                "kld_stderr",
-                "top1_agreement",
-                "perplexity_base",
-                "perplexity",
-                "predictions",
-            }
-        ),
+        **{name: value if math.isfinite(value) else None for name, value in measured.items()},
     }
 
 

@@ -97,45 +97,48 @@ def _state_of(
 
 
 def _fold_awq_scale(layer: nn.Module, state: _GroupState, states: list[_GroupState], spec: GridSpec) -> None:
+    """Search a group's scale, multiply its columns by it, and divide the operation before it."""
     group = state.group
+    owner = next((other for other in states if group.fold_into in other.group.linears), None)
+    if group.fold != "norm" and owner is None:
+        return  # the linear before it is not quantized and is left alone
     activation, heads = state.covariance.diagonal().clamp(min=0).sqrt(), _value_repeats(layer, group)
     if group.fold == "kv_rows":
         activation = _shared_by_heads(activation, heads)
     choice = search_scale(state.weight, state.covariance, activation, spec)
-    scale = choice.scale if group.fold != "kv_rows" else _shared_by_heads(choice.scale, heads)
-    scale = _divide_producer(layer, state, scale, heads, states)
+    scale = choice.scale
+    if group.fold == "kv_rows":
+        scale = _shared_by_heads(scale, heads)
+    if owner is None:
+        scale = _divide_norm(layer.get_submodule(group.fold_into), scale)
+    else:
+        state.producer_divisor = scale.view(*heads, -1)[
+            :, 0
+        ].flatten()  # once for each channel of the producer
+        _divide_rows(layer, group.fold_into, owner, state.producer_divisor)
     state.weight = state.weight * scale
     state.covariance = state.covariance / torch.outer(scale, scale)
     state.alpha = choice.alpha
 
 
-def _divide_producer(
-    layer: nn.Module, state: _GroupState, scale: Tensor, heads: tuple[int, int], states: list[_GroupState]
-) -> Tensor:
-    """Divide the operation before a group by `scale`; returns the scale that was really divided by."""
-    group = state.group
-    if group.fold == "norm":
-        return _divide_norm(layer.get_submodule(group.fold_into), scale)
-    producer = linear_of(layer, group.fold_into)
-    rows = scale if group.fold == "rows" else scale.view(heads[0], heads[1], -1)[:, 0].flatten()
-    owner = next((other for other in states if group.fold_into in other.group.linears), None)
-    if owner is None:  # the producer is not quantized: leave it alone
-        return torch.ones_like(scale)
+def _divide_rows(layer: nn.Module, producer: str, owner: _GroupState, divisor: Tensor) -> None:
+    """Divide the output channels of a linear, whose weight waits in `owner` to be rounded, and its bias."""
     names = owner.group.linears
-    start = sum(linear_of(layer, name).weight.shape[0] for name in names[: names.index(group.fold_into)])
-    owner.weight[start : start + rows.numel()] /= rows.unsqueeze(1)
-    state.producer_divisor = rows
-    if producer.bias is not None:
-        producer.bias = nn.Parameter(
-            (producer.bias.float() / rows).to(producer.bias.dtype), requires_grad=False
-        )
-    return scale
+    start = sum(linear_of(layer, name).out_features for name in names[: names.index(producer)])
+    owner.weight[start : start + len(divisor)] /= divisor.unsqueeze(1)
+    linear = linear_of(layer, producer)
+    if linear.bias is not None:
+        bias = (linear.bias.float() / divisor).to(linear.bias.dtype)
+        linear.bias = nn.Parameter(bias, requires_grad=False)
 
 
 def _divide_norm(norm: Any, scale: Tensor) -> Tensor:
     """Divide a norm's weight; what its storage dtype rounds away is put into the scale, so that nothing is lost."""
     before = norm.weight.float()
     after = (before / scale).to(norm.weight.dtype)
+    after = torch.where(
+        (after == 0) | ~torch.isfinite(after), norm.weight, after
+    )  # not in this dtype's range
     norm.weight = nn.Parameter(after, requires_grad=False)
     return torch.where(after == 0, torch.ones_like(scale), before / after.float())
 

@@ -4,10 +4,8 @@ Two streams of hidden states walk the decoder: the base model's, on held-out tex
 on held-out and on calibration text. Each layer is observed on what the compressed layers before it really give.
 """
 
-import json
 import platform
 import resource
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,13 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
 from lowbit_core import __version__
 from lowbit_core.log import get_logger
 from lowbit_core.manifest import (
-    MANIFEST_NAME,
-    PROGRESS_NAME,
     BaseModelRecord,
     KVCacheRecord,
     KVLayerRecord,
@@ -33,7 +28,6 @@ from lowbit_core.manifest import (
     QualityRecord,
     RunRecord,
     SizeRecord,
-    read_manifest,
     record_files,
     write_manifest,
 )
@@ -45,13 +39,13 @@ from lowbit_quantize.export import CheckpointWriter, layer_tensors, pack, served
 from lowbit_quantize.grid import GridSpec
 from lowbit_quantize.kv_scales import KVScales, scale_of
 from lowbit_quantize.observe import Covariance, KeyValueReach
-from lowbit_quantize.plan import Plan, check_disk, finished_before, make_plan
+from lowbit_quantize.output import UNPACKED, check_disk, finished_before, refuse_foreign, run_in
+from lowbit_quantize.plan import Plan, check_weights, make_plan
 from lowbit_quantize.progress import track
 from lowbit_quantize.recipe import Recipe
-from lowbit_quantize.source import ModelReference, WeightFiles, find_model, unpack_gguf
+from lowbit_quantize.source import ModelReference, WeightFiles, fetch_weights, find_model, unpack_gguf
 from lowbit_quantize.stream import Decoder, inputs_of
 
-UNPACKED = ".base"  # where a GGUF base lies, unpacked, during a run
 log = get_logger("quantize")
 
 
@@ -60,23 +54,25 @@ def quantize(model: str, recipe: Recipe, out: Path, device: torch.device) -> Man
     clock = _Clock()
     reference = find_model(model)
     plan = make_plan(reference, recipe)
-    if finished_before(plan, out):
+    refuse_foreign(out)
+    texts = load_texts(recipe.calibration, recipe.quality, reference.tokenizer(), reference.config.vocab_size)
+    fetch_weights(reference)
+    if reference.kind != "gguf":
+        check_weights(plan, WeightFiles(reference.path))
+    fingerprint = _fingerprint(plan, *texts)
+    if finished := finished_before(out, fingerprint):
         log.info("%s already holds this very checkpoint; nothing to do", out)
-        return _require_manifest(out)
-    tokenizer = _tokenizer(reference)
-    texts = load_texts(recipe.calibration, recipe.quality, tokenizer, reference.config.vocab_size)
-    check_disk(plan, out)
-    _begin(plan, out)
-    base = _unpacked(reference, out) if reference.kind == "gguf" else reference.path
-    decoder = Decoder(reference.config, plan.architecture, WeightFiles(base), device)
-    walk = Walk(decoder, plan, *texts, CheckpointWriter(out, decoder.depth + 1))
-    walk.run()
-    measured = walk.quality()
-    walk.write_rest(base)
-    manifest = _manifest(plan, walk, measured, clock, out)
-    shutil.rmtree(out / UNPACKED, ignore_errors=True)
-    write_manifest(out, manifest)
-    (out / PROGRESS_NAME).unlink()
+        return finished
+    check_disk(out, plan.disk_bytes)
+    with run_in(out, fingerprint):
+        weights = WeightFiles(_unpacked(reference, out) if reference.kind == "gguf" else reference.path)
+        decoder = Decoder(reference.config, plan.architecture, weights, device, plan.skeleton)
+        walk = Walk(decoder, plan, *texts, CheckpointWriter(out, decoder.depth + 1))
+        walk.run()
+        measured = walk.quality()
+        walk.write_rest()
+        manifest = _manifest(walk, measured, clock, out)
+        write_manifest(out, manifest)
     return manifest
 
 
@@ -106,15 +102,18 @@ class Walk:
     def run(self) -> None:
         """Walk every layer and write its shard."""
         for index in track(range(self.decoder.depth), self.decoder.depth, "layers"):
-            layer = self.decoder.load_layer(index)
-            self.decoder.advance(layer, index, self.heldout_base)
-            statistics, reach = self._observe(layer, index)
-            compressed = self._compress(layer, index, statistics)
-            scales = self._scales_of(reach, compressed)
-            if index + 1 < self.decoder.depth:
-                self.decoder.advance(layer, index, self.calibration, scales)
-            self.decoder.advance(layer, index, self.heldout, scales)
-            self._write(layer, index, compressed, scales)
+            self._step(index)
+
+    def _step(self, index: int) -> None:
+        layer = self.decoder.load_layer(index)
+        self.decoder.advance(layer, index, self.heldout_base)
+        statistics, reach = self._observe(layer, index)
+        compressed = self._compress(layer, index, statistics)
+        scales = self._scales_of(reach, compressed)
+        if index + 1 < self.decoder.depth:
+            self.decoder.advance(layer, index, self.calibration, scales)
+        self.decoder.advance(layer, index, self.heldout, scales)
+        self._write(layer, index, compressed, scales)
 
     def quality(self) -> QualityRecord:
         """Compare both streams at the end of the walk."""
@@ -124,13 +123,17 @@ class Walk:
         )
         return quality.summarize(predictions, self.heldout_text, kv_cache_included=bool(self.kv_scales))
 
-    def write_rest(self, base: Path) -> None:
+    def write_rest(self) -> None:
         """Write what lies outside the layers, the index, the configuration and the tokenizer."""
-        weights = self.decoder.weights
-        outside = [name for name in weights.names if not name.startswith(f"{self.plan.architecture.layers}.")]
+        weights, config, architecture = self.decoder.weights, self.decoder.config, self.plan.architecture
+        names = self.plan.skeleton.state_dict()
+        outside = [name for name in names if not name.startswith(f"{architecture.layers}.")]
+        if config.tie_word_embeddings:
+            outside.remove(f"{architecture.head}.weight")
         self.writer.write_shard({name: weights.read(name).to(self.decoder.dtype) for name in outside})
-        config = served_config(self.decoder.config, self.recipe, list(self.plan.ignored), self.decoder.dtype)
-        self.writer.finish(base, config)
+        served = served_config(config, self.recipe, list(self.plan.ignored), self.decoder.dtype)
+        served["architectures"] = [type(self.plan.skeleton).__name__]
+        self.writer.finish(weights.directory, served)
 
     def _observe(self, layer: nn.Module, index: int) -> tuple[dict[str, Covariance], KeyValueReach]:
         """Run the calibration tokens through the base weights of a layer, once, and see everything."""
@@ -204,15 +207,13 @@ class _Clock:
         )
 
 
-def _begin(plan: Plan, out: Path) -> None:
-    """Mark `out` as an unfinished run; what an earlier unfinished run left there is removed."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / PROGRESS_NAME).write_text(json.dumps(plan.fingerprint(), indent=2) + "\n", encoding="utf-8")
-    for path in out.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != PROGRESS_NAME:
-            path.unlink()
+def _fingerprint(plan: Plan, calibration: TokenText, heldout: TokenText) -> dict[str, Any]:
+    """What makes two runs the same run."""
+    return {
+        "recipe": plan.recipe.model_dump(mode="json"),
+        "base": plan.reference.sha256,
+        "texts": [calibration.record.sha256, heldout.record.sha256],
+    }
 
 
 def _unpacked(reference: ModelReference, out: Path) -> Path:
@@ -220,15 +221,10 @@ def _unpacked(reference: ModelReference, out: Path) -> Path:
     return unpack_gguf(reference, out / UNPACKED)
 
 
-def _tokenizer(reference: ModelReference) -> Any:
-    if reference.kind == "gguf":
-        return AutoTokenizer.from_pretrained(reference.path.parent, gguf_file=reference.path.name)
-    return AutoTokenizer.from_pretrained(reference.path, local_files_only=True)
-
-
-def _manifest(plan: Plan, walk: Walk, measured: QualityRecord, clock: _Clock, out: Path) -> Manifest:
-    reference, recipe, decoder = plan.reference, plan.recipe, walk.decoder
-    fingerprint = plan.fingerprint()
+def _manifest(walk: Walk, measured: QualityRecord, clock: _Clock, out: Path) -> Manifest:
+    plan, decoder = walk.plan, walk.decoder
+    reference, recipe = plan.reference, plan.recipe
+    stored = [name for name in plan.skeleton.state_dict() if name in decoder.weights]
     kv_layers = [
         KVLayerRecord(layer=i, k_scale=s.k_scale, v_scale=s.v_scale) for i, s in enumerate(walk.kv_scales)
     ]
@@ -239,13 +235,13 @@ def _manifest(plan: Plan, walk: Walk, measured: QualityRecord, clock: _Clock, ou
             kind=reference.kind,
             revision=reference.revision,
             model_type=reference.model_type,
-            dtype=str(decoder.dtype).removeprefix("torch."),
-            sha256=fingerprint["base"],
+            dtype="+".join(sorted({decoder.weights.dtype(name) for name in stored})),
+            sha256=reference.sha256,
         ),
-        recipe=fingerprint["recipe"],
+        recipe=recipe.model_dump(mode="json"),
         size=SizeRecord(
             parameters=plan.parameters,
-            base_bytes=decoder.weights.bytes(),
+            base_bytes=sum(decoder.weights.bytes(name) for name in stored),
             bytes=walk.writer.tensor_bytes,
             quantized_parameters=plan.linear_parameters,
             linear_bits_per_weight=round(8 * walk.packed_bytes / max(1, plan.linear_parameters), 4),
@@ -269,12 +265,6 @@ def _manifest(plan: Plan, walk: Walk, measured: QualityRecord, clock: _Clock, ou
         },
         run=clock.record(str(decoder.device)),
     )
-
-
-def _require_manifest(out: Path) -> Manifest:
-    manifest = read_manifest(out)
-    assert manifest is not None, f"{out / MANIFEST_NAME} vanished"
-    return manifest
 
 
 def _bytes(tensors: Mapping[str, Tensor]) -> int:

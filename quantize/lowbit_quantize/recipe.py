@@ -49,9 +49,9 @@ class Quality(Text):
     """Held-out text and the gate: a result past a limit is marked rejected and the exit status is 3."""
 
     sequences: int = Field(default=16, ge=2)
-    max_mean_kld: float | None = Field(default=None, gt=0)
+    max_mean_kld: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     min_top1_agreement: float | None = Field(default=None, gt=0, le=1)
-    max_perplexity_ratio: float | None = Field(default=None, gt=0)
+    max_perplexity_ratio: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
 
 class Recipe(_Section):
@@ -62,6 +62,19 @@ class Recipe(_Section):
     kv_cache: KVCache = KVCache()
     calibration: Text = Text()
     quality: Quality = Quality()
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML in which a key may stand only once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {twice!r} stands twice", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
 
 
 def bundled_recipes() -> dict[str, Path]:
@@ -85,7 +98,7 @@ def load_recipe(name_or_path: str, overrides: tuple[str, ...] = ()) -> Recipe:
     if not path.is_file():
         raise RecipeError(f"recipe file {path} does not exist; bundled recipes are: {', '.join(bundled)}")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        data = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"recipe {path} is not YAML: {error}") from error
     if not isinstance(data, dict):

@@ -4,14 +4,17 @@ Whatever it was, the walk sees one thing: a directory of safetensors that is rea
 """
 
 import json
+import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils.logging import disable_progress_bar
 
@@ -20,6 +23,7 @@ from lowbit_core.manifest import file_sha256
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
@@ -39,22 +43,30 @@ class ModelReference:
             if self.kind == "gguf":
                 return AutoConfig.from_pretrained(self.path.parent, gguf_file=self.path.name)
             return AutoConfig.from_pretrained(self.path, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelError(
-                f"{self.name}: {_model_type(self) or 'no readable configuration'}: {error}"
-            ) from error
+        except Exception as error:  # whatever a wrong file makes of transformers' code
+            raise ModelError(f"{self.name}: its configuration cannot be read: {error}") from error
 
     @property
     def model_type(self) -> str:
         """The architecture's name, read without building a configuration when the file says it."""
         return _model_type(self) or str(self.config.model_type)
 
+    @cached_property
     def sha256(self) -> dict[str, str]:
-        """Hash of the configuration and of every weight file."""
+        """Hash of the configuration and of every weight file, taken once."""
         if self.kind == "gguf":
             return {self.path.name: file_sha256(self.path)}
-        names = ["config.json", *sorted({file.name for file in self.path.glob("*.safetensors")})]
+        names = ["config.json", *WeightFiles(self.path).files]
         return {name: file_sha256(self.path / name) for name in names}
+
+    def tokenizer(self) -> Any:
+        """The tokenizer; raises ModelError where there is none."""
+        try:
+            if self.kind == "gguf":
+                return AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
+            return AutoTokenizer.from_pretrained(self.path, local_files_only=True)
+        except Exception as error:  # as above
+            raise ModelError(f"{self.name} has no readable tokenizer: {error}") from error
 
 
 def find_model(name: str) -> ModelReference:
@@ -80,23 +92,30 @@ def _directory(path: Path) -> ModelReference:
 
 
 def _from_hub(name: str) -> ModelReference:
+    """Configuration and tokenizer; the weights come with `fetch_weights`, when everything else is known to fit."""
+    repository, _, revision = name.partition("@")
+    path = _download(repository, revision or None, ["*.json", "*.model", "*.jinja", "*.txt"])
+    return ModelReference(name=repository, kind="hub", path=path, revision=path.name)
+
+
+def fetch_weights(reference: ModelReference) -> None:
+    """Download the weights of a hub model; nothing to do for the other kinds."""
+    if reference.kind == "hub":
+        _download(reference.name, reference.revision, ["model*.safetensors", INDEX_NAME])
+        _directory(reference.path)
+
+
+def _download(repository: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    repository, _, revision = name.partition("@")
     try:
-        path = snapshot_download(
-            repository,
-            revision=revision or None,
-            allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"],
-        )
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(
-            f"model {name!r} is no local path and could not be had from the hub: {reason}"
+            f"model {repository!r} is no local path and could not be had from the hub: {reason}"
         ) from error
-    found = _directory(Path(path))
-    return ModelReference(name=repository, kind="hub", path=found.path, revision=found.path.name)
 
 
 def _model_type(reference: ModelReference) -> str | None:
@@ -126,44 +145,61 @@ def unpack_gguf(reference: ModelReference, directory: Path) -> Path:
         quantization_config=GgufConfig(gguf_file=file, dequantize=True),
     )
     model.save_pretrained(directory)
-    AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(directory)
+    reference.tokenizer().save_pretrained(directory)
     return directory
 
 
 class WeightFiles:
-    """The safetensors of a directory, read one tensor at a time."""
+    """The safetensors of a directory, read one tensor at a time; raises ModelError on a file that is unreadable."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        index = directory / INDEX_NAME
-        if index.is_file():
-            self._file_of: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        else:
-            with safe_open(directory / SINGLE_NAME, framework="pt") as file:
-                self._file_of = dict.fromkeys(file.keys(), SINGLE_NAME)
+        self.files = _weight_files(directory)
+        self._places: dict[str, tuple[str, tuple[int, ...], str]] = {}  # name: file, shape, dtype
+        for file in self.files:
+            with self._open(file) as opened:
+                for name in opened.keys():  # noqa: SIM118 (not a dict)
+                    view = opened.get_slice(name)
+                    self._places[name] = (file, tuple(view.get_shape()), view.get_dtype())
 
     def __contains__(self, name: str) -> bool:
-        return name in self._file_of
-
-    @property
-    def names(self) -> list[str]:
-        return sorted(self._file_of)
+        return name in self._places
 
     def shape(self, name: str) -> tuple[int, ...]:
-        with self._open(name) as file:
-            return tuple(file.get_slice(name).get_shape())
+        return self._places[name][1]
+
+    def dtype(self, name: str) -> str:
+        """As safetensors calls it: BF16, F32, …"""
+        return self._places[name][2]
+
+    def bytes(self, name: str) -> int:
+        """Bytes of one tensor."""
+        return math.prod(self.shape(name)) * DTYPE_BYTES.get(self.dtype(name), 1)
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, as stored; raises ModelError when it is missing."""
-        if name not in self._file_of:
+        """One tensor, as stored."""
+        if name not in self._places:
             raise ModelError(f"{self.directory} lacks the tensor {name}; the model is incomplete")
-        with self._open(name) as file:
+        with self._open(self._places[name][0]) as file:
             tensor: torch.Tensor = file.get_tensor(name)
         return tensor
 
-    def bytes(self) -> int:
-        """Size of the weight files."""
-        return sum((self.directory / file).stat().st_size for file in set(self._file_of.values()))
+    @contextmanager
+    def _open(self, file: str) -> Iterator[Any]:
+        try:
+            with safe_open(self.directory / file, framework="pt") as opened:
+                yield opened
+        except (SafetensorError, OSError) as error:
+            raise ModelError(
+                f"{self.directory / file} cannot be read: {error}; fetch the model again"
+            ) from error
 
-    def _open(self, name: str) -> Any:
-        return safe_open(self.directory / self._file_of[name], framework="pt")
+
+def _weight_files(directory: Path) -> list[str]:
+    index = directory / INDEX_NAME
+    if not index.is_file():
+        return [SINGLE_NAME]
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise ModelError(f"{index} is not a safetensors index: {error!r}; fetch the model again") from error

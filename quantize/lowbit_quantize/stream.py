@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import Cache
 
-from lowbit_core.errors import ModelError
 from lowbit_quantize.architectures import Architecture
 from lowbit_quantize.source import WeightFiles
 
@@ -57,11 +56,16 @@ class Decoder:
     """A causal language model whose weights are read from disk as the walk needs them."""
 
     def __init__(
-        self, config: Any, architecture: Architecture, weights: WeightFiles, device: torch.device
+        self,
+        config: Any,
+        architecture: Architecture,
+        weights: WeightFiles,
+        device: torch.device,
+        skeleton: nn.Module | None = None,
     ) -> None:
         self.config, self.architecture, self.weights, self.device = config, architecture, weights, device
         self.dtype = config.dtype if config.dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
-        self.skeleton = build_skeleton(config)
+        self.skeleton = skeleton or build_skeleton(config)
         self._layers: nn.ModuleList = self.skeleton.get_submodule(architecture.layers)  # type: ignore[assignment]
         self._arguments: dict[int, list[dict[str, Any]]] = {}
 
@@ -82,15 +86,12 @@ class Decoder:
         return torch.cat([embedding(row) for row in token_ids.to(self.device).split(1)])
 
     def head(self) -> tuple[nn.Module, Tensor]:
-        """The final norm and the output matrix, (vocabulary, hidden)."""
-        name = f"{self.architecture.head}.weight"
-        if name not in self.weights:
-            if not self.config.tie_word_embeddings:
-                raise ModelError(f"{self.weights.directory} lacks {name} and its embeddings are not tied")
-            name = f"{self.architecture.embedding}.weight"
-        return self._load_named(self.architecture.final_norm), self.weights.read(name).to(
-            self.device, self.dtype
+        """The final norm and the output matrix, (vocabulary, hidden): the embedding's where they are tied."""
+        tied = self.config.tie_word_embeddings
+        matrix = self.weights.read(
+            f"{self.architecture.embedding if tied else self.architecture.head}.weight"
         )
+        return self._load_named(self.architecture.final_norm), matrix.to(self.device, self.dtype)
 
     def run_layer(
         self, layer: nn.Module, index: int, hidden: Tensor, seam: KeyValueSeam | None = None

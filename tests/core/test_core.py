@@ -40,7 +40,12 @@ def example(files: dict[str, object]) -> Manifest:
                 "parameters": 10, "base_bytes": 20, "bytes": 8, "quantized_parameters": 8,
                 "linear_bits_per_weight": 4.25,
             },
-            "modules": [],
+            "modules": [
+                {
+                    "name": "q_proj", "method": "awq", "bits": 4, "group_size": 64, "symmetric": True,
+                    "error": 0.01, "alpha": 0.2,
+                }
+            ],
             "kv_cache": None,
             "calibration": text,
             "quality": quality,

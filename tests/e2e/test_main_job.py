@@ -39,7 +39,7 @@ from vllm import LLM, SamplingParams
 llm = LLM(model=sys.argv[1], enforce_eager=True)
 chats = [[{"role": "user", "content": prompt}] for prompt in json.loads(sys.argv[2])]
 answers = llm.chat(chats, SamplingParams(temperature=0, max_tokens=int(sys.argv[3])), use_tqdm=False)
-print(json.dumps([answer.outputs[0].text for answer in answers]))
+print("ANSWERS", json.dumps([answer.outputs[0].text for answer in answers]), flush=True)
 """
 
 
@@ -92,7 +92,8 @@ def test_stock_vllm_opens_the_checkpoint_and_gives_the_same_greedy_text(demo: De
         check=True,
         env={**environment_without_lowbit(), **environment},
     )
-    assert json.loads(done.stdout.strip().splitlines()[-1]) == ours
+    line = next(line for line in done.stdout.splitlines() if line.startswith("ANSWERS "))
+    assert json.loads(line.removeprefix("ANSWERS ")) == ours
 
 
 def environment_without_lowbit() -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Whole runs on tiny models: quantized, exported, reloaded by plain transformers, and equal to the walk."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,18 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowbit_core.cli import main
-from lowbit_core.manifest import MANIFEST_NAME, PROGRESS_NAME, Manifest, read_manifest, verify_files
+from lowbit_core.errors import OutputError
+from lowbit_core.manifest import (
+    MANIFEST_NAME,
+    PROGRESS_NAME,
+    Manifest,
+    read_manifest,
+    verify_files,
+    write_manifest,
+)
 from lowbit_quantize.calibration import load_texts
+from lowbit_quantize.cli import summary
+from lowbit_quantize.output import run_in
 from lowbit_quantize.pipeline import quantize
 from lowbit_quantize.recipe import Recipe, load_recipe
 
@@ -176,10 +187,60 @@ def test_the_gate_rejects_with_status_three_and_says_so_in_the_manifest(
     assert "max_mean_kld" in manifest.gate.reasons[0]
 
 
-def test_an_unfinished_run_is_started_over(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+def test_an_unfinished_run_is_started_over_and_what_is_not_ours_stays(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
     out = tmp_path / "out"
-    out.mkdir()
-    (out / PROGRESS_NAME).write_text("{}")
+    finished = quantize(str(tiny_model("llama")), recipe_of(), tmp_path / "again", CPU)
+    assert finished.calibration is not None
+    fingerprint = {
+        "recipe": finished.recipe,
+        "base": finished.base.sha256,
+        "texts": [finished.calibration.sha256, finished.quality.heldout.sha256],
+    }
+    killed = run_in(out, fingerprint)
+    killed.__enter__()
     (out / "model-00001-of-00004.safetensors").write_bytes(b"cut off")
+    killed.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    (out / "thesis.tex").write_text("years of work")
+    with pytest.raises(OutputError, match="unfinished run of another"):
+        quantize(str(tiny_model("llama")), recipe_of("rtn-g64"), out, CPU)
     manifest = quantize(str(tiny_model("llama")), recipe_of(), out, CPU)
     verify_files(out, manifest, hashes=True)
+    assert (out / "thesis.tex").read_text() == "years of work"
+
+
+def test_two_runs_cannot_write_to_one_directory(tmp_path: Path) -> None:
+    second = run_in(tmp_path / "out", {})
+    with run_in(tmp_path / "out", {}), pytest.raises(OutputError, match="being written by another run"):
+        second.__enter__()
+
+
+def test_a_damaged_checkpoint_is_not_called_done(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    quantize(str(tiny_model("llama")), recipe_of(), tmp_path / "out", CPU)
+    next((tmp_path / "out").glob("model-00002*")).unlink()
+    with pytest.raises(OutputError, match="damaged checkpoint"):
+        quantize(str(tiny_model("llama")), recipe_of(), tmp_path / "out", CPU)
+
+
+def test_a_changed_text_is_another_run(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    path = tmp_path / "mine.txt"
+    recipe = recipe_of("rtn-g64", f"calibration.source={path}", "calibration.sequences=1")
+    path.write_text("one way to say it, " * 200)
+    quantize(str(tiny_model("llama")), recipe, tmp_path / "out", CPU)
+    path.write_text("another way to say it, " * 200)
+    with pytest.raises(OutputError, match="another model, recipe or text"):
+        quantize(str(tiny_model("llama")), recipe, tmp_path / "out", CPU)
+
+
+def test_a_result_that_is_not_a_number_is_rejected_and_can_be_read(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    manifest = quantize(str(tiny_model("llama")), recipe_of(), tmp_path / "out", CPU)
+    quality = manifest.quality.model_copy(update={"mean_kld": math.nan, "kld_stderr": math.inf})
+    write_manifest(tmp_path / "out", manifest.model_copy(update={"quality": quality}))
+    again = read_manifest(tmp_path / "out")
+    assert again is not None
+    assert math.isnan(again.quality.mean_kld)
+    assert math.isinf(again.quality.kld_stderr)
+    assert json.loads(json.dumps(summary(again, tmp_path), allow_nan=False))["mean_kld"] is None

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +12,13 @@ from tests.tiny_models import write_tiny_model
 
 from lowbit_core.cli import main
 from lowbit_core.errors import OutputError
+from lowbit_quantize.output import check_disk
 from lowbit_quantize.pipeline import quantize
-from lowbit_quantize.plan import check_disk, make_plan
+from lowbit_quantize.plan import make_plan
 from lowbit_quantize.recipe import load_recipe
 from lowbit_quantize.source import find_model
+
+SHORT = ("--set", "calibration.sequence_tokens=64", "--set", "quality.sequence_tokens=64")
 
 
 @pytest.fixture
@@ -97,7 +101,7 @@ def test_a_checkpoint_of_another_recipe_is_not_overwritten(
         "quality.sequence_tokens=32",
     )
     quantize(str(tiny_model("llama")), load_recipe("rtn-g64", small), tmp_path / "out", torch.device("cpu"))
-    with pytest.raises(OutputError, match="another model or recipe"):
+    with pytest.raises(OutputError, match="another model, recipe or text"):
         quantize(
             str(tiny_model("llama")), load_recipe("awq-g64", small), tmp_path / "out", torch.device("cpu")
         )
@@ -105,9 +109,9 @@ def test_a_checkpoint_of_another_recipe_is_not_overwritten(
 
 def test_too_little_disk(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     plan = make_plan(find_model(str(tiny_model("llama"))), load_recipe("awq-g64"))
-    check_disk(plan, tmp_path / "not" / "yet" / "there")
+    check_disk(tmp_path / "not" / "yet" / "there", plan.disk_bytes)
     with pytest.raises(OutputError, match=r"needs \d+ MiB and its disk has 1 MiB free"):
-        check_disk(plan, tmp_path, free_bytes=lambda _: 1 << 20)
+        check_disk(tmp_path, plan.disk_bytes, free_bytes=lambda _: 1 << 20)
 
 
 def test_text_that_does_not_exist(refused: Callable[..., str], tiny_model: Callable[[str], Path]) -> None:
@@ -135,3 +139,142 @@ def test_a_weight_that_is_not_finite_stops_the_run_by_name(
     )
     assert "mlp.up_proj" in capsys.readouterr().err
     assert not (tmp_path / "out" / "lowbit.json").exists()
+
+
+def edit_config(directory: Path, **changes: Any) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_weights(directory: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_base_that_is_already_quantized(refused: Callable[..., str], tmp_path: Path) -> None:
+    directory = write_tiny_model(tmp_path / "m")
+    edit_weights(
+        directory, lambda t: t.update({k: v.to(torch.float8_e4m3fn) for k, v in t.items() if "q_proj" in k})
+    )
+    assert "is stored as F8_E4M3; give the unquantized model" in refused(directory)
+    edit_config(directory, quantization_config={"quant_method": "fp8"})
+    assert "is already quantized (fp8)" in refused(directory)
+
+
+def test_weights_that_are_missing_or_of_another_shape(refused: Callable[..., str], tmp_path: Path) -> None:
+    directory = write_tiny_model(tmp_path / "m")
+    edit_config(directory, num_hidden_layers=4)
+    assert "lacks the tensor model.layers.3" in refused(directory)
+    edit_config(directory, num_hidden_layers=3, intermediate_size=256)
+    assert "its config.json asks for (256, 128)" in refused(directory)
+    edit_config(directory, intermediate_size=192, tie_word_embeddings=False)
+    assert "lacks the tensor lm_head.weight" in refused(directory)
+
+
+def test_a_tied_head_that_differs(refused: Callable[..., str], tmp_path: Path) -> None:
+    directory = write_tiny_model(tmp_path / "m")
+    edit_weights(directory, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] * 2}))
+    assert "stores another lm_head.weight" in refused(directory)
+
+
+@pytest.mark.parametrize("damage", [b"", b"version https://git-lfs.github.com/spec/v1\n"])
+def test_a_weight_file_that_is_cut_off_or_a_pointer(
+    refused: Callable[..., str], tmp_path: Path, damage: bytes
+) -> None:
+    directory = write_tiny_model(tmp_path / "m")
+    (directory / "model.safetensors").write_bytes(damage)
+    assert "cannot be read" in refused(directory)
+
+
+@pytest.mark.parametrize(
+    "index", ["{", "{}", '{"weight_map": 3}', '{"weight_map": {"a": "gone.safetensors"}}']
+)
+def test_an_index_that_is_wrong(refused: Callable[..., str], tmp_path: Path, index: str) -> None:
+    directory = write_tiny_model(tmp_path / "m")
+    (directory / "model.safetensors.index.json").write_text(index)
+    assert "fetch the model again" in refused(directory)
+
+
+@pytest.mark.parametrize(
+    "change", [{"hidden_size": "abc"}, {"num_attention_heads": 0}, {"rope_parameters": {"rope_type": "nope"}}]
+)
+def test_a_configuration_that_builds_no_model(
+    refused: Callable[..., str], tmp_path: Path, change: dict[str, Any]
+) -> None:
+    directory = write_tiny_model(tmp_path / "m")
+    edit_config(directory, **change)
+    assert "configuration" in refused(directory)
+
+
+def test_a_model_without_tokenizer(refused: Callable[..., str], tmp_path: Path) -> None:
+    directory = write_tiny_model(tmp_path / "m")
+    for path in directory.glob("tokenizer*"):
+        path.unlink()
+    assert "has no readable tokenizer" in refused(directory)
+
+
+def test_a_chat_template_that_refuses_the_text(refused: Callable[..., str], tmp_path: Path) -> None:
+    directory = write_tiny_model(tmp_path / "m")
+    (directory / "chat_template.jinja").write_text("{{ raise_exception('no such role') }}")
+    assert "chat template refuses a conversation of the text: no such role" in refused(directory)
+
+
+def test_sequences_longer_than_the_models_positions(
+    refused: Callable[..., str], tiny_model: Callable[[str], Path]
+) -> None:
+    line = refused(tiny_model("llama"), "--set", "calibration.sequence_tokens=513")
+    assert "calibration.sequence_tokens = 513 is more than the 512 positions" in line
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("mlp.down_proj", "matches no linear"),
+        ("re:.*", "leaves no linear"),
+        ("re:(", "is not a regular expression"),
+    ],
+)
+def test_an_ignore_pattern_that_does_nothing_or_everything(
+    refused: Callable[..., str], tiny_model: Callable[[str], Path], pattern: str, message: str
+) -> None:
+    assert message in refused(tiny_model("llama"), "--set", f"weights.ignore=['{pattern}']", *SHORT)
+
+
+def test_the_same_token_ids_for_calibration_and_judgement(
+    refused: Callable[..., str], tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "ids.json"
+    path.write_text(json.dumps({"input_ids": [[(7 * n + m) % 512 for n in range(100)] for m in range(4)]}))
+    both = ("--set", f"calibration.token_ids={path}", "--set", f"quality.token_ids={path}")
+    assert "share a run of 64 tokens" in refused(tiny_model("llama"), *both)
+    path.write_text(json.dumps({"input_ids": [[1, 2, 3]]}))
+    assert "two rows to judge by" in refused(tiny_model("llama"), *SHORT, *both[2:])
+
+
+def test_a_recipe_with_a_key_twice(
+    refused: Callable[..., str], tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("weights: {bits: 4}\nweights: {bits: 8}\n")
+    assert "the key 'weights' stands twice" in refused(tiny_model("llama"), recipe=str(path))
+
+
+@pytest.mark.parametrize(
+    "line", ["[1, 2]", '"hello"', '{"text": null}', '{"messages": [{"role": "user", "content": [1]}]}']
+)
+def test_a_line_of_text_that_is_no_document(
+    refused: Callable[..., str], tiny_model: Callable[[str], Path], tmp_path: Path, line: str
+) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text(line + "\n")
+    assert f"{path} line 1" in refused(tiny_model("llama"), "--calibration", str(path), *SHORT)
+
+
+def test_an_output_below_a_file(
+    tiny_model: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    out = str(tmp_path / "file" / "out")
+    assert main(["quantize", "--model", str(tiny_model("llama")), "--recipe", "awq-g64", "--out", out]) == 2
+    assert "is not a directory" in capsys.readouterr().err
