@@ -17,6 +17,7 @@ from lowbit_quantize.clip import round_clipped
 from lowbit_quantize.gptq import round_gptq
 from lowbit_quantize.grid import GridSpec, Rounded, output_error, range_grid, round_to_grid
 from lowbit_quantize.observe import Covariance
+from lowbit_quantize.precision import exact_products
 
 
 def _round_to_nearest(weight: Tensor, _: Tensor, spec: GridSpec) -> Rounded:
@@ -170,8 +171,9 @@ def _install(layer: nn.Module, state: _GroupState, rounded: Rounded) -> dict[str
         )
         served = part.dequantize()
         original = state.weight[start:stop]
-        power = output_error(original, state.covariance).clamp(min=1e-30)
-        error = float(output_error(original - served, state.covariance) / power)
+        with exact_products(torch.bfloat16):  # not exact here: three digits are enough for a report
+            power = output_error(original, state.covariance).clamp(min=1e-30)
+            error = float(output_error(original - served, state.covariance) / power)
         linear.weight = nn.Parameter(served.to(linear.weight.dtype), requires_grad=False)
         results[name] = CompressedLinear(part, state.alpha, error)
         start = stop

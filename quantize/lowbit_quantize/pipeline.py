@@ -44,7 +44,7 @@ from lowbit_quantize.plan import Plan, check_weights, make_plan
 from lowbit_quantize.progress import track
 from lowbit_quantize.recipe import Recipe
 from lowbit_quantize.source import ModelReference, WeightFiles, fetch_weights, find_model, unpack_gguf
-from lowbit_quantize.stream import Decoder, inputs_of
+from lowbit_quantize.stream import Decoder
 
 log = get_logger("quantize")
 
@@ -142,9 +142,8 @@ class Walk:
             for group in self.plan.architecture.groups:
                 features = linear_of(layer, group.linears[0]).in_features
                 statistics[group.linears[0]] = Covariance(features, self.decoder.device)
-        with inputs_of(layer, {name: seen.add for name, seen in statistics.items()}):
-            for _ in self.decoder.run_layer(layer, index, self.calibration, reach):
-                pass
+        observers = {name: seen.add for name, seen in statistics.items()}
+        self.decoder.observe(layer, index, self.calibration, observers, reach)
         return statistics, reach
 
     def _compress(

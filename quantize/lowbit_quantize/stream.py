@@ -8,7 +8,7 @@ hands them to `Cache.update`, which is after RoPE.
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -20,9 +20,7 @@ from transformers.cache_utils import Cache
 from lowbit_quantize.architectures import Architecture
 from lowbit_quantize.source import WeightFiles
 
-BATCH_TOKENS = (
-    4096  # tokens in one forward pass: large enough for efficient products, small enough for memory
-)
+BATCH_TOKENS = 2048  # tokens in a forward pass: enough for efficient products, few enough for the caches
 
 KeyValueSeam = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -104,6 +102,21 @@ class Decoder:
                 output = layer(batch, **{**arguments, "past_key_values": cache})
             yield output[0] if isinstance(output, tuple) else output
 
+    def observe(
+        self,
+        layer: nn.Module,
+        index: int,
+        hidden: Tensor,
+        observers: dict[str, Callable[[Tensor], None]],
+        seam: KeyValueSeam,
+    ) -> None:
+        """Run a layer for what its observers and the seam see; it stops where the last observer has seen."""
+        arguments = self._layer_arguments(index, hidden.shape[1])
+        with inputs_of(layer, observers, stop=True), torch.inference_mode():
+            for batch in hidden.split(max(1, BATCH_TOKENS // hidden.shape[1])):
+                with suppress(_SeenAll):
+                    layer(batch, **{**arguments, "past_key_values": SeamCache(seam)})
+
     def advance(self, layer: nn.Module, index: int, hidden: Tensor, seam: KeyValueSeam | None = None) -> None:
         """Replace `hidden` by the layer's output, in place."""
         size = max(1, BATCH_TOKENS // hidden.shape[1])
@@ -155,17 +168,28 @@ def build_skeleton(config: Any) -> nn.Module:
     return model.eval()
 
 
+class _SeenAll(Exception):
+    """The last observer has seen its input; nothing reads the rest of the layer."""
+
+
 @contextmanager
-def inputs_of(layer: nn.Module, observers: dict[str, Callable[[Tensor], None]]) -> Iterator[None]:
-    """Call `observers[name]` with the input, (tokens, features), of each named linear while the layer runs."""
+def inputs_of(
+    layer: nn.Module, observers: dict[str, Callable[[Tensor], None]], *, stop: bool = False
+) -> Iterator[None]:
+    """Call `observers[name]` with the input, (tokens, features), of each named linear while the layer runs.
 
-    def hook_for(observe: Callable[[Tensor], None]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _, inputs: observe(inputs[0].reshape(-1, inputs[0].shape[-1]))
+    With `stop`, the last named linear raises `_SeenAll` instead of running.
+    """
 
-    handles = [
-        layer.get_submodule(name).register_forward_pre_hook(hook_for(observe))
-        for name, observe in observers.items()
-    ]
+    def hook_for(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            observers[name](inputs[0].reshape(-1, inputs[0].shape[-1]))
+            if stop and name == list(observers)[-1]:
+                raise _SeenAll
+
+        return hook
+
+    handles = [layer.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in observers]
     try:
         yield
     finally:

@@ -68,6 +68,26 @@ def test_linear_inputs_are_seen_flattened_over_tokens(tiny_model: Callable[[str]
     assert shapes == [torch.Size([96, 192])]
 
 
+def test_observing_stops_at_the_last_observer_and_sees_what_a_full_run_sees(
+    tiny_model: Callable[[str], Path],
+) -> None:
+    decoder = decoder_of(tiny_model("llama"))
+    layer, hidden = decoder.load_layer(0), decoder.embed(token_ids(5, 64))
+    seen: dict[str, list[torch.Tensor]] = {"self_attn.o_proj": [], "mlp.down_proj": []}
+    ran: list[int] = []
+    layer.get_submodule("mlp.down_proj").register_forward_hook(lambda *_: ran.append(1))
+    observers = {name: inputs.append for name, inputs in seen.items()}
+    decoder.observe(layer, 0, hidden, observers, KeyValueReach())
+    assert not ran
+    stopped = {name: torch.cat(inputs) for name, inputs in seen.items()}
+    for inputs in seen.values():
+        inputs.clear()
+    with inputs_of(layer, observers):
+        list(decoder.run_layer(layer, 0, hidden))
+    assert ran
+    assert all(torch.equal(torch.cat(inputs), stopped[name]) for name, inputs in seen.items())
+
+
 def test_fp8_rounds_within_its_precision_and_saturates() -> None:
     values = torch.randn(1, 2, 50, 32, generator=torch.Generator().manual_seed(10)).bfloat16()
     scales = KVScales(scale_of(values.abs().max()), scale_of(values.abs().max() / 2))
