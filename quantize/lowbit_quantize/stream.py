@@ -7,7 +7,7 @@ hands them to `Cache.update`, which is after RoPE.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -107,7 +107,7 @@ class Decoder:
         layer: nn.Module,
         index: int,
         hidden: Tensor,
-        observers: dict[str, Callable[[Tensor], None]],
+        observers: Mapping[str, Callable[[Tensor], None]],
         seam: KeyValueSeam,
     ) -> None:
         """Run a layer for what its observers and the seam see; it stops where the last observer has seen."""
@@ -174,7 +174,7 @@ class _SeenAll(Exception):
 
 @contextmanager
 def inputs_of(
-    layer: nn.Module, observers: dict[str, Callable[[Tensor], None]], *, stop: bool = False
+    layer: nn.Module, observers: Mapping[str, Callable[[Tensor], None]], *, stop: bool = False
 ) -> Iterator[None]:
     """Call `observers[name]` with the input, (tokens, features), of each named linear while the layer runs.
 
