@@ -1,14 +1,30 @@
 """Tiny seeded models of each family, with a real tokenizer trained on the bundled text."""
 
+import copy
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
-
-from transformers import LlamaConfig, MistralConfig  # isort: skip
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Olmo2Config,
+    OlmoeConfig,
+    Phi3Config,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from lowbit_quantize.calibration import _documents
 from lowbit_quantize.recipe import Text
@@ -28,29 +44,118 @@ SIZES: dict[str, Any] = {
     "head_dim": 32,
     "max_position_embeddings": 512,
 }
+ROUTED = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+SPECIAL = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+LATENT = {
+    "kv_lora_rank": 512, "q_lora_rank": 64, "qk_nope_head_dim": 64, "qk_rope_head_dim": 64, "v_head_dim": 64,
+}  # fmt: skip
+# Published models of this family all stretch their positions; vLLM 0.32's CPU kernel for plain ones is wrong (log.md).
+YARN = {
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128,
+    "beta_fast": 32, "beta_slow": 1, "mscale": 0.707, "mscale_all_dim": 0.707,
+}  # fmt: skip
+GROUPED = {"n_group": 4, "topk_group": 2, "topk_method": "group_limited_greedy", "routed_scaling_factor": 1.5}
 CONFIGS: dict[str, Any] = {
     "llama": LlamaConfig(**SIZES, tie_word_embeddings=True),
     "mistral": MistralConfig(**SIZES, sliding_window=32),
-    "qwen2": Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=32, max_window_layers=1),
+    "qwen2": Qwen2Config(**SIZES),
     "qwen3": Qwen3Config(**SIZES),
+    "phi3": Phi3Config(**SIZES, **SPECIAL),
+    "gemma3_text": Gemma3TextConfig(
+        **SIZES,
+        sliding_window=32,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        query_pre_attn_scalar=32,
+    ),
+    "olmo2": Olmo2Config(**SIZES),
+    "qwen3_moe": Qwen3MoeConfig(**SIZES, **ROUTED, mlp_only_layers=[0], norm_topk_prob=True),
+    "qwen2_moe": Qwen2MoeConfig(
+        **SIZES, **ROUTED, decoder_sparse_step=1, shared_expert_intermediate_size=128
+    ),
+    "mixtral": MixtralConfig(**SIZES, num_local_experts=8, num_experts_per_tok=2),
+    "olmoe": OlmoeConfig(**SIZES, num_experts=8, num_experts_per_tok=2),
+    "deepseek_v2": DeepseekV2Config(
+        **(SIZES | {"num_key_value_heads": 4, "head_dim": 64}),
+        **LATENT,
+        **GROUPED,
+        rope_parameters=YARN,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+    ),
 }
+# Four sentences of 40 out of 32 tokens, so that what follows depends on more than the token before it.
+SENTENCES = torch.randint(4, 36, (4, 40), generator=torch.Generator().manual_seed(7))
+CONTEXT = 12  # tokens that a prompt gives
+TREMBLE = 0.1  # of a router's weights, while it learns
+LEARNED = 7.0  # logits between the right token and the next best, everywhere
 
 
-def write_tiny_model(directory: Path, family: str = "llama", seed: int = 0) -> Path:
-    """Save a seeded model of `family` with uneven activations and weights, and its tokenizer."""
+def write_tiny_model(
+    directory: Path, family: str = "llama", seed: int = 0, *, sentences: Tensor | None = None, **sizes: int
+) -> Path:
+    """Save a seeded model of `family` with uneven activations and weights, and its tokenizer.
+
+    `sizes` replace configuration fields. A random model's choices are near ties, which rounding decides; one that
+    was taught `sentences` (rows, tokens) says them by a clear margin.
+    """
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[family], dtype=torch.bfloat16)
+    config = copy.deepcopy(CONFIGS[family])
+    config.update(sizes)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
-                parameter.copy_(torch.exp(0.5 * torch.randn_like(parameter)))
-            elif parameter.dim() == 2:
-                parameter.mul_(4 * torch.exp(0.3 * torch.randn(1, parameter.shape[1])).to(parameter.dtype))
+                offset = 1.0 if family.startswith("gemma") else 0.0  # what the family's norm adds
+                parameter.copy_(torch.exp(0.5 * torch.randn_like(parameter)) - offset)
+            elif parameter.dim() >= 2:
+                parameter.mul_(4 * torch.exp(0.3 * torch.randn(1, parameter.shape[-1])).to(parameter.dtype))
             else:  # biases
                 parameter.copy_(0.1 * torch.randn_like(parameter))
+    if sentences is not None:
+        model = _taught(model.float(), sentences).to(torch.bfloat16)
     model.save_pretrained(directory)
     tiny_tokenizer().save_pretrained(directory)
     return directory
+
+
+def _taught(model: Any, sentences: Tensor) -> Any:
+    """`model` after a few seconds of learning `sentences` by heart.
+
+    Its routers do not learn, they tremble: the answer must not hang on a choice between experts that is a near tie.
+    """
+    routers = {name: p for name, p in model.named_parameters() if name.endswith("mlp.gate.weight")}
+    steady = {name: p.detach().clone() for name, p in routers.items()}
+    learned = [p for name, p in model.named_parameters() if name not in routers]
+    optimizer = torch.optim.Adam(learned, lr=2e-3, betas=(0.9, 0.95))
+    slower = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=150 if routers else 100)
+    for _ in range(200):
+        for name, router in routers.items():
+            router.data = steady[name] * (1 + TREMBLE * torch.randn_like(router))
+        margin, loss = _lesson(model, sentences)
+        if margin > LEARNED:
+            break
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(learned, 1.0)
+        optimizer.step()
+        slower.step()
+    else:
+        raise AssertionError(f"{type(model).__name__} did not learn its sentences")
+    for name, router in routers.items():
+        router.data = steady[name]
+    return model
+
+
+def _lesson(model: Any, sentences: Tensor) -> tuple[float, Tensor]:
+    """The least margin of a right token after the prompt, and the loss."""
+    logits, targets = model(sentences).logits[:, :-1], sentences[:, 1:]
+    right = logits.gather(-1, targets.unsqueeze(-1))
+    others = logits.scatter(-1, targets.unsqueeze(-1), -torch.inf).amax(-1, keepdim=True)
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    return float((right - others)[:, CONTEXT - 1 :].min()), loss
 
 
 def tiny_tokenizer(*, chat: bool = True) -> PreTrainedTokenizerFast:

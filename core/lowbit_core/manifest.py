@@ -16,6 +16,7 @@ from lowbit_core.errors import CheckpointError
 MANIFEST_NAME = "lowbit.json"
 PROGRESS_NAME = "lowbit.partial.json"  # present while a quantize run is unfinished
 FORMAT_VERSION: Final = 1
+KVScaleSource = Literal["maximum", "clip", "unit"]
 
 
 class _Record(BaseModel):
@@ -44,27 +45,67 @@ class SizeRecord(_Record):
 
 
 class ModuleRecord(_Record):
-    """One quantized linear. `error` is the relative squared output error on the calibration tokens."""
+    """One quantized linear. `error` is the relative squared output error on the calibration tokens.
+
+    `group_size` is null where one scale spans all inputs of an output channel.
+    """
 
     name: str
     method: str
     bits: int
-    group_size: int
+    group_size: int | None
     symmetric: bool
     error: float
     alpha: float | None
 
 
 class KVLayerRecord(_Record):
+    """One layer's scales; each maps the largest calibrated magnitude to the format's largest value, or clips it."""
+
     layer: int
     k_scale: float
     v_scale: float
+    k_source: KVScaleSource = "maximum"
+    v_source: KVScaleSource = "maximum"
 
 
 class KVCacheRecord(_Record):
     dtype: str
     source: str
     layers: list[KVLayerRecord]
+
+
+class StarvedExpert(_Record):
+    """An expert, by its number after pruning, that saw fewer tokens than its linears have inputs."""
+
+    layer: int
+    expert: int
+    tokens: int
+
+
+class RouterDistillationRecord(_Record):
+    """Mean KL on the held-out text with and without distilled routers; `kept`: they are in the checkpoint.
+
+    The choice was made on the text that `quality` reports, which flatters the chosen one a little.
+    """
+
+    kept: bool
+    kld_without: float
+    kld_with: float
+
+
+class ExpertsRecord(_Record):
+    """Routed experts before and after pruning; `kept_by_layer` holds the base model's numbers of those that stay.
+
+    The `starved` borrowed the statistics that they lack from their layer.
+    """
+
+    experts: int
+    kept: int
+    criterion: str | None
+    kept_by_layer: dict[int, list[int]]
+    router_distillation: RouterDistillationRecord | None = None
+    starved: list[StarvedExpert]
 
 
 class TextRecord(_Record):
@@ -124,6 +165,7 @@ class Manifest(_Record):
     size: SizeRecord
     modules: list[ModuleRecord]
     kv_cache: KVCacheRecord | None
+    experts: ExpertsRecord | None = None
     calibration: TextRecord | None
     quality: QualityRecord
     gate: GateRecord
@@ -177,6 +219,15 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _readable_sha256(path: Path) -> str:
+    try:
+        return file_sha256(path)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error.strerror}; let the user that runs this read it"
+        ) from error
+
+
 def record_files(directory: Path) -> dict[str, FileRecord]:
     """Size and hash of every file of a checkpoint except its own records."""
     for path in directory.iterdir():
@@ -208,7 +259,7 @@ def verify_files(directory: Path, manifest: Manifest, *, hashes: bool) -> None:
                 f"{path} has {path.stat().st_size} bytes, {MANIFEST_NAME} says {record.bytes}: "
                 "it was changed or cut off after it was written; copy or quantize it again"
             )
-        if hashes and file_sha256(path) != record.sha256:
+        if hashes and _readable_sha256(path) != record.sha256:
             raise CheckpointError(
                 f"{path} does not match its SHA-256 in {MANIFEST_NAME}: it was changed after it was written; "
                 "copy or quantize it again"

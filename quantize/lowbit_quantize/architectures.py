@@ -1,7 +1,9 @@
 """What differs between model families, as a table: where the parts of a decoder layer are and how scales fold.
 
 A group is the linears that read the same activation, and the operation before it: dividing that operation's
-output channels by `s` and multiplying the linears' input columns by `s` leaves the function unchanged.
+output channels by `s` and multiplying the linears' input columns by `s` leaves the function unchanged. `*` in a
+name stands for each routed expert. A group whose linears a layer does not have is not there: that is how dense
+first layers, shared experts and the two shapes of latent attention are told apart.
 """
 
 from dataclasses import dataclass
@@ -16,18 +18,27 @@ from lowbit_core.errors import ModelError
 class LinearGroup:
     """Linears of one decoder layer that share an input.
 
-    `fold` says what `fold_into` is: a `norm` (its weight shrinks), a linear's `rows`, or a value projection's
-    rows under grouped-query attention (`kv_rows`: each value channel feeds several query heads).
+    `fold` says what `fold_into` is: a `norm` (its weight shrinks), a linear's last `rows`, or a value projection's
+    last rows under grouped-query attention (`kv_rows`: each value channel feeds several query heads). None: there
+    is nothing that a scale could fold into. `beside` names unquantized modules that read the same activation.
+    `attended` groups make keys or values: their errors reach other tokens through attention (attention.py).
     """
 
     linears: tuple[str, ...]
-    fold_into: str
-    fold: Literal["norm", "rows", "kv_rows"]
+    fold_into: str = ""
+    fold: Literal["norm", "rows", "kv_rows"] | None = None
+    beside: tuple[str, ...] = ()
+    attended: bool = False
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """One model family; names are relative to the model (`layers`, …) or to a decoder layer (groups)."""
+    """One model family; names are relative to the model (`layers`, …) or to a decoder layer (groups).
+
+    `norm_offset` is what a norm adds to its weight; `latent_cache`: attention caches a normed latent and one
+    rotary key (DeepSeek-AI 2024, arXiv 2405.04434) instead of keys and values; `published` are the differences
+    between transformers' module names and the names in published files, as (ours, theirs).
+    """
 
     model_type: str
     groups: tuple[LinearGroup, ...]
@@ -37,18 +48,126 @@ class Architecture:
     head: str = "lm_head"
     rotary: str = "model.rotary_emb"
     attention: str = "self_attn"
+    moe_block: str = ""
+    norm_offset: float = 0.0
+    latent_cache: bool = False
+    published: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def router(self) -> str:
+        """The router's name within a decoder layer that has one; its input is every expert's."""
+        return f"{self.moe_block}.gate"
+
+    @property
+    def experts(self) -> str:
+        """The routed experts' name within a decoder layer that has them."""
+        return f"{self.moe_block}.experts"
+
+    def published_name(self, name: str) -> str:
+        """A tensor's or module's name in published files."""
+        for ours, theirs in self.published:
+            name = name.replace(ours, theirs)
+        return name
+
+    def groups_of(self, layer: nn.Module) -> tuple[LinearGroup, ...]:
+        """The groups that this decoder layer has, one for each expert where a name says `*`."""
+        present = {name for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
+        experts = len(layer.get_submodule(self.experts)) if self.has_experts(layer) else 0  # type: ignore[arg-type]
+        found = []
+        for group in self.groups:
+            every = range(experts) if "*" in group.linears[0] else (0,)
+            found += [_present(group, str(expert), present) for expert in every]
+        return tuple(group for group in found if group.linears)
+
+    def has_experts(self, layer: nn.Module) -> bool:
+        """Whether this decoder layer routes to experts."""
+        return bool(self.moe_block) and any(name == self.experts for name, _ in layer.named_modules())
 
 
-_GATED_DECODER = (
-    LinearGroup(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm", "norm"),
-    LinearGroup(("self_attn.o_proj",), "self_attn.v_proj", "kv_rows"),
-    LinearGroup(("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm", "norm"),
-    LinearGroup(("mlp.down_proj",), "mlp.up_proj", "rows"),
+def _present(group: LinearGroup, expert: str, present: set[str]) -> LinearGroup:
+    linears = tuple(name.replace("*", expert) for name in group.linears)
+    return LinearGroup(
+        tuple(name for name in linears if name in present),
+        group.fold_into.replace("*", expert),
+        group.fold,
+        group.beside,
+        group.attended,
+    )
+
+
+def _attention(norm: str = "input_layernorm") -> tuple[LinearGroup, ...]:
+    reads = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    return (
+        LinearGroup(reads, norm, "norm" if norm else None, attended=True),
+        LinearGroup(("self_attn.o_proj",), "self_attn.v_proj", "kv_rows"),
+    )
+
+
+def _gated(
+    mlp: str, norm: str = "post_attention_layernorm", beside: tuple[str, ...] = ()
+) -> tuple[LinearGroup, ...]:
+    return (
+        LinearGroup((f"{mlp}.gate_proj", f"{mlp}.up_proj"), norm, "norm" if norm else None, beside),
+        LinearGroup((f"{mlp}.down_proj",), f"{mlp}.up_proj", "rows"),
+    )
+
+
+_DENSE = _attention() + _gated("mlp")
+_FUSED = (
+    LinearGroup(("self_attn.qkv_proj",), "input_layernorm", "norm", attended=True),
+    LinearGroup(("self_attn.o_proj",), "self_attn.qkv_proj", "kv_rows"),
+    LinearGroup(("mlp.gate_up_proj",), "post_attention_layernorm", "norm"),
+    LinearGroup(("mlp.down_proj",), "mlp.gate_up_proj", "rows"),
+)
+_LATENT_ATTENTION = (
+    LinearGroup(
+        ("self_attn.q_proj", "self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"),
+        "input_layernorm",
+        "norm",
+        attended=True,
+    ),
+    LinearGroup(("self_attn.q_b_proj",), "self_attn.q_a_layernorm", "norm"),
+    LinearGroup(("self_attn.kv_b_proj",), "self_attn.kv_a_layernorm", "norm", attended=True),
+    LinearGroup(("self_attn.o_proj",)),
 )
 
-ARCHITECTURES = {
-    name: Architecture(name, groups=_GATED_DECODER) for name in ("llama", "mistral", "qwen2", "qwen3")
-}
+
+def _experts(shared: str = "", gates: tuple[str, ...] = ()) -> tuple[LinearGroup, ...]:
+    beside = ("mlp.gate", *gates)
+    return _gated("mlp.experts.*", beside=beside) + (_gated(f"mlp.{shared}", beside=beside) if shared else ())
+
+
+_TABLE = (
+    *(Architecture(name, groups=_DENSE) for name in ("llama", "mistral", "qwen2", "qwen3")),
+    Architecture("phi3", groups=_FUSED),
+    Architecture(
+        "gemma3_text", groups=_attention() + _gated("mlp", "pre_feedforward_layernorm"), norm_offset=1.0
+    ),
+    Architecture("olmo2", groups=_attention(norm="") + _gated("mlp", norm="")),
+    Architecture("qwen3_moe", groups=_DENSE + _experts(), moe_block="mlp"),
+    Architecture(
+        "qwen2_moe", groups=_DENSE + _experts("shared_expert", ("mlp.shared_expert_gate",)), moe_block="mlp"
+    ),
+    Architecture("olmoe", groups=_attention() + _experts(), moe_block="mlp"),
+    Architecture(
+        "mixtral",
+        groups=_attention() + _experts(),
+        moe_block="mlp",
+        published=(
+            (".mlp.", ".block_sparse_moe."),
+            (".gate_proj", ".w1"),
+            (".down_proj", ".w2"),
+            (".up_proj", ".w3"),
+        ),
+    ),
+    Architecture(
+        "deepseek_v2",
+        groups=_LATENT_ATTENTION + _gated("mlp") + _experts("shared_experts"),
+        moe_block="mlp",
+        latent_cache=True,
+    ),
+)
+ARCHITECTURES = {architecture.model_type: architecture for architecture in _TABLE}
 
 
 def architecture_of(model_type: str, model: str) -> Architecture:

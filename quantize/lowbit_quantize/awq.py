@@ -2,12 +2,14 @@
 
 AWQ (Lin et al. 2023, arXiv 2306.00978) protects the weights that meet large activations: it multiplies input
 column j of a weight by s_j, rounds, and divides by s_j again; the division is folded into the operation before.
-Here s = x^α / w^β, with x the root mean square activation and w the mean relative |weight| of the column
-(β = 0 is the paper's scale, β = 1 − α its later variant); α and β are found by trying.
+Here s = x^α / w^β, with x the root of the curvature's diagonal (of H: the root mean square activation) and w the
+mean relative |weight| of the column (β = 0 is the paper's scale, β = 1 − α its later variant); α and β are found
+by trying.
 
 The usual implementations run the block once per candidate. Here a candidate's error is read off the input
 covariance H = E[x xᵀ], without a forward pass: `d H_gg dᵀ`, summed over the groups g of a sample of rows, each
-with its grid already clipped, so that the scale is chosen for the grid it will really get.
+with its grid already clipped, so that the scale is chosen for the grid it will really get. Before GPTQ, the variance
+that its later columns cannot make up for takes the place of H (`gptq.remaining_variance`).
 """
 
 from dataclasses import dataclass
@@ -37,15 +39,15 @@ class ScaleChoice:
     scale: Tensor
 
 
-def search_scale(weight: Tensor, covariance: Tensor, activation: Tensor, spec: GridSpec) -> ScaleChoice:
+def search_scale(weight: Tensor, curvature: Tensor, activation: Tensor, spec: GridSpec) -> ScaleChoice:
     """The AWQ scale of linears that share an input.
 
-    `weight` is (out, in), the linears stacked; `covariance` (in, in); `activation` (in,) the root mean square
-    input. α and β are swept in turn; α = β = 0, which is scale 1, is always among the candidates.
+    `weight` is (out, in), the linears stacked; `curvature` (in, in), or a diagonal (in,); `activation` (in,) the
+    root of its diagonal. α and β are swept in turn; α = β = 0, which is scale 1, is always among the candidates.
     """
     sample = weight[torch.linspace(0, len(weight) - 1, min(len(weight), SAMPLE_ROWS)).long()]
     columns = column_weight(weight, spec)
-    blocks = diagonal_blocks(covariance, spec.group_size)
+    blocks = diagonal_blocks(curvature, spec.width(weight.shape[1]))
     errors: dict[tuple[float, float], float] = {}
 
     def error_of(point: tuple[float, float]) -> float:
@@ -72,14 +74,15 @@ def awq_scale(activation: Tensor, columns: Tensor, alpha: float, beta: float) ->
 
 def column_weight(weight: Tensor, spec: GridSpec) -> Tensor:
     """Mean over rows of |w| relative to its group's largest: (in,)."""
-    groups = weight.unflatten(1, (-1, spec.group_size)).abs()  # (out, groups, group_size)
+    groups = spec.split(weight).abs()  # (out, groups, width)
     relative: Tensor = groups / groups.amax(-1, keepdim=True).clamp(min=1e-12)
     return relative.mean(0).flatten()
 
 
 def _error(weight: Tensor, blocks: Tensor, scale: Tensor, spec: GridSpec) -> float:
     groups = split_groups(weight * scale, spec)
-    parts = scale.view(-1, spec.group_size)
-    scaled_blocks = blocks / (parts.unsqueeze(2) * parts.unsqueeze(1))  # (groups, group_size, group_size)
+    parts = scale.view(blocks.shape[:2])
+    divisor = parts.square() if blocks.dim() == 2 else parts.unsqueeze(2) * parts.unsqueeze(1)
+    scaled_blocks = blocks / divisor  # (groups, width, width), or (groups, width)
     grids = (*candidates(groups, spec, 1.0), *candidates(groups, spec, SEARCH_CLIP))
     return float(torch.sum(best_of(groups, scaled_blocks, grids, spec).error))

@@ -92,8 +92,7 @@ def _sequences(
     text: Text, documents: list[Document], tokenizer: Any, vocabulary: int, section: str
 ) -> tuple[TokenText, list[Document]]:
     if text.token_ids:
-        ids, used = _read_token_ids(Path(text.token_ids), vocabulary, section), documents
-        domains: tuple[str, ...] = ("all",) * ids.shape[0]
+        (ids, domains), used = _read_token_ids(Path(text.token_ids), vocabulary, section), documents
     else:
         ids, domains, used = _pack(text, documents, tokenizer, section)
     if int(ids.max()) >= vocabulary:
@@ -112,14 +111,24 @@ def _sequences(
     return TokenText(ids, domains, record), used
 
 
-def _read_token_ids(path: Path, vocabulary: int, section: str) -> Tensor:
-    wanted = f'{section}.token_ids wants JSON {{"input_ids": [[int, …], …]}} with rows of equal length'
+def _read_token_ids(path: Path, vocabulary: int, section: str) -> tuple[Tensor, tuple[str, ...]]:
+    """Rows of token ids from a file, and the domain of each row: "all" where the file names none."""
+    wanted = (
+        f'{section}.token_ids wants JSON {{"input_ids": [[int, …], …]}} with rows of equal length, '
+        'and optionally "domains": ["…", …], one for each row'
+    )
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["input_ids"]
+        data = json.loads(path.read_text(encoding="utf-8"))
+        rows = data["input_ids"]
+        domains = data.get("domains", ["all"] * len(rows))
         if any(type(token) is not int for row in rows for token in row):
             raise TypeError("not every id is an integer")
         ids = torch.tensor(rows, dtype=torch.int64)
-    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+        if type(domains) is not list or any(type(domain) is not str for domain in domains):
+            raise TypeError("domains is not a list of strings")
+        if len(domains) != len(rows):
+            raise ValueError(f"{len(domains)} domains for {len(rows)} rows")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise RecipeError(f"{path}: {error}; {wanted}") from error
     if ids.dim() != 2 or len(ids) < (2 if section == "quality" else 1) or ids.shape[1] < 2:
         raise RecipeError(f"{path} holds ids of shape {tuple(ids.shape)}; {wanted}, two rows to judge by")
@@ -127,7 +136,7 @@ def _read_token_ids(path: Path, vocabulary: int, section: str) -> Tensor:
         raise RecipeError(
             f"{path} holds token ids outside 0…{vocabulary - 1}; they belong to another tokenizer"
         )
-    return ids
+    return ids, tuple(domains)
 
 
 def _pack(

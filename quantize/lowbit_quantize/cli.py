@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lowbit_core.cli import Command
 from lowbit_core.errors import ConfigError, QualityError
 from lowbit_core.manifest import Manifest
-from lowbit_quantize.recipe import bundled_recipes, load_recipe
+from lowbit_quantize.recipe import Recipe, bundled_recipes, load_recipe
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +23,15 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", required=True, help="directory, FILE.gguf, or hub id OWNER/NAME[@REVISION]"
     )
     parser.add_argument("--recipe", required=True, help=f"FILE.yaml or one of: {names}")
-    parser.add_argument("--out", required=True, type=Path, help="directory for the checkpoint, new or empty")
+    parser.add_argument("--out", type=Path, help="directory for the checkpoint, new or empty")
+    parser.add_argument(
+        "--experts-report",
+        type=Path,
+        nargs="?",
+        const=Path("experts-report.json"),
+        metavar="FILE",
+        help="write no checkpoint: compare all criteria for pruning experts (default FILE: experts-report.json)",
+    )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument(
         "--calibration", metavar="SOURCE", help="text: default, FILE.jsonl, FILE.txt, hub:DATASET"
@@ -37,6 +45,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    if (arguments.out is None) == (arguments.experts_report is None):
+        raise ConfigError("give --out DIR for a checkpoint or --experts-report for a report, one of them")
     overrides = list(arguments.set)
     if arguments.calibration is not None:
         overrides.append(f"calibration.source={json.dumps(arguments.calibration)}")
@@ -47,6 +57,8 @@ def _run(arguments: argparse.Namespace) -> int:
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars are for terminals
     device = _device(arguments.device)
+    if arguments.experts_report is not None:
+        return _report(arguments.model, recipe, arguments.experts_report, device)
     from lowbit_quantize.pipeline import quantize
 
     manifest = quantize(arguments.model, recipe, arguments.out, device)
@@ -54,6 +66,16 @@ def _run(arguments: argparse.Namespace) -> int:
     if not manifest.gate.accepted:
         sys.stderr.write(f"lowbit: rejected by its quality gate: {'; '.join(manifest.gate.reasons)}\n")
         return QualityError.exit_status
+    return 0
+
+
+def _report(model: str, recipe: Recipe, file: Path, device: "torch.device") -> int:
+    from lowbit_quantize.expert_report import report_experts, table
+
+    report = report_experts(model, recipe, file, device)
+    sys.stderr.write(table(report) + "\n")
+    found = {"report": str(file), **{key: report[key] for key in ("mean_error", "least_error")}}
+    sys.stdout.write(json.dumps(found) + "\n")
     return 0
 
 

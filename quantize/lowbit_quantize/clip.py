@@ -3,6 +3,7 @@
 Each group tries its range clipped by a few factors, on the grid and on its mirror image, and then the scale
 that is best in the least-squares sense for the codes so found. A group's error is `d H_gg dᵀ`, with d its
 rounding error and H_gg the covariance of its own inputs: what AWQ's clip search measures by running the block.
+Where columns make up for each other later (GPTQ) a diagonal stands in for H: what an error in each still costs.
 
 At last, with the codes fixed, all scales of a row are solved for together (`solve_scales`): the error of a row
 is quadratic in its scales, and the minimum takes the correlation between groups into account.
@@ -39,26 +40,30 @@ def round_clipped(weight: Tensor, covariance: Tensor, spec: GridSpec) -> Rounded
     return solve_scales(round_to_grid(weight, scale, zero, spec), weight, covariance)
 
 
-def search_grids(weight: Tensor, covariance: Tensor, spec: GridSpec) -> tuple[Tensor, Tensor]:
-    """Scale and zero, (out, groups), of the grids that err least on each group's own inputs."""
-    blocks = diagonal_blocks(covariance, spec.group_size)
+def search_grids(weight: Tensor, curvature: Tensor, spec: GridSpec) -> tuple[Tensor, Tensor]:
+    """Scale and zero, (out, groups), of the grids that err least in each group by itself.
+
+    `curvature` is the covariance of the inputs, (in, in), or a diagonal in its place, (in,).
+    """
+    blocks = diagonal_blocks(curvature, spec.width(weight.shape[1]))
     row_blocks = weight.split(max(1, BLOCK_WEIGHTS // weight.shape[1]))
     parts = parallel_map(lambda rows: _search_rows(rows, blocks, spec), row_blocks, weight.device)
     scale, zero = (torch.cat(part, dim=1).T.contiguous() for part in zip(*parts, strict=True))
     return scale, zero
 
 
-def diagonal_blocks(covariance: Tensor, group_size: int) -> Tensor:
-    """The (groups, group_size, group_size) blocks of H that lie on the diagonal."""
-    count = covariance.shape[0] // group_size
-    tiles = covariance.view(count, group_size, count, group_size)
+def diagonal_blocks(curvature: Tensor, width: int) -> Tensor:
+    """The (groups, width, width) blocks on the diagonal of a matrix; of a diagonal, its parts, (groups, width)."""
+    count = curvature.shape[0] // width
+    if curvature.dim() == 1:
+        return curvature.view(count, width)
+    tiles = curvature.view(count, width, count, width)
     return torch.stack([tiles[group, :, group] for group in range(count)])
 
 
 def split_groups(weight: Tensor, spec: GridSpec) -> Tensor:
-    """(rows, in) to (groups, rows, group_size): the order in which groups meet their covariance without a copy."""
-    groups: Tensor = weight.unflatten(1, (-1, spec.group_size))
-    return groups.transpose(0, 1).contiguous()
+    """(rows, in) to (groups, rows, width): the order in which groups meet their covariance without a copy."""
+    return spec.split(weight).transpose(0, 1).contiguous()
 
 
 def candidates(groups: Tensor, spec: GridSpec, clip: float) -> Sequence[tuple[Tensor, Tensor]]:
@@ -74,7 +79,7 @@ def best_of(
     spec: GridSpec,
     best: Best | None = None,
 ) -> Best:
-    """For each group of (groups, rows, group_size), the grid that errs least, among these and `best`."""
+    """For each group of (groups, rows, width), the grid that errs least, among these and `best`."""
     for scale, zero in grids:
         steps = _steps(groups, scale, zero, spec)
         error = block_error(steps.mul_(scale.unsqueeze(-1)).sub_(groups), blocks)
@@ -92,8 +97,13 @@ def best_of(
 
 
 def block_error(difference: Tensor, blocks: Tensor) -> Tensor:
-    """`d_g H_gg d_gᵀ` of each group: (groups, rows, group_size) to (groups, rows)."""
-    return torch.bmm(difference, blocks).mul_(difference).sum(-1)
+    """`d_g H_gg d_gᵀ` of each group: (groups, rows, width) to (groups, rows)."""
+    return _times(difference, blocks).mul_(difference).sum(-1)
+
+
+def _times(rows: Tensor, blocks: Tensor) -> Tensor:
+    """(groups, rows, width) times each group's block, or its diagonal."""
+    return torch.bmm(rows, blocks) if blocks.dim() == 3 else rows * blocks.unsqueeze(1)
 
 
 def _steps(groups: Tensor, scale: Tensor, zero: Tensor, spec: GridSpec) -> Tensor:
@@ -114,7 +124,7 @@ def _search_rows(weight: Tensor, blocks: Tensor, spec: GridSpec) -> tuple[Tensor
 def least_squares_scale(groups: Tensor, grid: Best, blocks: Tensor, spec: GridSpec) -> Tensor:
     """The scale that errs least for the codes that a grid gives: `qᵀHw / qᵀHq` in each group."""
     steps = _steps(groups, grid.scale, grid.zero, spec)
-    weighted = torch.bmm(steps, blocks)
+    weighted = _times(steps, blocks)
     refined = (weighted * groups).sum(-1) / (weighted * steps).sum(-1).clamp(min=1e-20)
     return stored(torch.where(refined == 0, grid.scale, refined))
 
@@ -138,9 +148,8 @@ def solve_scales(rounded: Rounded, weight: Tensor, covariance: Tensor) -> Rounde
 def _solve_rows(
     codes: Tensor, scale: Tensor, zero: Tensor, weight: Tensor, covariance: Tensor, spec: GridSpec
 ) -> Tensor:
-    groups = codes.unflatten(1, (-1, spec.group_size)).float()
-    steps = groups - zero.unsqueeze(-1)  # (rows, groups, group_size)
-    tiles = covariance.view(-1, spec.group_size, covariance.shape[1])
+    steps = spec.split(codes).float() - zero.unsqueeze(-1)  # (rows, groups, width)
+    tiles = covariance.view(steps.shape[1], steps.shape[2], covariance.shape[1])
     curvature = torch.stack(
         [((steps[:, g] @ tile).view_as(steps) * steps).sum(-1) for g, tile in enumerate(tiles)], dim=1
     )  # (rows, groups, groups)

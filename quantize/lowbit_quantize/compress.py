@@ -1,9 +1,11 @@
-"""One decoder layer: fold AWQ scales, round every linear, and put back the weights that will be served.
+"""One layer, compressed: scales folded into what comes before, weights rounded, results put back for the next step.
 
-Everything here is arithmetic on the layer's weights and on what `observe` saw; no forward pass.
+Everything here is arithmetic on the layer's weights and on what `observe` saw; no forward pass. First each norm
+takes the scale of all that reads it; then each chain of linears, attention's or one network's, is folded and
+rounded by itself, so that the float32 copies of one expert are alive at a time.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +14,14 @@ from torch import Tensor, nn
 
 from lowbit_core.errors import NumericsError
 from lowbit_quantize.architectures import Architecture, LinearGroup, linear_of
-from lowbit_quantize.awq import search_scale
+from lowbit_quantize.awq import ScaleChoice, search_scale
 from lowbit_quantize.clip import round_clipped
-from lowbit_quantize.gptq import round_gptq
+from lowbit_quantize.gptq import remaining_variance, round_gptq
 from lowbit_quantize.grid import GridSpec, Rounded, output_error, range_grid, round_to_grid
-from lowbit_quantize.observe import Covariance
+from lowbit_quantize.observe import LayerStatistics
 from lowbit_quantize.precision import exact_products
+
+SITE_ROWS = 4096  # rows, over all its readers, that the scale of a norm is searched on
 
 
 def _round_to_nearest(weight: Tensor, _: Tensor, spec: GridSpec) -> Rounded:
@@ -44,10 +48,18 @@ class CompressedLinear:
 
 @dataclass(frozen=True)
 class CompressedLayer:
-    """The rounded linears by name, and what each value channel, (kv_heads · head_dim,), was divided by."""
+    """The rounded linears by name, and what each cached value channel was divided by."""
 
     linears: dict[str, CompressedLinear]
     value_divisor: Tensor | None
+
+
+@dataclass(frozen=True)
+class _NormScale:
+    """What a norm was divided by, (features,), and the exponent that it came from."""
+
+    scale: Tensor
+    alpha: float
 
 
 @dataclass
@@ -64,97 +76,174 @@ class _GroupState:
 def compress_layer(
     layer: nn.Module,
     architecture: Architecture,
-    statistics: Mapping[str, Covariance],
+    statistics: LayerStatistics,
     spec: GridSpec,
     method: str,
     ignored: frozenset[str] = frozenset(),
 ) -> CompressedLayer:
     """Round the linears of a layer in place; returns what to store for each, by name within the layer.
 
-    `statistics` is keyed by the first linear of each group. Raises NumericsError on a weight that is not finite.
+    Raises NumericsError on a weight that is not finite.
     """
-    states = [_state_of(layer, group, statistics, ignored) for group in architecture.groups]
-    active = [state for state in states if state is not None]
+    groups = architecture.groups_of(layer)
+    active = [group for group in groups if not ignored.intersection(group.linears)]
+    norms: dict[str, _NormScale] = {}
     if method.startswith("awq"):
-        for state in active:
-            _fold_awq_scale(layer, state, active, spec)
+        for norm in dict.fromkeys(group.fold_into for group in active if group.fold == "norm"):
+            readers = [group for group in groups if group.fold_into == norm and group.fold == "norm"]
+            norms[norm] = _fold_norm(layer, architecture, readers, active, statistics, spec, method)
     results: dict[str, CompressedLinear] = {}
-    for state in active:
-        results.update(_install(layer, state, ROUND[method](state.weight, state.covariance, spec)))
-    divisors = [state.producer_divisor for state in active if state.group.fold == "kv_rows"]
+    divisors: list[Tensor] = []
+    for chain in _chains(active):
+        states = [_state_of(layer, group, statistics, norms.get(group.fold_into)) for group in chain]
+        if method.startswith("awq"):
+            for state in states:
+                _fold_linear(layer, architecture, state, states, spec, method)
+        for state in states:
+            rounded = ROUND[method](state.weight, state.covariance, spec)
+            results.update(_install(layer, state, rounded))
+            if state.group.fold == "kv_rows" and state.producer_divisor is not None:
+                divisors.append(state.producer_divisor)
     return CompressedLayer(results, divisors[0] if divisors else None)
 
 
-def _state_of(
-    layer: nn.Module, group: LinearGroup, statistics: Mapping[str, Covariance], ignored: frozenset[str]
-) -> _GroupState | None:
-    if ignored.intersection(group.linears):
-        return None
-    weights = [linear_of(layer, name).weight.float() for name in group.linears]
+def _chains(groups: Sequence[LinearGroup]) -> list[list[LinearGroup]]:
+    """Groups in runs: one whose scale folds into a linear joins the run that the linear is in."""
+    chains: list[list[LinearGroup]] = []
+    run_of: dict[str, list[LinearGroup]] = {}
+    for group in groups:
+        chain = run_of.get(group.fold_into)
+        if chain is None:
+            chain = []
+            chains.append(chain)
+        chain.append(group)
+        run_of.update(dict.fromkeys(group.linears, chain))
+    return chains
+
+
+def _weight_of(layer: nn.Module, group: LinearGroup, step: int = 1) -> Tensor:
+    """Every `step`-th row of a group's stacked weight, float32; raises NumericsError on one that is not finite."""
+    weights = [linear_of(layer, name).weight[::step].float() for name in group.linears]
     for name, weight in zip(group.linears, weights, strict=True):
         if not torch.isfinite(weight).all():
             raise NumericsError(f"the weight {name} of the base model holds values that are not finite")
-    return _GroupState(group, torch.cat(weights), statistics[group.linears[0]].matrix())
+    return torch.cat(weights)
 
 
-def _fold_awq_scale(layer: nn.Module, state: _GroupState, states: list[_GroupState], spec: GridSpec) -> None:
-    """Search a group's scale, multiply its columns by it, and divide the operation before it."""
-    group = state.group
-    owner = next((other for other in states if group.fold_into in other.group.linears), None)
-    if group.fold != "norm" and owner is None:
-        return  # the linear before it is not quantized and is left alone
-    activation, heads = state.covariance.diagonal().clamp(min=0).sqrt(), _value_repeats(layer, group)
-    if group.fold == "kv_rows":
-        activation = _shared_by_heads(activation, heads)
-    choice = search_scale(state.weight, state.covariance, activation, spec)
-    scale = choice.scale
-    if group.fold == "kv_rows":
-        scale = _shared_by_heads(scale, heads)
-    if owner is None:
-        scale = _divide_norm(layer.get_submodule(group.fold_into), scale)
-    else:
-        state.producer_divisor = scale.view(*heads, -1)[
-            :, 0
-        ].flatten()  # once for each channel of the producer
-        _divide_rows(layer, group.fold_into, owner, state.producer_divisor)
+def _state_of(
+    layer: nn.Module, group: LinearGroup, statistics: LayerStatistics, norm: _NormScale | None
+) -> _GroupState:
+    state = _GroupState(group, _weight_of(layer, group), statistics.covariance(group))
+    if norm is not None:
+        _scale_columns(state, norm.scale, norm.alpha)
+    return state
+
+
+def _scale_columns(state: _GroupState, scale: Tensor, alpha: float) -> None:
     state.weight = state.weight * scale
     state.covariance = state.covariance / torch.outer(scale, scale)
-    state.alpha = choice.alpha
+    state.alpha = alpha
+
+
+def _fold_norm(
+    layer: nn.Module,
+    architecture: Architecture,
+    readers: Sequence[LinearGroup],
+    active: Sequence[LinearGroup],
+    statistics: LayerStatistics,
+    spec: GridSpec,
+    method: str,
+) -> _NormScale:
+    """Search one scale for all groups that read a norm and divide the norm by it.
+
+    What reads the norm and is not rounded (a router, an ignored linear) is multiplied in its own dtype: the scale
+    is then of powers of two, so that it computes bit for bit what it did.
+    """
+    rounded = [group for group in readers if group in active]
+    rows = sum(linear_of(layer, name).out_features for group in rounded for name in group.linears)
+    step = 1 if len(rounded) == 1 else max(1, -(-rows // SITE_ROWS))
+    weight = torch.cat([_weight_of(layer, group, step) for group in rounded])
+    covariance = statistics.joint_covariance(rounded)
+    curvature = _curvature(covariance, method)
+    choice = search_scale(weight, curvature, _activation(curvature), spec)
+    beside = {name for group in readers for name in group.beside}
+    beside.update(name for group in readers if group not in active for name in group.linears)
+    scale = choice.scale.log2().round().exp2() if beside else choice.scale
+    norm = layer.get_submodule(readers[0].fold_into)
+    scale = _divide_norm(norm, scale, architecture.norm_offset)
+    for name in beside:
+        module: Any = layer.get_submodule(name)
+        widened = (module.weight.float() * scale).to(module.weight.dtype)
+        module.weight = nn.Parameter(widened, requires_grad=False)
+    return _NormScale(scale, choice.alpha)
+
+
+def _fold_linear(
+    layer: nn.Module,
+    architecture: Architecture,
+    state: _GroupState,
+    states: list[_GroupState],
+    spec: GridSpec,
+    method: str,
+) -> None:
+    """Search a group's scale, multiply its columns by it, and divide the linear before it."""
+    group = state.group
+    owner = next((other for other in states if group.fold_into in other.group.linears), None)
+    if group.fold == "norm" or owner is None:
+        return  # done already, or the linear before it is not quantized and is left alone
+    heads = (1, 1)
+    if group.fold == "kv_rows":
+        attention: Any = layer.get_submodule(architecture.attention)
+        if getattr(attention.config, "clip_qkv", None) is not None:
+            return  # values are clamped between the two linears: dividing them would change the function
+        repeats = attention.num_key_value_groups
+        heads = (state.weight.shape[1] // (repeats * attention.head_dim), repeats)
+    curvature = _curvature(state.covariance, method)
+    activation = _shared_by_heads(_activation(curvature), heads)
+    choice: ScaleChoice = search_scale(state.weight, curvature, activation, spec)
+    scale = _shared_by_heads(choice.scale, heads)
+    state.producer_divisor = scale.view(*heads, -1)[:, 0].flatten()  # once for each channel of the producer
+    _divide_rows(layer, group.fold_into, owner, state.producer_divisor)
+    _scale_columns(state, scale, choice.alpha)
+
+
+def _curvature(covariance: Tensor, method: str) -> Tensor:
+    """What an error costs, (in, in) or its diagonal (in,): with GPTQ, what later columns cannot make up for."""
+    return remaining_variance(covariance) if "gptq" in method else covariance
+
+
+def _activation(curvature: Tensor) -> Tensor:
+    """Root mean square of each input, (in,)."""
+    diagonal = curvature if curvature.dim() == 1 else curvature.diagonal()
+    return diagonal.clamp(min=0).sqrt()
 
 
 def _divide_rows(layer: nn.Module, producer: str, owner: _GroupState, divisor: Tensor) -> None:
-    """Divide the output channels of a linear, whose weight waits in `owner` to be rounded, and its bias."""
+    """Divide the last output channels of a linear, whose weight waits in `owner` to be rounded, and its bias."""
     names = owner.group.linears
-    start = sum(linear_of(layer, name).out_features for name in names[: names.index(producer)])
-    owner.weight[start : start + len(divisor)] /= divisor.unsqueeze(1)
+    stop = sum(linear_of(layer, name).out_features for name in names[: names.index(producer) + 1])
+    owner.weight[stop - len(divisor) : stop] /= divisor.unsqueeze(1)
     linear = linear_of(layer, producer)
     if linear.bias is not None:
-        bias = (linear.bias.float() / divisor).to(linear.bias.dtype)
-        linear.bias = nn.Parameter(bias, requires_grad=False)
+        bias = linear.bias.float()
+        bias[-len(divisor) :] /= divisor
+        linear.bias = nn.Parameter(bias.to(linear.bias.dtype), requires_grad=False)
 
 
-def _divide_norm(norm: Any, scale: Tensor) -> Tensor:
-    """Divide a norm's weight; what its storage dtype rounds away is put into the scale, so that nothing is lost."""
-    before = norm.weight.float()
-    after = (before / scale).to(norm.weight.dtype)
-    after = torch.where(
-        (after == 0) | ~torch.isfinite(after), norm.weight, after
-    )  # not in this dtype's range
-    norm.weight = nn.Parameter(after, requires_grad=False)
-    return torch.where(after == 0, torch.ones_like(scale), before / after.float())
-
-
-def _value_repeats(layer: nn.Module, group: LinearGroup) -> tuple[int, int]:
-    """(kv heads, query heads for each) of the value projection that a group's scale folds into."""
-    if group.fold != "kv_rows":
-        return (1, 1)
-    attention: Any = layer.get_submodule(group.fold_into.rpartition(".")[0])
-    values = linear_of(layer, group.fold_into).out_features
-    return values // attention.head_dim, attention.num_key_value_groups
+def _divide_norm(norm: Any, scale: Tensor, offset: float) -> Tensor:
+    """Divide what a norm multiplies by; what its dtype rounds away is put into the scale, so nothing is lost."""
+    before = norm.weight.float() + offset
+    stored = (before / scale - offset).to(norm.weight.dtype)
+    after = stored.float() + offset
+    usable = (after != 0) & torch.isfinite(after) & (before != 0)
+    norm.weight = nn.Parameter(torch.where(usable, stored, norm.weight), requires_grad=False)
+    return torch.where(usable, before / after, torch.ones_like(scale))
 
 
 def _shared_by_heads(channels: Tensor, heads: tuple[int, int]) -> Tensor:
     """Replace each channel of the query heads that share a value channel by their geometric mean."""
+    if heads[1] == 1:
+        return channels
     grouped = channels.view(heads[0], heads[1], -1).clamp(min=1e-8).log()  # (kv_heads, repeats, head_dim)
     return grouped.mean(1, keepdim=True).exp().expand(-1, heads[1], -1).flatten()
 

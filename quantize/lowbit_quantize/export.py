@@ -1,12 +1,12 @@
-"""Write a checkpoint: one shard per layer, in compressed-tensors `pack-quantized`, that stock vLLM opens with no flag.
+"""Write a checkpoint that stock vLLM opens with no flag: one shard per layer, and the default format's packing.
 
-Packing and configuration classes are the compressed-tensors package's: the format is its job. A tensor that
-is not finite is refused here, whatever made it.
+That format is compressed-tensors' `pack-quantized`; packing and configuration classes are its package's. The
+others are in `formats.py`. A tensor that is not finite is refused here, whatever made it.
 """
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +55,20 @@ class CheckpointWriter:
         file = f"model-{self._written:05d}-of-{self._shards:05d}.safetensors"
         contiguous = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
         save_file(contiguous, self.directory / file, metadata={"format": "pt"})
+        (self.directory / file).chmod(0o644)  # safetensors leaves 0600; a container's user must read it
         self._file_of.update(dict.fromkeys(contiguous, file))
         self._bytes += sum(tensor.numel() * tensor.element_size() for tensor in contiguous.values())
 
-    def finish(self, base: Path, config: Mapping[str, Any]) -> None:
-        """Write the index, config.json, and the base model's tokenizer and generation files."""
+    def finish(self, base: Path, config: Mapping[str, Any], tool_file: str | None = None) -> None:
+        """Write the index, config.json, and the base model's tokenizer and generation files.
+
+        `tool_file` gets a copy of the quantization configuration.
+        """
         index = {"metadata": {"total_size": self._bytes}, "weight_map": dict(sorted(self._file_of.items()))}
         _write_json(self.directory / INDEX_NAME, index)
         _write_json(self.directory / "config.json", config)
+        if tool_file:
+            _write_json(self.directory / tool_file, config["quantization_config"])
         for name in TOKENIZER_FILES:
             if (base / name).is_file():
                 shutil.copyfile(base / name, self.directory / name)
@@ -72,18 +78,32 @@ class CheckpointWriter:
         return self._bytes
 
 
+class NothingWritten(CheckpointWriter):
+    """The writer of a trial: it weighs what it is given, and no file is made."""
+
+    def __init__(self) -> None:
+        super().__init__(Path(), 0)
+
+    def write_shard(self, tensors: Mapping[str, Tensor]) -> None:
+        self._bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+    def finish(self, base: Path, config: Mapping[str, Any], tool_file: str | None = None) -> None:
+        pass
+
+
 def layer_tensors(
     layer: nn.Module,
     name: str,
     attention: str,
     linears: Mapping[str, CompressedLinear],
     kv_scales: KVScales | None,
+    packer: Callable[[Rounded], dict[str, Tensor]],
 ) -> dict[str, Tensor]:
-    """The tensors of one decoder layer, by their full names."""
+    """The tensors of one decoder layer, by their full names; `packer` stores a linear in the chosen format."""
     packed = {f"{linear}.weight" for linear in linears}
     tensors = {f"{name}.{key}": value for key, value in layer.state_dict().items() if key not in packed}
     for linear, result in linears.items():
-        tensors.update({f"{name}.{linear}.{key}": value for key, value in pack(result.rounded).items()})
+        tensors.update({f"{name}.{linear}.{key}": value for key, value in packer(result.rounded).items()})
     if kv_scales:
         tensors[f"{name}.{attention}.k_scale"] = torch.tensor([kv_scales.k_scale], dtype=torch.float32)
         tensors[f"{name}.{attention}.v_scale"] = torch.tensor([kv_scales.v_scale], dtype=torch.float32)
@@ -103,19 +123,18 @@ def pack(rounded: Rounded) -> dict[str, Tensor]:
     return tensors
 
 
-def served_config(config: Any, recipe: Recipe, ignored: list[str], dtype: torch.dtype) -> dict[str, Any]:
-    """The base configuration with `quantization_config`, as transformers and vLLM read it."""
+def served_config(config: Any, quantization: dict[str, Any] | None, dtype: torch.dtype) -> dict[str, Any]:
+    """The base configuration with its `quantization_config`, as transformers and vLLM read it."""
     data: dict[str, Any] = config.to_diff_dict()
     data.pop("_name_or_path", None)
     data.pop("quantization_config", None)
     data["dtype"] = str(dtype).removeprefix("torch.")
-    quantization = quantization_config(recipe, ignored)
     if quantization:
         data["quantization_config"] = quantization
     return data
 
 
-def quantization_config(recipe: Recipe, ignored: list[str]) -> dict[str, Any] | None:
+def quantization_config(recipe: Recipe, unquantized: list[str]) -> dict[str, Any] | None:
     """compressed-tensors' own configuration for a recipe; None where nothing is compressed."""
     weights, kv = recipe.weights, recipe.kv_cache.dtype == "fp8"
     if weights.method == "none" and not kv:
@@ -126,21 +145,33 @@ def quantization_config(recipe: Recipe, ignored: list[str]) -> dict[str, Any] | 
             num_bits=weights.bits,
             type="int",
             symmetric=weights.symmetric,
-            strategy="group",
-            group_size=weights.group_size,
+            strategy="group" if weights.inputs_per_scale else "channel",
+            group_size=weights.inputs_per_scale,
         )
         groups["group_0"] = QuantizationScheme(targets=["Linear"], weights=arguments)
     config = QuantizationConfig(
         config_groups=groups,
-        format="pack-quantized" if groups else "dense",
+        format="pack-quantized" if weights.method != "none" else "dense",
         quantization_status="compressed",
-        ignore=ignored,
+        ignore=unquantized,
         kv_cache_scheme=QuantizationArgs(num_bits=8, type="float", symmetric=True, strategy="tensor")
         if kv
         else None,
     )
     dumped: dict[str, Any] = json.loads(json.dumps(config.to_dict(), default=str))
     return dumped
+
+
+def read_plain_experts(quantization: dict[str, Any]) -> None:
+    """Make transformers read routed experts that are not quantized, where other things are.
+
+    transformers (5.19) unpacks a model's experts by the first group whose pattern says "experts", else by any
+    group, whether or not they are quantized; only under an FP8 scheme does it take tensors without a scale as they
+    are. The group that is added here matches no module, and tells vLLM nothing.
+    """
+    weights = QuantizationArgs(num_bits=8, type="float", symmetric=True, strategy="channel")
+    scheme = QuantizationScheme(targets=["re:^no_module_has_this_name[.]experts$"], weights=weights)
+    quantization["config_groups"]["plain_experts"] = json.loads(scheme.model_dump_json())
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:

@@ -6,6 +6,10 @@ the best they can do for what is already fixed. Columns go in order of falling H
 inputs that matter most are rounded while most columns are left to help; groups stay where they are in memory
 ("static groups"): a column uses the grid of the group it belongs to, chosen before the first column is rounded.
 
+The whole error comes to `Σ_j e_j² / U_jj²`, with e_j the rounding error of column j, as it is when its turn comes.
+So 1 / U_jj², the variance of input j that the inputs after it cannot make up for, is what grids are chosen by (and
+AWQ's scales, where they come first), not H, which is what an error costs that nothing makes up for.
+
 Rows do not meet, so blocks of rows are worked on in parallel; within one, a weight lies transposed, so that a
 column is contiguous, and updates beyond the current block of columns are applied once for the block.
 """
@@ -26,12 +30,11 @@ BLOCK_ROWS = 512
 def round_gptq(weight: Tensor, covariance: Tensor, spec: GridSpec) -> Rounded:
     """Round a weight (out, in) by GPTQ on inputs of this covariance (in, in); raises NumericsError.
 
-    The grids are those of the clip search; once the codes are chosen, the scales of each row are solved for.
+    Once the codes are chosen, the scales of each row are solved for.
     """
-    scale, zero = search_grids(weight, covariance, spec)
-    order = covariance.diagonal().argsort(descending=True, stable=True)
-    factor = inverse_factor(covariance[order][:, order])
-    groups = order // spec.group_size
+    order, factor = _ordered_factor(covariance)
+    scale, zero = search_grids(weight, _remaining_variance(order, factor), spec)
+    groups = order // spec.width(weight.shape[1])
 
     def rows(block: slice) -> Tensor:
         grids = scale[block].T[groups], zero[block].T[groups]  # (in, rows)
@@ -42,6 +45,21 @@ def round_gptq(weight: Tensor, covariance: Tensor, spec: GridSpec) -> Rounded:
     codes = torch.empty_like(ordered)
     codes[order] = ordered
     return solve_scales(Rounded(codes.T.contiguous(), scale, zero, spec), weight, covariance)
+
+
+def remaining_variance(covariance: Tensor) -> Tensor:
+    """What an error in each column costs once the columns after it have made up for it: 1 / U_jj², (in,)."""
+    return _remaining_variance(*_ordered_factor(covariance))
+
+
+def _remaining_variance(order: Tensor, factor: Tensor) -> Tensor:
+    return torch.empty_like(factor[0]).index_copy_(0, order, factor.diagonal().pow(-2))
+
+
+def _ordered_factor(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """The order in which columns are rounded, (in,), and the factor of their inverse covariance in this order."""
+    order = covariance.diagonal().argsort(descending=True, stable=True)
+    return order, inverse_factor(covariance[order][:, order])
 
 
 def inverse_factor(covariance: Tensor) -> Tensor:

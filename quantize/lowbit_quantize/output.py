@@ -18,7 +18,7 @@ from lowbit_quantize.export import TOKENIZER_FILES
 from lowbit_quantize.source import INDEX_NAME
 
 UNPACKED = ".base"  # where a GGUF base lies, unpacked, during a run
-OURS = ("model-*.safetensors", INDEX_NAME, "config.json", *TOKENIZER_FILES)
+OURS = ("model-*.safetensors", INDEX_NAME, "config.json", "quantize_config.json", *TOKENIZER_FILES)
 
 
 def refuse_foreign(out: Path) -> None:

@@ -1,33 +1,54 @@
 """Everything that can be refused before the first expensive second: does this recipe fit this model?"""
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from lowbit_core.errors import ModelError, RecipeError
-from lowbit_quantize.architectures import Architecture, architecture_of
-from lowbit_quantize.recipe import Recipe
+from lowbit_core.log import get_logger
+from lowbit_quantize.architectures import Architecture, LinearGroup, architecture_of, linear_of
+from lowbit_quantize.expert_pruning import Pruning, plan_pruning
+from lowbit_quantize.formats import DEFAULT, check_format
+from lowbit_quantize.recipe import KVCache, Recipe
 from lowbit_quantize.source import ModelReference, WeightFiles
 from lowbit_quantize.stream import build_skeleton
 
+log = get_logger("quantize")
+
 DISK_MARGIN_BYTES = 64 << 20
 BASE_BYTES_PER_PARAMETER = 2
+SMALLEST_GROUP = 32  # what the engines' integer kernels divide rows into
 FLOATS = ("BF16", "F16", "F32")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A model and a recipe that fit each other. `ignored` are full names of linears that stay as they are."""
+    """A model and a recipe that fit each other.
+
+    `ignored` are names of decoder linears that stay as they are; `unquantized` says in a checkpoint's terms what
+    is not quantized.
+    """
 
     reference: ModelReference
     recipe: Recipe
     architecture: Architecture
     skeleton: nn.Module
     ignored: tuple[str, ...]
+    unquantized: tuple[str, ...]
     parameters: int
     linear_parameters: int
+    pruning: Pruning | None = None
+
+    @property
+    def plain_experts(self) -> bool:
+        """Whether the model has routed experts and they stay as they are."""
+        experts = f".{self.architecture.experts}."
+        some_ignored = any(experts in name for name in self.ignored)
+        return bool(self.architecture.moe_block) and (self.recipe.weights.method == "none" or some_ignored)
 
     @property
     def disk_bytes(self) -> int:
@@ -43,7 +64,9 @@ def make_plan(reference: ModelReference, recipe: Recipe) -> Plan:
     """Check that the recipe fits the model; raises ModelError or RecipeError."""
     architecture = architecture_of(reference.model_type, reference.name)
     _refuse_quantized(reference)
-    skeleton = _skeleton_of(reference)
+    skeleton = _skeleton_of(reference, architecture)
+    pruning = plan_pruning(reference.config, architecture, recipe.experts, reference.name)
+    recipe = _without_latent_scales(recipe, architecture)
     _check_positions(reference, recipe)
     linears = _decoder_linears(skeleton, architecture)
     ignored = _ignored(skeleton, architecture, recipe)
@@ -53,18 +76,23 @@ def make_plan(reference: ModelReference, recipe: Recipe) -> Plan:
             raise RecipeError(
                 "weights.ignore leaves no linear to quantize; use weights.method: none for that"
             )
-        _check_group_size(quantized, recipe.weights.group_size)
+        _check_group_size(quantized, recipe.weights.inputs_per_scale)
+        _check_experts(quantized, architecture, recipe)
     else:
         quantized = {}
-    counted = {id(p): p.numel() for p in skeleton.parameters()}
+    check_format(recipe, reference.config, linears, quantized)
+    tied = f"{architecture.head}.weight" if reference.config.tie_word_embeddings else ""
+    counted = {name: p.numel() for name, p in skeleton.named_parameters() if name != tied}
     return Plan(
         reference=reference,
         recipe=recipe,
         architecture=architecture,
         skeleton=skeleton,
         ignored=ignored,
+        unquantized=_unquantized(architecture, recipe, ignored),
         parameters=sum(counted.values()),
         linear_parameters=sum(linear.weight.numel() for linear in quantized.values()),
+        pruning=pruning,
     )
 
 
@@ -75,7 +103,8 @@ def check_weights(plan: Plan, weights: WeightFiles) -> None:
     """
     name, head = plan.reference.name, f"{plan.architecture.head}.weight"
     tied = bool(plan.reference.config.tie_word_embeddings)
-    for weight, parameter in plan.skeleton.state_dict().items():
+    for inner, parameter in plan.skeleton.state_dict().items():
+        weight = plan.architecture.published_name(inner)
         if weight not in weights:
             if weight == head and tied:
                 continue
@@ -103,13 +132,25 @@ def _refuse_quantized(reference: ModelReference) -> None:
         raise ModelError(f"{reference.name} is already quantized ({method}); give the unquantized model")
 
 
-def _skeleton_of(reference: ModelReference) -> nn.Module:
+def _skeleton_of(reference: ModelReference, architecture: Architecture) -> nn.Module:
+    if getattr(reference.config, "final_logit_softcapping", None) is not None:
+        raise ModelError(
+            f"{reference.name} caps its logits (final_logit_softcapping), which is not supported"
+        )
     try:
-        return build_skeleton(reference.config)
+        return build_skeleton(reference.config, architecture)
     except Exception as error:  # whatever a wrong configuration makes of transformers' code
         raise ModelError(
             f"{reference.name}: no model can be built from its configuration: {error!r}"
         ) from error
+
+
+def _without_latent_scales(recipe: Recipe, architecture: Architecture) -> Recipe:
+    """vLLM 0.32 loads no scales for a latent cache; measured with them, a checkpoint would not be what is served."""
+    if not architecture.latent_cache or recipe.kv_cache.dtype == "none":
+        return recipe
+    log.warning("kv_cache.dtype: none instead of fp8, because engines load no scales for a latent cache")
+    return recipe.model_copy(update={"kv_cache": KVCache(dtype="none")})
 
 
 def _check_positions(reference: ModelReference, recipe: Recipe) -> None:
@@ -121,36 +162,81 @@ def _check_positions(reference: ModelReference, recipe: Recipe) -> None:
             )
 
 
+def _decoder_groups(
+    skeleton: nn.Module, architecture: Architecture
+) -> Iterator[tuple[str, tuple[LinearGroup, ...]]]:
+    """Each decoder layer's name and its groups."""
+    layers: Any = skeleton.get_submodule(architecture.layers)
+    for index, layer in enumerate(layers):
+        yield f"{architecture.layers}.{index}", architecture.groups_of(layer)
+
+
 def _decoder_linears(skeleton: nn.Module, architecture: Architecture) -> dict[str, nn.Linear]:
-    names = {linear for group in architecture.groups for linear in group.linears}
-    found = {}
-    for name, module in skeleton.named_modules():
-        within = name.removeprefix(f"{architecture.layers}.").partition(".")[2]
-        if isinstance(module, nn.Linear) and name.startswith(architecture.layers) and within in names:
-            found[name] = module
-    return found
+    names = [
+        f"{layer}.{linear}"
+        for layer, groups in _decoder_groups(skeleton, architecture)
+        for group in groups
+        for linear in group.linears
+    ]
+    return {name: linear_of(skeleton, name) for name in names}
+
+
+def _check_experts(linears: dict[str, nn.Linear], architecture: Architecture, recipe: Recipe) -> None:
+    expert = next(
+        (name for name in linears if architecture.moe_block and f".{architecture.experts}." in name), None
+    )
+    if expert and not recipe.weights.symmetric:
+        raise RecipeError(
+            f"weights.symmetric = false: engines run quantized experts ({expert}) on symmetric grids only; "
+            "set it to true, or leave experts as they are with weights.ignore: ['re:.*[.]experts[.].*']"
+        )
 
 
 def _ignored(skeleton: nn.Module, architecture: Architecture, recipe: Recipe) -> tuple[str, ...]:
-    """Linears that a pattern names, and those that share a group with one: engines fuse a group into one matrix."""
+    """Decoder linears that stay as they are: those that a pattern names and all that engines fuse with them.
+
+    Engines make one matrix of a group, and one of all the experts of a layer.
+    """
     patterns = recipe.weights.ignore
-    layer = re.compile(rf"({re.escape(architecture.layers)}\.\d+)\.(.+)")
-    ignored = set()
-    unmatched = set(patterns) - {architecture.head}
-    for name, module in skeleton.named_modules():
-        matching = {pattern for pattern in patterns if _matches(pattern, name)}
-        if isinstance(module, nn.Linear) and matching:
-            ignored.add(name)
-            unmatched -= matching
-            match = layer.fullmatch(name)
-            group = match and next((g for g in architecture.groups if match[2] in g.linears), None)
-            ignored.update(f"{match[1]}.{linear}" for linear in group.linears) if match and group else None
-    if unmatched:
-        raise RecipeError(
-            f"weights.ignore: {sorted(unmatched)[0]!r} matches no linear; names look like "
-            f"{architecture.layers}.0.{architecture.groups[-1].linears[0]}, patterns like 're:.*down_proj'"
-        )
-    return tuple(sorted(ignored | {architecture.head}))
+    linears = list(_decoder_linears(skeleton, architecture))
+    known = {
+        architecture.published_name(name)
+        for name, module in skeleton.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    for pattern in patterns:
+        if not any(_matches(pattern, name) for name in known):
+            raise RecipeError(
+                f"weights.ignore: {pattern!r} matches no linear; names look like "
+                f"{architecture.published_name(linears[-1])}, patterns like 're:.*down_proj'"
+            )
+    named = {
+        name for name in linears if any(_matches(p, architecture.published_name(name)) for p in patterns)
+    }
+    for layer, groups in _decoder_groups(skeleton, architecture):
+        fused = [[f"{layer}.{linear}" for linear in group.linears] for group in groups]
+        experts = f"{layer}.{architecture.experts}."
+        fused.append([name for names in fused for name in names if name.startswith(experts)])
+        for names in fused:
+            named.update(names if named.intersection(names) else ())
+    return tuple(sorted(named))
+
+
+def _unquantized(architecture: Architecture, recipe: Recipe, ignored: tuple[str, ...]) -> tuple[str, ...]:
+    """How a checkpoint says what is not quantized: the head, routers, gates and the ignored, by pattern if it can."""
+    gates = {
+        architecture.published_name(f".{name}") for group in architecture.groups for name in group.beside
+    }
+    names = [architecture.published_name(name) for name in ignored]
+    patterns = [pattern for pattern in recipe.weights.ignore if pattern.startswith("re:")]
+    covered = recipe.format == DEFAULT and all(
+        any(_matches(pattern, name) for pattern in patterns) for name in names
+    )
+    return (
+        architecture.head,
+        *(f"re:.*{re.escape(gate)}$" for gate in sorted(gates)),
+        *(patterns if covered else names),
+    )
 
 
 def _matches(pattern: str, name: str) -> bool:
@@ -162,11 +248,14 @@ def _matches(pattern: str, name: str) -> bool:
         raise RecipeError(f"weights.ignore: {pattern!r} is not a regular expression: {error}") from error
 
 
-def _check_group_size(linears: dict[str, nn.Linear], group_size: int) -> None:
+def _check_group_size(linears: dict[str, nn.Linear], group_size: int | None) -> None:
     for name, linear in linears.items():
-        if linear.in_features % group_size:
-            widths = {other.in_features for other in linears.values()}
-            fitting = [str(size) for size in (32, 64, 128) if all(width % size == 0 for width in widths)]
-            allowed = f"allowed here: {', '.join(fitting)}" if fitting else "32, 64 and 128 do not fit either"
-            inputs = f"the {linear.in_features} inputs of {name}"
-            raise RecipeError(f"weights.group_size = {group_size} does not divide {inputs}; {allowed}")
+        if linear.in_features % (group_size or SMALLEST_GROUP) == 0:
+            continue
+        inputs = f"the {linear.in_features} inputs of {name}"
+        if group_size is None:
+            raise RecipeError(f"{inputs} are no multiple of {SMALLEST_GROUP}; name it in weights.ignore")
+        widths = {other.in_features for other in linears.values()}
+        fitting = [str(size) for size in (32, 64, 128) if all(width % size == 0 for width in widths)]
+        allowed = f"allowed here: {', '.join(fitting)}" if fitting else "32, 64 and 128 do not fit either"
+        raise RecipeError(f"weights.group_size = {group_size} does not divide {inputs}; {allowed}")

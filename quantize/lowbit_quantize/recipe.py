@@ -5,12 +5,13 @@ Knows nothing of tensors; whether a recipe fits a model is checked in `plan.py`.
 
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from lowbit_core.errors import RecipeError
+from lowbit_core.strict_yaml import strict_load
 
 BUNDLED = "default"  # the texts that ship with this package
 
@@ -20,19 +21,47 @@ class _Section(BaseModel):
 
 
 class Weights(_Section):
-    """How decoder linears are stored; `ignore` holds names or `re:` patterns of linears left alone."""
+    """How decoder linears are stored; `ignore` holds names or `re:` patterns of linears left alone.
+
+    `group_size` inputs share a scale; `channel` means all inputs of an output channel.
+    """
 
     method: Literal["awq", "gptq", "awq+gptq", "rtn", "none"] = "awq"
     bits: Literal[4, 8] = 4
-    group_size: int = Field(default=128, ge=32, multiple_of=32)
+    group_size: Literal["channel"] | int = 128
     symmetric: bool = True
     ignore: tuple[str, ...] = ("lm_head",)
+
+    @field_validator("group_size", mode="plain")
+    @classmethod
+    def _known_size(cls, size: Any) -> Any:
+        if size == "channel" or (type(size) is int and size >= 32 and size % 32 == 0):
+            return size
+        raise ValueError("allowed are channel and the multiples of 32")
+
+    @property
+    def inputs_per_scale(self) -> int | None:
+        """The group size as a number; None where a scale spans all inputs."""
+        return None if self.group_size == "channel" else self.group_size
 
 
 class KVCache(_Section):
     """`fp8` stores one calibrated scale for keys and one for values in each layer."""
 
     dtype: Literal["fp8", "none"] = "fp8"
+
+
+class Experts(_Section):
+    """Which routed experts stay; `prune` is the fraction that goes (0.25), or the whole count that stays (96).
+
+    `expert_parallel` must divide what stays; `seed` is for the criterion `random`.
+    """
+
+    prune: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)] = 0
+    criterion: Literal["reap", "gated-norm", "man", "ean", "frequency", "random"] = "reap"
+    seed: int = 0
+    expert_parallel: int = Field(default=1, ge=1)
+    router_distillation: bool = False
 
 
 class Text(_Section):
@@ -42,7 +71,7 @@ class Text(_Section):
     sequences: int = Field(default=64, ge=1)
     sequence_tokens: int = Field(default=512, ge=16)
     seed: int = 0
-    token_ids: str | None = None  # JSON {"input_ids": [[int, …], …]}; replaces the other four
+    token_ids: str | None = None  # JSON {"input_ids": [[int, …], …], "domains": […]}; replaces the other four
 
 
 class Quality(Text):
@@ -55,26 +84,15 @@ class Quality(Text):
 
 
 class Recipe(_Section):
-    """The whole recipe."""
+    """The whole recipe; `format` is how the checkpoint stores its linears (`formats.py`)."""
 
     description: str = ""
+    format: Literal["compressed-tensors", "autoawq", "autogptq"] = "compressed-tensors"
     weights: Weights = Weights()
+    experts: Experts = Experts()
     kv_cache: KVCache = KVCache()
     calibration: Text = Text()
     quality: Quality = Quality()
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML in which a key may stand only once."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = next((key for key in keys if keys.count(key) > 1), None)
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"the key {twice!r} stands twice", node.start_mark
-            )
-        return super().construct_mapping(node, deep)
 
 
 def bundled_recipes() -> dict[str, Path]:
@@ -98,7 +116,7 @@ def load_recipe(name_or_path: str, overrides: tuple[str, ...] = ()) -> Recipe:
     if not path.is_file():
         raise RecipeError(f"recipe file {path} does not exist; bundled recipes are: {', '.join(bundled)}")
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader) or {}
+        data = strict_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"recipe {path} is not YAML: {error}") from error
     if not isinstance(data, dict):

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from transformers.cache_utils import Cache
 
 from lowbit_quantize.architectures import Architecture
+from lowbit_quantize.experts import unstack_experts
 from lowbit_quantize.source import WeightFiles
 
 BATCH_TOKENS = 2048  # tokens in a forward pass: enough for efficient products, few enough for the caches
@@ -63,7 +64,7 @@ class Decoder:
     ) -> None:
         self.config, self.architecture, self.weights, self.device = config, architecture, weights, device
         self.dtype = config.dtype if config.dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
-        self.skeleton = skeleton or build_skeleton(config)
+        self.skeleton = skeleton or build_skeleton(config, architecture)
         self._layers: nn.ModuleList = self.skeleton.get_submodule(architecture.layers)  # type: ignore[assignment]
         self._arguments: dict[int, list[dict[str, Any]]] = {}
 
@@ -86,10 +87,8 @@ class Decoder:
     def head(self) -> tuple[nn.Module, Tensor]:
         """The final norm and the output matrix, (vocabulary, hidden): the embedding's where they are tied."""
         tied = self.config.tie_word_embeddings
-        matrix = self.weights.read(
-            f"{self.architecture.embedding if tied else self.architecture.head}.weight"
-        )
-        return self._load_named(self.architecture.final_norm), matrix.to(self.device, self.dtype)
+        matrix = self._read(f"{self.architecture.embedding if tied else self.architecture.head}.weight")
+        return self._load_named(self.architecture.final_norm), matrix
 
     def run_layer(
         self, layer: nn.Module, index: int, hidden: Tensor, seam: KeyValueSeam | None = None
@@ -110,9 +109,10 @@ class Decoder:
         observers: Mapping[str, Callable[[Tensor], None]],
         seam: KeyValueSeam,
     ) -> None:
-        """Run a layer for what its observers and the seam see; it stops where the last observer has seen."""
+        """Run a layer for what its observers and the seam see; a dense one stops where the last has seen."""
         arguments = self._layer_arguments(index, hidden.shape[1])
-        with inputs_of(layer, observers, stop=True), torch.inference_mode():
+        stop = not self.architecture.has_experts(layer)
+        with inputs_of(layer, observers, stop=stop), torch.inference_mode():
             for batch in hidden.split(max(1, BATCH_TOKENS // hidden.shape[1])):
                 with suppress(_SeenAll):
                     layer(batch, **{**arguments, "past_key_values": SeamCache(seam)})
@@ -154,17 +154,24 @@ class Decoder:
 
     def _load(self, module: nn.Module, prefix: str) -> nn.Module:
         state = {
-            name: self.weights.read(f"{prefix}.{name}").to(self.device, self.dtype)
+            name: self._read(self.architecture.published_name(f"{prefix}.{name}"))
             for name in module.state_dict()
         }
         module.load_state_dict(state, assign=True)
         return module.eval().requires_grad_(False)
 
+    def _read(self, published: str) -> Tensor:
+        return self.weights.read(published).to(self.device, self.dtype)
 
-def build_skeleton(config: Any) -> nn.Module:
-    """The model without weights: parameters on the meta device, computed buffers real."""
+
+def build_skeleton(config: Any, architecture: Architecture) -> nn.Module:
+    """The model without weights, experts unstacked: parameters on the meta device, computed buffers real."""
     with init_empty_weights(include_buffers=False):
         model: nn.Module = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    layers: Any = model.get_submodule(architecture.layers)
+    for layer in layers:
+        if architecture.has_experts(layer):
+            unstack_experts(layer, architecture.experts)
     return model.eval()
 
 

@@ -12,6 +12,7 @@ from lowbit_core.errors import CheckpointError, LowbitError
 from lowbit_core.manifest import (
     MANIFEST_NAME,
     PROGRESS_NAME,
+    FileRecord,
     Manifest,
     read_manifest,
     record_files,
@@ -85,6 +86,16 @@ def damage_content(checkpoint: Path) -> None:
     (checkpoint / "model.safetensors").write_bytes(b"wEights")
 
 
+def test_a_file_that_cannot_be_read_is_refused_by_name(checkpoint: Path) -> None:
+    manifest = read_manifest(checkpoint)
+    assert manifest is not None
+    (checkpoint / "model.safetensors").unlink()
+    (checkpoint / "model.safetensors").symlink_to("/proc/self/mem")  # not even root reads its first byte
+    unreadable = {"model.safetensors": FileRecord(sha256="0" * 64, bytes=0)}
+    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read: .*; let the user"):
+        verify_files(checkpoint, manifest.model_copy(update={"files": unreadable}), hashes=True)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -135,7 +146,7 @@ def test_inspect_refuses_what_is_no_checkpoint(tmp_path: Path, capsys: pytest.Ca
 
 def test_an_unknown_command_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["quantise"]) == 2
-    assert "commands are: inspect, loadtest, quantize, serve" in capsys.readouterr().err
+    assert "commands are: compare, inspect, key, loadtest, quantize, serve" in capsys.readouterr().err
 
 
 def subclasses(error: type[LowbitError]) -> Iterator[type[LowbitError]]:

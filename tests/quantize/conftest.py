@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 from tests.tiny_models import write_tiny_model
 
+from lowbit_quantize.architectures import ARCHITECTURES
+
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+ALL_FAMILIES = tuple(ARCHITECTURES)
 
 
 @pytest.fixture(scope="session")
@@ -18,4 +21,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 @pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=ALL_FAMILIES)
+def any_family(request: pytest.FixtureRequest) -> str:
     return str(request.param)

@@ -109,3 +109,22 @@ def test_exact_token_ids_are_used_as_given(tmp_path: Path) -> None:
         Text(token_ids=str(path)), Quality(sequences=2, sequence_tokens=32), tiny_tokenizer(), VOCABULARY
     )
     assert calibration.ids.tolist() == [[1] * 32, [2] * 32]
+
+
+def test_rows_of_token_ids_may_name_their_domains(tmp_path: Path) -> None:
+    path = tmp_path / "ids.json"
+    data: dict[str, object] = {"input_ids": [[1] * 32, [2] * 32]}
+    texts = (
+        Text(token_ids=str(path)),
+        Quality(sequences=2, sequence_tokens=32),
+        tiny_tokenizer(),
+        VOCABULARY,
+    )
+    path.write_text(json.dumps(data))
+    assert load_texts(*texts)[0].domains == ("all", "all")
+    path.write_text(json.dumps({**data, "domains": ["wiki", "code"]}))
+    assert load_texts(*texts)[0].domains == ("wiki", "code")
+    for domains in (["wiki"], ["a", "b", "c"], [1, 2], "ab"):
+        path.write_text(json.dumps({**data, "domains": domains}))
+        with pytest.raises(RecipeError, match="domains"):
+            load_texts(*texts)

@@ -9,6 +9,7 @@ from lowbit_quantize.clip import (
     diagonal_blocks,
     least_squares_scale,
     round_clipped,
+    search_grids,
     solve_scales,
     split_groups,
 )
@@ -40,6 +41,15 @@ def test_block_error_equals_the_error_on_each_groups_own_inputs() -> None:
         torch.testing.assert_close(
             block_error(difference, blocks)[group], outputs.square().mean(0), rtol=1e-3, atol=1e-4
         )
+
+
+@pytest.mark.parametrize("spec", [SPEC, ASYMMETRIC], ids=str)
+def test_a_diagonal_chooses_the_grids_that_its_matrix_would(spec: GridSpec) -> None:
+    weight, covariance = weight_and_covariance()
+    diagonal = covariance.diagonal().clone()
+    of_matrix, of_diagonal = (search_grids(weight, c, spec) for c in (diagonal.diag(), diagonal))
+    for one, other in zip(of_matrix, of_diagonal, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=0)
 
 
 @pytest.mark.parametrize("spec", [SPEC, ASYMMETRIC], ids=str)

@@ -2,59 +2,71 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import pytest
 import torch
 
 from lowbit_quantize.architectures import architecture_of, linear_of
 from lowbit_quantize.awq import awq_scale, column_weight, search_scale
 from lowbit_quantize.clip import round_clipped
-from lowbit_quantize.compress import _fold_awq_scale, _state_of, compress_layer
-from lowbit_quantize.grid import GridSpec, output_error
-from lowbit_quantize.observe import Covariance
+from lowbit_quantize.compress import ROUND, compress_layer
+from lowbit_quantize.grid import GridSpec, Rounded, output_error
+from lowbit_quantize.observe import LayerStatistics
 from lowbit_quantize.source import WeightFiles, find_model
 from lowbit_quantize.stream import Decoder, inputs_of
 
 SPEC = GridSpec(4, 32, symmetric=True)
+LAYER = 2
 
 
-def observed_layer(directory: Path) -> tuple[Decoder, torch.nn.Module, torch.Tensor, dict[str, Covariance]]:
+def observed_layer(directory: Path) -> tuple[Decoder, torch.nn.Module, torch.Tensor, LayerStatistics]:
+    """The last layer, which routes where the family does."""
     reference = find_model(str(directory))
     architecture = architecture_of(reference.model_type, reference.name)
     decoder = Decoder(reference.config, architecture, WeightFiles(reference.path), torch.device("cpu"))
     decoder.dtype = torch.float32
     ids = torch.randint(0, 512, (8, 64), generator=torch.Generator().manual_seed(6))
-    hidden, layer = decoder.embed(ids), decoder.load_layer(0)
-    statistics = {
-        group.linears[0]: Covariance(linear_of(layer, group.linears[0]).in_features, decoder.device)
-        for group in architecture.groups
-    }
-    with inputs_of(layer, {name: seen.add for name, seen in statistics.items()}):
-        list(decoder.run_layer(layer, 0, hidden))
+    hidden, layer = decoder.embed(ids), decoder.load_layer(LAYER)
+    statistics = LayerStatistics(layer, architecture, decoder.device)
+    with inputs_of(layer, statistics.observers):
+        list(decoder.run_layer(layer, LAYER, hidden))
     return decoder, layer, hidden, statistics
 
 
 def output(decoder: Decoder, layer: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    return torch.cat(list(decoder.run_layer(layer, 0, hidden)))
+    return torch.cat(list(decoder.run_layer(layer, LAYER, hidden)))
 
 
-def test_folding_scales_leaves_the_layer_unchanged(tiny_model: Callable[[str], Path], family: str) -> None:
-    decoder, layer, hidden, statistics = observed_layer(tiny_model(family))
+def exact(weight: torch.Tensor, _: torch.Tensor, spec: GridSpec) -> Rounded:
+    """A grid that holds every weight as it is."""
+    assert spec.group_size is not None
+    groups = weight.shape[1] // spec.group_size
+    return Rounded(weight, torch.ones(len(weight), groups), torch.zeros(len(weight), groups), spec)
+
+
+def test_folding_scales_leaves_the_layer_unchanged(
+    tiny_model: Callable[[str], Path], any_family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder, layer, hidden, statistics = observed_layer(tiny_model(any_family))
     before = output(decoder, layer, hidden)
-    groups = decoder.architecture.groups
-    states: list[Any] = [_state_of(layer, group, statistics, frozenset()) for group in groups]
-    for state in states:
-        _fold_awq_scale(layer, state, states, SPEC)
-    assert all(state.alpha is not None for state in states)
-    assert any(state.producer_divisor is not None and state.producer_divisor.std() > 0.01 for state in states)
-    for state in states:  # put the scaled, unrounded weights back
-        for name, part in zip(
-            state.group.linears,
-            state.weight.split([linear_of(layer, n).weight.shape[0] for n in state.group.linears]),
-            strict=True,
-        ):
-            linear_of(layer, name).weight = torch.nn.Parameter(part.contiguous(), requires_grad=False)
-    torch.testing.assert_close(output(decoder, layer, hidden), before, rtol=1e-3, atol=1e-3)
+    router = dict(layer.named_parameters()).get("mlp.gate.weight")
+    norm = dict(layer.named_parameters()).get("post_attention_layernorm.weight")
+    monkeypatch.setitem(ROUND, "awq", exact)
+    result = compress_layer(layer, decoder.architecture, statistics, SPEC, "awq")
+    unfoldable = sum(
+        len(group.linears) for group in decoder.architecture.groups_of(layer) if group.fold is None
+    )
+    assert sum(linear.alpha is None for linear in result.linears.values()) == unfoldable
+    if not decoder.architecture.latent_cache:
+        assert result.value_divisor is not None
+        assert result.value_divisor.std() > 0.01
+    after = output(decoder, layer, hidden)
+    torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-3)
+    if router is not None:
+        assert norm is not None
+        scaled = norm / dict(layer.named_parameters())["post_attention_layernorm.weight"]
+        assert torch.equal(scaled.log2(), scaled.log2().round())
+        assert torch.equal(dict(layer.named_parameters())["mlp.gate.weight"], router * scaled)
 
 
 def test_awq_errs_less_than_rounding_and_gptq_less_than_awq(

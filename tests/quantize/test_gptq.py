@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from lowbit_core.errors import NumericsError
-from lowbit_quantize.clip import round_clipped
-from lowbit_quantize.gptq import gptq_codes, inverse_factor, round_gptq
-from lowbit_quantize.grid import GridSpec, group_grid, output_error
+from lowbit_quantize.clip import round_clipped, search_grids
+from lowbit_quantize.gptq import DAMPING, gptq_codes, inverse_factor, remaining_variance, round_gptq
+from lowbit_quantize.grid import GridSpec, Rounded, group_grid, output_error
 
 SPECS = [GridSpec(bits, 32, symmetric) for bits in (4, 8) for symmetric in (True, False)]
 
@@ -35,18 +35,47 @@ def textbook(
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_blocked_codes_equal_the_textbook_loops(spec: GridSpec) -> None:
-    weight, covariance = problem()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_blocked_codes_equal_the_textbook_loops(spec: GridSpec, dtype: torch.dtype) -> None:
+    weight, covariance = (part.to(dtype) for part in problem())
     factor = inverse_factor(covariance)
     groups = torch.arange(160) // 32
-    scale, zero = (part.T[groups] for part in group_grid(weight.unflatten(1, (-1, 32)), spec))
+    scale, zero = (part.to(dtype).T[groups] for part in group_grid(weight.unflatten(1, (-1, 32)), spec))
     codes = gptq_codes(weight.T, scale, zero, factor, spec)
     expected = textbook(weight.T, scale, zero, factor.T.double() @ factor.double(), spec)
-    served, textbooks = ((c.float() - zero) * scale for c in (codes, expected))
-    assert (codes != expected).float().mean() < 1e-3  # a tie that float32 and float64 break differently
-    assert (served - textbooks).norm() / textbooks.norm() < (
-        1e-5 if torch.equal(codes, expected.to(torch.int8)) else 1e-2
-    )
+    served, textbooks = ((c.double() - zero) * scale for c in (codes, expected))
+    assert (served - textbooks).norm() / textbooks.norm() < 1e-5
+
+
+def test_remaining_variance_is_what_later_columns_cannot_make_up_for() -> None:
+    covariance = problem()[1].double()
+    damped = covariance + DAMPING[0] * covariance.diagonal().mean() * torch.eye(160)
+    order = covariance.diagonal().argsort(descending=True)
+    remaining = remaining_variance(covariance)
+    for place, column in enumerate(order.tolist()):
+        later = order[place:]
+        expected = 1 / torch.linalg.inv(damped[later][:, later])[0, 0]
+        torch.testing.assert_close(remaining[column], expected)
+
+
+@pytest.mark.parametrize("spec", SPECS[:2], ids=str)
+def test_grids_chosen_by_remaining_variance_serve_gptq_better(spec: GridSpec) -> None:
+    generator = torch.Generator().manual_seed(21)
+    common, own = torch.randn(40, 160, generator=generator), torch.rand(160, generator=generator)
+    covariance = (
+        common.T @ common / 40 + own.square().diag()
+    )  # inputs that share a lot, each to another degree
+    weight = problem()[0]
+    order = covariance.diagonal().argsort(descending=True)
+    factor, groups = inverse_factor(covariance[order][:, order]), order // 32
+
+    def error(curvature: torch.Tensor) -> float:
+        scale, zero = search_grids(weight, curvature, spec)
+        codes = torch.empty(160, 70, dtype=torch.int8)
+        codes[order] = gptq_codes(weight.T[order], scale.T[groups], zero.T[groups], factor, spec)
+        return float(output_error(weight - Rounded(codes.T, scale, zero, spec).dequantize(), covariance))
+
+    assert error(remaining_variance(covariance)) < 0.95 * error(covariance)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)

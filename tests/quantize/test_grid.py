@@ -9,7 +9,10 @@ from lowbit_quantize.export import pack
 from lowbit_quantize.grid import GridSpec, output_error, range_grid, round_to_grid
 
 SPECS = [
-    GridSpec(bits, size, symmetric) for bits in (4, 8) for size in (32, 64) for symmetric in (True, False)
+    GridSpec(bits, size, symmetric)
+    for bits in (4, 8)
+    for size in (32, 64, None)
+    for symmetric in (True, False)
 ]
 
 
@@ -21,7 +24,7 @@ def random_weight(rows: int = 64, columns: int = 192) -> torch.Tensor:
 def test_rounding_errs_at_most_half_a_step(spec: GridSpec) -> None:
     weight = random_weight()
     rounded = round_to_grid(weight, *range_grid(weight, spec), spec)
-    step = rounded.scale.abs().repeat_interleave(spec.group_size, dim=1)
+    step = rounded.scale.abs().repeat_interleave(spec.width(192), dim=1)
     reach = (
         1.0 if spec.symmetric else 0.5
     )  # the top half step of a symmetric grid is clipped; zeros are rounded

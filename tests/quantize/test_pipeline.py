@@ -51,18 +51,48 @@ def reloaded_kld(base: Path, checkpoint: Path, recipe: Recipe) -> float:
 
 
 @pytest.mark.parametrize("method", ["awq", "gptq", "awq+gptq"])
-@pytest.mark.parametrize("symmetric", ["true", "false"])
 def test_riding_along_measures_what_a_reload_measures(
-    tiny_model: Callable[[str], Path], family: str, symmetric: str, method: str, tmp_path: Path
+    tiny_model: Callable[[str], Path], any_family: str, method: str, tmp_path: Path
 ) -> None:
-    overrides = (f"weights.symmetric={symmetric}", f"weights.method={method}", "kv_cache.dtype=none")
-    recipe = recipe_of("awq-g64", *overrides)
-    manifest = quantize(str(tiny_model(family)), recipe, tmp_path / "out", CPU)
-    assert reloaded_kld(tiny_model(family), tmp_path / "out", recipe) == pytest.approx(
+    recipe = recipe_of("awq-g64", f"weights.method={method}", "kv_cache.dtype=none")
+    manifest = quantize(str(tiny_model(any_family)), recipe, tmp_path / "out", CPU)
+    assert reloaded_kld(tiny_model(any_family), tmp_path / "out", recipe) == pytest.approx(
         manifest.quality.mean_kld, abs=1e-3
     )
     assert manifest.quality.mean_kld > 1e-4
     assert manifest.kv_cache is None
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_asymmetric_grids_reload_too(
+    tiny_model: Callable[[str], Path], family: str, method: str, tmp_path: Path
+) -> None:
+    recipe = recipe_of(
+        "awq-g64", "weights.symmetric=false", f"weights.method={method}", "kv_cache.dtype=none"
+    )
+    manifest = quantize(str(tiny_model(family)), recipe, tmp_path / "out", CPU)
+    assert reloaded_kld(tiny_model(family), tmp_path / "out", recipe) == pytest.approx(
+        manifest.quality.mean_kld, abs=1e-3
+    )
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+@pytest.mark.parametrize("symmetric", ["true", "false"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_one_scale_for_each_output_channel_survives_a_reload(
+    tiny_model: Callable[[str], Path], symmetric: str, bits: int, method: str, tmp_path: Path
+) -> None:
+    weights = {"group_size": "channel", "method": method, "bits": bits, "symmetric": symmetric}
+    overrides = (f"weights.{key}={value}" for key, value in weights.items())
+    recipe = recipe_of("awq-g64", *overrides, "kv_cache.dtype=none")
+    manifest = quantize(str(tiny_model("llama")), recipe, tmp_path / "out", CPU)
+    assert reloaded_kld(tiny_model("llama"), tmp_path / "out", recipe) == pytest.approx(
+        manifest.quality.mean_kld, abs=1e-3
+    )
+    assert 0 < manifest.quality.mean_kld < (0.5 if bits == 4 else 0.01)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["config_groups"]["group_0"]["weights"]["strategy"] == "channel"
+    assert {module.group_size for module in manifest.modules} == {None}
 
 
 def test_awq_beats_round_to_nearest_and_eight_bits_beat_four(
@@ -83,6 +113,7 @@ def test_the_checkpoint_says_what_it_is(tiny_model: Callable[[str], Path], tmp_p
     assert read_manifest(out) == manifest
     verify_files(out, manifest, hashes=True)
     assert not (out / PROGRESS_NAME).exists()
+    assert {path.stat().st_mode & 0o444 for path in out.glob("*.safetensors")} == {0o444}  # for any user
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     assert (config["quant_method"], config["format"], config["ignore"]) == (
         "compressed-tensors",
@@ -93,6 +124,7 @@ def test_the_checkpoint_says_what_it_is(tiny_model: Callable[[str], Path], tmp_p
     assert len(manifest.modules) == 3 * 7
     assert manifest.size.linear_bits_per_weight < 4.4
     assert manifest.size.bytes < manifest.size.base_bytes
+    assert manifest.size.base_bytes == 2 * manifest.size.parameters
     assert set(manifest.quality.domains) == {"code", "dialogue", "maths", "prose"}
 
 

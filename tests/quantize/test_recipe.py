@@ -31,10 +31,11 @@ def test_overrides_reach_into_sections() -> None:
         ),
         (
             "wights.bits=4",
-            r"unknown key 'wights'; allowed here: description, weights, kv_cache, calibration, quality",
+            "unknown key 'wights'; allowed here: description, format, weights, experts, kv_cache, calibration",
         ),
         ("weights.bits=5", r"weights.bits = 5"),
-        ("weights.group_size=48", r"weights.group_size = 48"),
+        ("weights.group_size=48", r"weights.group_size = 48.*allowed are channel and the multiples of 32"),
+        ("weights.group_size=row", r"weights.group_size = 'row'"),
         ("weights.method=magic", r"weights.method = 'magic'.*'awq'"),
         ("quality.max_mean_kld=-1", r"quality.max_mean_kld = -1"),
         ("weights.bits", r"is not key=value"),
@@ -54,7 +55,10 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, content: str) -> N
 
 
 def test_an_unknown_recipe_name_lists_the_bundled_ones() -> None:
-    with pytest.raises(RecipeError, match="awq, awq-g64, awq-gptq-g64, gptq-g64, rtn-g64"):
+    with pytest.raises(
+        RecipeError,
+        match="awq, awq-g64, awq-g64-autoawq, awq-g64-plain-experts, awq-gptq-g64, gptq, gptq-g64, ",
+    ):
         load_recipe("awqq")
 
 

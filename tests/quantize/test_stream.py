@@ -24,14 +24,14 @@ def token_ids(sequences: int = 6, tokens: int = 96) -> torch.Tensor:
 
 
 def test_walking_layer_by_layer_equals_the_whole_model(
-    tiny_model: Callable[[str], Path], family: str
+    tiny_model: Callable[[str], Path], any_family: str
 ) -> None:
-    decoder, ids = decoder_of(tiny_model(family)), token_ids()
+    decoder, ids = decoder_of(tiny_model(any_family)), token_ids()
     hidden = decoder.embed(ids)
     for index in range(decoder.depth):
         decoder.advance(decoder.load_layer(index), index, hidden)
     norm, head = decoder.head()
-    model = AutoModelForCausalLM.from_pretrained(tiny_model(family), dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model(any_family), dtype=torch.bfloat16)
     with torch.inference_mode():
         expected = model(ids).logits
     assert torch.equal(norm(hidden) @ head.T, expected)

@@ -1,0 +1,69 @@
+"""Tokens count by the attention they receive, where their errors reach other tokens through it.
+
+The first token of a text, and often a few more, draw a large part of all attention whatever they say ("attention
+sinks", Xiao et al. 2023, arXiv 2309.17453; Sun et al. 2024, arXiv 2402.17762). Their values are near zero, so an
+error in them is added, nearly undivided, to the output of every query. A covariance that counts each token once
+hardly sees them: one token in 512. So the linears that make keys and values get `H = Σ ½(1 + a_t) x_t x_tᵀ`, where
+a_t is the attention that token t receives, relative to the mean: each token counts once as a query and as often again
+as it is attended to. (docs/log.md has what this gave.)
+
+Attention is computed again for a few queries of each text, where transformers' layers call their attention
+function: positions, masks and sliding windows are already in what it is given.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from lowbit_quantize.observe import AttendedCovariance
+
+QUERIES = 32  # of each text, evenly spaced
+IMPLEMENTATION = "sdpa"  # the attention function that `stream.build_skeleton` asks for
+
+
+def attention_received(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """Attention that each token receives, (batch, tokens), relative to the mean: over heads and `QUERIES` queries.
+
+    `query` is (batch, heads, tokens, head_dim), `key` (batch, kv_heads, tokens, head_dim); without a mask, which
+    is boolean or is added to the logits, attention is causal.
+    """
+    tokens = query.shape[2]
+    stride = -(-tokens // QUERIES)
+    positions = torch.arange(stride - 1, tokens, stride, device=query.device)
+    shared = query.shape[1] // key.shape[1]
+    keys = key.float().repeat_interleave(shared, dim=1)
+    logits = query[:, :, positions].float() @ keys.mT * scaling  # (batch, heads, queries, tokens)
+    if mask is None:
+        seen = torch.arange(tokens, device=query.device) <= positions.unsqueeze(1)
+        logits = logits.masked_fill(~seen, -torch.inf)
+    elif mask.dtype == torch.bool:
+        logits = logits.masked_fill(~mask[:, :, positions], -torch.inf)
+    else:
+        logits = logits + mask[:, :, positions].float()
+    received: Tensor = logits.softmax(-1).mean((1, 2)) * tokens
+    return received
+
+
+@contextmanager
+def attention_seen_by(covariances: Sequence[AttendedCovariance]) -> Iterator[None]:
+    """While the block runs, give each covariance the attention that its waiting tokens receive."""
+    attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION]
+
+    def attend_and_weigh(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **arguments: Any
+    ) -> Any:
+        scaling = arguments.get("scaling") or query.shape[-1] ** -0.5
+        received = attention_received(query, key, mask, scaling).flatten()
+        for covariance in covariances:
+            covariance.weigh(received)
+        return attend(module, query, key, value, mask, **arguments)
+
+    ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION] = attend_and_weigh
+    try:
+        yield
+    finally:
+        ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION] = attend

@@ -1,0 +1,107 @@
+"""Greedy texts of many tiny checkpoints, from stock vLLM or from plain transformers, each in its own process.
+
+`python -m tests.e2e.greedy engine DIR...` and `… reference DIR...` print one JSON object: a directory's texts, or for
+the engine the one line that says why it did not run. Two processes, because vLLM changes transformers' layers in the
+process that imports it.
+"""
+
+import gc
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tests.tiny_models import CONTEXT, SENTENCES
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+from lowbit_quantize.kv_scales import KVScales
+from lowbit_server.proof import KVScale, read_checkpoint_scales
+
+PROMPTS = SENTENCES[:, :CONTEXT]
+NEW_TOKENS = SENTENCES.shape[1] - CONTEXT
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # each engine in this process, which then frees it
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
+
+
+class RoundingCache(DynamicCache):  # type: ignore[misc]  # transformers has no type information here
+    """transformers' cache with the keys and values that an FP8 cache of the checkpoint's scales holds."""
+
+    def __init__(self, config: Any, scales: dict[int, KVScale]) -> None:
+        super().__init__(config=config)
+        self._scales = {layer: KVScales(scale.k_scale, scale.v_scale) for layer, scale in scales.items()}
+
+    def update(self, key_states: Any, value_states: Any, layer_idx: int, *rest: Any, **more: Any) -> Any:
+        """Round what one layer adds, then keep it."""
+        if layer_idx in self._scales:
+            key_states, value_states = self._scales[layer_idx](key_states, value_states)
+        return super().update(key_states, value_states, layer_idx, *rest, **more)
+
+
+def reference(directory: Path, prompts: torch.Tensor = PROMPTS, tokens: int = NEW_TOKENS) -> dict[str, Any]:
+    """The texts, and how clear each choice was (gaps): logits between it and the next best."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+    cache = RoundingCache(AutoConfig.from_pretrained(directory), read_checkpoint_scales(directory))
+    with torch.inference_mode():
+        done = model.generate(
+            prompts,
+            past_key_values=cache,
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    logits = torch.stack(done.logits, 1).float()  # (prompts, tokens, vocabulary)
+    best = logits.topk(2).values
+    chosen = torch.log_softmax(logits, -1).amax(-1)
+    texts = done.sequences[:, prompts.shape[1] :]
+    return {
+        "texts": texts.tolist(),
+        "logprobs": chosen.tolist(),
+        "gaps": (best[..., 0] - best[..., 1]).tolist(),
+    }
+
+
+def engine(directory: Path, prompts: torch.Tensor = PROMPTS, tokens: int = NEW_TOKENS) -> dict[str, Any]:
+    """The texts of stock `vllm.LLM` with no flag that concerns the checkpoint, and what its cache holds."""
+    from vllm import LLM, SamplingParams
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    began = time.monotonic()
+    longest = prompts.shape[1] + tokens + 1
+    llm = LLM(str(directory), enforce_eager=True, max_model_len=longest, max_num_seqs=len(prompts))
+    sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=0)
+    asked = [{"prompt_token_ids": prompt} for prompt in prompts.tolist()]
+    answers = [answer.outputs[0] for answer in llm.generate(asked, sampling, use_tqdm=False)]
+    found = {
+        "texts": [list(answer.token_ids) for answer in answers],
+        "logprobs": [
+            [step[token].logprob for token, step in zip(answer.token_ids, answer.logprobs, strict=True)]
+            for answer in answers
+        ],
+        "kv_cache_dtype": llm.llm_engine.vllm_config.cache_config.cache_dtype,
+    }
+    del llm
+    gc.collect()
+    cleanup_dist_env_and_memory()
+    return found | {"seconds": time.monotonic() - began}
+
+
+def main(arguments: list[str]) -> None:
+    """Print `TEXTS {directory: …}` for the directories named."""
+    os.environ.update(ENVIRONMENT)
+    ask = {"engine": engine, "reference": reference}[arguments[0]]
+    print("TEXTS", json.dumps({path: ask(Path(path)) for path in arguments[1:]}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
