@@ -9,7 +9,7 @@ import asyncio
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from lowbit_core.cli import Command
@@ -22,63 +22,82 @@ log = get_logger("serve")
 TRUE, FALSE = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 
 
+@dataclass(frozen=True)
+class _Flag:
+    """`--name VALUE`; the default is ServeConfig's unless one is given. `parse` None makes it a switch."""
+
+    name: str
+    parse: Callable[[str], object] | None
+    help: str
+
+    @property
+    def default(self) -> object:
+        return getattr(ServeConfig, self.name.removeprefix("--").replace("-", "_"), None)
+
+
 def add_arguments(parser: argparse.ArgumentParser, environment: Mapping[str, str] = os.environ) -> None:
     """Declare the flags; their defaults come from the environment, then from ServeConfig."""
-
-    def value(flag: str, parse: Callable[[str], object], default: object, help_text: str) -> None:
-        given = environment.get(_variable(flag), default)
-        if str(given).startswith("tcp://"):  # Kubernetes' own LOWBIT_PORT, for a Service named "lowbit"
-            given = default
-        parser.add_argument(flag, type=_named(flag, parse), default=given, help=help_text)
-
-    def switch(flag: str, help_text: str) -> None:
-        parser.add_argument(
-            flag, action="store_true", default=_switched_on(flag, environment), help=help_text
-        )
-
     parser.add_argument(
         "directory", metavar="DIR", type=Path, nargs="?", default=environment.get("LOWBIT_DIR"),
         help="checkpoint directory that `lowbit quantize` wrote, or any Hugging Face model directory",
     )  # fmt: skip
-    value("--host", str, ServeConfig.host, "address to listen on (default: %(default)s)")
-    value("--port", _between(1, 65535), ServeConfig.port, "port to listen on (default: %(default)s)")
-    value("--served-model-name", str, None, "name in the API (default: the base model's name)")
-    value("--max-model-len", _between(1, 1 << 30), None, "context length (default: the model's, if it fits)")
-    value(
-        "--kv-cache-gib",
-        _gib,
-        None,
-        "GiB of KV cache on each device (default: 2 on the CPU, derived on a GPU)",
+    for flag in _flags():
+        if flag.parse is None:
+            on = _switched_on(flag.name, environment)
+            parser.add_argument(flag.name, action="store_true", default=on, help=flag.help)
+            continue
+        given = environment.get(_variable(flag.name), flag.default)
+        if str(given).startswith("tcp://"):  # Kubernetes' own LOWBIT_PORT, for a Service named "lowbit"
+            given = flag.default
+        parser.add_argument(flag.name, type=_named(flag.name, flag.parse), default=given, help=flag.help)
+
+
+def _flags() -> tuple[_Flag, ...]:
+    tokens, seconds = _between(1, 1 << 30), _between(0, 3600)
+    return (
+        _Flag("--host", str, "address to listen on (default: %(default)s)"),
+        _Flag("--port", _between(1, 65535), "port to listen on (default: %(default)s)"),
+        _Flag("--served-model-name", str, "name in the API (default: the base model's name)"),
+        _Flag("--max-model-len", tokens, "context length (default: the model's, if it fits)"),
+        _Flag(
+            "--kv-cache-gib", _gib, "GiB of KV cache on each device (default: 2 on the CPU, derived on a GPU)"
+        ),
+        _Flag("--kv-cache-memory-bytes", _between(1, 1 << 50), "the same in bytes"),
+        _Flag("--kv-cache-dtype", _one_of(KV_DTYPES), "auto (what the checkpoint says), fp8, bfloat16"),
+        _Flag(
+            "--gpu-memory-utilization", _fraction, "share of each GPU's memory to use (default: the engine's)"
+        ),
+        _Flag(
+            "--tensor-parallel-size", _between(1, 64), "devices that share the weights (default: %(default)s)"
+        ),
+        _Flag("--max-num-seqs", _between(1, 65536), "most sequences in one batch (default: the engine's)"),
+        _Flag(
+            "--max-num-queued-reqs",
+            _between(1, 1 << 20),
+            "most requests at once, running or waiting; more are answered 429 (default: %(default)s)",
+        ),
+        _Flag(
+            "--max-num-queued-tokens", tokens, "most prompt tokens that wait to be read (default: no limit)"
+        ),
+        _Flag("--api-keys", Path, "file of named API keys and their limits (`lowbit key` makes entries)"),
+        _Flag(
+            "--request-timeout-s",
+            _between(1, 86400),
+            "longest time for a request; a client may ask for less with x-request-timeout (default: no limit)",
+        ),
+        _Flag("--max-body-bytes", _between(1024, 1 << 30), "largest request body (default: %(default)s)"),
+        _Flag("--max-output-tokens", tokens, "largest max_tokens of a request (default: the context length)"),
+        _Flag("--cors-origins", str, "origins that browsers may call from, by comma (default: none)"),
+        _Flag("--ssl-certfile", Path, "certificate for HTTPS, with --ssl-keyfile"),
+        _Flag("--ssl-keyfile", Path, "private key for HTTPS"),
+        _Flag("--drain-timeout-s", seconds, "longest wait at SIGTERM for what runs (default: %(default)s)"),
+        _Flag("--no-request-log", None, "do not write a line for each request"),
+        _Flag("--enforce-eager", None, "skip torch.compile: starts sooner, runs slower"),
+        _Flag("--allow-rejected", None, "serve a checkpoint that its quality gate rejected"),
+        _Flag(
+            "--skip-hash-check", None, "check names and sizes of the checkpoint's files, not their SHA-256"
+        ),
     )
-    value("--kv-cache-memory-bytes", _between(1, 1 << 50), None, "the same in bytes")
-    value(
-        "--kv-cache-dtype",
-        _one_of(KV_DTYPES),
-        ServeConfig.kv_cache_dtype,
-        "auto (what the checkpoint says), fp8, bfloat16",
-    )
-    value(
-        "--gpu-memory-utilization",
-        _fraction,
-        None,
-        "share of each GPU's memory to use (default: the engine's)",
-    )
-    value(
-        "--tensor-parallel-size",
-        _between(1, 64),
-        ServeConfig.tensor_parallel_size,
-        "devices that share the weights (default: %(default)s)",
-    )
-    value("--max-num-seqs", _between(1, 65536), None, "most sequences in one batch (default: the engine's)")
-    value(
-        "--drain-timeout-s",
-        _between(0, 3600),
-        ServeConfig.drain_timeout_s,
-        "longest wait for running requests at SIGTERM (default: %(default)s)",
-    )
-    switch("--enforce-eager", "skip torch.compile: starts sooner, runs slower")
-    switch("--allow-rejected", "serve a checkpoint that its quality gate rejected")
-    switch("--skip-hash-check", "check only names and sizes of the checkpoint's files, not their SHA-256")
 
 
 def config_from(arguments: argparse.Namespace) -> ServeConfig:
@@ -91,6 +110,8 @@ def config_from(arguments: argparse.Namespace) -> ServeConfig:
                 "--kv-cache-gib and --kv-cache-memory-bytes say the same thing; give one of them"
             )
         arguments.kv_cache_memory_bytes = arguments.kv_cache_gib
+    if (arguments.ssl_certfile is None) != (arguments.ssl_keyfile is None):
+        raise ConfigError("--ssl-certfile and --ssl-keyfile belong together; give both or neither")
     return ServeConfig(**{field.name: getattr(arguments, field.name) for field in fields(ServeConfig)})
 
 

@@ -36,6 +36,16 @@ class ServeConfig:
     gpu_memory_utilization: float | None = None
     tensor_parallel_size: int = 1
     max_num_seqs: int | None = None
+    max_num_queued_reqs: int = 1024
+    max_num_queued_tokens: int | None = None
+    api_keys: Path | None = None
+    request_timeout_s: int | None = None
+    max_body_bytes: int = 32 << 20
+    max_output_tokens: int | None = None
+    cors_origins: str = ""
+    ssl_certfile: Path | None = None
+    ssl_keyfile: Path | None = None
+    no_request_log: bool = False
     enforce_eager: bool = False
     allow_rejected: bool = False
     skip_hash_check: bool = False
@@ -69,10 +79,21 @@ class Checkpoint:
         return bool(self.quantization.get("kv_cache_scheme"))
 
     @property
+    def latent(self) -> bool:
+        """Whether attention caches a latent, for which vLLM 0.32 reads no FP8 scheme and no scales."""
+        return self.shape.latent_dim is not None
+
+    @property
     def measured_with_fp8_kv(self) -> bool:
         """Whether the manifest says that the model was measured with an FP8 cache."""
         kv_cache = self.manifest.kv_cache if self.manifest else None
         return kv_cache is not None and kv_cache.dtype.startswith(("fp8", "float8"))
+
+    @property
+    def measured_with_unit_scales(self) -> bool:
+        """Whether that FP8 cache had scales of 1: the checkpoint's format carries none."""
+        layers = self.manifest.kv_cache.layers if self.manifest and self.manifest.kv_cache else []
+        return bool(layers) and all(layer.k_scale == layer.v_scale == 1.0 for layer in layers)
 
 
 def open_checkpoint(config: ServeConfig) -> Checkpoint:
@@ -114,6 +135,10 @@ def derive_engine_arguments(config: ServeConfig, checkpoint: Checkpoint, device:
 
     Raises ConfigError for a flag that this device or this model cannot follow.
     """
+    if device == "cpu" and checkpoint.latent and config.kv_cache_dtype == "fp8":
+        raise ConfigError(
+            "--kv-cache-dtype fp8: the CPU engine caches latent attention in the model's dtype only; leave it out"
+        )
     kv_bytes = _kv_cache_bytes(config, device)
     arguments: dict[str, Any] = {
         "model": str(checkpoint.directory),
@@ -123,12 +148,15 @@ def derive_engine_arguments(config: ServeConfig, checkpoint: Checkpoint, device:
         "max_model_len": _max_model_len(config, checkpoint, kv_bytes),
         "tensor_parallel_size": config.tensor_parallel_size,
         "enforce_eager": config.enforce_eager,
+        "max_num_queued_reqs": config.max_num_queued_reqs,
+        "allowed_origins": [origin for origin in config.cors_origins.split(",") if origin],
         "shutdown_timeout": config.drain_timeout_s,
     }
     optional = {
         "kv_cache_memory_bytes": kv_bytes,
         "gpu_memory_utilization": config.gpu_memory_utilization,
         "max_num_seqs": config.max_num_seqs,
+        "max_num_queued_tokens": config.max_num_queued_tokens,
     }
     return arguments | {name: value for name, value in optional.items() if value is not None}
 
@@ -137,7 +165,7 @@ def effective_kv_dtype(config: ServeConfig, checkpoint: Checkpoint) -> str:
     """The number format that keys and values will be stored in: fp8, or the model's own."""
     if config.kv_cache_dtype != "auto":
         return config.kv_cache_dtype
-    if checkpoint.declares_fp8_kv or checkpoint.measured_with_fp8_kv:
+    if not checkpoint.latent and (checkpoint.declares_fp8_kv or checkpoint.measured_with_fp8_kv):
         return "fp8"
     dtype = checkpoint.shape.dtype
     return dtype if dtype in ENGINE_DTYPES else "bfloat16"
@@ -145,8 +173,8 @@ def effective_kv_dtype(config: ServeConfig, checkpoint: Checkpoint) -> str:
 
 def _kv_cache_dtype(config: ServeConfig, checkpoint: Checkpoint) -> str:
     # AutoAWQ's and AutoGPTQ's formats have no place for a KV scheme: ask for what the manifest says.
-    if config.kv_cache_dtype == "auto" and checkpoint.measured_with_fp8_kv and not checkpoint.declares_fp8_kv:
-        return "fp8"
+    if config.kv_cache_dtype == "auto" and not checkpoint.declares_fp8_kv:
+        return "fp8" if effective_kv_dtype(config, checkpoint) == "fp8" else "auto"
     return config.kv_cache_dtype
 
 

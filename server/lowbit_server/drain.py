@@ -1,7 +1,7 @@
 """The HTTP server process: one socket, bound early, and a stop that lets running requests finish.
 
 SIGTERM or SIGINT closes the listening socket, waits for the responses in flight for at most the drain
-timeout, and returns. A second signal does not hurry it: the timeout is the limit.
+timeout, and returns. A second signal ends the wait at once.
 """
 
 import asyncio
@@ -15,11 +15,13 @@ from fastapi import FastAPI
 
 from lowbit_core.errors import ConfigError, EngineError
 from lowbit_core.log import get_logger
+from lowbit_server.config import ServeConfig
 from lowbit_server.routes import Liveness
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 WATCH_S = 1.0
 BACKLOG = 2048  # connections that wait for accept(), as uvicorn's default
+HEADER_BYTES = 64 << 10  # longest request head
 KEEP_ALIVE_S = 65  # longer than the 60 s of common load balancers, so that they close idle connections first
 
 log = get_logger("serve")
@@ -105,23 +107,30 @@ class _Server(uvicorn.Server):
 
 
 async def serve_until_stopped(
-    app: FastAPI, listener: socket.socket, engine: Liveness, state: DrainState, drain_timeout_s: int
+    app: FastAPI, listener: socket.socket, engine: Liveness, state: DrainState, config: ServeConfig
 ) -> None:
-    """Serve `app` until a signal, then drain; raises EngineError when the engine dies first."""
+    """Serve `app` until a signal, then drain; raises EngineError when the engine dies first.
+
+    A second signal ends the drain at once.
+    """
     server = _Server(
         uvicorn.Config(
             app,
             log_level="warning",
             access_log=False,
             timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=drain_timeout_s,
+            timeout_graceful_shutdown=config.drain_timeout_s,
+            ssl_certfile=config.ssl_certfile,
+            ssl_keyfile=config.ssl_keyfile,
+            h11_max_incomplete_event_size=HEADER_BYTES,
+            server_header=False,
         )
     )
     app.state.server = server  # vLLM's error handler asks it to stop when the engine is dead
     listen(listener)
     loop = asyncio.get_running_loop()
     for number in SIGNALS:
-        loop.add_signal_handler(number, state.requested.set)
+        loop.add_signal_handler(number, _ask_to_stop, server, state)
     watch = asyncio.create_task(_stop_when_asked_or_dead(server, engine, state))
     try:
         await server.serve(sockets=[listener])
@@ -129,6 +138,13 @@ async def serve_until_stopped(
         watch.cancel()
     if engine.dead:
         raise EngineError("the engine died while serving; its log above says why")
+
+
+def _ask_to_stop(server: uvicorn.Server, state: DrainState) -> None:
+    if state.draining:
+        log.warning("stopping at once: a second signal; requests that still run are cut off")
+        server.force_exit = True
+    state.requested.set()
 
 
 async def _stop_when_asked_or_dead(server: uvicorn.Server, engine: Liveness, state: DrainState) -> None:

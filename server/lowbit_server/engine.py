@@ -35,12 +35,29 @@ from lowbit_server.throughput import Throughput
 WORKER_EXTENSION = "lowbit_server.worker.WorkerExtension"
 PROCESS_STOP_S = 15  # after the requests are done: time for the engine's processes to free their memory
 
-__all__ = ["Engine", "engine_device", "start_engine"]
+__all__ = ["Engine", "engine_device", "runs_quantized_experts", "start_engine"]
 
 
 def engine_device() -> Device:
     """What the installed build of vLLM runs on."""
     return "cpu" if current_platform.is_cpu() else "gpu"
+
+
+def runs_quantized_experts(bits: int, group_size: int) -> bool:
+    """Whether vLLM has a kernel on this machine for symmetric integer experts of these bits and this group size.
+
+    The same questions that vLLM asks when it builds such a layer; the layer's own (routing, activation) stay its.
+    """
+    from vllm.model_executor.layers.fused_moe.oracle import int_wna16  # seconds: only for such checkpoints
+    from vllm.model_executor.layers.quantization.utils import quant_utils
+
+    four_bits = quant_utils.kInt4Static32 if group_size == 32 else quant_utils.kInt4Static
+    weights = {4: four_bits, 8: quant_utils.kInt8Static}.get(bits)
+    return weights is not None and any(
+        kernel._supports_current_device() and kernel._supports_quant_scheme(weights, None)
+        for backend in int_wna16._get_priority_backends()
+        for kernel in int_wna16.backend_to_kernel_cls(backend)
+    )
 
 
 class _ThroughputLogger(StatLoggerBase):  # type: ignore[misc]  # vLLM has no type information here
@@ -61,6 +78,10 @@ class _ThroughputLogger(StatLoggerBase):  # type: ignore[misc]  # vLLM has no ty
                 prompt_tokens=iteration_stats.num_prompt_tokens,
                 generation_tokens=iteration_stats.num_generation_tokens,
             )
+            for request in iteration_stats.finished_requests:
+                if request.request_id is not None:
+                    counts = request.num_prompt_tokens, request.num_generation_tokens
+                    self._throughput.on_finished(request.request_id, *counts)
 
     def log_engine_initialized(self) -> None:
         """Nothing to say: cli.py reports the start."""

@@ -6,9 +6,10 @@ Values are collected at scrape time from the objects that own them; nothing here
 from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from lowbit_server.exchanges import Exchanges
 from lowbit_server.memory import DeviceMemory
 from lowbit_server.report import Service, weights_summary
 from lowbit_server.throughput import Throughput
@@ -18,15 +19,24 @@ class LowbitCollector(Collector):
     """Yields each of our metric families from the current state."""
 
     def __init__(
-        self, service: Service, throughput: Throughput, memory: Callable[[], Iterable[DeviceMemory]]
+        self,
+        service: Service,
+        throughput: Throughput,
+        exchanges: Exchanges,
+        memory: Callable[[], Iterable[DeviceMemory]],
+        is_draining: Callable[[], bool],
     ) -> None:
         self._model = service.model
         self._manifest = service.checkpoint.manifest
         self._facts = service.facts
+        unmeasured = service.proof.scales == "unit" and not service.checkpoint.measured_with_unit_scales
+        self._kv_scales = "unmeasured" if unmeasured else service.proof.scales
         self._throughput = throughput
+        self._exchanges = exchanges
         self._memory = memory
+        self._is_draining = is_draining
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
+    def collect(self) -> Iterator[Metric]:
         """All families, in the order of docs/metrics.md."""
         yield self._gauge(
             "lowbit_generation_tokens_per_second",
@@ -42,8 +52,34 @@ class LowbitCollector(Collector):
         yield self._gauge(
             "lowbit_kv_cache_tokens", "Tokens that the KV cache can hold.", float(self._facts.kv_tokens)
         )
+        yield from self._requests()
         yield self._checkpoint_info()
         yield from self._quality()
+
+    def _requests(self) -> Iterator[Metric]:
+        seen = self._exchanges
+        yield self._gauge(
+            "lowbit_requests_active", "Admitted requests that have not ended.", float(seen.active)
+        )
+        yield self._gauge(
+            "lowbit_draining",
+            "1 while running requests finish before the server stops.",
+            float(self._is_draining()),
+        )
+        for name, documentation, labels, counts in (
+            ("lowbit_requests", "Requests that have ended, by outcome.", ["key", "outcome"], seen.outcomes),
+            ("lowbit_key_tokens", "Tokens that the engine counted.", ["key", "kind"], seen.tokens),
+        ):
+            family = CounterMetricFamily(name, documentation, labels=labels)
+            for values, count in sorted(counts.items()):
+                family.add_metric(list(values), count)
+            yield family
+        rejections = CounterMetricFamily(
+            "lowbit_rejections", "Requests refused before the engine saw them.", labels=["reason"]
+        )
+        for reason, count in sorted(seen.rejections.items()):
+            rejections.add_metric([reason], count)
+        yield rejections
 
     def _gauge(self, name: str, documentation: str, value: float) -> GaugeMetricFamily:
         family = GaugeMetricFamily(name, documentation, labels=["model"])
@@ -67,6 +103,7 @@ class LowbitCollector(Collector):
             "model": self._model,
             "base": manifest.base.name if manifest else "",
             "kv_dtype": self._facts.kv_cache_dtype,
+            "kv_scales": self._kv_scales,
             **(weights_summary(manifest) if manifest else self._unmeasured()),
         }
         family = GaugeMetricFamily(

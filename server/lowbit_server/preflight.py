@@ -1,37 +1,95 @@
-"""What this machine cannot run, said in one line before the engine spends a minute to find out.
+"""What the engine on this machine cannot run, or would run wrong, said in one line before anything is loaded.
 
-vLLM's own message for 4-bit experts on an unfit CPU is `No WNA16 MoE backend supports the deployment
-configuration`, at the end of a worker's traceback.
+vLLM's own message for quantized experts on an unfit CPU is `No WNA16 MoE backend supports the deployment
+configuration`, at the end of a worker's traceback. What the machine can do is asked of vLLM itself; what the
+checkpoint needs is read from its config.json and tensor names, so it holds for checkpoints of other tools too.
 """
 
-from importlib.util import find_spec
-from pathlib import Path
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 from lowbit_core.errors import CheckpointError
-from lowbit_server.config import Checkpoint, Device
+from lowbit_server.config import Checkpoint, Device, ServeConfig
+from lowbit_server.proof import read_checkpoint_scales, tensor_names
 
-CPUINFO = Path("/proc/cpuinfo")
-# vLLM's Zen path uses zentorch only when all three import, and falls back without a word when one is missing.
-ZENTORCH_MODULES = ("zentorch", "deprecated", "wrapt")
+EXPERT_CODES = re.compile(r"\.experts\.(?:.*\.)?(?:weight_packed|qweight)$")
+PLAIN_EXPERTS = "--set \"weights.ignore=['lm_head','re:.*[.]experts[.].*']\""
 
 
-def refuse_unfit_machine(checkpoint: Checkpoint, device: Device, cpuinfo: Path = CPUINFO) -> None:
-    """Raise CheckpointError when the checkpoint needs what this machine has not."""
-    if device == "cpu" and has_low_bit_experts(checkpoint) and not _cpu_runs_int4_experts(cpuinfo):
+@dataclass(frozen=True)
+class QuantizedExperts:
+    """Bits and group size of a checkpoint's routed experts, and the tensor that shows them."""
+
+    bits: int
+    group_size: int
+    tensor: str
+
+
+# Whether the engine has a kernel for experts of these bits and this group size on this machine.
+RunsExperts = Callable[[int, int], bool]
+
+
+def refuse_unfit_machine(
+    config: ServeConfig, checkpoint: Checkpoint, device: Device, runs_experts: RunsExperts
+) -> None:
+    """Raise CheckpointError when the engine on this machine cannot run the checkpoint as it was measured."""
+    if device == "cpu":
+        _refuse_quantized_experts(checkpoint, runs_experts)
+        _refuse_plain_positions(checkpoint)
+    _refuse_latent_scales(config, checkpoint)
+
+
+def quantized_experts(checkpoint: Checkpoint) -> QuantizedExperts | None:
+    """The checkpoint's quantized experts; None where it has none or they are not quantized."""
+    if not checkpoint.quantization:
+        return None
+    tensor = next((name for name in tensor_names(checkpoint.directory) if EXPERT_CODES.search(name)), None)
+    if tensor is None:
+        return None
+    bits, group_size = _grid(checkpoint.quantization)
+    return QuantizedExperts(bits, group_size, tensor)
+
+
+def _grid(quantization: dict[str, Any]) -> tuple[int, int]:
+    """Bits and group size of the integer weights; -1 for a scale per channel, as vLLM says it."""
+    groups = quantization.get("config_groups", {}).values()
+    weights = [group.get("weights") or {} for group in groups]
+    found = next((given for given in weights if given.get("type") == "int"), quantization)
+    bits = found.get("num_bits", found.get("bits", 4))
+    return int(bits), int(found.get("group_size") or -1)
+
+
+def _refuse_quantized_experts(checkpoint: Checkpoint, runs_experts: RunsExperts) -> None:
+    found = quantized_experts(checkpoint)
+    if found and not runs_experts(found.bits, found.group_size):
         raise CheckpointError(
-            f"{checkpoint.directory} has 4-bit experts, and this CPU has neither AMX nor AMD's zentorch "
-            f"({', '.join(ZENTORCH_MODULES)}); serve it on a GPU, or quantize with the experts in bfloat16"
+            f"{checkpoint.directory} has {found.bits}-bit experts in groups of {found.group_size} "
+            f"({found.tensor}), and the engine has no kernel for them on this processor: it needs AMX with 4 bits "
+            "in groups of 64 or 128, or an AMD processor with zentorch==2.13.0.1, deprecated and wrapt; serve it "
+            f"on a GPU, or quantize with the experts in bfloat16: {PLAIN_EXPERTS}"
         )
 
 
-def has_low_bit_experts(checkpoint: Checkpoint) -> bool:
-    """Whether the manifest lists quantized experts; without a manifest the engine has to say it."""
-    modules = checkpoint.manifest.modules if checkpoint.manifest else []
-    return any(".experts." in module.name and module.bits < 8 for module in modules)
+def _refuse_plain_positions(checkpoint: Checkpoint) -> None:
+    """vLLM 0.32's CPU kernel for plain rotary embeddings rotates other numbers than latent attention's (log.md)."""
+    given = checkpoint.config.get("rope_parameters") or checkpoint.config.get("rope_scaling") or {}
+    kind = given.get("rope_type", given.get("type", "default"))
+    if checkpoint.latent and kind == "default":
+        raise CheckpointError(
+            f"{checkpoint.directory} has latent attention with plain rotary positions (rope_type: default), which "
+            "this engine computes wrong on a CPU; its answers would be wrong; serve it on a GPU"
+        )
 
 
-def _cpu_runs_int4_experts(cpuinfo: Path) -> bool:
-    flags = cpuinfo.read_text(encoding="ascii", errors="replace") if cpuinfo.exists() else ""
-    if "amx_tile" in flags or "flags" not in flags:  # not x86: its kernels are the engine's to judge
-        return True
-    return "AuthenticAMD" in flags and all(find_spec(name) for name in ZENTORCH_MODULES)
+def _refuse_latent_scales(config: ServeConfig, checkpoint: Checkpoint) -> None:
+    """vLLM 0.32 loads no KV scale for latent attention under any name (log.md): an FP8 cache runs with 1."""
+    if not checkpoint.latent or config.kv_cache_dtype != "fp8":
+        return
+    scales = read_checkpoint_scales(checkpoint.directory).values()
+    if any((scale.k_scale, scale.v_scale) != (1.0, 1.0) for scale in scales):
+        raise CheckpointError(
+            f"{checkpoint.directory} has KV scales, which this engine does not load for latent attention: "
+            "--kv-cache-dtype fp8 would run with 1; leave the flag out or give bfloat16"
+        )

@@ -54,15 +54,28 @@ def read_checkpoint_scales(directory: Path) -> dict[int, KVScale]:
     return {layer: KVScale(layer, found[layer]["k"], found[layer]["v"]) for layer in sorted(found)}
 
 
-def _scales_in(file: BinaryIO, path: Path) -> Iterator[tuple[int, str, float]]:
+def tensor_names(directory: Path) -> Iterator[str]:
+    """The names of all tensors in a checkpoint's safetensors files, from their headers."""
+    for path in sorted(directory.glob("*.safetensors")):
+        with path.open("rb") as file:
+            yield from _header(file, path)[0]
+
+
+def _header(file: BinaryIO, path: Path) -> tuple[dict[str, Any], int]:
+    """The entries of a safetensors file, and where its tensors begin."""
     try:
         (header_bytes,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(header_bytes))
     except (struct.error, ValueError, MemoryError, OverflowError) as error:
         raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
+    return header, 8 + header_bytes
+
+
+def _scales_in(file: BinaryIO, path: Path) -> Iterator[tuple[int, str, float]]:
+    header, begin = _header(file, path)
     for name, entry in header.items():
         if match := SCALE_NAME.search(name):
-            file.seek(8 + header_bytes + entry["data_offsets"][0])
+            file.seek(begin + entry["data_offsets"][0])
             raw = file.read(entry["data_offsets"][1] - entry["data_offsets"][0])
             yield int(match[1]), match[2], max(_decode(raw, entry["dtype"], name))
 

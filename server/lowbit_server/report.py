@@ -55,6 +55,21 @@ def checkpoint_document(service: Service, memory: Iterable[DeviceMemory]) -> dic
     }
 
 
+def kv_scales_in_words(service: Service) -> str:
+    """Which KV scales are in force, in one line for the log."""
+    checkpoint, proof = service.checkpoint, service.proof
+    if proof.scales == "checkpoint":
+        return f"KV scales: all {proof.layers} layers run with the checkpoint's"
+    if proof.scales == "unused":
+        return f"KV scales: not in use, the cache is {service.facts.kv_cache_dtype}"
+    method = checkpoint.quantization.get("quant_method", "unquantized")
+    measured = "as it was measured" if checkpoint.measured_with_unit_scales else "which was not measured"
+    return (
+        f"KV scales: this {method} checkpoint carries none; the FP8 cache of all {proof.layers} layers "
+        f"runs with scale 1, {measured}"
+    )
+
+
 def manifest_document(manifest: Manifest) -> dict[str, Any]:
     """The manifest without what a client has no use for: each module, each file, the whole recipe."""
     document = manifest.model_dump(
@@ -70,5 +85,7 @@ def weights_summary(manifest: Manifest) -> dict[str, str]:
     return {
         "method": "+".join(sorted({module.method for module in modules})) or "none",
         "bits": "+".join(map(str, sorted({module.bits for module in modules}))),
-        "group_size": "+".join(map(str, sorted({module.group_size for module in modules}))),
+        "group_size": "+".join(
+            map(str, sorted({module.group_size or "channel" for module in modules}, key=str))
+        ),
     }

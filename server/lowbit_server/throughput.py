@@ -50,6 +50,7 @@ class Throughput:
     def __init__(self, window_s: float = WINDOW_S, clock: Callable[[], float] = time.monotonic) -> None:
         self.prompt = SlidingWindow(window_s, clock)
         self.generation = SlidingWindow(window_s, clock)
+        self.on_finished: Callable[[str, int, int], None] = lambda *_: None  # engine's id, prompt, generated
 
     def record(self, *, prompt_tokens: int, generation_tokens: int) -> None:
         """Count the tokens of one step; cached prompt tokens count, as in `vllm:prompt_tokens_total`."""

@@ -5,6 +5,10 @@ import inspect
 from importlib.util import find_spec
 
 import pytest
+from fastapi import FastAPI
+
+from lowbit_server.gateway import QUEUE_FULL
+from lowbit_server.routes import CLOSED_ROUTES, OPENAI_ROUTES, OPERATIONS_ROUTES, keep_allowed_routes
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
 
@@ -17,6 +21,13 @@ SYMBOLS = [
     "vllm.entrypoints.launchers.utils.server_utils:lifespan",
     "vllm.entrypoints.serve.exception_handling.register:init_exception_handler",
     "vllm.entrypoints.serve.middleware.register:init_entrypoints_middleware",
+    "vllm.model_executor.layers.fused_moe.modular_kernel:FusedMoEExperts._supports_current_device",
+    "vllm.model_executor.layers.fused_moe.modular_kernel:FusedMoEExperts._supports_quant_scheme",
+    "vllm.model_executor.layers.fused_moe.oracle.int_wna16:_get_priority_backends",
+    "vllm.model_executor.layers.fused_moe.oracle.int_wna16:backend_to_kernel_cls",
+    "vllm.model_executor.layers.quantization.utils.quant_utils:kInt4Static",
+    "vllm.model_executor.layers.quantization.utils.quant_utils:kInt4Static32",
+    "vllm.model_executor.layers.quantization.utils.quant_utils:kInt8Static",
     "vllm.platforms:current_platform.is_cpu",
     "vllm.usage.usage_lib:UsageContext.OPENAI_API_SERVER",
     "vllm.utils.argparse_utils:FlexibleArgumentParser",
@@ -28,6 +39,8 @@ SYMBOLS = [
     "vllm.v1.engine.async_llm:AsyncLLM.shutdown",
     "vllm.v1.metrics.loggers:StatLoggerBase.record",
     "vllm.v1.metrics.prometheus:get_prometheus_registry",
+    "vllm.v1.metrics.stats:FinishedRequestStats.num_prompt_tokens",
+    "vllm.v1.metrics.stats:FinishedRequestStats.request_id",
     "vllm.v1.metrics.stats:IterationStats.num_prompt_tokens",
     "vllm.version:__version__",
 ]
@@ -53,6 +66,9 @@ PARAMETERS = [
             "gpu_memory_utilization",
             "max_model_len",
             "max_num_seqs",
+            "max_num_queued_reqs",
+            "max_num_queued_tokens",
+            "scheduling_policy",
             "tensor_parallel_size",
             "enforce_eager",
             "shutdown_timeout",
@@ -113,3 +129,41 @@ def test_worker_extension_hides_nothing_of_vllms_worker() -> None:
 
 def test_version_is_the_pinned_one() -> None:
     assert _resolve("vllm.version:__version__") == "0.32.0"
+
+
+def test_a_full_queue_reads_as_the_gateway_expects() -> None:
+    exceptions = importlib.import_module("vllm.exceptions")
+    for error, mark in zip(
+        (exceptions.QueueOverflowError(), exceptions.MaxQueuedTokensError()), QUEUE_FULL, strict=True
+    ):
+        assert error.http_status == 503
+        assert mark.decode() in str(error)
+
+
+def test_every_route_of_vllm_is_decided() -> None:
+    parser = importlib.import_module("vllm.utils.argparse_utils").FlexibleArgumentParser()
+    arguments = importlib.import_module("vllm.entrypoints.launchers.cli_args").make_arg_parser(parser)
+    routers = importlib.import_module("vllm.entrypoints.launchers.api_server.routers")
+    app = FastAPI()
+    app.state.args = arguments.parse_args([])
+    routers.register_api_routers(
+        app.state.args, app, ("generate", "embed", "transcription", "realtime"), None
+    )
+    registered = {route.path for route in app.router.routes if hasattr(route, "path")}
+    decided = OPENAI_ROUTES | OPERATIONS_ROUTES | CLOSED_ROUTES
+    assert registered - decided == set()
+    assert CLOSED_ROUTES - registered == set()
+    keep_allowed_routes(app)
+    assert {route.path for route in app.router.routes if hasattr(route, "path")} <= (
+        OPENAI_ROUTES | OPERATIONS_ROUTES
+    )
+
+
+def test_this_machine_is_asked_for_expert_kernels_as_vllm_asks_it() -> None:
+    runs = _resolve("lowbit_server.engine:runs_quantized_experts")
+    assert callable(runs)
+    cpu = _resolve("vllm.platforms:current_platform.is_cpu")
+    assert callable(cpu)
+    assert runs(4, 64) in (True, False)
+    if cpu():
+        assert not runs(8, 64)  # vLLM has no kernel for 8-bit experts on a CPU

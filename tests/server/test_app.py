@@ -12,8 +12,13 @@ from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 
 from lowbit_core.errors import EngineError
+from lowbit_core.manifest import KVLayerRecord
 from lowbit_server.app import build_app, inspect_engine
 from lowbit_server.config import ServeConfig, open_checkpoint
+from lowbit_server.exchanges import Exchange, Exchanges
+from lowbit_server.keys import ANONYMOUS
+from lowbit_server.limits import Usages
+from lowbit_server.report import kv_scales_in_words
 from lowbit_server.throughput import Throughput
 
 if TYPE_CHECKING:
@@ -47,7 +52,14 @@ async def start(engine: "FakeEngine", directory: Path, clock: Callable[[], float
     service = await inspect_engine(engine, config, open_checkpoint(config))
     throughput = Throughput(10.0, clock)
     running: Running
-    app = await build_app(engine, service, throughput, lambda: running.draining)
+    exchanges = Exchanges(write_log=False)
+    exchange = Exchange("/v1/chat/completions", "", Usages().of(ANONYMOUS))
+    exchanges.open(exchange)
+    exchanges.engine_finished(f"chatcmpl-{exchange.id}", 3, 4)
+    exchange.outcome = "ok"
+    exchanges.close(exchange)
+    exchanges.reject(Exchange("/v1/chat/completions", "", Usages().of(ANONYMOUS)), 401, "key")
+    app = await build_app(engine, service, throughput, exchanges, lambda: running.draining)
     running = Running(app, throughput)
     return running
 
@@ -90,9 +102,16 @@ async def test_metrics_are_vllms_and_ours_in_one_exposition(running: Running) ->
     assert samples["lowbit_memory_bytes{component=free,device=cpu}"] == 5000
     assert samples["lowbit_memory_bytes{component=total,device=cpu}"] == 9000
     assert samples["lowbit_kv_cache_tokens{model=Tiny-Chat}"] == 4096
+    assert samples["lowbit_requests_total{key=anonymous,outcome=ok}"] == 1
+    assert samples["lowbit_key_tokens_total{key=anonymous,kind=generated}"] == 4
+    assert samples["lowbit_rejections_total{reason=key}"] == 1
+    assert samples["lowbit_draining{model=Tiny-Chat}"] == 0
     assert samples["lowbit_checkpoint_mean_kld{model=Tiny-Chat}"] == 0.0835
     assert samples["lowbit_checkpoint_top1_agreement{model=Tiny-Chat}"] == 0.875
-    info = "base=org/Tiny-Chat,bits=4,group_size=64,kv_dtype=fp8,method=awq+gptq+rtn,model=Tiny-Chat"
+    info = (
+        "base=org/Tiny-Chat,bits=4,group_size=64,kv_dtype=fp8,kv_scales=checkpoint,"
+        "method=awq+gptq+rtn,model=Tiny-Chat"
+    )
     assert samples[f"lowbit_checkpoint_info{{{info}}}"] == 1
 
 
@@ -128,6 +147,30 @@ async def test_checkpoint_document_holds_measured_and_running_facts(running: Run
     assert engine["kv_scales_in_force"] == "checkpoint"
     assert engine["memory"]["cpu"] == {"weights": 600, "kv_cache": 1 << 20, "free": 5000, "total": 9000}
     json.dumps(document, allow_nan=False)
+
+
+async def test_a_format_without_kv_scales_is_served_with_unit_scales_and_says_so(
+    engine: "FakeEngine", make_checkpoint: "MakeCheckpoint", clock: "Clock"
+) -> None:
+    directory = make_checkpoint(config={"quantization_config": {"quant_method": "awq"}})
+    facts = await engine.facts()
+    units = tuple(replace(scale, k_scale=1.0, v_scale=1.0) for scale in facts.kv_scales)
+    config, unit_engine = ServeConfig(directory), type(engine)(replace(facts, kv_scales=units))
+    running = await start(unit_engine, directory, clock)
+    document = (await running.get("/lowbit/checkpoint")).json()
+    assert document["engine"]["kv_scales_in_force"] == "unit"
+    service = await inspect_engine(unit_engine, config, open_checkpoint(config))
+    line = "KV scales: this awq checkpoint carries none; the FP8 cache of all 2 layers runs with scale 1, "
+    assert kv_scales_in_words(service) == line + "which was not measured"
+    unit_layers = [KVLayerRecord(layer=layer, k_scale=1.0, v_scale=1.0) for layer in range(2)]
+    manifest = service.checkpoint.manifest
+    assert manifest is not None
+    assert manifest.kv_cache is not None
+    measured = manifest.model_copy(
+        update={"kv_cache": manifest.kv_cache.model_copy(update={"layers": unit_layers})}
+    )
+    service = replace(service, checkpoint=replace(service.checkpoint, manifest=measured))
+    assert kv_scales_in_words(service) == line + "as it was measured"
 
 
 async def test_engine_with_other_scales_is_not_served(

@@ -164,6 +164,8 @@ def test_engine_arguments_follow_from_the_checkpoint(make_checkpoint: "MakeCheck
         "tensor_parallel_size": 1,
         "enforce_eager": False,
         "shutdown_timeout": 30,
+        "max_num_queued_reqs": 1024,
+        "allowed_origins": [],
         "kv_cache_memory_bytes": DEFAULT_CPU_KV_CACHE_BYTES,
     }
 
@@ -207,3 +209,18 @@ def test_gpu_fits_its_own_memory_and_the_cpu_refuses_the_gpus_flag(make_checkpoi
     assert "kv_cache_memory_bytes" not in arguments
     with pytest.raises(ConfigError, match="give --kv-cache-gib"):
         _arguments(config, "cpu")
+
+
+@pytest.mark.parametrize("scheme", [{}, NO_KV_SCHEME])
+def test_a_latent_cache_is_reckoned_in_the_models_dtype_whatever_the_checkpoint_says(
+    make_checkpoint: "MakeCheckpoint", scheme: dict[str, Any]
+) -> None:
+    latent = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "max_position_embeddings": 1 << 20}
+    directory = make_checkpoint(config=latent | scheme)
+    bytes_per_token = (
+        2 * (512 + 64) * 2
+    )  # layers × latent, two bytes each: the engine reads no FP8 scheme here
+    arguments = _arguments(ServeConfig(directory, kv_cache_memory_bytes=bytes_per_token * 128 * 5))
+    assert (arguments["kv_cache_dtype"], arguments["max_model_len"]) == ("auto", 4 * 128)
+    with pytest.raises(ConfigError, match="caches latent attention in the model's dtype only"):
+        _arguments(ServeConfig(directory, kv_cache_dtype="fp8"))

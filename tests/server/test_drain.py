@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import httpx
@@ -14,7 +15,9 @@ from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
 
 from lowbit_core.errors import ConfigError, EngineError
+from lowbit_server.config import ServeConfig
 from lowbit_server.drain import DrainState, address, bind, interruptible_start, serve_until_stopped
+from lowbit_server.startup import answering_that_it_loads
 
 if TYPE_CHECKING:
     from tests.server.conftest import FakeEngine
@@ -24,6 +27,10 @@ if TYPE_CHECKING:
 def listener() -> Iterator[socket.socket]:
     with bind("127.0.0.1", 0) as bound:
         yield bound
+
+
+def drain_for(seconds: int) -> ServeConfig:
+    return ServeConfig(Path("unused"), drain_timeout_s=seconds)
 
 
 def _url(listener: socket.socket, path: str) -> str:
@@ -58,7 +65,7 @@ async def _until_up(listener: socket.socket) -> None:
 
 async def test_sigterm_lets_the_running_stream_finish(listener: socket.socket, engine: "FakeEngine") -> None:
     state, slow = DrainState(), _url(listener, "/slow")
-    server = asyncio.create_task(serve_until_stopped(_slow_app(), listener, engine, state, drain_timeout_s=5))
+    server = asyncio.create_task(serve_until_stopped(_slow_app(), listener, engine, state, drain_for(5)))
     await _until_up(listener)
     async with httpx.AsyncClient() as client, client.stream("GET", slow) as response:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -80,7 +87,7 @@ async def test_stream_longer_than_the_drain_timeout_is_cut(
     async def endless() -> None:
         await asyncio.Event().wait()
 
-    server = asyncio.create_task(serve_until_stopped(app, listener, engine, state, drain_timeout_s=1))
+    server = asyncio.create_task(serve_until_stopped(app, listener, engine, state, drain_for(1)))
     await _until_up(listener)
     async with httpx.AsyncClient() as client:
         waiting = asyncio.create_task(client.get(_url(listener, "/endless")))
@@ -91,10 +98,41 @@ async def test_stream_longer_than_the_drain_timeout_is_cut(
     assert not isinstance(outcome, httpx.Response) or outcome.status_code >= 500
 
 
+async def test_a_second_signal_ends_the_drain_at_once(listener: socket.socket, engine: "FakeEngine") -> None:
+    app = FastAPI()
+
+    @app.get("/endless")
+    async def endless() -> None:
+        await asyncio.Event().wait()
+
+    server = asyncio.create_task(serve_until_stopped(app, listener, engine, DrainState(), drain_for(600)))
+    await _until_up(listener)
+    async with httpx.AsyncClient() as client:
+        waiting = asyncio.create_task(client.get(_url(listener, "/endless")))
+        await asyncio.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.sleep(0.3)
+        assert not server.done()
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.wait_for(server, 5)
+        await asyncio.gather(waiting, return_exceptions=True)
+
+
+def test_the_port_says_that_it_loads_until_the_app_takes_over(listener: socket.socket) -> None:
+    with answering_that_it_loads(listener, ServeConfig(Path("unused"))), httpx.Client() as client:
+        assert client.get(_url(listener, "/livez")).status_code == 200
+        for path in ("/readyz", "/startupz"):
+            answer = client.get(_url(listener, path))
+            assert (answer.status_code, answer.json()["status"]) == (503, "loading")
+        chat = client.post(_url(listener, "/v1/chat/completions"), json={"messages": []})
+        assert (chat.status_code, chat.headers["retry-after"]) == (503, "5")
+        assert chat.json()["error"]["code"] == "unavailable"
+
+
 async def test_dead_engine_ends_the_server_with_an_error(
     listener: socket.socket, engine: "FakeEngine"
 ) -> None:
-    server = asyncio.create_task(serve_until_stopped(FastAPI(), listener, engine, DrainState(), 5))
+    server = asyncio.create_task(serve_until_stopped(FastAPI(), listener, engine, DrainState(), drain_for(5)))
     await _until_up(listener)
     engine.dead = True
     with pytest.raises(EngineError, match="the engine died while serving"):
@@ -117,7 +155,7 @@ async def test_port_taken_while_the_engine_started_is_the_same_line(
     with bind("127.0.0.1", listener.getsockname()[1]) as faster:
         faster.listen()
         with pytest.raises(ConfigError, match="Address already in use; choose another --port"):
-            await serve_until_stopped(FastAPI(), listener, engine, DrainState(), 5)
+            await serve_until_stopped(FastAPI(), listener, engine, DrainState(), drain_for(5))
 
 
 def test_ipv6_address_is_bracketed() -> None:

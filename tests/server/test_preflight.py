@@ -1,50 +1,120 @@
-"""4-bit experts on a CPU that cannot run them are refused before the engine starts."""
+"""What this machine's engine cannot run, or would run wrong, is refused in one line before it starts."""
 
+import json
+import struct
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from lowbit_core.errors import CheckpointError
 from lowbit_server.config import Checkpoint, ServeConfig, open_checkpoint
-from lowbit_server.preflight import refuse_unfit_machine
+from lowbit_server.preflight import quantized_experts, refuse_unfit_machine
 
 if TYPE_CHECKING:
     from tests.server.conftest import MakeCheckpoint
 
+GROUP = {
+    "targets": ["Linear"],
+    "weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 64},
+}
+PLAIN = {"targets": ["re:^no$"], "weights": {"num_bits": 8, "type": "float", "strategy": "channel"}}
+PACKED = {
+    "quant_method": "compressed-tensors",
+    "config_groups": {"plain_experts": PLAIN, "group_0": GROUP},
+}
+LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
+YARN = {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}
+
+OpenWith = Callable[..., Checkpoint]
+
 
 @pytest.fixture
-def mixture(make_checkpoint: "MakeCheckpoint") -> Checkpoint:
-    """A checkpoint whose manifest lists one 4-bit expert."""
-    checkpoint = open_checkpoint(ServeConfig(make_checkpoint()))
-    assert checkpoint.manifest is not None
-    expert = checkpoint.manifest.modules[0].model_copy(
-        update={"name": "model.layers.0.mlp.experts.3.down_proj"}
-    )
-    return replace(checkpoint, manifest=checkpoint.manifest.model_copy(update={"modules": [expert]}))
+def open_with(make_checkpoint: "MakeCheckpoint") -> OpenWith:
+    """A checkpoint with the configuration given and, if asked, an empty tensor of that name."""
+
+    def open_it(config: dict[str, Any], tensor: str = "") -> Checkpoint:
+        directory = make_checkpoint(manifest=False, config=config)
+        if tensor:
+            write_names(directory / "model-2.safetensors", tensor)
+        return open_checkpoint(ServeConfig(directory))
+
+    return open_it
 
 
-@pytest.fixture
-def cpuinfo(tmp_path: Path) -> Path:
-    return tmp_path / "cpuinfo"
+def write_names(path: Path, name: str) -> None:
+    header = json.dumps({name: {"dtype": "I32", "shape": [0], "data_offsets": [0, 0]}}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
 
 
-def test_int4_experts_need_amx_or_zentorch(mixture: Checkpoint, cpuinfo: Path) -> None:
-    cpuinfo.write_text("vendor_id : GenuineIntel\nflags : avx2 avx512f\n")
-    with pytest.raises(
-        CheckpointError, match="has 4-bit experts, and this CPU has neither AMX nor AMD's zentorch"
-    ):
-        refuse_unfit_machine(mixture, "cpu", cpuinfo)
+def able(_bits: int, _group_size: int) -> bool:
+    return True
 
 
-def test_amx_and_gpus_run_int4_experts(mixture: Checkpoint, cpuinfo: Path) -> None:
-    cpuinfo.write_text("vendor_id : GenuineIntel\nflags : avx512f amx_tile amx_int8\n")
-    refuse_unfit_machine(mixture, "cpu", cpuinfo)
-    cpuinfo.write_text("flags : avx2\n")
-    refuse_unfit_machine(mixture, "gpu", cpuinfo)
+def unable(_bits: int, _group_size: int) -> bool:
+    return False
 
 
-def test_dense_model_runs_on_any_cpu(make_checkpoint: "MakeCheckpoint", cpuinfo: Path) -> None:
-    cpuinfo.write_text("flags : avx2\n")
-    refuse_unfit_machine(open_checkpoint(ServeConfig(make_checkpoint())), "cpu", cpuinfo)
+@pytest.mark.parametrize(
+    ("quantization", "tensor", "grid"),
+    [
+        (PACKED, "model.layers.1.mlp.experts.3.down_proj.weight_packed", (4, 64)),
+        (PACKED, "model.layers.1.block_sparse_moe.experts.0.w1.weight_packed", (4, 64)),
+        (
+            {"quant_method": "awq", "bits": 4, "group_size": 128},
+            "model.layers.0.mlp.experts.0.up_proj.qweight",
+            (4, 128),
+        ),
+    ],
+)
+def test_int4_experts_need_a_kernel(
+    open_with: OpenWith, quantization: dict[str, Any], tensor: str, grid: tuple[int, int]
+) -> None:
+    checkpoint = open_with({"quantization_config": quantization}, tensor)
+    found = quantized_experts(checkpoint)
+    assert found is not None
+    assert ((found.bits, found.group_size), found.tensor) == (grid, tensor)
+    config = ServeConfig(checkpoint.directory)
+    with pytest.raises(CheckpointError, match="has 4-bit experts in groups of") as refused:
+        refuse_unfit_machine(config, checkpoint, "cpu", unable)
+    assert "\n" not in str(refused.value)
+    assert "weights.ignore" in str(refused.value)
+    refuse_unfit_machine(config, checkpoint, "cpu", able)
+    refuse_unfit_machine(config, checkpoint, "gpu", unable)  # vLLM has several kernels there and picks one
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    ["model.layers.1.mlp.experts.3.down_proj.weight", "model.layers.1.self_attn.q_proj.weight_packed"],
+)
+def test_experts_in_bfloat16_run_anywhere(open_with: OpenWith, tensor: str) -> None:
+    checkpoint = open_with({"quantization_config": PACKED}, tensor)
+    assert quantized_experts(checkpoint) is None
+    refuse_unfit_machine(ServeConfig(checkpoint.directory), checkpoint, "cpu", unable)
+
+
+def test_the_engine_is_not_asked_about_a_model_without_quantized_experts(open_with: OpenWith) -> None:
+    def asked(_bits: int, _group_size: int) -> bool:
+        raise AssertionError("a dense model has no experts to ask about")
+
+    checkpoint = open_with({})
+    refuse_unfit_machine(ServeConfig(checkpoint.directory), checkpoint, "cpu", asked)
+
+
+def test_latent_attention_with_plain_positions_is_refused_on_a_cpu(open_with: OpenWith) -> None:
+    checkpoint = open_with({**LATENT, "quantization_config": {}})
+    config = ServeConfig(checkpoint.directory)
+    with pytest.raises(CheckpointError, match="its answers would be wrong"):
+        refuse_unfit_machine(config, checkpoint, "cpu", able)
+    refuse_unfit_machine(config, checkpoint, "gpu", able)
+    stretched = replace(checkpoint, config=checkpoint.config | YARN)
+    refuse_unfit_machine(config, stretched, "cpu", able)
+
+
+def test_an_fp8_cache_is_refused_where_latent_attention_would_drop_its_scales(open_with: OpenWith) -> None:
+    checkpoint = open_with(LATENT | YARN)
+    with pytest.raises(CheckpointError, match="would run with 1"):
+        refuse_unfit_machine(ServeConfig(checkpoint.directory, kv_cache_dtype="fp8"), checkpoint, "gpu", able)
+    refuse_unfit_machine(ServeConfig(checkpoint.directory), checkpoint, "gpu", able)

@@ -1,0 +1,347 @@
+"""What stands before vLLM's routers: who may ask, how much, how long, and what an error looks like.
+
+Pure ASGI: a request's body is read once, checked and handed on; the answer streams through untouched unless it is
+an error. The order: path, key, drain, body, model, limits; then the engine, under a deadline.
+"""
+
+import asyncio
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from lowbit_server.exchanges import Exchange, Exchanges
+from lowbit_server.keys import ANONYMOUS, Key, KeyStore
+from lowbit_server.limits import Usages
+from lowbit_server.openai_errors import ApiError, normalized, respond, stream_event
+
+OPEN_PATHS = frozenset({"/health", "/livez", "/readyz", "/startupz", "/version"})
+ADMIN_PATHS = frozenset({"/metrics", "/lowbit/checkpoint", "/openapi.json"})
+QUEUE_FULL = (b"currently busy", b"backlog limit")  # how vLLM's two refusals read (tests/contract holds it)
+CHARACTERS_PER_TOKEN = 4  # of an estimate that the engine's count replaces
+LONGEST_WAIT_S = 60
+REQUEST_ID_CHARACTERS = 128
+ABORT_S = 2.0  # how long the app may take to notice that its client is gone
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The server's own limits, whoever asks."""
+
+    max_body_bytes: int
+    max_output_tokens: int | None
+    request_timeout_s: float | None
+
+
+class Gateway:
+    """ASGI middleware around the whole app."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        limits: Limits,
+        keys: KeyStore | None,
+        exchanges: Exchanges,
+        is_draining: Callable[[], bool],
+    ) -> None:
+        self._app, self._limits, self._keys = app, limits, keys
+        self._exchanges, self._is_draining = exchanges, is_draining
+        self._usages = Usages()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            if scope["type"] == "lifespan":
+                await self._app(scope, receive, send)
+            return
+        if scope["path"] in OPEN_PATHS:
+            await self._app(scope, receive, _Answer(send, {}).send)
+            return
+        headers = Headers(scope=scope)
+        exchange = Exchange(scope["path"], _request_id(headers), self._usages.of(ANONYMOUS))
+        exchange.client_id = exchange.client_id or exchange.id
+        try:
+            body = await self._check(scope, receive, headers, exchange)
+        except ApiError as error:
+            self._exchanges.reject(exchange, error.status, error.reason)
+            await respond(send, error, {"x-request-id": exchange.client_id})
+            return
+        if body is None:
+            await self._app(scope, receive, _Answer(send, {"x-request-id": exchange.client_id}).send)
+            return
+        self._exchanges.open(exchange)
+        try:
+            await self._forward(_with_id(scope, exchange), _Replay(body, receive, exchange), send, exchange)
+        finally:
+            self._exchanges.close(exchange)
+
+    async def _check(
+        self, scope: Scope, receive: Receive, headers: Headers, exchange: Exchange
+    ) -> bytes | None:
+        """The body to hand on, or None for a request that the engine does not work on; raises ApiError."""
+        key = self._key_of(headers)
+        exchange.usage = self._usages.of(key)
+        if scope["path"] in ADMIN_PATHS and not key.admin:
+            raise ApiError(403, f"the key {key.name!r} may not read {scope['path']}", "not_admin")
+        if scope["method"] != "POST":
+            return None
+        if self._is_draining():
+            raise ApiError(
+                503, "the server is shutting down; send the request again", "draining",
+                headers={"retry-after": "1", "connection": "close"},
+            )  # fmt: skip
+        body = await _read_body(receive, headers, self._limits.max_body_bytes)
+        document = _parse(body, headers)
+        changed = self._apply(document, key, exchange)
+        exchange.usage.admit(exchange.reserved_tokens)
+        return json.dumps(document, ensure_ascii=False).encode() if changed else body
+
+    def _key_of(self, headers: Headers) -> Key:
+        if self._keys is None:
+            return ANONYMOUS
+        scheme, _, presented = headers.get("authorization", "").partition(" ")
+        key = self._keys.find(presented.strip()) if scheme.lower() == "bearer" else None
+        if key is None:
+            raise ApiError(
+                401,
+                "no such API key; send yours as `Authorization: Bearer …`",
+                "key",
+                headers={"www-authenticate": "Bearer"},
+            )
+        return key
+
+    def _apply(self, document: dict[str, Any], key: Key, exchange: Exchange) -> bool:
+        """Check what a request asks for and estimate its tokens; returns whether the document was changed."""
+        model = document.get("model")
+        exchange.model = model if isinstance(model, str) else ""
+        exchange.stream = document.get("stream") is True
+        if key.models is not None and exchange.model and exchange.model not in key.models:
+            message = f"the key {key.name!r} may not use the model {exchange.model!r}"
+            raise ApiError(403, message, "model", code="model_not_found", param="model")
+        most = self._limits.max_output_tokens
+        asked = [document.get(n) for n in ("max_completion_tokens", "max_tokens", "max_output_tokens")]
+        wanted = max((n for n in asked if isinstance(n, int)), default=0)
+        if most is not None and wanted > most:
+            message = f"{wanted} output tokens are asked for; this server allows {most}"
+            raise ApiError(400, message, "max_tokens", code="max_tokens_too_large", param="max_tokens")
+        text = document.get("messages", document.get("prompt", document.get("input", "")))
+        size = len(text) if isinstance(text, str) else len(json.dumps(text))
+        exchange.reserved_tokens = size // CHARACTERS_PER_TOKEN + wanted
+        if self._keys is None or not self._keys.uses_priorities:
+            return False
+        document["priority"] = key.priority  # the key's, whatever the client says
+        return True
+
+    async def _forward(self, scope: Scope, receive: "_Replay", send: Send, exchange: Exchange) -> None:
+        headers = {"x-request-id": exchange.client_id, **exchange.usage.headers()}
+        answer = _Answer(send, headers, exchange, self._retry_after)
+        timeout_s = _deadline(Headers(scope=scope), self._limits.request_timeout_s)
+        try:
+            if timeout_s is None:
+                await self._app(scope, receive, answer.send)
+            else:
+                await self._run_until(timeout_s, scope, receive, answer, exchange)
+        except asyncio.CancelledError:
+            exchange.outcome = exchange.outcome or "client_gone"
+            raise
+        except Exception:
+            exchange.outcome = "error"
+            await answer.fail(ApiError(500, "the server failed on this request", "error"))
+            raise
+        exchange.outcome = exchange.outcome or _outcome(exchange)
+
+    async def _run_until(
+        self, timeout_s: float, scope: Scope, receive: "_Replay", answer: "_Answer", exchange: Exchange
+    ) -> None:
+        """Run the app for at most `timeout_s`; then it is told that the client has gone, on which vLLM aborts."""
+        app = asyncio.ensure_future(self._app(scope, receive, answer.send))
+        try:
+            done, _ = await asyncio.wait({app}, timeout=timeout_s)
+            if not done:
+                exchange.outcome = "deadline"
+                await answer.fail(ApiError(504, f"not finished within {timeout_s:g} s", "deadline"))
+                receive.pretend_gone.set()
+                done, _ = await asyncio.wait({app}, timeout=ABORT_S)
+            if done and exchange.outcome != "deadline":
+                await app
+        finally:
+            app.cancel()
+            await asyncio.gather(app, return_exceptions=True)
+
+    def _retry_after(self) -> int:
+        """Seconds until a place in the queue should be free, by the rate at which requests ended of late."""
+        rate = self._exchanges.finished.per_second()
+        return min(LONGEST_WAIT_S, max(1, math.ceil(1 / rate))) if rate > 0 else 5
+
+
+class _Answer:
+    """Passes an answer on, adds headers, and puts errors in OpenAI's shape.
+
+    vLLM says 503 when its queue is full; to a client that is 429 with a time to come back.
+    """
+
+    def __init__(
+        self,
+        send: Send,
+        headers: Mapping[str, str],
+        exchange: Exchange | None = None,
+        retry_after: Callable[[], int] | None = None,
+    ) -> None:
+        self._send, self._headers, self._exchange, self._retry_after = send, headers, exchange, retry_after
+        self._error: tuple[int, list[bytes]] | None = None
+        self._begun = self._ended = self._streams = self._failed = False
+
+    async def send(self, message: Message) -> None:
+        """The `send` that the app is given."""
+        if self._failed:
+            return
+        if message["type"] == "http.response.start":
+            await self._start(message)
+        elif self._error is not None:
+            self._error[1].append(message.get("body", b""))
+            if not message.get("more_body"):
+                await self._send_error()
+        else:
+            self._ended = not message.get("more_body", False)
+            if self._exchange is not None:
+                self._exchange.answered = self._ended
+            if self._exchange is not None and self._exchange.first_byte is None and message.get("body"):
+                self._exchange.first_byte = time.monotonic()
+            await self._send(message)
+
+    async def fail(self, error: ApiError) -> None:
+        """End the answer with an error, in whatever state it is; what the app still sends is dropped."""
+        self._failed = True
+        if not self._begun:
+            self._note(error.status)
+            await respond(self._send, error, self._headers)
+        elif self._streams and not self._ended:
+            await self._send({"type": "http.response.body", "body": stream_event(error)})
+
+    async def _start(self, message: Message) -> None:
+        content_type = next((v for n, v in message.get("headers", ()) if n.lower() == b"content-type"), b"")
+        if message["status"] >= 400 and not content_type.startswith(b"text/event-stream"):
+            self._error = (message["status"], [])
+            return
+        self._note(message["status"])
+        self._begun, self._streams = True, content_type.startswith(b"text/event-stream")
+        extra = [(n.encode("latin-1"), v.encode("latin-1")) for n, v in self._headers.items()]
+        await self._send({**message, "headers": [*message.get("headers", ()), *extra]})
+
+    async def _send_error(self) -> None:
+        assert self._error is not None
+        status, body = self._error[0], b"".join(self._error[1])
+        headers = dict(self._headers)
+        if status == 503 and self._retry_after is not None and any(mark in body for mark in QUEUE_FULL):
+            status = 429
+            headers["retry-after"] = str(self._retry_after())
+        if self._headers:  # a health answer has none and keeps its own shape
+            status, body = normalized(status, body)
+        headers |= {"content-type": "application/json", "content-length": str(len(body))}
+        self._note(status)
+        self._begun = self._ended = True
+        raw = [(n.encode("latin-1"), v.encode("latin-1")) for n, v in headers.items()]
+        await self._send({"type": "http.response.start", "status": status, "headers": raw})
+        await self._send({"type": "http.response.body", "body": body})
+
+    def _note(self, status: int) -> None:
+        if self._exchange is not None:
+            self._exchange.status = status
+
+
+def _outcome(exchange: Exchange) -> str:
+    if exchange.status == 429:
+        return "queue_full"
+    return "ok" if exchange.status < 400 else "refused" if exchange.status < 500 else "error"
+
+
+def _request_id(headers: Headers) -> str:
+    """The client's own id, as far as it can stand in a header and a log line."""
+    given = headers.get("x-request-id", "")
+    return "".join(c for c in given if c.isascii() and c.isprintable())[:REQUEST_ID_CHARACTERS]
+
+
+def _with_id(scope: Scope, exchange: Exchange) -> Scope:
+    """The engine knows a request by our id: a client's could be used twice."""
+    headers = [(name, value) for name, value in scope["headers"] if name != b"x-request-id"]
+    return {**scope, "headers": [*headers, (b"x-request-id", exchange.id.encode())]}
+
+
+class _Replay:
+    """A `receive` that gives the body at once and then what the connection says, or that the client has gone."""
+
+    def __init__(self, body: bytes, receive: Receive, exchange: Exchange) -> None:
+        self._body: bytes | None = body
+        self._receive, self._exchange = receive, exchange
+        self.pretend_gone = asyncio.Event()
+
+    async def __call__(self) -> Message:
+        if self._body is not None:
+            body, self._body = self._body, None
+            return {"type": "http.request", "body": body, "more_body": False}
+        connection = asyncio.ensure_future(self._receive())
+        pretended = asyncio.ensure_future(self.pretend_gone.wait())
+        try:
+            await asyncio.wait({connection, pretended}, return_when=asyncio.FIRST_COMPLETED)
+            if not connection.done():
+                return {"type": "http.disconnect"}
+            message = connection.result()
+        finally:
+            connection.cancel()
+            pretended.cancel()
+        if (
+            message["type"] == "http.disconnect"
+            and not self._exchange.outcome
+            and not self._exchange.answered
+        ):
+            self._exchange.outcome = "client_gone"
+        return message
+
+
+async def _read_body(receive: Receive, headers: Headers, most: int) -> bytes:
+    declared = headers.get("content-length", "")
+    too_large = ApiError(413, f"the request body is larger than {most} bytes", "body_size")
+    if declared.isdigit() and int(declared) > most:
+        raise too_large
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ApiError(400, "the connection closed before the request was complete", "incomplete")
+        part = message.get("body", b"")
+        size += len(part)
+        if size > most:
+            raise too_large
+        parts.append(part)
+        if not message.get("more_body"):
+            return b"".join(parts)
+
+
+def _parse(body: bytes, headers: Headers) -> dict[str, Any]:
+    content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type != "application/json":
+        message = f"the content type is {content_type or 'not given'!r}; send application/json"
+        raise ApiError(415, message, "content_type")
+    try:
+        document = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"the request body is not JSON: {error}", "json", code="invalid_json") from None
+    if not isinstance(document, dict):
+        raise ApiError(400, "the request body is not a JSON object", "json", code="invalid_json")
+    return document
+
+
+def _deadline(headers: Headers, default_s: float | None) -> float | None:
+    """Seconds that a request may take: the client's wish up to the server's default."""
+    try:
+        asked = float(headers.get("x-request-timeout", "nan"))
+    except ValueError:
+        asked = math.nan
+    if not (math.isfinite(asked) and asked > 0):
+        return default_s
+    return asked if default_s is None else min(asked, default_s)

@@ -1,0 +1,137 @@
+"""Named API keys from a file that holds only their hashes, read again when it changes.
+
+    keys:
+      - name: team-a                  # in metrics and logs; the key itself is in neither
+        sha256: 5e88…                 # `lowbit key team-a` makes a key and prints this entry
+        requests_per_minute: 600
+        tokens_per_minute: 200000     # prompt and generated
+        concurrent_requests: 16
+        models: [SmolLM2-135M-Instruct]   # all, when left out
+        priority: 0                   # lower is served first
+        admin: false                  # may read /metrics and /lowbit/checkpoint
+
+Keys are 256 random bits, so a plain SHA-256 of one gives nothing to guess.
+"""
+
+import hashlib
+import hmac
+import secrets
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lowbit_core.errors import ConfigError
+from lowbit_core.log import get_logger
+from lowbit_core.strict_yaml import strict_load
+
+log = get_logger("serve")
+
+PREFIX = "lb-"
+RELOAD_S = 2.0  # how often the file is looked at, at most
+
+
+class Key(BaseModel):
+    """What one key may do; None is without limit."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    requests_per_minute: int | None = Field(default=None, ge=1)
+    tokens_per_minute: int | None = Field(default=None, ge=1)
+    concurrent_requests: int | None = Field(default=None, ge=1)
+    models: tuple[str, ...] | None = None
+    priority: int = 0
+    admin: bool = False
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    keys: tuple[Key, ...] = Field(min_length=1)
+
+
+ANONYMOUS = Key(name="anonymous", sha256="0" * 64, admin=True)  # everybody, where no keys are configured
+
+
+def digest(key: str) -> str:
+    """What the file holds for a key."""
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def new_key() -> str:
+    """A fresh key: 256 random bits."""
+    return PREFIX + secrets.token_urlsafe(32)
+
+
+class KeyStore:
+    """The keys of a file, by hash; a changed file is read again, and a broken one leaves the old keys in force."""
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        self._path, self._clock = path, clock
+        self._keys = read_keys(path)
+        self._stamp, self._looked_at = _stamp(path), clock()
+
+    def find(self, presented: str) -> Key | None:
+        """The key that a client presented, if it is one of ours."""
+        self._reload_if_changed()
+        hashed = digest(presented)
+        key = self._keys.get(hashed)
+        return key if key is not None and hmac.compare_digest(key.sha256, hashed) else None
+
+    @property
+    def names(self) -> list[str]:
+        return [key.name for key in self._keys.values()]
+
+    @property
+    def uses_priorities(self) -> bool:
+        """Whether any key is served before another."""
+        return any(key.priority for key in self._keys.values())
+
+    def _reload_if_changed(self) -> None:
+        now = self._clock()
+        if now - self._looked_at < RELOAD_S:
+            return
+        self._looked_at = now
+        stamp = _stamp(self._path)
+        if stamp == self._stamp:
+            return
+        self._stamp = stamp
+        try:
+            self._keys = read_keys(self._path)
+        except ConfigError as error:
+            log.error("API keys: %s; the keys read before stay in force", error)
+        else:
+            log.info("API keys: read %d again from %s", len(self._keys), self._path)
+
+
+def read_keys(path: Path) -> dict[str, Key]:
+    """The keys of a file by their hash; raises ConfigError naming what is wrong."""
+    try:
+        data: Any = strict_load(path.read_text(encoding="utf-8"))
+        keys = _File.model_validate(data).keys
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"API key file {path} cannot be read: {error}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "file"
+        raise ConfigError(
+            f"API key file {path}: {place}: {first['msg']}; `lowbit key NAME` prints an entry"
+        ) from None
+    for field in ("name", "sha256"):
+        values = [getattr(key, field) for key in keys]
+        if twice := next((value for value in values if values.count(value) > 1), None):
+            raise ConfigError(f"API key file {path}: the {field} {twice} stands twice")
+    return {key.sha256: key for key in keys}
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()  # through the links that a mounted secret is made of
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_ino

@@ -1,0 +1,101 @@
+"""Requests and tokens per minute and concurrent requests of each key, as token buckets.
+
+A bucket holds one minute's worth and fills steadily, so a key may burst and may not exceed its rate for long.
+Tokens are reserved by an estimate when a request comes in and settled by the engine's own counts when it ends; a
+bucket may fall below zero by that, and the key then waits.
+"""
+
+import math
+import time
+from collections.abc import Callable
+
+from lowbit_server.keys import Key
+from lowbit_server.openai_errors import ApiError
+
+MINUTE_S = 60.0
+
+
+class Bucket:
+    """At most `per_minute` a minute."""
+
+    def __init__(self, per_minute: int, clock: Callable[[], float]) -> None:
+        self.per_minute, self._clock = per_minute, clock
+        self._level, self._at = float(per_minute), clock()
+
+    def level(self) -> float:
+        """What may be taken now."""
+        now = self._clock()
+        self._level = min(self.per_minute, self._level + (now - self._at) * self.per_minute / MINUTE_S)
+        self._at = now
+        return self._level
+
+    def wait_s(self, amount: float) -> float:
+        """Seconds until `amount` may be taken; more than a full bucket waits for a full one."""
+        missing = min(amount, self.per_minute) - self.level()
+        return max(0.0, missing * MINUTE_S / self.per_minute)
+
+    def take(self, amount: float) -> None:
+        """Take (or, below zero, give back) without asking."""
+        self._level = self.level() - amount
+
+
+class KeyUsage:
+    """How much of its limits one key has used."""
+
+    def __init__(self, key: Key, clock: Callable[[], float]) -> None:
+        self.key = key
+        self.active = 0
+        self.requests = Bucket(key.requests_per_minute, clock) if key.requests_per_minute else None
+        self.tokens = Bucket(key.tokens_per_minute, clock) if key.tokens_per_minute else None
+
+    def admit(self, tokens: int) -> None:
+        """Count one request with an estimate of its tokens; raises ApiError 429 when a limit is reached."""
+        limit = self.key.concurrent_requests
+        if limit is not None and self.active >= limit:
+            raise self._refusal("concurrent", f"{limit} concurrent requests", 1.0)
+        for bucket, amount, unit in ((self.requests, 1, "requests"), (self.tokens, tokens, "tokens")):
+            if bucket is not None and (wait_s := bucket.wait_s(amount)) > 0:
+                raise self._refusal(unit, f"{bucket.per_minute} {unit} per minute", wait_s)
+        if self.requests is not None:
+            self.requests.take(1)
+        if self.tokens is not None:
+            self.tokens.take(tokens)
+        self.active += 1
+
+    def settle(self, reserved: int, used: int) -> None:
+        """Correct the estimate by what the engine counted."""
+        if self.tokens is not None:
+            self.tokens.take(used - reserved)
+
+    def headers(self) -> dict[str, str]:
+        """OpenAI's `x-ratelimit-*` headers for the limits that this key has."""
+        found = {}
+        for unit, bucket in (("requests", self.requests), ("tokens", self.tokens)):
+            if bucket is not None:
+                found[f"x-ratelimit-limit-{unit}"] = str(bucket.per_minute)
+                found[f"x-ratelimit-remaining-{unit}"] = str(max(0, math.floor(bucket.level())))
+                found[f"x-ratelimit-reset-{unit}"] = f"{bucket.wait_s(bucket.per_minute):.3f}s"
+        return found
+
+    def _refusal(self, reason: str, limit: str, wait_s: float) -> ApiError:
+        return ApiError(
+            429,
+            f"the key {self.key.name!r} has reached its limit of {limit}; try again in {math.ceil(wait_s)} s",
+            f"key_{reason}",
+            headers={"retry-after": str(max(1, math.ceil(wait_s)))} | self.headers(),
+        )
+
+
+class Usages:
+    """The usage of every key that was seen; a key whose entry changed starts with fresh buckets."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._by_name: dict[str, KeyUsage] = {}
+
+    def of(self, key: Key) -> KeyUsage:
+        """The usage of a key."""
+        usage = self._by_name.get(key.name)
+        if usage is None or usage.key != key:
+            usage = self._by_name[key.name] = KeyUsage(key, self._clock)
+        return usage

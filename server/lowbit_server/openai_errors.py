@@ -1,0 +1,101 @@
+"""Errors in the one shape that OpenAI clients understand, whoever found them: we, FastAPI, or vLLM.
+
+`{"error": {"message": str, "type": str, "param": str | null, "code": str | null}}`
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.types import Send
+
+TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
+CODES = {
+    400: "invalid_request",
+    401: "invalid_api_key",
+    403: "permission_denied",
+    404: "not_found",
+    405: "method_not_allowed",
+    408: "timeout",
+    413: "request_too_large",
+    415: "unsupported_media_type",
+    429: "rate_limit_exceeded",
+    500: "internal_error",
+    501: "not_implemented",
+    503: "unavailable",
+    504: "deadline_exceeded",
+}
+
+
+@dataclass(frozen=True)
+class ApiError(Exception):
+    """An answer that is an error. `reason` names it in metrics and logs."""
+
+    status: int
+    message: str
+    reason: str
+    code: str | None = None
+    param: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    def body(self) -> bytes:
+        """The JSON document."""
+        return document(self.status, self.message, self.code, self.param)
+
+
+def document(status: int, message: str, code: str | None = None, param: str | None = None) -> bytes:
+    """An error document for an HTTP status."""
+    kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    error = {"message": message, "type": kind, "param": param, "code": code or CODES.get(status)}
+    return json.dumps({"error": error}).encode()
+
+
+def normalized(status: int, body: bytes) -> tuple[int, bytes]:
+    """Status and document of another component's error answer; 422 becomes 400, as OpenAI answers it."""
+    status = 400 if status == 422 else status
+    message, param, code = _read(body)
+    return status, document(status, message or CODES.get(status, "error").replace("_", " "), code, param)
+
+
+def _read(body: bytes) -> tuple[str, str | None, str | None]:
+    """Message, parameter and code of vLLM's or FastAPI's error bodies."""
+    try:
+        data: Any = json.loads(body)
+    except ValueError:
+        return body.decode("utf-8", errors="replace")[:500], None, None
+    if not isinstance(data, dict):
+        return str(data)[:500], None, None
+    error = data.get("error", data.get("detail", data))
+    if not isinstance(error, dict):
+        return str(error), None, None
+    code, param = error.get("code"), error.get("param")
+    return (
+        str(error.get("message", "")),
+        str(param) if param is not None else None,
+        code if isinstance(code, str) else None,
+    )
+
+
+def stream_event(error: ApiError) -> bytes:
+    """The same as the last event of a stream that has begun."""
+    return b"data: " + error.body() + b"\n\n"
+
+
+async def respond(send: Send, error: ApiError, headers: Mapping[str, str]) -> None:
+    """Answer a request with an error."""
+    body = error.body()
+    everything = {
+        "content-type": "application/json",
+        "content-length": str(len(body)),
+        **headers,
+        **error.headers,
+    }
+    raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in everything.items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": raw})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,279 @@
+"""Keys, limits, deadlines and error shapes, in front of a small app that is not vLLM."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.responses import JSONResponse, StreamingResponse
+
+from lowbit_core.cli import main
+from lowbit_core.errors import ConfigError
+from lowbit_server.exchanges import Exchanges
+from lowbit_server.gateway import Gateway, Limits
+from lowbit_server.keys import KeyStore, digest, read_keys
+from lowbit_server.limits import Bucket
+
+CHAT = "/v1/chat/completions"
+HELLO = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}]}
+
+
+class Served:
+    """A gateway around an app that answers like an engine, and what the app saw."""
+
+    def __init__(self, keys: KeyStore | None = None, **limits: Any) -> None:
+        self.exchanges, self.draining, self.seen = Exchanges(write_log=True), False, dict[str, Any]()
+        inner = FastAPI()
+
+        @inner.post(CHAT)
+        async def chat(request: Request) -> Any:
+            self.seen = {"body": await request.json(), "id": request.headers["x-request-id"]}
+            prompt = self.seen["body"]["messages"][0]["content"]
+            if prompt == "busy":
+                text = "The engine is currently busy and cannot accept new requests."
+                return JSONResponse({"error": {"message": text, "code": 503}}, 503)
+            if prompt == "wrong":
+                return JSONResponse({"error": {"message": "no", "type": "BadRequestError", "code": 400}}, 400)
+            if prompt == "slow":
+                await asyncio.sleep(30)
+            if prompt == "crash":
+                raise RuntimeError("broken")
+            if prompt == "stream":
+                return StreamingResponse(events(), media_type="text/event-stream")
+            self.exchanges.engine_finished(f"chatcmpl-{self.seen['id']}", 10, 20)
+            return {"choices": []}
+
+        async def events() -> AsyncIterator[bytes]:
+            yield b'data: {"n": 1}\n\n'
+            await asyncio.sleep(30)
+
+        @inner.get("/metrics")
+        async def metrics() -> str:
+            return "numbers"
+
+        @inner.post("/v1/invalid")
+        async def invalid() -> None:
+            raise HTTPException(422, "n: not a number")
+
+        settings = {"max_body_bytes": 10_000, "max_output_tokens": None, "request_timeout_s": None} | limits
+        app = Gateway(inner, Limits(**settings), keys, self.exchanges, lambda: self.draining)
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        self.client = httpx.AsyncClient(transport=transport, base_url="http://test")
+
+    async def chat(self, prompt: str = "hello", key: str = "", **changes: Any) -> httpx.Response:
+        body = HELLO | {"messages": [{"role": "user", "content": prompt}]} | changes
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        return await self.client.post(CHAT, json=body, headers=headers)
+
+
+def key_file(path: Path, *entries: dict[str, Any]) -> Path:
+    keys = [{**entry, "sha256": digest(entry["name"] + "-secret")} for entry in entries]
+    path.write_text(yaml.safe_dump({"keys": keys}))
+    return path
+
+
+def error_of(response: httpx.Response) -> dict[str, Any]:
+    error: dict[str, Any] = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert isinstance(error["message"], str)
+    return error
+
+
+async def test_without_keys_everybody_is_served_and_counted() -> None:
+    served = Served()
+    answer = await served.client.post(CHAT, json=HELLO, headers={"x-request-id": "mine-7"})
+    assert (answer.status_code, answer.headers["x-request-id"]) == (200, "mine-7")
+    assert served.seen["id"] != "mine-7"
+    assert served.exchanges.tokens == {("anonymous", "prompt"): 10, ("anonymous", "generated"): 20}
+    assert served.exchanges.outcomes == {("anonymous", "ok"): 1}
+    assert served.exchanges.active == 0
+
+
+async def test_the_log_line_holds_no_prompt_and_no_key(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    served = Served(KeyStore(key_file(tmp_path / "k", {"name": "a"})))
+    await served.chat("the secret plan", key="a-secret")
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    record = json.loads(line)
+    assert (record["key"], record["model"], record["status"], record["outcome"]) == ("a", "tiny", 200, "ok")
+    assert (record["prompt_tokens"], record["generated_tokens"]) == (10, 20)
+    assert "secret" not in line
+
+
+async def test_a_missing_or_wrong_key_is_401(tmp_path: Path) -> None:
+    served = Served(KeyStore(key_file(tmp_path / "k", {"name": "a"})))
+    for key in ("", "b-secret", "a-secre"):
+        answer = await served.chat(key=key)
+        assert (answer.status_code, error_of(answer)["code"]) == (401, "invalid_api_key")
+    assert (await served.chat(key="a-secret")).status_code == 200
+    assert served.exchanges.rejections == {"key": 3}
+    assert served.seen["body"] == HELLO
+
+
+async def test_only_an_admin_reads_metrics_and_only_allowed_models_answer(tmp_path: Path) -> None:
+    entries = {"name": "user", "models": ["other"]}, {"name": "boss", "admin": True}
+    served = Served(KeyStore(key_file(tmp_path / "k", *entries)))
+    statuses = []
+    for name in ("user", "boss"):
+        headers = {"authorization": f"Bearer {name}-secret"}
+        statuses.append((await served.client.get("/metrics", headers=headers)).status_code)
+    assert statuses == [403, 200]
+    assert error_of(await served.chat(key="user-secret"))["code"] == "model_not_found"
+
+
+async def test_a_key_has_its_requests_tokens_and_places(tmp_path: Path) -> None:
+    entries = (
+        {"name": "few", "requests_per_minute": 2},
+        {"name": "short", "tokens_per_minute": 50},
+        {"name": "one", "concurrent_requests": 1},
+    )
+    served = Served(KeyStore(key_file(tmp_path / "k", *entries)))
+    answers = [await served.chat(key="few-secret") for _ in range(3)]
+    assert [answer.status_code for answer in answers] == [200, 200, 429]
+    assert answers[0].headers["x-ratelimit-limit-requests"] == "2"
+    assert answers[0].headers["x-ratelimit-remaining-requests"] == "1"
+    assert 25 <= int(answers[2].headers["retry-after"]) <= 30
+    assert [(await served.chat(key="short-secret")).status_code for _ in range(2)] == [200, 200]
+    assert (await served.chat(key="short-secret")).status_code == 429  # the engine counted 2 x 30
+    waiting = asyncio.create_task(served.chat("slow", key="one-secret"))
+    await asyncio.sleep(0.05)
+    assert (await served.chat(key="one-secret")).status_code == 429
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    assert (await served.chat(key="one-secret")).status_code == 200
+
+
+async def test_priority_is_the_keys_and_not_the_clients(tmp_path: Path) -> None:
+    served = Served(KeyStore(key_file(tmp_path / "k", {"name": "vip", "priority": -5}, {"name": "b"})))
+    await served.chat(key="vip-secret")
+    assert served.seen["body"]["priority"] == -5
+    await served.chat(key="b-secret", priority=-100)
+    assert served.seen["body"]["priority"] == 0
+
+
+async def test_a_full_queue_is_429_with_a_time_to_come_back() -> None:
+    served = Served()
+    answer = await served.chat("busy")
+    assert (answer.status_code, error_of(answer)["code"]) == (429, "rate_limit_exceeded")
+    assert int(answer.headers["retry-after"]) >= 1
+    assert served.exchanges.outcomes == {("anonymous", "queue_full"): 1}
+
+
+@pytest.mark.parametrize(
+    ("request_of", "status"),
+    [
+        (lambda c: c.post(CHAT, content=b"{"), 415),
+        (lambda c: c.post(CHAT, content=b"{", headers={"content-type": "application/json"}), 400),
+        (lambda c: c.post(CHAT, content=b"[]", headers={"content-type": "application/json"}), 400),
+        (lambda c: c.post(CHAT, json={"messages": "x" * 20_000}), 413),
+        (lambda c: c.post("/v1/nothing", json={}), 404),
+        (lambda c: c.put(CHAT), 405),
+        (lambda c: c.post("/v1/invalid", json={}), 400),
+        (lambda c: c.post(CHAT, json=HELLO | {"messages": [{"content": "wrong"}]}), 400),
+        (lambda c: c.post(CHAT, json=HELLO | {"messages": [{"content": "crash"}]}), 500),
+    ],
+)
+async def test_every_error_has_openais_shape(
+    request_of: Callable[[httpx.AsyncClient], Any], status: int
+) -> None:
+    answer = await request_of(Served().client)
+    assert answer.status_code == status
+    error_of(answer)
+    assert answer.headers["x-request-id"]
+
+
+async def test_more_output_than_allowed_is_refused() -> None:
+    served = Served(max_output_tokens=100)
+    assert (await served.chat(max_tokens=100)).status_code == 200
+    assert error_of(await served.chat(max_completion_tokens=101))["code"] == "max_tokens_too_large"
+
+
+async def test_the_deadline_ends_an_answer_before_and_within_a_stream() -> None:
+    served = Served(request_timeout_s=0.1)
+    answer = await served.chat("slow")
+    assert (answer.status_code, error_of(answer)["code"]) == (504, "deadline_exceeded")
+    stream = await served.chat("stream")
+    events = stream.text.strip().split("\n\n")
+    assert (stream.status_code, events[0]) == (200, 'data: {"n": 1}')
+    assert json.loads(events[1].removeprefix("data: "))["error"]["code"] == "deadline_exceeded"
+    assert served.exchanges.outcomes == {("anonymous", "deadline"): 2}
+    longer = Served(request_timeout_s=60)
+    hurried = await longer.client.post(
+        CHAT, json=HELLO | {"messages": [{"content": "slow"}]}, headers={"x-request-timeout": "0.1"}
+    )
+    assert hurried.status_code == 504
+
+
+async def test_a_draining_server_takes_no_new_work() -> None:
+    served = Served()
+    served.draining = True
+    answer = await served.chat()
+    assert (answer.status_code, answer.headers["connection"]) == (503, "close")
+
+
+def test_changed_keys_are_read_again_and_broken_ones_are_not(tmp_path: Path) -> None:
+    now = [0.0]
+    path = key_file(tmp_path / "k", {"name": "old"})
+    store = KeyStore(path, lambda: now[0])
+    path.write_text("keys: [")
+    now[0] = 10
+    assert store.find("old-secret") is not None
+    key_file(path, {"name": "brand-new"})
+    assert store.find("brand-new-secret") is None  # not looked at again yet
+    now[0] = 20
+    assert store.find("brand-new-secret") is not None
+    assert store.find("old-secret") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("keys: []", "keys: Tuple should have at least 1 item"),
+        ("keys: [{name: a}]", "keys.0.sha256: Field required"),
+        ("keys: [{name: a, sha256: plain}]", "String should match pattern"),
+        (f"keys: [{{name: a, sha256: '{'0' * 64}', rpm: 3}}]", "keys.0.rpm: Extra inputs"),
+        (
+            f"keys: [{{name: a, sha256: '{'0' * 64}'}}, {{name: a, sha256: '{'1' * 64}'}}]",
+            "name a stands twice",
+        ),
+        ("keys: []\nkeys: []", "the key 'keys' stands twice"),
+        ("[", "cannot be read"),
+    ],
+)
+def test_a_wrong_key_file_is_refused_with_its_place(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "k").write_text(text)
+    with pytest.raises(ConfigError, match="API key file") as raised:
+        read_keys(tmp_path / "k")
+    assert words in str(raised.value)
+
+
+def test_a_made_key_opens_with_its_entry(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["key", "team-a"]) == 0
+    printed = capsys.readouterr().out
+    key = printed.splitlines()[0].removeprefix("# ")
+    (tmp_path / "k").write_text(printed)
+    found = KeyStore(tmp_path / "k").find(key)
+    assert found is not None
+    assert found.name == "team-a"
+    assert len(key) > 40
+    assert main(["key", "two words"]) == 2
+
+
+def test_a_bucket_fills_steadily_and_never_over() -> None:
+    now = [0.0]
+    bucket = Bucket(60, lambda: now[0])
+    bucket.take(60)
+    assert bucket.wait_s(1) == pytest.approx(1)
+    now[0] = 10
+    assert bucket.level() == pytest.approx(10)
+    bucket.take(30)
+    assert bucket.wait_s(1) == pytest.approx(21)
+    now[0] = 1000
+    assert bucket.level() == 60
+    assert bucket.wait_s(1000) == 0
