@@ -1,106 +1,117 @@
-"""`lowbit loadtest`: reads the flags, checks them, runs, reports.
+"""`lowbit loadtest`: reads a scenario or flags, checks them, runs, reports.
 
-The last line on stdout is one JSON object. Exit status 0: every request completed; 1: some did not;
-2: wrong input, and nothing was sent.
+The last line on stdout is one JSON object. Exit status 0: every request completed; 1: some did not, or a scenario's
+run is invalid; 2: wrong input, and nothing was sent; 130: interrupted, and what there was is written.
 """
 
 import argparse
-import asyncio
 import contextlib
+import json
 import os
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import urlsplit
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lowbit_core.cli import Command
 from lowbit_core.errors import ConfigError
 from lowbit_core.log import get_logger
-from lowbit_loadtest.client import Message
-from lowbit_loadtest.report import as_json, lines, progress
-from lowbit_loadtest.runner import Options, run_load_test
+from lowbit_loadtest.html_report import as_html
+from lowbit_loadtest.progress import progress
+from lowbit_loadtest.prompts import read_prompts
+from lowbit_loadtest.records import Outcome
+from lowbit_loadtest.report import as_document, lines, record_lines
+from lowbit_loadtest.runner import Result, run_load_test
+from lowbit_loadtest.scenario import DEFAULT_PROMPT, FilePrompts, Scenario
+from lowbit_loadtest.scenario_file import bundled_scenarios, load_scenario, parse_scenario
 
 log = get_logger("loadtest")
 
-API_KEY_VARIABLE = "LOWBIT_API_KEY"
-DEFAULT_PROMPT = "Explain in a few paragraphs how a refrigerator moves heat from a cold place to a warm one."
-
-
-class _ChatMessage(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str
-
-
-class _PromptLine(BaseModel):
-    """One line of a --prompts file: `{"prompt": "…"}` or `{"messages": [{"role": …, "content": …}]}`."""
-
-    model_config = ConfigDict(extra="forbid")
-    prompt: str | None = Field(default=None, min_length=1)
-    messages: list[_ChatMessage] | None = Field(default=None, min_length=1)
-
-    @model_validator(mode="after")
-    def _one_of_two(self) -> "_PromptLine":
-        if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give either prompt or messages")
-        return self
-
-    def chat(self) -> tuple[Message, ...]:
-        if self.prompt is not None:
-            return _user_turn(self.prompt)
-        return tuple(message.model_dump() for message in self.messages or [])
+FLAGS: dict[str, Any] = {  # the default of each flag of the short form
+    "concurrency": 4, "requests": 32, "max_tokens": 128, "prompt": DEFAULT_PROMPT, "prompts": None,
+    "temperature": 0.0, "timeout_s": 300.0,
+}  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags; their defaults are those of `Options`."""
+    """A scenario, or the flags of a closed loop; flags that a scenario decides are None unless given."""
     parser.add_argument("--target", required=True, metavar="URL", type=_url, help="root URL of the server")
-    parser.add_argument("--model", default=Options.model, help="default: the first that the server lists")
     parser.add_argument(
-        "--concurrency", type=_at_least(1), default=Options.concurrency, help="streams in flight"
-    )
-    parser.add_argument(
-        "--requests", type=_at_least(1), default=Options.requests, help="how many to send in all"
+        "--scenario",
+        metavar="NAME|FILE.yaml",
+        help=f"bundled: {', '.join(bundled_scenarios())}; without it, the flags below make a closed loop",
     )
     parser.add_argument(
-        "--max-tokens", type=_at_least(1), default=Options.max_tokens, help="output limit of each"
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a scenario's key"
     )
-    prompts = parser.add_mutually_exclusive_group()
-    prompts.add_argument(
-        "--prompt", metavar="TEXT", default=DEFAULT_PROMPT, help="one prompt for all requests"
+    parser.add_argument("--model", help="default: the first that the server lists")
+    parser.add_argument("--seed", type=_at_least(0), help="of arrivals, prompts and sampling")
+    parser.add_argument(
+        "--json", metavar="FILE", type=Path, help="also write the result here, with its requests"
     )
+    parser.add_argument(
+        "--records", metavar="FILE.jsonl", type=Path, help="write every request, chunk by chunk"
+    )
+    parser.add_argument("--html", metavar="FILE.html", type=Path, help="write a page with charts")
+    short = parser.add_argument_group("closed loop without a scenario")
+    short.add_argument("--concurrency", type=_at_least(1), help=f"streams in flight ({FLAGS['concurrency']})")
+    short.add_argument("--requests", type=_at_least(1), help=f"how many in all ({FLAGS['requests']})")
+    short.add_argument(
+        "--max-tokens", type=_at_least(1), help=f"output limit of each ({FLAGS['max_tokens']})"
+    )
+    prompts = short.add_mutually_exclusive_group()
+    prompts.add_argument("--prompt", metavar="TEXT", help="one prompt for all requests")
     prompts.add_argument(
         "--prompts", metavar="FILE.jsonl", type=Path, help="one prompt or messages object a line"
     )
-    parser.add_argument("--temperature", type=_non_negative, default=Options.temperature)
-    parser.add_argument(
-        "--seed", type=_at_least(0), default=Options.seed, help="of the first request, then one more"
+    short.add_argument("--temperature", type=_non_negative, help="(0)")
+    short.add_argument("--timeout-s", type=_positive, help="deadline of each request (300)")
+    parser.epilog = (
+        "The API key is read from the environment variable LOWBIT_API_KEY, or the scenario's api_key_env."
     )
-    parser.add_argument(
-        "--timeout-s", type=_positive, default=Options.timeout_s, help="deadline of each request"
-    )
-    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the result here")
-    parser.epilog = f"The API key is read from {API_KEY_VARIABLE}."
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run one load test; returns the exit status."""
-    options = _options(arguments)
-    _check_writable(arguments.json)
+    scenario = _scenario(arguments)
+    _check_writable("--json", arguments.json)
+    _check_writable("--records", arguments.records)
+    _check_writable("--html", arguments.html)
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    log.info("%d requests to %s, %d at a time", options.requests, options.target, options.concurrency)
-    with progress(options.requests) as on_record:
-        result = asyncio.run(run_load_test(options, on_record))
-    for line in lines(result.summary):
+    log.info("%s: %s", arguments.target, scenario.description or f"{scenario.arrivals.kind} arrivals")
+    with progress() as on_run:
+        result = run_load_test(scenario, arguments.target, os.environ.get(scenario.api_key_env), on_run)
+    for line in lines(scenario, result):
         log.info(line)
-    text = as_json(options, result, started) + "\n"
+    _write(arguments, scenario, result, started)
+    return _exit_status(result, arguments.scenario is not None)
+
+
+def _write(arguments: argparse.Namespace, scenario: Scenario, result: Result, started: str) -> None:
+    whole = as_document(scenario, result, started, requests=True)
     if arguments.json is not None:
-        arguments.json.write_text(text, encoding="utf-8")
-    sys.stdout.write(text)
-    return 0 if result.summary.outcomes["completed"] == options.requests else 1
+        arguments.json.write_text(_dump(whole), encoding="utf-8")
+    if arguments.html is not None:
+        arguments.html.write_text(as_html(whole), encoding="utf-8")
+    if arguments.records is not None:
+        arguments.records.write_text("".join(line + "\n" for line in record_lines(result)), encoding="utf-8")
+    sys.stdout.write(_dump(as_document(scenario, result, started)))
+
+
+def _dump(document: dict[str, Any]) -> str:
+    return json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _exit_status(result: Result, is_scenario: bool) -> int:
+    if result.interrupted:
+        return 130
+    whole = all(
+        point.summary.outcomes[Outcome.COMPLETED] == point.summary.requests for point in result.points
+    )
+    believed = all(point.valid for point in result.points) or not is_scenario
+    return 0 if whole and believed else 1
 
 
 command = Command(
@@ -110,53 +121,54 @@ command = Command(
 )
 
 
-def _options(arguments: argparse.Namespace) -> Options:
-    if arguments.requests < arguments.concurrency:
+def _scenario(arguments: argparse.Namespace) -> Scenario:
+    """The scenario of a file, or the closed loop that the flags describe."""
+    both = {"seed": arguments.seed, "model": arguments.model}
+    overrides = [f"{name}={json.dumps(value)}" for name, value in both.items() if value is not None]
+    if arguments.scenario is not None:
+        given = [name for name in FLAGS if getattr(arguments, name) is not None]
+        if given:
+            flag = given[0].replace("_", "-")
+            raise ConfigError(
+                f"--{flag} and --scenario exclude each other; change the scenario's key with --set"
+            )
+        scenario = load_scenario(arguments.scenario, (*arguments.set, *overrides))
+    else:
+        if arguments.set:
+            raise ConfigError("--set changes a key of a scenario; give --scenario too")
+        scenario = _closed_loop(arguments)
+    if isinstance(scenario.prompts, FilePrompts):
+        read_prompts(Path(scenario.prompts.path))  # refuse it before anything is sent
+    return scenario
+
+
+def _closed_loop(arguments: argparse.Namespace) -> Scenario:
+    flags = {
+        name: default if (given := getattr(arguments, name)) is None else given
+        for name, default in FLAGS.items()
+    }
+    if flags["requests"] < flags["concurrency"]:
         raise ConfigError(
-            f"--requests {arguments.requests} is fewer than --concurrency {arguments.concurrency}; "
+            f"--requests {flags['requests']} is fewer than --concurrency {flags['concurrency']}; "
             "give several requests for each stream"
         )
-    return Options(
-        target=arguments.target,
-        prompts=_read_prompts(arguments.prompts) if arguments.prompts else (_user_turn(arguments.prompt),),
-        model=arguments.model,
-        concurrency=arguments.concurrency,
-        requests=arguments.requests,
-        max_tokens=arguments.max_tokens,
-        temperature=arguments.temperature,
-        seed=arguments.seed,
-        timeout_s=arguments.timeout_s,
-        api_key=os.environ.get(API_KEY_VARIABLE),
-    )
+    text = {"kind": "text", "text": flags["prompt"]}
+    data = {
+        "arrivals": {"kind": "closed", "concurrency": flags["concurrency"]},
+        "prompts": {"kind": "file", "path": str(flags["prompts"])} if flags["prompts"] else text,
+        "output": {"tokens": flags["max_tokens"]},
+        "requests": flags["requests"],
+        "temperature": flags["temperature"],
+        "timeout_s": flags["timeout_s"],
+        "seed": arguments.seed or 0,
+        "model": arguments.model,
+    }
+    return parse_scenario(data, "flags")
 
 
-def _user_turn(text: str) -> tuple[Message, ...]:
-    return ({"role": "user", "content": text},)
-
-
-def _read_prompts(path: Path) -> tuple[tuple[Message, ...], ...]:
-    try:
-        rows = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--prompts {path} cannot be read: {error}") from error
-    prompts = tuple(_parse_prompt(path, number, row) for number, row in enumerate(rows, 1) if row.strip())
-    if not prompts:
-        raise ConfigError(f'--prompts {path} has no line; write one object a line: {{"prompt": "…"}}')
-    return prompts
-
-
-def _parse_prompt(path: Path, number: int, row: str) -> tuple[Message, ...]:
-    try:
-        return _PromptLine.model_validate_json(row).chat()
-    except ValidationError as error:
-        first: Any = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "line"
-        raise ConfigError(f"--prompts {path}, line {number}: {where}: {first['msg']}") from error
-
-
-def _check_writable(path: Path | None) -> None:
+def _check_writable(flag: str, path: Path | None) -> None:
     if path is not None and (path.is_dir() or not path.parent.is_dir()):
-        raise ConfigError(f"--json {path} cannot be written: give a file in a directory that exists")
+        raise ConfigError(f"{flag} {path} cannot be written: give a file in a directory that exists")
 
 
 def _url(text: str) -> str:

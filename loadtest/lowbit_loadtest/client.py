@@ -8,21 +8,24 @@ which may stand unescaped inside the JSON of an event.
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 
 from lowbit_core.errors import ConfigError
-from lowbit_loadtest.metrics import Outcome, RequestRecord
+from lowbit_loadtest.records import Outcome, RequestRecord
 
 REJECTED_STATUSES = (429, 503)
 FAILED_FINISH_REASONS = ("abort", "error")  # vLLM ends a request that it lost with these
 PREFLIGHT_TIMEOUT_S = 10.0
 DETAIL_CHARACTERS = 200
+OTHER_OUTPUT = ("reasoning", "reasoning_content", "tool_calls", "refusal")
+MOST_EVENT_BYTES = 4 << 20
 
 Message = dict[str, Any]
+Clock = Callable[[], float]  # seconds of one monotonic clock
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,13 @@ class ChatRequest:
     max_tokens: int
     temperature: float
     seed: int
+    exact: bool = False  # ask vLLM for exactly max_tokens
+    keep_text: bool = False  # the next turn of a conversation needs it
+    index: int = 0
+    turn: int = 0
 
     def body(self, model: str) -> dict[str, Any]:
+        exact = {"ignore_eos": True} if self.exact else {}
         return {
             "model": model,
             "messages": list(self.messages),
@@ -43,6 +51,7 @@ class ChatRequest:
             "seed": self.seed,
             "stream": True,
             "stream_options": {"include_usage": True},
+            **exact,
         }
 
 
@@ -50,22 +59,35 @@ class ChatRequest:
 class _Stream:
     """What has arrived of one answer so far."""
 
+    most_chunks: int
+    keep_text: bool = False
     chunk_times_s: list[float] = field(default_factory=list)
     finished_s: float | None = None
     finish_reason: str | None = None
     prompt_tokens: int | None = None
     output_tokens: int | None = None
     done: bool = False
+    chunk_tokens: list[int] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
 
     def add(self, event: dict[str, Any], now_s: float) -> None:
+        carries_output = False
         for choice in event.get("choices") or []:
-            if _carries_output(choice.get("delta") or {}):
+            delta = choice.get("delta") or {}
+            if delta.get("content") or any(delta.get(key) for key in OTHER_OUTPUT):
+                carries_output = True
                 self.chunk_times_s.append(now_s)
+            if self.keep_text and delta.get("content"):
+                self.texts.append(str(delta["content"]))
             if choice.get("finish_reason"):
                 self.finished_s, self.finish_reason = now_s, choice["finish_reason"]
         if usage := event.get("usage"):
-            self.prompt_tokens = int(usage["prompt_tokens"])
-            self.output_tokens = int(usage["completion_tokens"])
+            self._count(int(usage["prompt_tokens"]), int(usage["completion_tokens"]), carries_output)
+
+    def _count(self, prompt_tokens: int, output_tokens: int, carries_output: bool) -> None:
+        if carries_output:  # a server that counts as it goes
+            self.chunk_tokens.append(output_tokens - (self.output_tokens or 0))
+        self.prompt_tokens, self.output_tokens = prompt_tokens, output_tokens
 
 
 @dataclass(frozen=True)
@@ -77,9 +99,10 @@ class _End:
 class ChatClient:
     """Sends chat requests to one target. `http` is a client whose base URL ends with /v1/."""
 
-    def __init__(self, http: httpx.AsyncClient, timeout_s: float) -> None:
+    def __init__(self, http: httpx.AsyncClient, timeout_s: float, clock: Clock = time.monotonic) -> None:
         self._http = http
         self._timeout_s = timeout_s
+        self._clock = clock
 
     async def find_model(self, wanted: str | None) -> str:
         """The wanted model, or the first that the server lists; ConfigError if that is not to be had."""
@@ -106,27 +129,41 @@ class ChatClient:
             )
         return wanted or served[0]
 
-    async def complete(self, request: ChatRequest, model: str) -> RequestRecord:
-        """Send one request and read its stream to the end; never raises for what the server does."""
-        stream = _Stream()
-        sent_s = time.perf_counter()
+    async def complete(
+        self, request: ChatRequest, model: str, intended_s: float | None = None
+    ) -> RequestRecord:
+        """Send one request and read its stream to the end; never raises for what the server does.
+
+        A cancelled request is recorded as cut off: whoever interrupts a run still gets every record.
+        """
+        stream = _Stream(4 * request.max_tokens + 64, request.keep_text)
+        sent_s = self._clock()
         try:
             async with asyncio.timeout(self._timeout_s):
                 end = await self._exchange(request.body(model), stream)
         except TimeoutError:
-            end = _End(Outcome.TIMED_OUT, f"no end within {self._timeout_s:g} s")
-        except (httpx.HTTPError, OSError) as error:
+            chunks = f"{len(stream.chunk_times_s)} chunks for max_tokens {request.max_tokens}"
+            end = _End(Outcome.TIMED_OUT, f"no end within {self._timeout_s:g} s ({chunks})")
+        except asyncio.CancelledError:
+            end = _End(Outcome.CUT_OFF, "interrupted by the user")
+        except (httpx.HTTPError, OSError, httpx.InvalidURL) as error:
             end = _End(Outcome.FAILED, _describe(error))
         return RequestRecord(
             outcome=end.outcome,
             sent_s=sent_s,
-            ended_s=time.perf_counter(),
+            ended_s=self._clock(),
             chunk_times_s=tuple(stream.chunk_times_s),
             finished_s=stream.finished_s,
             finish_reason=stream.finish_reason,
             prompt_tokens=stream.prompt_tokens,
             output_tokens=stream.output_tokens,
             detail=end.detail,
+            intended_s=intended_s,
+            index=request.index,
+            turn=request.turn,
+            max_tokens=request.max_tokens,
+            chunk_tokens=tuple(stream.chunk_tokens),
+            text="".join(stream.texts),
         )
 
     async def _exchange(self, body: dict[str, Any], stream: _Stream) -> _End:
@@ -137,25 +174,34 @@ class ChatClient:
                 detail = f"status {response.status_code}: {_error_message(response.text)}"
                 return _End(Outcome.REJECTED if rejected else Outcome.FAILED, detail)
             try:
-                return await _read_stream(response.aiter_bytes(), stream)
+                clock: Clock = response.extensions.get("arrival_clock", self._clock)
+                return await _read_stream(response.aiter_raw(), stream, clock)
             except httpx.TransportError as error:
                 return _ended(stream) if stream.done else _End(Outcome.CUT_OFF, _describe(error))
 
 
-async def _read_stream(chunks: AsyncIterator[bytes], stream: _Stream) -> _End:
-    async for data in sse_data(chunks):
-        now_s = time.perf_counter()
-        if stream.done or data == "[DONE]":
-            stream.done = True  # but read on: a body left unread costs the next request a new connection
-            continue
-        try:
+async def _read_stream(chunks: AsyncIterator[bytes], stream: _Stream, clock: Clock) -> _End:
+    try:
+        async for data in sse_data(chunks):
+            now_s = clock()
+            if stream.done or data == "[DONE]":
+                stream.done = True  # but read on: a body left unread costs the next request a new connection
+                continue
             event = json.loads(data)
             if "error" in event:
                 return _End(Outcome.FAILED, f"error event: {_error_message(data)}")
             stream.add(event, now_s)
-        except (ValueError, TypeError, AttributeError, KeyError):
-            return _End(Outcome.FAILED, f"not a chat completion chunk: {data[:DETAIL_CHARACTERS]}")
+            if len(stream.chunk_times_s) > stream.most_chunks:
+                return _End(Outcome.FAILED, f"does not end: more than {stream.most_chunks} chunks")
+    except _OversizedEvent:
+        return _End(Outcome.FAILED, f"an event of more than {MOST_EVENT_BYTES >> 20} MiB")
+    except (ValueError, TypeError, AttributeError, KeyError):
+        return _End(Outcome.FAILED, f"not a chat completion chunk: {data[:DETAIL_CHARACTERS]}")
     return _ended(stream)
+
+
+class _OversizedEvent(Exception):
+    pass
 
 
 def _ended(stream: _Stream) -> _End:
@@ -174,6 +220,8 @@ async def sse_data(chunks: AsyncIterator[bytes]) -> AsyncIterator[str]:
     data: list[str] = []
     async for chunk in chunks:
         *lines, pending = (pending + chunk).split(b"\n")
+        if len(pending) > MOST_EVENT_BYTES:
+            raise _OversizedEvent
         for line in lines:
             text = line.rstrip(b"\r").decode("utf-8", errors="replace")
             if text.startswith("data:"):
@@ -181,12 +229,6 @@ async def sse_data(chunks: AsyncIterator[bytes]) -> AsyncIterator[str]:
             elif not text and data:
                 yield "\n".join(data)
                 data = []
-
-
-def _carries_output(delta: dict[str, Any]) -> bool:
-    return any(
-        delta.get(key) for key in ("content", "reasoning", "reasoning_content", "tool_calls", "refusal")
-    )
 
 
 def _served_models(response: httpx.Response) -> list[str]:

@@ -1,99 +1,193 @@
-"""The load test's story: find the model, keep C requests in flight until all are sent, sum up.
+"""The load test's story: find the model, plan each run, let the workers send it, sum up; again for each rate.
 
-Closed loop: each of C streams sends its next request when its last one has ended, so the server sets the
-pace. A slow server is then sent fewer requests and its queueing does not show; what users who do not wait for
-one another would see needs an open loop.
+Open loop: users do not wait for one another, so requests go out when they are due. Closed loop: each of C streams
+sends its next request when its last one has ended, so the server sets the pace, and its queueing does not show.
 """
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import cycle, islice
+from typing import Any
 
-import httpx
+from lowbit_loadtest.client import ChatClient
+from lowbit_loadtest.drive import Share, Tally, Target, open_http
+from lowbit_loadtest.metrics import Run, Summary, arrival_window, steady_interval, summarize
+from lowbit_loadtest.plan import Plan, make_plan
+from lowbit_loadtest.scenario import Conversations, Ramp, Scenario
+from lowbit_loadtest.scrape import Scraper, UsageCheck, check_usage
+from lowbit_loadtest.search import next_search_rate
+from lowbit_loadtest.tokens import find_counter
+from lowbit_loadtest.workers import Ran, default_workers, run_workers, shares_of
 
-from lowbit_loadtest.client import ChatClient, ChatRequest, Message
-from lowbit_loadtest.metrics import RequestRecord, Summary, summarize
+OnTally = Callable[[Tally], None]
+OnRun = Callable[[str, int | None], OnTally]  # a run begins: its title, and how many requests it has
 
 
 @dataclass(frozen=True)
-class Options:
-    """One run. `target` is the server's root URL, with or without /v1."""
+class Point:
+    """One rate, all its repetitions. `valid` is False when the generator was too late to be believed."""
 
-    target: str
-    prompts: tuple[tuple[Message, ...], ...]
-    model: str | None = None
-    concurrency: int = 4
-    requests: int = 32
-    max_tokens: int = 128
-    temperature: float = 0.0
-    seed: int = 0
-    timeout_s: float = 300.0
-    api_key: str | None = None
+    offered_rps: float | None
+    runs: tuple[Run, ...]
+    summary: Summary
+    valid: bool
+    invalid_because: tuple[str, ...]
+    server: tuple[dict[str, Any], ...]  # the server's own metrics, one a repetition
+    usage: tuple[UsageCheck, ...]
+
+    def meets(self, scenario: Scenario) -> bool:
+        """Whether enough requests met the SLOs."""
+        attained = self.summary.slo_attainment
+        return attained is not None and attained >= scenario.slo.attainment
 
 
 @dataclass(frozen=True)
 class Result:
-    model: str
-    records: tuple[RequestRecord, ...]
-    summary: Summary
+    """A whole load test."""
+
+    target: Target
+    points: tuple[Point, ...]
+    workers: int
+    counted_by: str  # who counted prompt tokens: server or words
+    interrupted: bool
 
 
-async def run_load_test(
-    options: Options,
-    on_record: Callable[[RequestRecord], None],
-    transport: httpx.AsyncBaseTransport | None = None,
-) -> Result:
-    """Run to the end; `on_record` sees each end. Raises ConfigError before the first request."""
-    async with _open_http(options, transport) as http:
-        client = ChatClient(http, options.timeout_s)
-        model = await client.find_model(options.model)
-        records = await _closed_loop(client, model, requests_of(options), options.concurrency, on_record)
-    return Result(model, tuple(records), summarize(records, options.concurrency))
+def run_load_test(scenario: Scenario, target_url: str, api_key: str | None, on_run: OnRun) -> Result:
+    """Run a scenario to its end, or to Ctrl-C. Raises ConfigError before the first request."""
+    model = asyncio.run(_find_model(scenario, target_url, api_key))
+    target = Target(target_url, model, api_key, scenario.timeout_s)
+    workers = scenario.generator.workers or default_workers()
+    points: list[Point] = []
+    counted_by, interrupted = "server", False
+    for stage, rate_rps in enumerate(_rates(scenario, points)):
+        plans, counted_by = asyncio.run(_plans(scenario, target, rate_rps, stage))
+        runs, extras, reasons = [], [], []
+        for repetition, plan in enumerate(plans, 1):
+            on_tally = on_run(_title(plan, repetition, len(plans)), plan.requests)
+            run, extra, ran = _run_once(scenario, target, plan, workers, on_tally)
+            runs.append(run)
+            extras.append(extra)
+            reasons += [f"{ran.lost_workers} worker processes died"] if ran.lost_workers else []
+            if interrupted := ran.interrupted:
+                break
+        points.append(_point(scenario, plans[0].offered_rps, runs, extras, reasons))
+        if interrupted:
+            break
+    return Result(target, tuple(points), workers, counted_by, interrupted)
 
 
-def requests_of(options: Options) -> list[ChatRequest]:
-    """The prompts in turn; each request has its own seed, so that repeated prompts may differ."""
-    prompts = islice(cycle(options.prompts), options.requests)
+def _rates(scenario: Scenario, points: Sequence[Point]) -> Iterator[float | None]:
+    """The rates to measure, each chosen after the last was; None stands for the scenario's own."""
+    if isinstance(scenario.arrivals, Ramp):
+        rate_rps = scenario.arrivals.start_rps
+        while rate_rps <= scenario.arrivals.max_rps:
+            yield rate_rps
+            if is_saturated(points[-1], scenario):
+                return
+            rate_rps *= scenario.arrivals.growth
+    elif scenario.search is not None:
+        while True:
+            seen = [(point.offered_rps or 0.0, point.meets(scenario) and point.valid) for point in points]
+            next_rps = next_search_rate(scenario.search, seen)
+            if next_rps is None:
+                return
+            yield next_rps
+    else:
+        yield None
+
+
+def is_saturated(point: Point, scenario: Scenario) -> bool:
+    """Whether a ramp's stage was the last that is worth its time."""
+    assert isinstance(scenario.arrivals, Ramp)
+    done_rps, offered_rps = point.summary.requests_per_s or 0.0, point.offered_rps or 0.0
+    too_slow = done_rps < scenario.arrivals.saturation * _arrived_rps(point, offered_rps)
+    return too_slow or not point.valid or (bool(scenario.slo.limits_s) and not point.meets(scenario))
+
+
+def _arrived_rps(point: Point, offered_rps: float) -> float:
+    """What really arrived in the windows: a short Poisson stage differs from its rate by chance."""
+    seconds = sum(run.window.length_s for run in point.runs if run.window)
+    arrived = sum(len(run.measured) for run in point.runs if run.window)
+    return arrived / seconds if seconds else offered_rps
+
+
+def _run_once(
+    scenario: Scenario, target: Target, plan: Plan, workers: int, on_tally: OnTally
+) -> tuple[Run, tuple[dict[str, Any] | None, UsageCheck | None], Ran]:
+    output = scenario.output
+    share = Share(
+        target,
+        (),
+        temperature=scenario.temperature,
+        exact=output.exact if output else False,
+        repeats=plan.repeats,
+        length_s=plan.length_s,
+        think_s=plan.think_s,
+        warm_up_requests=plan.warm_up_requests,
+        warm_up_s=plan.warm_up_s,
+    )
+    with Scraper(target) as scraper:
+        ran = run_workers(shares_of(plan, share, workers), on_tally)
+    server = scraper.summary()
+    run = make_run(scenario, plan, ran)
+    return run, (server, check_usage(server, list(run.records))), ran
+
+
+def make_run(scenario: Scenario, plan: Plan, ran: Ran) -> Run:
+    """Joins the workers' records and finds the window of the rates."""
+    records = sorted(
+        (record for one in ran.driven for record in one.records), key=lambda record: record.due_s
+    )
+    lags_s = tuple(lag_s for one in ran.driven for lag_s in one.heartbeat_lags_s)
+    not_sent = 0 if plan.requests is None else plan.requests - len(records)
+    closed = plan.concurrency is not None and not isinstance(scenario.prompts, Conversations)
+    if plan.concurrency is not None and closed:
+        window = steady_interval(records, plan.concurrency)
+    else:
+        window = arrival_window(records, ran.start_s + plan.length_s if plan.length_s else None)
+    return Run(tuple(records), window, closed, not_sent, lags_s)
+
+
+def _point(
+    scenario: Scenario,
+    offered_rps: float | None,
+    runs: Sequence[Run],
+    extras: Sequence[tuple[dict[str, Any] | None, UsageCheck | None]],
+    reasons: Sequence[str],
+) -> Point:
+    summary = summarize(runs, scenario.slo)
+    because = [*reasons, *_too_late(summary, scenario.generator.max_lag_s)]
+    server = tuple(one for one, _ in extras if one is not None)
+    usage = tuple(check for _, check in extras if check is not None)
+    return Point(offered_rps, tuple(runs), summary, not because, tuple(because), server, usage)
+
+
+def _too_late(summary: Summary, max_lag_s: float) -> list[str]:
+    lags = {"sends were late": summary.lag_s.send_p99, "the event loops were late": summary.lag_s.loop_p99}
     return [
-        ChatRequest(messages, options.max_tokens, options.temperature, options.seed + index)
-        for index, messages in enumerate(prompts)
+        f"{name}: p99 {1000 * lag_s:.1f} ms is above {1000 * max_lag_s:g} ms"
+        for name, lag_s in lags.items()
+        if lag_s is not None and lag_s > max_lag_s
     ]
 
 
-async def _closed_loop(
-    client: ChatClient,
-    model: str,
-    requests: Sequence[ChatRequest],
-    concurrency: int,
-    on_record: Callable[[RequestRecord], None],
-) -> list[RequestRecord]:
-    waiting = iter(requests)  # shared: each stream takes the next one
-    records: list[RequestRecord] = []
-
-    async def stream(waiting: Iterator[ChatRequest]) -> None:
-        for request in waiting:
-            record = await client.complete(request, model)
-            records.append(record)
-            on_record(record)
-
-    async with asyncio.TaskGroup() as group:
-        for _ in range(concurrency):
-            group.create_task(stream(waiting))
-    return records
+async def _find_model(scenario: Scenario, url: str, api_key: str | None) -> str:
+    async with open_http(Target(url, "", api_key)) as http:
+        return await ChatClient(http, scenario.timeout_s).find_model(scenario.model)
 
 
-def _open_http(options: Options, transport: httpx.AsyncBaseTransport | None) -> httpx.AsyncClient:
-    return httpx.AsyncClient(
-        base_url=f"{options.target.rstrip('/').removesuffix('/v1')}/v1/",
-        headers={"Authorization": f"Bearer {options.api_key}"} if options.api_key else {},
-        timeout=None,  # each request has one deadline, which the client holds
-        transport=transport or _transport(options.concurrency),
-    )
+async def _plans(
+    scenario: Scenario, target: Target, rate_rps: float | None, stage: int
+) -> tuple[list[Plan], str]:
+    async with open_http(target) as http:
+        counter = await find_counter(http, target.model)
+        plans = [
+            await make_plan(scenario, counter, repetition, rate_rps, stage)
+            for repetition in range(scenario.repetitions)
+        ]
+    return plans, counter.name
 
 
-def _transport(concurrency: int) -> httpx.AsyncHTTPTransport:
-    """One connection for each stream; built here, so that no proxy of the environment is measured too."""
-    return httpx.AsyncHTTPTransport(
-        limits=httpx.Limits(max_connections=None, max_keepalive_connections=concurrency)
-    )
+def _title(plan: Plan, repetition: int, repetitions: int) -> str:
+    rate = f"{plan.offered_rps:.3g} requests/s" if plan.offered_rps else f"{plan.concurrency} streams"
+    return f"{rate}, repetition {repetition} of {repetitions}" if repetitions > 1 else rate

@@ -3,14 +3,25 @@
 import asyncio
 import json
 import socket
+import subprocess
+import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import uvicorn
+from tests.loadtest.fake_openai import Reply as TimedReply
+from tests.loadtest.fake_openai import settings_of
+
+from lowbit_loadtest.client import ChatClient, Message
+from lowbit_loadtest.drive import Driven, Driver, Share, Tally, Target, open_http
+from lowbit_loadtest.plan import Job, Turn
 
 ASGIMessage = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[ASGIMessage]]
@@ -138,3 +149,49 @@ async def _send_json(send: Send, status: int, body: object) -> None:
     headers = [(b"content-type", b"application/json")]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": json.dumps(body).encode()})
+
+
+HELLO: tuple[Message, ...] = ({"role": "user", "content": "Hello"},)
+
+
+def jobs(count: int, prompts: tuple[tuple[Message, ...], ...] = (HELLO,), **changes: Any) -> tuple[Job, ...]:
+    """`count` single requests; `at_s` (one a job), `max_tokens` and `seed` may be given."""
+    at_s = changes.get("at_s", [None] * count)
+    turns = [(Turn(prompts[index % len(prompts)], changes.get("max_tokens", 128)),) for index in range(count)]
+    return tuple(
+        Job(index, at_s[index], turns[index], changes.get("seed", 0) + index) for index in range(count)
+    )
+
+
+def drive(url: str, share_jobs: tuple[Job, ...], **settings: Any) -> Driven:
+    """Drive a share in this process: what a worker does, without its process."""
+    timeout_s, api_key = settings.pop("timeout_s", 30.0), settings.pop("api_key", None)
+    transport: httpx.AsyncBaseTransport | None = settings.pop("transport", None)
+    target = Target(url, settings.pop("model", "fake-model"), api_key, timeout_s)
+
+    async def run() -> Driven:
+        async with open_http(target, transport) as http:
+            share = Share(target, share_jobs, **settings)
+            driver = Driver(share, ChatClient(http, timeout_s), time.monotonic() + 0.01, Tally())
+            return await driver.run(asyncio.Event())
+
+    return asyncio.run(run())
+
+
+@pytest.fixture
+def timed_server() -> Iterator[Callable[..., str]]:
+    """Starts the timed stand-in in its own process; returns its URL."""
+    processes = []
+
+    def start(*plan: TimedReply, **settings: Any) -> str:
+        file = Path(__file__).with_name("fake_openai.py")
+        command = [sys.executable, "-S", str(file), settings_of(list(plan), **settings)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        processes.append(process)
+        assert process.stdout is not None
+        return f"http://127.0.0.1:{process.stdout.readline().strip()}"
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()

@@ -38,11 +38,14 @@ def test_result_is_the_last_line_of_stdout_and_the_file(
     )
     assert lowbit_loadtest(*arguments) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert result == json.loads(file.read_text(encoding="utf-8"))
+    written = json.loads(file.read_text(encoding="utf-8"))
+    assert len(written["points"][0].pop("request_table")["rows"]) == 6
+    assert result == written
     assert result["outcomes"] == {"completed": 6, "rejected": 0, "failed": 0, "cut_off": 0, "timed_out": 0}
-    assert result["scenario"]["model"] == "fake-model"
-    assert (result["scenario"]["concurrency"], result["scenario"]["seed"]) == (2, 5)
-    assert set(result["ttft_s"]) == {"count", "mean", "p50", "p95", "p99"}
+    assert result["model"] == "fake-model"
+    assert (result["scenario"]["arrivals"]["concurrency"], result["scenario"]["seed"]) == (2, 5)
+    assert set(result["ttft_s"]) == {"count", "mean", "p50", "p90", "p95", "p99", "p999", "interval"}
+    assert set(result["ttft_s"]["interval"]["p999"]) == {"low", "high"}
 
 
 def test_one_rejected_request_makes_the_exit_status_1(fake_server: "FakeServer") -> None:
@@ -68,7 +71,7 @@ def test_prompts_file_gives_prompts_and_conversations(fake_server: "FakeServer",
         ("", "has no line"),
         ('{"prompt": "a"}\nnot json', "line 2: line: Invalid JSON"),
         ('{"prompt": "a", "n": 2}', "line 1: n: Extra inputs are not permitted"),
-        ("{}", "line 1: line: .*either prompt or messages"),
+        ("{}", "line 1: line: .*either prompt or messages or turns"),
         ('{"messages": [{"role": "robot", "content": "a"}]}', r"line 1: messages\.0\.role: Input should be"),
     ],
 )
@@ -84,6 +87,9 @@ def test_wrong_prompts_file_is_refused_with_its_line(tmp_path: Path, text: str, 
     [
         (("--requests", 2, "--concurrency", 3), "--requests 2 is fewer than --concurrency 3"),
         (("--prompts", "/nowhere.jsonl"), "cannot be read"),
+        (("--scenario", "quick", "--concurrency", 2), "--concurrency and --scenario exclude each other"),
+        (("--set", "seed=1"), "give --scenario too"),
+        (("--scenario", "nowhere.yaml"), "scenario nowhere.yaml cannot be read"),
         (("--json", "/nowhere/result.json"), "--json /nowhere/result.json cannot be written"),
         ((), "does not answer"),
     ],

@@ -5,13 +5,21 @@ import random
 
 import pytest
 
-from lowbit_loadtest.metrics import Interval, Outcome, RequestRecord, distribution, steady_interval, summarize
+from lowbit_loadtest.metrics import Run, Summary, arrival_window, is_good, lag, steady_interval
+from lowbit_loadtest.metrics import summarize as summarize_runs
+from lowbit_loadtest.records import Interval, Outcome, RequestRecord
+from lowbit_loadtest.scenario import SLO
+from lowbit_loadtest.statistics import Sample, distribution
 
 
 def record(
     sent_s: float, ended_s: float, outcome: Outcome = Outcome.COMPLETED, **fields: object
 ) -> RequestRecord:
     return RequestRecord(outcome, sent_s, ended_s, **fields)  # type: ignore[arg-type]
+
+
+def summarize(records: list[RequestRecord], concurrency: int) -> Summary:
+    return summarize_runs([Run(tuple(records), steady_interval(records, concurrency), closed=True)])
 
 
 def two_streams() -> list[RequestRecord]:
@@ -25,7 +33,7 @@ def two_streams() -> list[RequestRecord]:
 
 
 def test_percentiles_interpolate_as_computed_by_hand() -> None:
-    values = distribution([5.0, 1.0, 3.0, 2.0, 4.0])
+    values = distribution([Sample.of([[5.0], [1.0, 3.0], [2.0, 4.0]])])
     assert values is not None
     assert (values.count, values.mean, values.p50) == (5, 3.0, 3.0)
     assert values.p95 == pytest.approx(4.8)  # rank 0.95 * 4 = 3.8 lies between 4 and 5
@@ -34,6 +42,7 @@ def test_percentiles_interpolate_as_computed_by_hand() -> None:
 
 def test_distribution_of_nothing_is_none_rather_than_nan() -> None:
     assert distribution([]) is None
+    assert distribution([Sample.of([[], []])]) is None
 
 
 def test_steady_interval_and_rates_equal_the_hand_computed_case() -> None:
@@ -102,3 +111,68 @@ def test_tokens_are_unknown_rather_than_partial_when_one_answer_has_no_usage() -
 def test_rates_are_unknown_when_the_streams_were_never_all_in_flight() -> None:
     summary = summarize([record(0.0, 1.0), record(2.0, 3.0)], 2)
     assert (summary.steady_interval_s, summary.requests_per_s) == (0.0, None)
+
+
+def open_record(due_s: float, ttft_s: float, end_to_end_s: float, **fields: object) -> RequestRecord:
+    times: dict[str, object] = {
+        "chunk_times_s": (due_s + ttft_s, due_s + end_to_end_s),
+        "finished_s": due_s + end_to_end_s,
+        "intended_s": due_s,
+        "output_tokens": 3,
+    }
+    return record(due_s + 0.001, due_s + end_to_end_s, **(times | fields))  # type: ignore[arg-type]
+
+
+def test_latency_counts_from_the_intended_send() -> None:
+    late = RequestRecord(Outcome.COMPLETED, 3.0, 4.0, (3.5,), intended_s=1.0)
+    assert (late.ttft_s, late.end_to_end_s) == (2.5, 3.0)
+
+
+def test_open_loop_rates_are_of_the_window_after_the_warm_up() -> None:
+    records = [open_record(float(at), 0.1, 0.5, warm_up=at < 2) for at in range(10)]
+    window = arrival_window(records, None)
+    assert window == Interval(2.0, 9.0)
+    summary = summarize_runs([Run(tuple(records), window)], SLO(ttft_s=0.2))
+    assert summary.requests == 10
+    assert summary.warm_up_requests == 2
+    # Seven of the eight lie inside from their send (0.001 s after they were due) to their end.
+    assert summary.requests_per_s == pytest.approx(7 / 7)
+    assert summary.output_tokens_per_s == pytest.approx(3 * 7 / 7)
+    assert summary.slo_attainment == 1.0
+    assert summary.ttft_s is not None
+    assert summary.ttft_s.count == 8
+
+
+def test_good_is_completed_within_every_limit() -> None:
+    one = open_record(0.0, 0.1, 0.5)  # (0.5 - 0.1) / 2 = 0.2 s a token
+    assert is_good(one, SLO(ttft_s=0.1, tpot_s=0.2, e2e_s=0.5))
+    assert not is_good(one, SLO(ttft_s=0.09))
+    assert not is_good(one, SLO(tpot_s=0.19))
+    assert not is_good(one, SLO(e2e_s=0.49))
+    assert not is_good(record(0.0, 0.1, Outcome.CUT_OFF, chunk_times_s=(0.05,)), SLO(ttft_s=1))
+
+
+def test_rejected_requests_lower_the_attainment() -> None:
+    records = (open_record(0.0, 0.1, 0.5), record(1.0, 1.1, Outcome.REJECTED, intended_s=1.0))
+    summary = summarize_runs([Run(records, Interval(0.0, 2.0))], SLO(ttft_s=1.0))
+    assert summary.slo_attainment == 0.5
+
+
+@pytest.mark.parametrize(
+    ("tokens", "limit", "text"),
+    [(3, 8, "fewer output tokens than chunks"), (9, 8, "more output tokens than max")],
+)
+def test_usage_that_cannot_be_true_is_named(tokens: int, limit: int, text: str) -> None:
+    chunks = (0.1, 0.2, 0.3, 0.4)
+    one = record(0.0, 1.0, chunk_times_s=chunks, output_tokens=tokens, max_tokens=limit)
+    assert text in (one.contradiction or "")
+    assert record(0.0, 1.0, chunk_times_s=chunks, output_tokens=4, max_tokens=4).contradiction is None
+
+
+def test_lag_is_of_sends_against_the_plan_and_of_the_loops() -> None:
+    records = tuple(record(at + 0.002, at + 1, intended_s=float(at)) for at in range(5))
+    seen = lag([Run(records, None, heartbeat_lags_s=(0.0, 0.004))])
+    assert seen.send_p99 == pytest.approx(0.002)
+    assert seen.loop_p50 == pytest.approx(0.002)
+    assert seen.loop_max == 0.004
+    assert seen.worst_p99() == pytest.approx(0.00396)

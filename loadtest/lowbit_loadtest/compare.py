@@ -1,0 +1,188 @@
+"""Two results side by side: by how much B differs from A, how sure that is, and a verdict. Pure arithmetic.
+
+Runs of one scenario and seed are paired: request i of repetition r was due at the same time and asked the same of both,
+so both are drawn together in the bootstrap, and what made request i slow in both cancels. Runs of different scenarios
+are drawn apart. A difference is a verdict only when its interval excludes zero *and* it is larger than the tolerance;
+"same" needs the whole interval inside the tolerance; everything else is undecided, and more repetitions would help.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from lowbit_core.errors import ConfigError
+from lowbit_loadtest.statistics import Bounds, Sample, bounds_of, request_weights, weighted_statistics
+
+Verdict = Literal["better", "worse", "same", "undecided"]
+DRAWS = 500
+LATENCIES = {"ttft_s": "time to first token", "tpot_s": "time per output token", "e2e_s": "end to end"}
+STATISTICS = ("p50", "p95")
+UNCOMPARED = (
+    "description",
+    "model",
+    "api_key_env",
+    "generator",
+    "timeout_s",
+)  # keys that leave the load the same
+
+Row = dict[str, Any]
+Key = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One metric. `change` is B/A − 1; `interval` is its 95 % interval."""
+
+    metric: str
+    offered_rps: float | None
+    a: float
+    b: float
+    change: float
+    interval: Bounds | None
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Comparison:
+    paired: bool
+    differences: tuple[Difference, ...]
+
+    @property
+    def verdict(self) -> Verdict:
+        """The worst that is certain; "undecided" unless something is."""
+        found = {one.verdict for one in self.differences}
+        order: tuple[Verdict, ...] = ("worse", "undecided", "better", "same")
+        return next((verdict for verdict in order if verdict in found), "undecided")
+
+
+def compare(a: dict[str, Any], b: dict[str, Any], tolerance: float, seed: int = 0) -> Comparison:
+    """Compare two documents of `lowbit loadtest --json`, rate by rate; ConfigError without a rate in common."""
+    paired = load_of(a) == load_of(b)
+    differences: list[Difference] = []
+    for point_a, point_b in _common_points(a, b):
+        differences += _latencies(point_a, point_b, paired, tolerance, seed)
+        differences += _completed(point_a, point_b, paired, tolerance, seed)
+    if not differences:
+        raise ConfigError("the two results have no rate and no completed request in common")
+    return Comparison(paired, tuple(differences))
+
+
+def load_of(document: dict[str, Any]) -> dict[str, Any]:
+    """What a scenario asks of a server: two results with the same can be paired."""
+    return {key: value for key, value in document["scenario"].items() if key not in UNCOMPARED}
+
+
+def _common_points(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[Row, Row]]:
+    if len(a["points"]) == len(b["points"]) == 1:
+        return [(a["points"][0], b["points"][0])]
+    of_b = {point["offered_rps"]: point for point in b["points"]}
+    return [(one, of_b[one["offered_rps"]]) for one in a["points"] if one["offered_rps"] in of_b]
+
+
+def _rows(point: Row) -> dict[Key, Row]:
+    table = point["request_table"]
+    rows = [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
+    return {(row["repetition"], row["index"], row["turn"]): row for row in rows if not row["warm_up"]}
+
+
+def _latencies(a: Row, b: Row, paired: bool, tolerance: float, seed: int) -> list[Difference]:
+    found = []
+    for column, name in LATENCIES.items():
+        samples = _samples(_rows(a), _rows(b), column, paired)
+        if all(sum(sample.values.size for sample in one) for one in samples):
+            for statistic in STATISTICS:
+                change = _changes(samples, statistic, paired, seed)
+                found.append(
+                    _judged(f"{name} {statistic}", a["offered_rps"], *change, tolerance, lower_is_better=True)
+                )
+    return found
+
+
+def _completed(a: Row, b: Row, paired: bool, tolerance: float, seed: int) -> list[Difference]:
+    """The share of requests that completed: a server that drops the slow ones must not look fast."""
+    shares = [
+        {key: row | {"done": float(row["outcome"] == "completed")} for key, row in _rows(point).items()}
+        for point in (a, b)
+    ]
+    samples = _samples(shares[0], shares[1], "done", paired)
+    if not all(sum(sample.values.sum() for sample in one) for one in samples):
+        return []
+    change = _changes(samples, "mean", paired, seed)
+    return [_judged("share completed", a["offered_rps"], *change, tolerance, lower_is_better=False)]
+
+
+def _samples(
+    a: dict[Key, Row], b: dict[Key, Row], column: str, paired: bool
+) -> tuple[list[Sample], list[Sample]]:
+    """One sample a repetition; paired: the requests that have the value in both, in the same order."""
+    if paired:
+        both = {
+            key for key in a.keys() & b.keys() if a[key][column] is not None and b[key][column] is not None
+        }
+        a, b = ({key: one[key] for key in both} for one in (a, b))
+    return _by_repetition(a, column), _by_repetition(b, column)
+
+
+def _by_repetition(rows: dict[Key, Row], column: str) -> list[Sample]:
+    repetitions = sorted({key[0] for key in rows})
+    return [
+        Sample.of(
+            [[rows[key][column]] for key in sorted(rows) if key[0] == one and rows[key][column] is not None]
+        )
+        for one in repetitions
+    ]
+
+
+def _changes(
+    samples: tuple[Sequence[Sample], Sequence[Sample]], statistic: str, paired: bool, seed: int
+) -> tuple[float, float, Bounds | None]:
+    """The statistic of A, of B, and the interval of B/A − 1."""
+    (values_a, order_a), (values_b, order_b) = (_sorted(one) for one in samples)
+    whole_a = weighted_statistics(values_a, np.ones(values_a.size, int))[statistic]
+    whole_b = weighted_statistics(values_b, np.ones(values_b.size, int))[statistic]
+    rng = np.random.default_rng(seed)
+    ratios = []
+    for _ in range(DRAWS):
+        weights_a = request_weights(samples[0], rng)
+        weights_b = weights_a if paired else request_weights(samples[1], rng)
+        if weights_a.any() and weights_b.any():
+            drawn_a = weighted_statistics(values_a, weights_a[order_a])[statistic]
+            drawn_b = weighted_statistics(values_b, weights_b[order_b])[statistic]
+            ratios.append(drawn_b / drawn_a - 1 if drawn_a > 0 else 0.0)
+    return whole_a, whole_b, bounds_of(ratios) if values_a.size > 1 and values_b.size > 1 else None
+
+
+def _sorted(samples: Sequence[Sample]) -> tuple[Any, Any]:
+    values = np.concatenate([sample.values for sample in samples])
+    order = np.argsort(values, kind="stable")
+    return values[order], order
+
+
+def _judged(
+    metric: str,
+    offered_rps: float | None,
+    a: float,
+    b: float,
+    interval: Bounds | None,
+    tolerance: float,
+    lower_is_better: bool,
+) -> Difference:
+    change = b / a - 1 if a > 0 else 0.0
+    return Difference(
+        metric, offered_rps, a, b, change, interval, judge(change, interval, tolerance, lower_is_better)
+    )
+
+
+def judge(change: float, interval: Bounds | None, tolerance: float, lower_is_better: bool) -> Verdict:
+    """The verdict on one relative change."""
+    if interval is None:
+        return "undecided"
+    if -tolerance <= interval.low and interval.high <= tolerance:
+        return "same"
+    higher = interval.low > 0 and change > tolerance
+    lower = interval.high < 0 and change < -tolerance
+    if not higher and not lower:
+        return "undecided"
+    return "better" if lower == lower_is_better else "worse"

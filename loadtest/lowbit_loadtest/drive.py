@@ -1,0 +1,212 @@
+"""Drives one share of a plan in one event loop: sends on time, or in a closed loop, and measures its own lag.
+
+Open loop: a job goes out at its time whether or not earlier ones have ended. Timers of asyncio are up to 1 ms late,
+so the last millisecond before a send is spent in polls of the loop. Every request carries the time at which it was
+due. The lag has two parts: how late requests went out, and how late a heartbeat every 10 ms came, which is how long
+an arriving chunk may have waited before it got its time.
+"""
+
+import asyncio
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+import httpx
+
+from lowbit_loadtest.client import ChatClient, ChatRequest, Clock, Message
+from lowbit_loadtest.plan import Job
+from lowbit_loadtest.records import Outcome, RequestRecord
+from lowbit_loadtest.transport import StreamTransport
+
+HEARTBEAT_S = 0.01
+TIMER_SLACK_S = 0.0012  # epoll rounds up to whole milliseconds
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where requests go. `url` is the server's root, with or without /v1."""
+
+    url: str
+    model: str
+    api_key: str | None = None
+    timeout_s: float = 300.0
+
+
+@dataclass(frozen=True)
+class Share:
+    """One worker's part of a run; `streams` is its part of a closed loop's concurrency, 0 in an open loop."""
+
+    target: Target
+    jobs: tuple[Job, ...]
+    temperature: float = 0.0
+    exact: bool = False
+    streams: int = 0
+    repeats: bool = False
+    length_s: float | None = None
+    think_s: float = 0.0
+    warm_up_requests: int = 0
+    warm_up_s: float = 0.0
+
+
+@dataclass
+class Tally:
+    """What a share has done so far; shown while it runs."""
+
+    in_flight: int = 0
+    outcomes: dict[str, int] = field(default_factory=dict)
+    output_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Driven:
+    """What a share leaves behind. Lags are in seconds; `not_sent` are turns that were planned and never due."""
+
+    records: tuple[RequestRecord, ...]
+    heartbeat_lags_s: tuple[float, ...]
+    not_sent: int
+
+
+NextNumber = Callable[[], int]
+
+
+class Driver:
+    """Runs one share. `next_number` deals the jobs of a closed loop, also over several processes."""
+
+    def __init__(
+        self, share: Share, client: ChatClient, start_s: float, tally: Tally, clock: Clock = time.monotonic
+    ) -> None:
+        self._share = share
+        self._client = client
+        self._start_s = start_s
+        self._tally = tally
+        self._clock = clock
+        self._records: list[RequestRecord] = []
+
+    async def run(self, stop: asyncio.Event, next_number: NextNumber | None = None) -> Driven:
+        """Run to the end, or until `stop` is set: then nothing more is sent and what is in flight is cut off."""
+        lags_s: list[float] = []
+        heartbeat = asyncio.create_task(_heartbeat(lags_s, self._clock))
+        work = asyncio.create_task(
+            self._closed_loop(next_number or itertools.count().__next__)
+            if self._share.streams
+            else self._open_loop()
+        )
+        stopped = asyncio.create_task(stop.wait())
+        await asyncio.wait({work, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        for task in (work, heartbeat, stopped):
+            if not task.done():
+                task.cancel()
+        (failure, *_) = await asyncio.gather(work, heartbeat, stopped, return_exceptions=True)
+        if isinstance(failure, Exception):
+            raise failure
+        return Driven(tuple(self._records), tuple(lags_s), self._not_sent())
+
+    def _not_sent(self) -> int:
+        """Planned turns without a record. A closed loop's jobs belong to all workers: the runner counts them."""
+        if self._share.streams:
+            return 0
+        return sum(len(job.turns) for job in self._share.jobs) - len(self._records)
+
+    async def _open_loop(self) -> None:
+        tasks: set[asyncio.Task[None]] = set()
+        try:
+            for job in self._share.jobs:
+                due_s = self._start_s + (job.at_s or 0.0)
+                await sleep_until(due_s, self._clock)
+                task = asyncio.create_task(self._converse(job, job.index, job.seed, due_s))
+                tasks.add(task)
+                task.add_done_callback(tasks.discard)
+            while tasks:
+                await asyncio.wait(tasks)
+        finally:
+            await _cancel(tasks)
+
+    async def _closed_loop(self, next_number: NextNumber) -> None:
+        await sleep_until(self._start_s, self._clock)
+        tasks = {asyncio.create_task(self._stream(next_number)) for _ in range(self._share.streams)}
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            await _cancel(tasks)
+
+    async def _stream(self, next_number: NextNumber) -> None:
+        for number, job, seed in self._dealt(next_number):
+            await self._converse(job, number, seed, None)
+
+    def _dealt(self, next_number: NextNumber) -> Iterator[tuple[int, Job, int]]:
+        jobs, share = self._share.jobs, self._share
+        seeds = sum(len(job.turns) for job in jobs)
+        while share.length_s is None or self._clock() < self._start_s + share.length_s:
+            number = next_number()
+            if number >= len(jobs) and not share.repeats:
+                return
+            job = jobs[number % len(jobs)]
+            yield number, job, job.seed + seeds * (number // len(jobs))
+
+    async def _converse(self, job: Job, number: int, seed: int, due_s: float | None) -> None:
+        """The job's turns, each due `think_s` after the answer before it; it ends with the first that fails."""
+        messages: tuple[Message, ...] = ()
+        for position, turn in enumerate(job.turns):
+            if due_s is not None and position:
+                await sleep_until(due_s, self._clock)
+            messages += turn.messages
+            more = position + 1 < len(job.turns)
+            request = ChatRequest(
+                messages, turn.max_tokens, self._share.temperature, seed + position, self._share.exact, more,
+                number, position,
+            )  # fmt: skip
+            record = await self._send(request, due_s)
+            if record.outcome is not Outcome.COMPLETED:
+                return
+            messages += ({"role": "assistant", "content": record.text},)
+            due_s = record.ended_s + self._share.think_s
+
+    async def _send(self, request: ChatRequest, due_s: float | None) -> RequestRecord:
+        self._tally.in_flight += 1
+        record = await self._client.complete(request, self._share.target.model, due_s)
+        self._tally.in_flight -= 1
+        share = self._share
+        early = record.due_s < self._start_s + share.warm_up_s or request.index < share.warm_up_requests
+        kept = replace(record, warm_up=early, text="")
+        self._records.append(kept)
+        self._tally.outcomes[kept.outcome.value] = self._tally.outcomes.get(kept.outcome.value, 0) + 1
+        self._tally.output_tokens += kept.output_tokens or 0
+        return record
+
+
+async def sleep_until(due_s: float, clock: Clock = time.monotonic) -> None:
+    """Wake at `due_s`, not up to a timer tick later."""
+    if (left_s := due_s - clock()) > TIMER_SLACK_S:
+        await asyncio.sleep(left_s - TIMER_SLACK_S)
+    while clock() < due_s:
+        await asyncio.sleep(0)
+
+
+async def _heartbeat(lags_s: list[float], clock: Clock) -> None:
+    """How late the event loop comes to things: a timer's lateness beyond the clock's own tick."""
+    while True:
+        due_s = clock() + HEARTBEAT_S
+        await asyncio.sleep(HEARTBEAT_S)
+        lags_s.append(max(0.0, clock() - due_s))
+
+
+async def _cancel(tasks: set[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def open_http(target: Target, transport: httpx.AsyncBaseTransport | None = None) -> httpx.AsyncClient:
+    """A client whose base URL ends with /v1/.
+
+    The transport is ours, so that no proxy of the environment is measured too; connections are never bounded,
+    because a bound would be a queue inside the generator.
+    """
+    return httpx.AsyncClient(
+        base_url=f"{target.url.rstrip('/').removesuffix('/v1')}/v1/",
+        headers={"Accept-Encoding": "identity"}
+        | ({"Authorization": f"Bearer {target.api_key}"} if target.api_key else {}),
+        timeout=None,  # each request has one deadline, which the client holds
+        transport=transport or StreamTransport(),
+    )

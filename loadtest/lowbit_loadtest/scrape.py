@@ -1,0 +1,133 @@
+"""The server's own metrics beside ours: scraped from /metrics once a second, if the server has it.
+
+Counters give what the server did during the run; gauges their mean and maximum. Several labels are added up, except
+shares, of which the largest counts. The scraper has its own thread in the parent process, away from the clocks.
+"""
+
+import re
+import threading
+from collections import defaultdict
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import numpy as np
+
+from lowbit_loadtest.drive import Target
+from lowbit_loadtest.records import Outcome, RequestRecord
+
+COUNTERS = {
+    "vllm:prompt_tokens_total": "prompt_tokens",
+    "vllm:generation_tokens_total": "generation_tokens",
+    "vllm:num_preemptions_total": "preemptions",
+    "vllm:prefix_cache_queries_total": "prefix_cache_queries_tokens",
+    "vllm:prefix_cache_hits_total": "prefix_cache_hits_tokens",
+}
+GAUGES = {
+    "vllm:num_requests_running": "requests_running",
+    "vllm:num_requests_waiting": "requests_waiting",
+    "vllm:kv_cache_usage_perc": "kv_cache_usage",
+    "lowbit_generation_tokens_per_second": "generation_tokens_per_s",
+    "lowbit_prompt_tokens_per_second": "prompt_tokens_per_s",
+    "lowbit_requests_active": "requests_active",
+}
+SHARES = ("kv_cache_usage",)
+MEMORY = "lowbit_memory_bytes"
+_LINE = re.compile(r"^([A-Za-z_:][\w:]*)(\{.*\})? (\S+)")
+_COMPONENT = re.compile(r'component="([^"]*)"')
+
+Values = dict[str, float]
+
+
+def parse_metrics(text: str) -> Values:
+    """The metrics above, by our short names; what a server does not have is absent."""
+    found: defaultdict[str, float] = defaultdict(float)
+    for line in text.splitlines():
+        match = _LINE.match(line)
+        if match is None:
+            continue
+        name, labels, number = match[1], match[2] or "", float(match[3])
+        short = COUNTERS.get(name) or GAUGES.get(name)
+        if name == MEMORY and (component := _COMPONENT.search(labels)):
+            short = f"memory_{component[1]}_bytes"
+        if short is not None:
+            found[short] = max(found[short], number) if short in SHARES else found[short] + number
+    return dict(found)
+
+
+class Scraper:
+    """Context manager: samples before, every `every_s` during, and after a run."""
+
+    def __init__(self, target: Target, every_s: float = 1.0) -> None:
+        root = target.url.rstrip("/").removesuffix("/v1")
+        headers = {"Authorization": f"Bearer {target.api_key}"} if target.api_key else {}
+        self._http = httpx.Client(base_url=root, headers=headers, timeout=5.0, trust_env=False)
+        self._every_s = every_s
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._loop, daemon=True)
+        self.samples: list[Values] = []
+
+    def __enter__(self) -> "Scraper":
+        if self._scrape():
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+            self._scrape()
+        self._http.close()
+
+    def _loop(self) -> None:
+        while not self._stop.wait(self._every_s):
+            self._scrape()
+
+    def _scrape(self) -> bool:
+        with suppress(httpx.HTTPError, OSError, ValueError):
+            response = self._http.get("/metrics")
+            if response.status_code == httpx.codes.OK and (values := parse_metrics(response.text)):
+                self.samples.append(values)
+                return True
+        return False
+
+    def summary(self) -> dict[str, Any] | None:
+        """Counters as increases over the run, gauges as mean and max; None without two samples."""
+        if len(self.samples) < 2:
+            return None
+        first, last = self.samples[0], self.samples[-1]
+        result: dict[str, Any] = {}
+        for name in last:
+            series = [sample[name] for sample in self.samples if name in sample]
+            if name in COUNTERS.values():
+                result[name] = last[name] - first.get(name, 0.0)
+            else:
+                result[name] = {"mean": float(np.mean(series)), "max": float(np.max(series))}
+        return result
+
+
+@dataclass(frozen=True)
+class UsageCheck:
+    """The answers' usage against the server's counters; `agrees` is None where that cannot be decided."""
+
+    usage_tokens: int
+    counter_tokens: int
+    agrees: bool | None
+
+
+def check_usage(server: dict[str, Any] | None, records: list[RequestRecord]) -> UsageCheck | None:
+    """Output tokens claimed in `usage` and counted in /metrics; None without that counter.
+
+    Equal when every request completed with usage. Requests that ended otherwise have tokens that only the counter
+    knows: then the counter must not be below the claims, and more cannot be said.
+    """
+    if server is None or "generation_tokens" not in server:
+        return None
+    claimed = sum(record.output_tokens or 0 for record in records)
+    counted = round(server["generation_tokens"])
+    whole = all(
+        record.outcome is Outcome.COMPLETED and record.output_tokens is not None for record in records
+    )
+    agrees: bool | None = claimed == counted if whole else (False if counted < claimed else None)
+    return UsageCheck(claimed, counted, agrees)

@@ -1,0 +1,133 @@
+"""`lowbit compare`: verdicts on runs whose difference is known, what is refused, and exit statuses."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lowbit_core.errors import ConfigError
+from lowbit_loadtest.compare import compare, judge
+from lowbit_loadtest.compare_cli import command
+from lowbit_loadtest.report import REQUEST_COLUMNS
+from lowbit_loadtest.statistics import Bounds
+
+
+def document(
+    factor: float = 1.0, noise_seed: int = 0, requests: int = 300, **scenario: Any
+) -> dict[str, Any]:
+    """A made-up result: latencies are lognormal and the same for every document, apart from factor and 2 % noise."""
+    common = np.random.default_rng(9).lognormal(-2, 0.7, (2, requests))
+    noise = np.random.default_rng(noise_seed).normal(1, 0.02, (2, requests))
+    ttft_s = common * factor * noise
+    rows = []
+    for repetition, index in np.ndindex(2, requests):
+        ttft = float(ttft_s[repetition, index])
+        values = {
+            "repetition": repetition,
+            "index": index,
+            "turn": 0,
+            "warm_up": index < 5,
+            "outcome": "completed",
+        }
+        values |= {"ttft_s": ttft, "tpot_s": ttft / 10, "e2e_s": ttft * 2}
+        rows.append([values.get(column) for column in REQUEST_COLUMNS])
+    point = {"offered_rps": 4.0, "request_table": {"columns": list(REQUEST_COLUMNS), "rows": rows}}
+    head = {"kind": "lowbit.loadtest", "format_version": 2, "valid": True, "invalid_because": []}
+    return head | {"scenario": {"seed": 0, "model": "a", **scenario}, "points": [point]}
+
+
+def verdicts(a: dict[str, Any], b: dict[str, Any], tolerance: float = 0.05) -> set[str]:
+    return {one.verdict for one in compare(a, b, tolerance).differences if one.metric != "share completed"}
+
+
+def test_twenty_percent_more_is_worse_and_less_is_better() -> None:
+    assert verdicts(document(), document(1.2, 1)) == {"worse"}
+    assert verdicts(document(), document(0.8, 1)) == {"better"}
+
+
+def test_the_same_is_the_same_when_paired_and_undecided_when_not() -> None:
+    """Pairing cancels what makes a request slow in both: a lognormal spread of 0.7 against 2 % noise."""
+    paired = compare(document(), document(1.0, 1, model="b"), 0.05)
+    assert paired.paired
+    assert paired.verdict == "same"
+    apart = compare(document(), document(1.0, 1, seed=1), 0.05)
+    assert not apart.paired
+    assert apart.verdict == "undecided"
+
+
+def test_intervals_hold_the_true_change() -> None:
+    for one in compare(document(), document(1.1, 3), 0.05).differences[:6]:
+        assert one.interval is not None
+        assert one.interval.low <= 0.1 <= one.interval.high or abs(one.change - 0.1) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("change", "low", "high", "verdict"),
+    [
+        (0.2, 0.1, 0.3, "worse"),
+        (-0.2, -0.3, -0.1, "better"),
+        (0.2, -0.1, 0.4, "undecided"),
+        (0.03, 0.02, 0.04, "same"),
+        (0.04, 0.01, 0.07, "undecided"),
+    ],
+)
+def test_a_verdict_needs_an_interval_without_zero_and_more_than_the_tolerance(
+    change: float, low: float, high: float, verdict: str
+) -> None:
+    assert judge(change, Bounds(low, high), 0.05, lower_is_better=True) == verdict
+    swapped = {"worse": "better", "better": "worse"}.get(verdict, verdict)
+    assert judge(change, Bounds(low, high), 0.05, lower_is_better=False) == swapped
+    assert judge(change, None, 0.05, lower_is_better=True) == "undecided"
+
+
+def test_a_server_that_drops_requests_is_worse_however_fast() -> None:
+    dropping = document(0.5, 1)
+    rows = dropping["points"][0]["request_table"]["rows"]
+    for row in rows[::4]:
+        row[REQUEST_COLUMNS.index("outcome")] = "rejected"
+        for column in ("ttft_s", "tpot_s", "e2e_s"):
+            row[REQUEST_COLUMNS.index(column)] = None
+    comparison = compare(document(), dropping, 0.05)
+    assert comparison.verdict == "worse"
+    assert [one.metric for one in comparison.differences if one.verdict == "worse"] == ["share completed"]
+
+
+def lowbit_compare(tmp_path: Path, a: object, b: object, *flags: str) -> int:
+    paths = []
+    for name, one in (("a.json", a), ("b.json", b)):
+        paths.append(tmp_path / name)
+        paths[-1].write_text(one if isinstance(one, str) else json.dumps(one))
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return command.run(parser.parse_args([*map(str, paths), *flags]))
+
+
+def test_exit_status_is_for_ci(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert lowbit_compare(tmp_path, document(), document(1.0, 1)) == 0
+    assert lowbit_compare(tmp_path, document(), document(1.2, 1)) == 1
+    assert lowbit_compare(tmp_path, document(), document(1.2, 1), "--tolerance", "0.5") == 0
+    assert lowbit_compare(tmp_path, document(), document(1.0, 1, seed=1)) == 0
+    assert lowbit_compare(tmp_path, document(), document(1.0, 1, seed=1), "--strict") == 1
+    assert json.loads(capsys.readouterr().out.splitlines()[1])["verdict"] == "worse"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "other"}, "b.json is not a result of lowbit loadtest"),
+        ({"format_version": 1}, "has format 1"),
+        ({"valid": False, "invalid_because": ["sends were late"]}, r"is invalid \(sends were late\)"),
+        ({"points": [{"offered_rps": 4.0}]}, "has no requests; give the file that --json wrote"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        lowbit_compare(tmp_path, document(), document() | changes)
+
+
+def test_an_invalid_run_is_compared_only_on_request(tmp_path: Path) -> None:
+    invalid = document(1.2, 1) | {"valid": False, "invalid_because": ["sends were late"]}
+    assert lowbit_compare(tmp_path, document(), invalid, "--allow-invalid") == 1
