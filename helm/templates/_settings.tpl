@@ -1,0 +1,30 @@
+{{/* Every LOWBIT_ variable of the server: `server`, flag by flag, and what follows from other values. */}}
+{{- define "lowbit.settings" -}}
+LOWBIT_DIR: {{ list "/checkpoint" .Values.checkpoint.path | compact | join "/" | quote }}
+LOWBIT_HOST: "0.0.0.0"
+LOWBIT_PORT: "8000"
+LOWBIT_TENSOR_PARALLEL_SIZE: {{ max 1 (int .Values.gpu.count) | quote }}
+{{- if include "lowbit.keysSecret" . }}
+LOWBIT_API_KEYS: {{ printf "/etc/lowbit/keys/%s" (ternary "keys.yaml" .Values.apiKeys.key (gt (len .Values.apiKeys.entries) 0)) }}
+{{- end }}
+{{- if .Values.tls.existingSecret }}
+LOWBIT_SSL_CERTFILE: /etc/lowbit/tls/tls.crt
+LOWBIT_SSL_KEYFILE: /etc/lowbit/tls/tls.key
+{{- end }}
+{{- range $name, $value := .Values.server }}
+{{- if not (or (kindIs "invalid" $value) (eq (toString $value) "") (and (kindIs "slice" $value) (not $value))) }}
+LOWBIT_{{ snakecase $name | upper }}: {{ include "lowbit.setting" $value | quote }}
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{/* Numbers of YAML are floats in Helm: 1048576 must not become 1.048576e+06. */}}
+{{- define "lowbit.setting" -}}
+{{- if kindIs "slice" . -}}
+{{- join "," . -}}
+{{- else if and (kindIs "float64" .) (eq (floor .) .) -}}
+{{- int64 . -}}
+{{- else -}}
+{{- toString . -}}
+{{- end -}}
+{{- end -}}
