@@ -9,7 +9,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-VERSIONED = ("torch", "transformers", "compressed-tensors", "numpy", "llmcompressor", "lowbit")
+VERSIONED = (
+    "torch",
+    "transformers",
+    "compressed-tensors",
+    "numpy",
+    "llmcompressor",
+    "lowbit",
+    "autoawq",
+    "auto-gptq",
+    "gptqmodel",
+    "optimum",
+)
 
 
 def sha256(paths: Sequence[Path]) -> str:
@@ -25,7 +36,7 @@ def versions(python: Path) -> dict[str, str]:
     """Installed versions in one environment, and its Python's."""
     script = (
         "import importlib.metadata as m, json, platform, sys\n"
-        "names = {d.metadata['Name'].lower(): d.version for d in m.distributions()}\n"
+        "names = {d.metadata['Name'].lower().replace('_', '-'): d.version for d in m.distributions()}\n"
         "found = {n: names[n] for n in sys.argv[1:] if n in names}\n"
         "print(json.dumps({'python': platform.python_version(), **found}))"
     )

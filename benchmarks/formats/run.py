@@ -1,0 +1,166 @@
+"""AutoAWQ's and AutoGPTQ's formats read by the tools they come from: bit-equal weights, and transformers' answer.
+
+    python -m benchmarks.formats.run --out benchmarks/formats/results/NAME.json
+
+Each case is quantized twice by Lowbit, in the case's format and in the default one. The twin's weights, dequantized
+by the compressed-tensors package, are the reference for what the tool unpacks from the case's files. Each tool has
+its own environment under `--work`, made once and reused. The standard library suffices here.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quantizers.provenance import hardware, revision, sha256, versions
+
+HERE = Path(__file__).resolve().parent
+REPOSITORY = HERE.parents[1]
+RECIPE = "awq-g64"
+PROMPT = "What is the capital of France?"
+# Lists of pip's arguments, installed one after the other.
+PACKAGES: dict[str, tuple[tuple[str, ...], ...]] = {
+    "autoawq": (("torch==2.13.0", "transformers==4.51.3", "autoawq==0.2.9"),),
+    "autogptq": (("torch==2.13.0", "transformers==4.47.1", "peft==0.13.2", "auto-gptq==0.7.1"),),
+    # GPTQModel asks for a newer torch and transformers than vLLM 0.32 pins, and runs on these.
+    "gptqmodel": (
+        ("torch==2.13.0", "transformers==5.19.0", "accelerate>=1.10,<2", "optimum==2.3.0"),
+        ("torch==2.13.0", "transformers==5.19.0", "compressed-tensors==0.17.0", "logbar", "tokenicer"),
+        ("torch==2.13.0", "device-smi", "threadpoolctl", "pypcre", "defuser", "datasets", "pillow"),
+        ("torch==2.13.0", "protobuf", "requests", "torchao", "dill"),
+        ("--no-deps", "--no-build-isolation", "gptqmodel==7.7.0"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One recipe in one of the older formats, and the tool that comes with it."""
+
+    name: str
+    tool: str
+    settings: tuple[str, ...]
+
+
+CASES = (
+    Case("awq-4", "autoawq", ("weights.method=awq", "format=autoawq")),
+    Case("rtn-4-asymmetric", "autoawq", ("weights.method=rtn", "weights.symmetric=false", "format=autoawq")),
+    Case("gptq-4", "autogptq", ("weights.method=gptq", "format=autogptq")),
+    Case("rtn-8", "autogptq", ("weights.method=rtn", "weights.bits=8", "format=autogptq")),
+)
+
+
+def environment(tool: str, work: Path) -> Path:
+    """The Python of a tool's environment under `work`; made at the first call, then reused."""
+    home = work / f"venv-{tool}"
+    python, stamp, wanted = (
+        home / "bin" / "python",
+        home / "lowbit-benchmark.json",
+        json.dumps(PACKAGES[tool]),
+    )
+    if not stamp.exists() or stamp.read_text(encoding="utf-8") != wanted:
+        subprocess.run([sys.executable, "-m", "venv", home], check=True)
+        for packages in PACKAGES[tool]:
+            subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
+        stamp.write_text(wanted, encoding="utf-8")
+    return python
+
+
+def quantized(
+    lowbit: Path, model: Path, out: Path, settings: tuple[str, ...], common: tuple[str, ...]
+) -> Path:
+    """A checkpoint of `model` by Lowbit; a finished one of the same recipe is reused."""
+    options = [word for setting in (*common, *settings) for word in ("--set", setting)]
+    command = [lowbit.parent / "lowbit", "quantize", "--model", model, "--recipe", RECIPE, "--out", out]
+    subprocess.run([*command, *options], check=True, stdout=subprocess.DEVNULL, env=quiet())
+    return out
+
+
+def answer(python: Path, script: str, *arguments: str | Path) -> dict[str, Any]:
+    """The JSON object in the last line of a script of this folder."""
+    run = subprocess.run(
+        [python, HERE / script, *arguments], check=True, stdout=subprocess.PIPE, text=True, env=quiet()
+    )
+    return dict(json.loads(run.stdout.splitlines()[-1]))
+
+
+def quiet() -> dict[str, str]:
+    settings = {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return {**os.environ, **settings, "GPTQMODEL_CPU_WORKERS": "2", "OMP_NUM_THREADS": str(os.cpu_count())}
+
+
+def examined(case: Case, lowbit: Path, model: Path, work: Path, common: tuple[str, ...]) -> dict[str, Any]:
+    """Quantize a case and its twin, unpack with the case's tool, and open with transformers."""
+    checkpoint = quantized(lowbit, model, work / case.name, case.settings, common)
+    twin_settings = (*case.settings, "format=compressed-tensors")
+    twin = quantized(lowbit, model, work / f"{case.name}-twin", twin_settings, common)
+    reference = work / f"{case.name}.safetensors"
+    subprocess.run([lowbit, HERE / "reference.py", "--checkpoint", twin, "--out", reference], check=True)
+    files = ("--checkpoint", checkpoint, "--reference", reference)
+    found: dict[str, Any] = {"case": case.name, "tool": case.tool, "settings": case.settings}
+    found["unpacked"] = answer(environment(case.tool, work), f"unpack_{case.tool}.py", *files)
+    reference.unlink()
+    both = ("--checkpoint", checkpoint, "--twin", twin, "--prompt", PROMPT)
+    found["transformers"] = answer(environment("gptqmodel", work), "load_transformers.py", *both)
+    return found
+
+
+def finished(out: Path) -> list[dict[str, Any]]:
+    """The cases that an earlier call has left in the result."""
+    return list(json.loads(out.read_text(encoding="utf-8"))["cases"]) if out.exists() else []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--work", type=Path, default=Path(".bench/formats"), help="environments and outputs")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="JSON file; cases that it holds are not run again"
+    )
+    parser.add_argument("--model", type=Path, required=True, help="base model directory")
+    parser.add_argument(
+        "--lowbit-python", type=Path, required=True, help="an environment with lowbit[quantize]"
+    )
+    parser.add_argument("--sequences", type=int, default=2, help="calibration sequences of 512 tokens")
+    arguments = parser.parse_args()
+    work, lowbit, model = (
+        arguments.work.resolve(),
+        arguments.lowbit_python.absolute(),
+        arguments.model.resolve(),
+    )
+    work.mkdir(parents=True, exist_ok=True)
+    common = (f"calibration.sequences={arguments.sequences}", "quality.sequences=2", "kv_cache.dtype=none")
+    facts = {
+        "hardware": hardware(),
+        "model": model.name,
+        "model_sha256": sha256(sorted(model.glob("*.safetensors"))),
+        "recipe": {"name": RECIPE, "settings": common},
+    }
+    cases = finished(arguments.out)
+    for case in CASES:
+        if case.name in {done["case"] for done in cases}:
+            continue
+        started_from = revision(REPOSITORY)
+        found = examined(case, lowbit, model, work, common)
+        tools = {tool: versions(environment(tool, work)) for tool in (case.tool, "gptqmodel")}
+        date = datetime.datetime.now(datetime.UTC).date().isoformat()
+        where = {
+            "date": date,
+            "git_revision": started_from,
+            "versions": {**tools, "lowbit": versions(lowbit)},
+        }
+        cases.append({**found, **where})
+        arguments.out.write_text(json.dumps({**facts, "cases": cases}, indent=2) + "\n", encoding="utf-8")
+        print(json.dumps(found), file=sys.stderr, flush=True)
+    counts = [case["unpacked"] for case in cases]
+    if any(count["float32_different"] or count["float16_different"] for count in counts):
+        raise SystemExit("some weights differ; see the result")
+    print(f"{sum(count['weights'] for count in counts):,} weights in {len(cases)} cases, all bit-equal")
+
+
+if __name__ == "__main__":
+    main()
