@@ -32,6 +32,18 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="write no checkpoint: compare all criteria for pruning experts (default FILE: experts-report.json)",
     )
+    parser.add_argument(
+        "--fresh",
+        action="store_true",
+        help="start over: remove what --out holds of an earlier run of this command",
+    )
+    parser.add_argument(
+        "--stream-memory-gib",
+        type=float,
+        default=4.0,
+        metavar="N",
+        help="hidden states beyond this go to files in --out (default 4); it changes no result",
+    )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument(
         "--calibration", metavar="SOURCE", help="text: default, FILE.jsonl, FILE.txt, hub:DATASET"
@@ -61,7 +73,14 @@ def _run(arguments: argparse.Namespace) -> int:
         return _report(arguments.model, recipe, arguments.experts_report, device)
     from lowbit_quantize.pipeline import quantize
 
-    manifest = quantize(arguments.model, recipe, arguments.out, device)
+    manifest = quantize(
+        arguments.model,
+        recipe,
+        arguments.out,
+        device,
+        fresh=arguments.fresh,
+        stream_memory_bytes=int(arguments.stream_memory_gib * 2**30),
+    )
     sys.stdout.write(json.dumps(summary(manifest, arguments.out)) + "\n")
     if not manifest.gate.accepted:
         sys.stderr.write(f"lowbit: rejected by its quality gate: {'; '.join(manifest.gate.reasons)}\n")

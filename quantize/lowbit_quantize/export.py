@@ -6,22 +6,23 @@ others are in `formats.py`. A tensor that is not finite is refused here, whateve
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lowbit_core.errors import NumericsError
 from lowbit_quantize.compress import CompressedLinear
+from lowbit_quantize.durable import write_tensors
 from lowbit_quantize.grid import SCALE_DTYPE, Rounded
+from lowbit_quantize.journal import ShardRecord, recorded
 from lowbit_quantize.kv_scales import KVScales
 from lowbit_quantize.recipe import Recipe
-from lowbit_quantize.source import INDEX_NAME
+from lowbit_quantize.source import INDEX_NAME, is_finite
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -40,31 +41,38 @@ TOKENIZER_FILES = (
 class CheckpointWriter:
     """Writes shards as the walk produces them and the index and configuration at the end."""
 
-    def __init__(self, directory: Path, shards: int) -> None:
-        self.directory, self._shards = directory, shards
-        self._file_of: dict[str, str] = {}
-        self._bytes = 0
-        self._written = 0
+    def __init__(self, directory: Path, shards: int, scratch: Path | None = None) -> None:
+        """`scratch` is where files are until they are whole, on the disk of `directory`."""
+        self.directory, self._shards, self._scratch = directory, shards, scratch or directory
+        self._written: list[ShardRecord] = []
 
-    def write_shard(self, tensors: Mapping[str, Tensor]) -> None:
+    def write_shard(self, tensors: Mapping[str, Tensor]) -> ShardRecord | None:
         """Write one shard; raises NumericsError on a tensor that is not finite."""
         for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            if tensor.is_floating_point() and not is_finite(tensor):
                 raise NumericsError(f"the tensor {name} is not finite; it is not written")
-        self._written += 1
-        file = f"model-{self._written:05d}-of-{self._shards:05d}.safetensors"
-        contiguous = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-        save_file(contiguous, self.directory / file, metadata={"format": "pt"})
-        (self.directory / file).chmod(0o644)  # safetensors leaves 0600; a container's user must read it
-        self._file_of.update(dict.fromkeys(contiguous, file))
-        self._bytes += sum(tensor.numel() * tensor.element_size() for tensor in contiguous.values())
+        file = f"model-{len(self._written) + 1:05d}-of-{self._shards:05d}.safetensors"
+        write_tensors(self.directory / file, tensors, self._scratch)
+        record = ShardRecord(
+            file=file,
+            written=recorded(self.directory / file),
+            tensors=list(tensors),
+            tensor_bytes=_bytes(tensors),
+        )
+        self._written.append(record)
+        return record
+
+    def adopt(self, shards: Iterable[ShardRecord]) -> None:
+        """Go on after shards that an earlier process wrote."""
+        self._written += shards
 
     def finish(self, base: Path, config: Mapping[str, Any], tool_file: str | None = None) -> None:
         """Write the index, config.json, and the base model's tokenizer and generation files.
 
         `tool_file` gets a copy of the quantization configuration.
         """
-        index = {"metadata": {"total_size": self._bytes}, "weight_map": dict(sorted(self._file_of.items()))}
+        file_of = {name: shard.file for shard in self._written for name in shard.tensors}
+        index = {"metadata": {"total_size": self.tensor_bytes}, "weight_map": dict(sorted(file_of.items()))}
         _write_json(self.directory / INDEX_NAME, index)
         _write_json(self.directory / "config.json", config)
         if tool_file:
@@ -75,7 +83,7 @@ class CheckpointWriter:
 
     @property
     def tensor_bytes(self) -> int:
-        return self._bytes
+        return sum(shard.tensor_bytes for shard in self._written)
 
 
 class NothingWritten(CheckpointWriter):
@@ -83,9 +91,14 @@ class NothingWritten(CheckpointWriter):
 
     def __init__(self) -> None:
         super().__init__(Path(), 0)
+        self._bytes = 0
+
+    @property
+    def tensor_bytes(self) -> int:
+        return self._bytes
 
     def write_shard(self, tensors: Mapping[str, Tensor]) -> None:
-        self._bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        self._bytes += _bytes(tensors)
 
     def finish(self, base: Path, config: Mapping[str, Any], tool_file: str | None = None) -> None:
         pass
@@ -172,6 +185,10 @@ def read_plain_experts(quantization: dict[str, Any]) -> None:
     weights = QuantizationArgs(num_bits=8, type="float", symmetric=True, strategy="channel")
     scheme = QuantizationScheme(targets=["re:^no_module_has_this_name[.]experts$"], weights=weights)
     quantization["config_groups"]["plain_experts"] = json.loads(scheme.model_dump_json())
+
+
+def _bytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:

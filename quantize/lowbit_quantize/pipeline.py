@@ -6,6 +6,7 @@ on held-out and on calibration text. Each layer is observed on what the compress
 
 import copy
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from lowbit_core.log import get_logger
 from lowbit_core.manifest import (
+    KVLayerRecord,
     Manifest,
     ModuleRecord,
     QualityRecord,
@@ -24,6 +26,7 @@ from lowbit_quantize import quality
 from lowbit_quantize.attention import attention_seen_by
 from lowbit_quantize.calibration import TokenText, load_texts
 from lowbit_quantize.compress import CompressedLayer, CompressedLinear, compress_layer
+from lowbit_quantize.durable import move
 from lowbit_quantize.expert_pruning import ExpertStatistics, Pruning, prune_layer, routing_of
 from lowbit_quantize.export import (
     CheckpointWriter,
@@ -34,10 +37,12 @@ from lowbit_quantize.export import (
 )
 from lowbit_quantize.formats import FORMATS
 from lowbit_quantize.grid import GridSpec
+from lowbit_quantize.identity import identity_of
+from lowbit_quantize.journal import Conclusion, Journal, LayerRecord
 from lowbit_quantize.kv_scales import UNIT_SCALES, KVScales, calibrated_scales
 from lowbit_quantize.memory import return_freed_memory
 from lowbit_quantize.observe import KeyValueReach, LayerStatistics, Sample
-from lowbit_quantize.output import UNPACKED, check_disk, finished_before, refuse_foreign, run_in
+from lowbit_quantize.output import RunDirectory, check_disk, finished_before, refuse_foreign, run_in
 from lowbit_quantize.plan import Plan, check_weights, make_plan
 from lowbit_quantize.progress import track
 from lowbit_quantize.recipe import Recipe
@@ -45,12 +50,25 @@ from lowbit_quantize.record import Clock, manifest_of
 from lowbit_quantize.router_distillation import SAMPLE_TOKENS, bounded, distill_router
 from lowbit_quantize.source import ModelReference, WeightFiles, fetch_weights, find_model, unpack_gguf
 from lowbit_quantize.stream import Decoder
+from lowbit_quantize.streams import MEMORY_BYTES, Streams
 
 log = get_logger("quantize")
 
 
-def quantize(model: str, recipe: Recipe, out: Path, device: torch.device) -> Manifest:
-    """Quantize `model` into `out` and return the manifest that was written; an identical finished run is reused."""
+def quantize(
+    model: str,
+    recipe: Recipe,
+    out: Path,
+    device: torch.device,
+    *,
+    fresh: bool = False,
+    stream_memory_bytes: int = MEMORY_BYTES,
+) -> Manifest:
+    """Quantize `model` into `out` and return the manifest that was written.
+
+    An identical finished run is reused, an identical unfinished one is gone on with, unless `fresh`. Streams of
+    hidden states beyond `stream_memory_bytes` are files.
+    """
     clock = Clock()
     reference = find_model(model)
     plan = make_plan(reference, recipe)
@@ -59,15 +77,15 @@ def quantize(model: str, recipe: Recipe, out: Path, device: torch.device) -> Man
     fetch_weights(reference)
     if reference.kind != "gguf":
         check_weights(plan, WeightFiles(reference.path))
-    fingerprint = _fingerprint(plan, *texts)
-    if finished := finished_before(out, fingerprint):
+    identity = identity_of(plan, *texts, device)
+    if not fresh and (finished := finished_before(out, identity)):
         log.info("%s already holds this very checkpoint; nothing to do", out)
         return finished
     check_disk(out, plan.disk_bytes)
-    with run_in(out, fingerprint):
-        weights = WeightFiles(_unpacked(reference, out) if reference.kind == "gguf" else reference.path)
+    with run_in(out, identity, fresh=fresh) as run:
+        weights = WeightFiles(_unpacked(reference, run) if reference.kind == "gguf" else reference.path)
         decoder = Decoder(reference.config, plan.architecture, weights, device, plan.skeleton)
-        walk, measured = _walk(decoder, plan, texts, out)
+        walk, measured = _walk(decoder, plan, texts, run, stream_memory_bytes)
         walk.write_rest()
         manifest = manifest_of(walk, measured, clock, out)
         write_manifest(out, manifest)
@@ -75,25 +93,36 @@ def quantize(model: str, recipe: Recipe, out: Path, device: torch.device) -> Man
 
 
 def _walk(
-    decoder: Decoder, plan: Plan, texts: tuple[TokenText, TokenText], out: Path
+    decoder: Decoder, plan: Plan, texts: tuple[TokenText, TokenText], run: RunDirectory, memory_bytes: int
 ) -> tuple["Walk", QualityRecord]:
-    """The walk whose shards lie in `out`, and its quality; routers are distilled if that lowers held-out KL."""
+    """The walk whose shards lie in the output, and its quality; routers are distilled if that lowers held-out KL."""
 
-    def walked(writer: CheckpointWriter, *, distill: bool) -> tuple[Walk, QualityRecord]:
-        walk = Walk(decoder, plan, *texts, writer, distill=distill)
+    def walked(name: str, *, distill: bool = False, trial: bool = False) -> tuple[Walk, QualityRecord]:
+        writer = (
+            NothingWritten() if trial else CheckpointWriter(run.out, decoder.depth + 1, scratch=run.scratch)
+        )
+        walk = Walk(
+            decoder,
+            plan,
+            *texts,
+            writer,
+            distill=distill,
+            journal=run.journal(name),
+            stream_memory_bytes=memory_bytes,
+        )
         walk.run()
         return walk, walk.quality()
 
     if not plan.recipe.experts.router_distillation:
-        return walked(CheckpointWriter(out, decoder.depth + 1), distill=False)
-    without = walked(NothingWritten(), distill=False)[1].mean_kld
-    walk, measured = walked(CheckpointWriter(out, decoder.depth + 1), distill=True)
+        return walked("walk")
+    without = walked("trial", trial=True)[1].mean_kld
+    walk, measured = walked("distilled", distill=True)
     record = RouterDistillationRecord(
         kept=measured.mean_kld < without, kld_without=without, kld_with=measured.mean_kld
     )
     log.info("router distillation: mean KL %.4g with, %.4g without", record.kld_with, record.kld_without)
     if not record.kept:
-        walk, measured = walked(CheckpointWriter(out, decoder.depth + 1), distill=False)
+        walk, measured = walked("undistilled")
     walk.router_distillation = record
     return walk, measured
 
@@ -110,13 +139,15 @@ class Walk:
         writer: CheckpointWriter,
         *,
         distill: bool = False,
+        journal: Journal | None = None,
+        stream_memory_bytes: int = MEMORY_BYTES,
     ) -> None:
+        """Without a `journal` nothing is kept on disk but what `writer` writes."""
         self.decoder, self.plan, self.recipe, self.writer = decoder, plan, plan.recipe, writer
         self.format = FORMATS[plan.recipe.format]
         self.calibration_text, self.heldout_text = calibration, heldout
-        self.calibration = decoder.embed(calibration.ids)  # (sequences, tokens, hidden)
-        self.heldout = decoder.embed(heldout.ids)
-        self.heldout_base = self.heldout.clone()
+        self.journal = journal
+        self.streams = Streams(decoder.device, journal.directory if journal else None, stream_memory_bytes)
         self.spec = GridSpec(
             self.recipe.weights.bits, self.recipe.weights.inputs_per_scale, self.recipe.weights.symmetric
         )
@@ -128,10 +159,61 @@ class Walk:
         self.kept_experts: dict[int, list[int]] = {}
         self.starved: dict[tuple[int, int], int] = {}  # (layer, expert): tokens
 
+    @property
+    def calibration(self) -> Tensor:
+        return self.streams["calibration"]
+
+    @property
+    def heldout(self) -> Tensor:
+        return self.streams["heldout"]
+
+    @property
+    def heldout_base(self) -> Tensor:
+        return self.streams["heldout_base"]
+
     def run(self) -> None:
-        """Walk every layer and write its shard."""
-        for index in track(range(self.decoder.depth), self.decoder.depth, "layers"):
+        """Walk every layer that is not finished and write its shard."""
+        finished = self._take_up() if self.journal else 0
+        if not finished:
+            self._embed()
+        depth = self.decoder.depth
+        for index in track(range(finished, depth), depth, "layers", done=finished):
             self._step(index)
+            self.streams.release()
+
+    def _embed(self) -> None:
+        texts = {
+            "calibration": self.calibration_text,
+            "heldout": self.heldout_text,
+            "heldout_base": self.heldout_text,
+        }
+        for name, text in texts.items():
+            shape = (*text.ids.shape, self.decoder.config.hidden_size)
+            self.decoder.embed(text.ids, self.streams.new(name, shape, self.decoder.dtype))
+
+    def _take_up(self) -> int:
+        """Restore what an earlier process has finished; returns the number of layers."""
+        assert self.journal is not None
+        self.journal.begin(self.writer.directory)
+        for record in self.journal.layers:
+            self._adopt(record)
+        if self.journal.layers and not self.journal.conclusion:
+            self.journal.load_streams(self.streams)
+            log.info("going on after %d of %d layers", len(self.journal.layers), self.decoder.depth)
+        return len(self.journal.layers)
+
+    def _adopt(self, record: LayerRecord) -> None:
+        """Take a finished layer's results over."""
+        if record.shard:
+            self.writer.adopt([record.shard])
+        self.modules += record.modules
+        if record.kv_scales:
+            self.kv_scales[record.layer] = KVScales(**record.kv_scales.model_dump(exclude={"layer"}))
+        if record.kept_experts is not None:
+            self.kept_experts[record.layer] = record.kept_experts
+        self.starved.update({(record.layer, expert): tokens for expert, tokens in record.starved.items()})
+        self.packed_bytes += record.packed_bytes
+        self.quantized_parameters += record.quantized_parameters
 
     def _step(self, index: int) -> None:
         layer = self.decoder.load_layer(index)
@@ -148,12 +230,17 @@ class Walk:
 
     def quality(self) -> QualityRecord:
         """Compare both streams at the end of the walk."""
+        if self.journal and self.journal.conclusion:
+            return self.journal.conclusion.quality
         return_freed_memory()  # layers are small and many, logits are large
         norm, head = self.decoder.head()
         predictions = quality.compare(
             self.heldout_base, self.heldout, norm, norm, head, self.heldout_text.ids
         )
-        return quality.summarize(predictions, self.heldout_text, kv_cache_included=bool(self.kv_scales))
+        measured = quality.summarize(predictions, self.heldout_text, kv_cache_included=bool(self.kv_scales))
+        if self.journal:
+            self.journal.conclude(Conclusion(quality=measured, base_files=self._base_files))
+        return measured
 
     def write_rest(self) -> None:
         """Write what lies outside the layers, the index, the configuration and the tokenizer."""
@@ -233,12 +320,34 @@ class Walk:
         published, attention = self.plan.architecture.published_name, self.plan.architecture.attention
         stored = scales if self.format.carries_kv_scales else None
         tensors = layer_tensors(layer, name, attention, linears, stored, pack)
-        self.writer.write_shard({published(key): tensor for key, tensor in tensors.items()})
-        self.modules += [
-            self._record(published(f"{name}.{linear}"), result) for linear, result in linears.items()
-        ]
-        self.packed_bytes += sum(_bytes(pack(result.rounded)) for result in linears.values())
-        self.quantized_parameters += sum(result.rounded.codes.numel() for result in linears.values())
+        shard = self.writer.write_shard({published(key): tensor for key, tensor in tensors.items()})
+        modules = [self._record(published(f"{name}.{linear}"), result) for linear, result in linears.items()]
+        packed = sum(_bytes(pack(result.rounded)) for result in linears.values())
+        parameters = sum(result.rounded.codes.numel() for result in linears.values())
+        self.modules += modules
+        self.packed_bytes += packed
+        self.quantized_parameters += parameters
+        if not self.journal:
+            return
+        record = LayerRecord(
+            layer=index,
+            shard=shard,
+            modules=modules,
+            kv_scales=KVLayerRecord(layer=index, **asdict(scales)) if scales else None,
+            kept_experts=self.kept_experts.get(index),
+            starved={expert: tokens for (layer, expert), tokens in self.starved.items() if layer == index},
+            packed_bytes=packed,
+            quantized_parameters=parameters,
+            base_files=self._base_files,
+            streams=self.journal.save_streams(index, self.streams),
+        )
+        self.journal.finish(record)
+
+    @property
+    def _base_files(self) -> list[str]:
+        """The base model's files that were read so far."""
+        reference = self.plan.reference
+        return sorted(reference.sha256 if reference.kind == "gguf" else self.decoder.weights.read_files)
 
     def _record(self, name: str, result: CompressedLinear) -> ModuleRecord:
         weights = self.recipe.weights
@@ -253,18 +362,13 @@ class Walk:
         )
 
 
-def _fingerprint(plan: Plan, calibration: TokenText, heldout: TokenText) -> dict[str, Any]:
-    """What makes two runs the same run."""
-    return {
-        "recipe": plan.recipe.model_dump(mode="json"),
-        "base": plan.reference.sha256,
-        "texts": [calibration.record.sha256, heldout.record.sha256],
-    }
-
-
-def _unpacked(reference: ModelReference, out: Path) -> Path:
-    log.info("unpacking %s", reference.path.name)
-    return unpack_gguf(reference, out / UNPACKED)
+def _unpacked(reference: ModelReference, run: RunDirectory) -> Path:
+    """The GGUF file as a directory; one that is whole is used again."""
+    if not run.base.is_dir():
+        log.info("unpacking %s", reference.path.name)
+        unpack_gguf(reference, run.scratch / run.base.name)
+        move(run.scratch / run.base.name, run.base)
+    return run.base
 
 
 def _bytes(tensors: Mapping[str, Tensor]) -> int:

@@ -21,13 +21,16 @@ Item = TypeVar("Item")
 LINE_EVERY_S = 10.0
 
 
-def track(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
-    """Iterate while showing how far it is."""
+def track(items: Iterable[Item], total: int, what: str, done: int = 0) -> Iterator[Item]:
+    """Iterate while showing how far it is; `done` of the `total` were done before."""
     console = Console(file=sys.stderr)
-    yield from _bar(items, total, what, console) if console.is_terminal else _lines(items, total, what)
+    if console.is_terminal:
+        yield from _bar(items, total, what, done, console)
+    else:
+        yield from _lines(items, total, what, done)
 
 
-def _bar(items: Iterable[Item], total: int, what: str, console: Console) -> Iterator[Item]:
+def _bar(items: Iterable[Item], total: int, what: str, done: int, console: Console) -> Iterator[Item]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -37,16 +40,16 @@ def _bar(items: Iterable[Item], total: int, what: str, console: Console) -> Iter
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as progress:
-        yield from progress.track(items, total=total, description=what)
+        yield from progress.track(items, total=total, completed=done, description=what)
 
 
-def _lines(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
+def _lines(items: Iterable[Item], total: int, what: str, before: int) -> Iterator[Item]:
     log = get_logger("quantize")
     start = last = time.monotonic()
-    for done, item in enumerate(items, 1):
+    for done, item in enumerate(items, before + 1):
         yield item
         now = time.monotonic()
         if now - last >= LINE_EVERY_S or done == total:
-            left = (now - start) / done * (total - done)
+            left = (now - start) / (done - before) * (total - done)
             log.info("%s %d of %d, %.0f s, about %.0f s left", what, done, total, now - start, left)
             last = now

@@ -1,15 +1,12 @@
 """What a finished run says of itself: the manifest, made out of what the walk left behind."""
 
-import platform
 import resource
 import time
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowbit_core import __version__
 from lowbit_core.manifest import (
     BaseModelRecord,
     ExpertsRecord,
@@ -24,6 +21,7 @@ from lowbit_core.manifest import (
 )
 from lowbit_quantize import quality
 from lowbit_quantize.formats import FORMATS
+from lowbit_quantize.identity import tool_versions
 from lowbit_quantize.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -84,13 +82,7 @@ def manifest_of(walk: "Walk", measured: QualityRecord, clock: Clock, out: Path) 
         quality=measured,
         gate=quality.judge(measured, recipe.quality),
         files=record_files(out),
-        versions={
-            "lowbit": __version__,
-            "python": platform.python_version(),
-            **{
-                name: version(name) for name in ("torch", "transformers", "compressed-tensors", "safetensors")
-            },
-        },
+        versions=tool_versions(),
         run=clock.record(str(decoder.device)),
     )
 

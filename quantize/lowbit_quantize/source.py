@@ -18,8 +18,9 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils.logging import disable_progress_bar
 
-from lowbit_core.errors import ModelError
+from lowbit_core.errors import ModelError, NumericsError
 from lowbit_core.manifest import file_sha256
+from lowbit_quantize.durable import disk_errors
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -57,7 +58,15 @@ class ModelReference:
         if self.kind == "gguf":
             return {self.path.name: file_sha256(self.path)}
         names = ["config.json", *WeightFiles(self.path).files]
-        return {name: file_sha256(self.path / name) for name in names}
+        return {name: self._hash(name) for name in names}
+
+    def _hash(self, name: str) -> str:
+        try:
+            return file_sha256(self.path / name)
+        except OSError as error:
+            raise ModelError(
+                f"{self.path / name} cannot be read: {error.strerror}; fetch it again"
+            ) from error
 
     def tokenizer(self) -> Any:
         """The tokenizer; raises ModelError where there is none."""
@@ -134,7 +143,7 @@ def _model_type(reference: ModelReference) -> str | None:
     return str(data["model_type"]) if "model_type" in data else None
 
 
-def unpack_gguf(reference: ModelReference, directory: Path) -> Path:
+def unpack_gguf(reference: ModelReference, directory: Path) -> None:
     """Dequantize a GGUF file into a bfloat16 safetensors directory with its tokenizer."""
     disable_progress_bar()  # ours is enough
     folder, file = reference.path.parent, reference.path.name
@@ -144,9 +153,9 @@ def unpack_gguf(reference: ModelReference, directory: Path) -> Path:
         dtype=torch.bfloat16,
         quantization_config=GgufConfig(gguf_file=file, dequantize=True),
     )
-    model.save_pretrained(directory)
-    reference.tokenizer().save_pretrained(directory)
-    return directory
+    with disk_errors():
+        model.save_pretrained(directory)
+        reference.tokenizer().save_pretrained(directory)
 
 
 class WeightFiles:
@@ -155,6 +164,7 @@ class WeightFiles:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.files = _weight_files(directory)
+        self.read_files: set[str] = set()
         self._places: dict[str, tuple[str, tuple[int, ...], str]] = {}  # name: file, shape, dtype
         for file in self.files:
             with self._open(file) as opened:
@@ -177,11 +187,15 @@ class WeightFiles:
         return math.prod(self.shape(name)) * DTYPE_BYTES.get(self.dtype(name), 1)
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, as stored."""
+        """One tensor, as stored; raises NumericsError where it holds what is no finite number."""
         if name not in self._places:
             raise ModelError(f"{self.directory} lacks the tensor {name}; the model is incomplete")
+        self.read_files.add(self._places[name][0])
         with self._open(self._places[name][0]) as file:
             tensor: torch.Tensor = file.get_tensor(name)
+        if not is_finite(tensor):
+            where = self.directory / self._places[name][0]
+            raise NumericsError(f"the weight {name} in {where} holds values that are not finite")
         return tensor
 
     @contextmanager
@@ -193,6 +207,14 @@ class WeightFiles:
             raise ModelError(
                 f"{self.directory / file} cannot be read: {error}; fetch the model again"
             ) from error
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all numbers are finite; it needs no memory beside the tensor."""
+    if not tensor.numel() or not tensor.is_floating_point():
+        return True
+    least, largest = torch.aminmax(tensor)
+    return bool(torch.isfinite(least) & torch.isfinite(largest))
 
 
 def _weight_files(directory: Path) -> list[str]:

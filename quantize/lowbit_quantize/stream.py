@@ -79,10 +79,16 @@ class Decoder:
         """Layer `index` with its weights, in the compute dtype."""
         return self._load(copy.deepcopy(self._layers[index]), self.layer_name(index))
 
-    def embed(self, token_ids: Tensor) -> Tensor:
-        """Hidden states before the first layer: (sequences, tokens) to (sequences, tokens, hidden)."""
+    def embed(self, token_ids: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """Hidden states before the first layer, (sequences, tokens, hidden), into `hidden` where it is given."""
         embedding = self._load_named(self.architecture.embedding)
-        return torch.cat([embedding(row) for row in token_ids.to(self.device).split(1)])
+        if hidden is None:
+            hidden = torch.empty(
+                *token_ids.shape, self.config.hidden_size, dtype=self.dtype, device=self.device
+            )
+        for row, ids in zip(hidden, token_ids.to(self.device), strict=True):
+            row.copy_(embedding(ids))
+        return hidden
 
     def head(self) -> tuple[nn.Module, Tensor]:
         """The final norm and the output matrix, (vocabulary, hidden): the embedding's where they are tied."""
@@ -98,7 +104,7 @@ class Decoder:
         for batch in hidden.split(max(1, BATCH_TOKENS // hidden.shape[1])):
             cache = SeamCache(seam) if seam else None
             with torch.inference_mode():
-                output = layer(batch, **{**arguments, "past_key_values": cache})
+                output = layer(batch.to(self.device), **{**arguments, "past_key_values": cache})
             yield output[0] if isinstance(output, tuple) else output
 
     def observe(
@@ -115,7 +121,7 @@ class Decoder:
         with inputs_of(layer, observers, stop=stop), torch.inference_mode():
             for batch in hidden.split(max(1, BATCH_TOKENS // hidden.shape[1])):
                 with suppress(_SeenAll):
-                    layer(batch, **{**arguments, "past_key_values": SeamCache(seam)})
+                    layer(batch.to(self.device), **{**arguments, "past_key_values": SeamCache(seam)})
 
     def advance(self, layer: nn.Module, index: int, hidden: Tensor, seam: KeyValueSeam | None = None) -> None:
         """Replace `hidden` by the layer's output, in place."""

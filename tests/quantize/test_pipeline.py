@@ -23,7 +23,6 @@ from lowbit_core.manifest import (
 )
 from lowbit_quantize.calibration import load_texts
 from lowbit_quantize.cli import summary
-from lowbit_quantize.output import run_in
 from lowbit_quantize.pipeline import quantize
 from lowbit_quantize.recipe import Recipe, load_recipe
 
@@ -217,35 +216,6 @@ def test_the_gate_rejects_with_status_three_and_says_so_in_the_manifest(
     assert (status, result["accepted"]) == (3, False)
     assert isinstance(manifest, Manifest)
     assert "max_mean_kld" in manifest.gate.reasons[0]
-
-
-def test_an_unfinished_run_is_started_over_and_what_is_not_ours_stays(
-    tiny_model: Callable[[str], Path], tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    finished = quantize(str(tiny_model("llama")), recipe_of(), tmp_path / "again", CPU)
-    assert finished.calibration is not None
-    fingerprint = {
-        "recipe": finished.recipe,
-        "base": finished.base.sha256,
-        "texts": [finished.calibration.sha256, finished.quality.heldout.sha256],
-    }
-    killed = run_in(out, fingerprint)
-    killed.__enter__()
-    (out / "model-00001-of-00004.safetensors").write_bytes(b"cut off")
-    killed.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
-    (out / "thesis.tex").write_text("years of work")
-    with pytest.raises(OutputError, match="unfinished run of another"):
-        quantize(str(tiny_model("llama")), recipe_of("rtn-g64"), out, CPU)
-    manifest = quantize(str(tiny_model("llama")), recipe_of(), out, CPU)
-    verify_files(out, manifest, hashes=True)
-    assert (out / "thesis.tex").read_text() == "years of work"
-
-
-def test_two_runs_cannot_write_to_one_directory(tmp_path: Path) -> None:
-    second = run_in(tmp_path / "out", {})
-    with run_in(tmp_path / "out", {}), pytest.raises(OutputError, match="being written by another run"):
-        second.__enter__()
 
 
 def test_a_damaged_checkpoint_is_not_called_done(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:

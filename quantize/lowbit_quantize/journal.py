@@ -1,0 +1,148 @@
+"""What a run has finished, so that one that was killed goes on: a record of each layer, and the streams after it.
+
+The order is what makes it safe. A layer's shard is whole and on the disk, then the streams that left the layer, then
+the record that names both by their hashes; only then do the streams of the layer before go. Whatever a killed run
+left without a record is written anew.
+"""
+
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from lowbit_core.errors import OutputError
+from lowbit_core.manifest import FileRecord, KVLayerRecord, ModuleRecord, QualityRecord, file_sha256
+from lowbit_quantize.durable import write_text
+from lowbit_quantize.streams import Streams
+
+FRESH = "give --fresh to start over"
+Read = TypeVar("Read", bound=BaseModel)
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
+
+
+class ShardRecord(_Record):
+    """One shard: the file, its hash and size, its tensors and their bytes."""
+
+    file: str
+    written: FileRecord
+    tensors: list[str]
+    tensor_bytes: int
+
+
+class LayerRecord(_Record):
+    """What the manifest and the rest of the walk need to know of a finished layer.
+
+    `base_files` are the base model's files that were read so far. A trial walk writes no shard.
+    """
+
+    layer: int
+    shard: ShardRecord | None
+    modules: list[ModuleRecord]
+    kv_scales: KVLayerRecord | None
+    kept_experts: list[int] | None
+    starved: dict[int, int]
+    packed_bytes: int
+    quantized_parameters: int
+    base_files: list[str]
+    streams: FileRecord
+
+
+class Conclusion(_Record):
+    """The comparison at the end of a walk."""
+
+    quality: QualityRecord
+    base_files: list[str]
+
+
+class Journal:
+    """The records of one walk, in a directory of their own."""
+
+    def __init__(self, directory: Path, scratch: Path) -> None:
+        self.directory, self.scratch = directory, scratch
+        self.layers: list[LayerRecord] = []
+        while (path := self._layer_path(len(self.layers))).is_file():
+            self.layers.append(_read(path, LayerRecord))
+        path = self._conclusion_path
+        self.conclusion = _read(path, Conclusion) if path.is_file() else None
+
+    @property
+    def base_files(self) -> set[str]:
+        """The base model's files that finished work has read."""
+        last: list[LayerRecord | Conclusion] = [*self.layers[-1:]]
+        if self.conclusion:
+            last.append(self.conclusion)
+        return {name for record in last for name in record.base_files}
+
+    @property
+    def shard_files(self) -> list[str]:
+        """Names of the shards of finished layers."""
+        return [record.shard.file for record in self.layers if record.shard]
+
+    def begin(self, out: Path) -> None:
+        """Get ready to add records. Raises OutputError where a shard or the streams are not what a record says."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._remove_streams(keep=len(self.layers) - 1)
+        for record in self.layers:
+            if record.shard:
+                _verify(out / record.shard.file, record.shard.written)
+        if self.layers and not self.conclusion:
+            _verify(self._streams_path(self.layers[-1].layer), self.layers[-1].streams)
+
+    def load_streams(self, streams: Streams) -> None:
+        """The streams as they left the last finished layer."""
+        streams.load(self._streams_path(self.layers[-1].layer))
+
+    def save_streams(self, layer: int, streams: Streams) -> FileRecord:
+        """Save the streams as they left a layer."""
+        path = self._streams_path(layer)
+        streams.save(path, self.scratch)
+        return recorded(path)
+
+    def finish(self, record: LayerRecord) -> None:
+        """Note that a layer is done; its shard and streams are on the disk."""
+        write_text(self._layer_path(record.layer), record.model_dump_json() + "\n", self.scratch)
+        self.layers.append(record)
+        self._remove_streams(keep=record.layer)
+
+    def conclude(self, conclusion: Conclusion) -> None:
+        """Note the comparison at the end of the walk; the streams are not needed any more."""
+        write_text(self._conclusion_path, conclusion.model_dump_json() + "\n", self.scratch)
+        self.conclusion = conclusion
+        self._remove_streams(keep=-1)
+
+    @property
+    def _conclusion_path(self) -> Path:
+        return self.directory / "quality.json"
+
+    def _layer_path(self, layer: int) -> Path:
+        return self.directory / f"layer-{layer:05d}.json"
+
+    def _streams_path(self, layer: int) -> Path:
+        return self.directory / f"streams-{layer:05d}.safetensors"
+
+    def _remove_streams(self, keep: int) -> None:
+        for path in self.directory.glob("streams-*.safetensors"):
+            if path != self._streams_path(keep):
+                path.unlink()
+
+
+def recorded(path: Path) -> FileRecord:
+    """Size and hash of a file."""
+    return FileRecord(sha256=file_sha256(path), bytes=path.stat().st_size)
+
+
+def _verify(path: Path, record: FileRecord) -> None:
+    if not path.is_file():
+        raise OutputError(f"{path} of the unfinished run is missing; put it back or {FRESH}")
+    if recorded(path) != record:
+        raise OutputError(f"{path} of the unfinished run was changed after it was written; {FRESH}")
+
+
+def _read(path: Path, kind: type[Read]) -> Read:
+    try:
+        return kind.model_validate_json(path.read_text(encoding="utf-8"))
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise OutputError(f"{path} is not a record of this version of Lowbit; {FRESH}") from error
