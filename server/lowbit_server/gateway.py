@@ -7,22 +7,22 @@ an error. The order: path, key, drain, body, model, limits; then the engine, und
 import asyncio
 import json
 import math
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from lowbit_server.answer import Answer
 from lowbit_server.exchanges import Exchange, Exchanges
+from lowbit_server.incoming import Replay, parse, read_body
 from lowbit_server.keys import ANONYMOUS, Key, KeyStore
 from lowbit_server.limits import Usages
-from lowbit_server.openai_errors import ApiError, normalized, respond, stream_event
+from lowbit_server.openai_errors import ApiError, respond
 
 OPEN_PATHS = frozenset({"/health", "/livez", "/readyz", "/startupz", "/version"})
 ADMIN_PATHS = frozenset({"/metrics", "/lowbit/checkpoint", "/openapi.json"})
-QUEUE_FULL = (b"currently busy", b"backlog limit")  # how vLLM's two refusals read (tests/contract holds it)
 CHARACTERS_PER_TOKEN = 4  # of an estimate that the engine's count replaces
 LONGEST_WAIT_S = 60
 REQUEST_ID_CHARACTERS = 128
@@ -59,7 +59,7 @@ class Gateway:
                 await self._app(scope, receive, send)
             return
         if scope["path"] in OPEN_PATHS:
-            await self._app(scope, receive, _Answer(send, {}).send)
+            await self._app(scope, receive, Answer(send, {}).send)
             return
         headers = Headers(scope=scope)
         exchange = Exchange(scope["path"], _request_id(headers), self._usages.of(ANONYMOUS))
@@ -71,11 +71,11 @@ class Gateway:
             await respond(send, error, {"x-request-id": exchange.client_id})
             return
         if body is None:
-            await self._app(scope, receive, _Answer(send, {"x-request-id": exchange.client_id}).send)
+            await self._app(scope, receive, Answer(send, {"x-request-id": exchange.client_id}).send)
             return
         self._exchanges.open(exchange)
         try:
-            await self._forward(_with_id(scope, exchange), _Replay(body, receive, exchange), send, exchange)
+            await self._forward(_with_id(scope, exchange), Replay(body, receive, exchange), send, exchange)
         finally:
             self._exchanges.close(exchange)
 
@@ -94,8 +94,8 @@ class Gateway:
                 503, "the server is shutting down; send the request again", "draining",
                 headers={"retry-after": "1", "connection": "close"},
             )  # fmt: skip
-        body = await _read_body(receive, headers, self._limits.max_body_bytes)
-        document = _parse(body, headers)
+        body = await read_body(receive, headers, self._limits.max_body_bytes)
+        document = parse(body, headers)
         changed = self._apply(document, key, exchange)
         exchange.usage.admit(exchange.reserved_tokens)
         return json.dumps(document, ensure_ascii=False).encode() if changed else body
@@ -136,9 +136,9 @@ class Gateway:
         document["priority"] = key.priority  # the key's, whatever the client says
         return True
 
-    async def _forward(self, scope: Scope, receive: "_Replay", send: Send, exchange: Exchange) -> None:
+    async def _forward(self, scope: Scope, receive: Replay, send: Send, exchange: Exchange) -> None:
         headers = {"x-request-id": exchange.client_id, **exchange.usage.headers()}
-        answer = _Answer(send, headers, exchange, self._retry_after)
+        answer = Answer(send, headers, exchange, self._retry_after)
         timeout_s = _deadline(Headers(scope=scope), self._limits.request_timeout_s)
         try:
             if timeout_s is None:
@@ -155,7 +155,7 @@ class Gateway:
         exchange.outcome = exchange.outcome or _outcome(exchange)
 
     async def _run_until(
-        self, timeout_s: float, scope: Scope, receive: "_Replay", answer: "_Answer", exchange: Exchange
+        self, timeout_s: float, scope: Scope, receive: Replay, answer: Answer, exchange: Exchange
     ) -> None:
         """Run the app for at most `timeout_s`; then it is told that the client has gone, on which vLLM aborts."""
         app = asyncio.ensure_future(self._app(scope, receive, answer.send))
@@ -178,81 +178,6 @@ class Gateway:
         return min(LONGEST_WAIT_S, max(1, math.ceil(1 / rate))) if rate > 0 else 5
 
 
-class _Answer:
-    """Passes an answer on, adds headers, and puts errors in OpenAI's shape.
-
-    vLLM says 503 when its queue is full; to a client that is 429 with a time to come back.
-    """
-
-    def __init__(
-        self,
-        send: Send,
-        headers: Mapping[str, str],
-        exchange: Exchange | None = None,
-        retry_after: Callable[[], int] | None = None,
-    ) -> None:
-        self._send, self._headers, self._exchange, self._retry_after = send, headers, exchange, retry_after
-        self._error: tuple[int, list[bytes]] | None = None
-        self._begun = self._ended = self._streams = self._failed = False
-
-    async def send(self, message: Message) -> None:
-        """The `send` that the app is given."""
-        if self._failed:
-            return
-        if message["type"] == "http.response.start":
-            await self._start(message)
-        elif self._error is not None:
-            self._error[1].append(message.get("body", b""))
-            if not message.get("more_body"):
-                await self._send_error()
-        else:
-            self._ended = not message.get("more_body", False)
-            if self._exchange is not None:
-                self._exchange.answered = self._ended
-            if self._exchange is not None and self._exchange.first_byte is None and message.get("body"):
-                self._exchange.first_byte = time.monotonic()
-            await self._send(message)
-
-    async def fail(self, error: ApiError) -> None:
-        """End the answer with an error, in whatever state it is; what the app still sends is dropped."""
-        self._failed = True
-        if not self._begun:
-            self._note(error.status)
-            await respond(self._send, error, self._headers)
-        elif self._streams and not self._ended:
-            await self._send({"type": "http.response.body", "body": stream_event(error)})
-
-    async def _start(self, message: Message) -> None:
-        content_type = next((v for n, v in message.get("headers", ()) if n.lower() == b"content-type"), b"")
-        if message["status"] >= 400 and not content_type.startswith(b"text/event-stream"):
-            self._error = (message["status"], [])
-            return
-        self._note(message["status"])
-        self._begun, self._streams = True, content_type.startswith(b"text/event-stream")
-        extra = [(n.encode("latin-1"), v.encode("latin-1")) for n, v in self._headers.items()]
-        await self._send({**message, "headers": [*message.get("headers", ()), *extra]})
-
-    async def _send_error(self) -> None:
-        assert self._error is not None
-        status, body = self._error[0], b"".join(self._error[1])
-        headers = dict(self._headers)
-        if status == 503 and self._retry_after is not None and any(mark in body for mark in QUEUE_FULL):
-            status = 429
-            headers["retry-after"] = str(self._retry_after())
-        if self._headers:  # a health answer has none and keeps its own shape
-            status, body = normalized(status, body)
-        headers |= {"content-type": "application/json", "content-length": str(len(body))}
-        self._note(status)
-        self._begun = self._ended = True
-        raw = [(n.encode("latin-1"), v.encode("latin-1")) for n, v in headers.items()]
-        await self._send({"type": "http.response.start", "status": status, "headers": raw})
-        await self._send({"type": "http.response.body", "body": body})
-
-    def _note(self, status: int) -> None:
-        if self._exchange is not None:
-            self._exchange.status = status
-
-
 def _outcome(exchange: Exchange) -> str:
     if exchange.status == 429:
         return "queue_full"
@@ -269,71 +194,6 @@ def _with_id(scope: Scope, exchange: Exchange) -> Scope:
     """The engine knows a request by our id: a client's could be used twice."""
     headers = [(name, value) for name, value in scope["headers"] if name != b"x-request-id"]
     return {**scope, "headers": [*headers, (b"x-request-id", exchange.id.encode())]}
-
-
-class _Replay:
-    """A `receive` that gives the body at once and then what the connection says, or that the client has gone."""
-
-    def __init__(self, body: bytes, receive: Receive, exchange: Exchange) -> None:
-        self._body: bytes | None = body
-        self._receive, self._exchange = receive, exchange
-        self.pretend_gone = asyncio.Event()
-
-    async def __call__(self) -> Message:
-        if self._body is not None:
-            body, self._body = self._body, None
-            return {"type": "http.request", "body": body, "more_body": False}
-        connection = asyncio.ensure_future(self._receive())
-        pretended = asyncio.ensure_future(self.pretend_gone.wait())
-        try:
-            await asyncio.wait({connection, pretended}, return_when=asyncio.FIRST_COMPLETED)
-            if not connection.done():
-                return {"type": "http.disconnect"}
-            message = connection.result()
-        finally:
-            connection.cancel()
-            pretended.cancel()
-        if (
-            message["type"] == "http.disconnect"
-            and not self._exchange.outcome
-            and not self._exchange.answered
-        ):
-            self._exchange.outcome = "client_gone"
-        return message
-
-
-async def _read_body(receive: Receive, headers: Headers, most: int) -> bytes:
-    declared = headers.get("content-length", "")
-    too_large = ApiError(413, f"the request body is larger than {most} bytes", "body_size")
-    if declared.isdigit() and int(declared) > most:
-        raise too_large
-    parts: list[bytes] = []
-    size = 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ApiError(400, "the connection closed before the request was complete", "incomplete")
-        part = message.get("body", b"")
-        size += len(part)
-        if size > most:
-            raise too_large
-        parts.append(part)
-        if not message.get("more_body"):
-            return b"".join(parts)
-
-
-def _parse(body: bytes, headers: Headers) -> dict[str, Any]:
-    content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
-    if content_type != "application/json":
-        message = f"the content type is {content_type or 'not given'!r}; send application/json"
-        raise ApiError(415, message, "content_type")
-    try:
-        document = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"the request body is not JSON: {error}", "json", code="invalid_json") from None
-    if not isinstance(document, dict):
-        raise ApiError(400, "the request body is not a JSON object", "json", code="invalid_json")
-    return document
 
 
 def _deadline(headers: Headers, default_s: float | None) -> float | None:

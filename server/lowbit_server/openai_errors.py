@@ -82,9 +82,30 @@ def _read(body: bytes) -> tuple[str, str | None, str | None]:
     )
 
 
-def stream_event(error: ApiError) -> bytes:
-    """The same as the last event of a stream that has begun."""
-    return b"data: " + error.body() + b"\n\n"
+def stream_event(error: ApiError, path: str) -> bytes:
+    """The same as the last event of a stream that has begun; the Responses API has a shape of its own."""
+    if not path.startswith("/v1/responses"):
+        return b"data: " + error.body() + b"\n\n"
+    data = {
+        "type": "error", "code": error.code or CODES.get(error.status), "message": error.message,
+        "param": error.param, "sequence_number": 0,
+    }  # fmt: skip
+    return b"event: error\ndata: " + json.dumps(data).encode() + b"\n\n"
+
+
+def normalized_event(event: bytes) -> bytes:
+    """Another component's error event of a stream in the one shape."""
+    body = event.removeprefix(b"data: ")
+    status = _status(body)
+    return b"data: " + normalized(status, body)[1] + b"\n\n"
+
+
+def _status(body: bytes) -> int:
+    try:
+        code = json.loads(body)["error"]["code"]
+    except (ValueError, KeyError, TypeError):
+        return 500
+    return code if isinstance(code, int) and 400 <= code < 600 else 500
 
 
 async def respond(send: Send, error: ApiError, headers: Mapping[str, str]) -> None:

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import pytest
 from fastapi import FastAPI
 
-from lowbit_server.gateway import QUEUE_FULL
+from lowbit_server.answer import QUEUE_FULL
 from lowbit_server.routes import CLOSED_ROUTES, OPENAI_ROUTES, OPERATIONS_ROUTES, keep_allowed_routes
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")

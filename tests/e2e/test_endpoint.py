@@ -30,7 +30,44 @@ LONG = {
     "max_tokens": 600,
     "ignore_eos": True,
 }
+STREAMED = {"stream": True, "stream_options": {"include_usage": True}}
 SOON_S = 20.0  # generous: test machines are shared
+LOAD_S = 180.0  # what all streams together may take on a slow machine
+STREAMS = 32
+
+
+class Stream:
+    """One streamed answer, read on a thread of its own; its events are there as soon as they arrive."""
+
+    def __init__(self, url: str, key: str, body: dict[str, Any]) -> None:
+        self._url, self._key, self._body = f"{url}/v1/chat/completions", key, body | STREAMED
+        self.events: list[str] = []
+        self.failure: str | None = None  # of the transport
+        self.ended_at: float | None = None
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        headers = {"authorization": f"Bearer {self._key}"}
+        try:
+            with httpx.stream("POST", self._url, json=self._body, headers=headers, timeout=LOAD_S) as answer:
+                for line in answer.iter_lines():
+                    if line.startswith("data: "):
+                        self.events.append(line.removeprefix("data: "))
+        except httpx.HTTPError as error:
+            self.failure = repr(error)
+        self.ended_at = time.monotonic()
+
+    @property
+    def open(self) -> bool:
+        """Whether text has arrived and the end has not."""
+        return self.ended_at is None and any('"content":"' in event for event in self.events[1:3])
+
+    def join(self, seconds: float = LOAD_S) -> list[str]:
+        """All events, once the stream has ended."""
+        self._thread.join(seconds)
+        assert self.ended_at is not None, f"the stream is still open after {seconds} s"
+        return self.events
 
 
 @dataclass
@@ -51,28 +88,15 @@ class Endpoint:
         lines = [line for line in page.splitlines() if line.startswith("vllm:num_requests_running{")]
         return sum(int(float(line.rpartition(" ")[2])) for line in lines)
 
-    def stream(self, body: dict[str, Any]) -> list[str]:
-        """The `data:` fields of one streamed answer, to its end."""
-        headers = {"authorization": f"Bearer {self.admin}"}
-        url = f"{self.url}/v1/chat/completions"
-        with httpx.stream("POST", url, json=body | {"stream": True}, headers=headers, timeout=120) as answer:
-            lines = answer.iter_lines()
-            return [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
+    def stream(self, body: dict[str, Any]) -> Stream:
+        """A streamed answer that goes on while the test does."""
+        return Stream(self.url, self.admin, body)
 
-    def streams(self, count: int, body: dict[str, Any]) -> tuple[list[threading.Thread], list[list[str]]]:
-        """`count` streams on as many threads, and the list that their answers go to."""
-        answers: list[list[str]] = []
-        threads = [
-            threading.Thread(target=lambda: answers.append(self.stream(body)), daemon=True)
-            for _ in range(count)
-        ]
-        for thread in threads:
-            thread.start()
-        deadline = time.monotonic() + SOON_S
-        while self.running() < count and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert self.running() == count
-        return threads, answers
+    def open_streams(self, count: int, max_tokens: int) -> list[Stream]:
+        """Streams that have all begun and of which none has ended."""
+        streams = [self.stream(LONG | {"max_tokens": max_tokens}) for _ in range(count)]
+        until(lambda: all(stream.open for stream in streams), LOAD_S)
+        return streams
 
 
 @contextmanager
@@ -87,7 +111,8 @@ def serve(checkpoint: Path, folder: Path) -> Iterator[Endpoint]:
     port = free_port()
     command = [
         *LOWBIT, "serve", str(checkpoint), "--port", str(port), "--served-model-name", MODEL, "--enforce-eager",
-        "--kv-cache-gib", KV_CACHE_GIB, "--api-keys", str(folder / "keys.yaml"), "--max-num-queued-reqs", "40",
+        "--kv-cache-gib", KV_CACHE_GIB, "--api-keys", str(folder / "keys.yaml"), "--max-num-queued-reqs", str(STREAMS),
+        "--drain-timeout-s", str(int(LOAD_S)),
     ]  # fmt: skip
     with (folder / "serve.log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
@@ -137,8 +162,7 @@ def test_a_deadline_ends_the_work_in_the_engine(endpoint: Endpoint) -> None:
         )
     assert late.value.status_code == 504
     until(lambda: endpoint.running() == 0, 3)
-    events = endpoint.stream(LONG | {"max_tokens": 8})
-    assert events[-1] == "[DONE]"
+    assert endpoint.stream(LONG | {"max_tokens": 8}).join()[-1] == "[DONE]"
 
 
 def test_a_client_that_goes_away_frees_its_place(endpoint: Endpoint) -> None:
@@ -152,33 +176,28 @@ def test_a_client_that_goes_away_frees_its_place(endpoint: Endpoint) -> None:
 
 
 def test_a_full_queue_is_429_and_every_other_answer_is_whole(endpoint: Endpoint) -> None:
-    statuses: list[int] = []
-    waits: list[str | None] = []
-
-    def ask() -> None:
-        headers = {"authorization": f"Bearer {endpoint.admin}"}
-        body = LONG | {"max_tokens": 24}
-        answer = httpx.post(f"{endpoint.url}/v1/chat/completions", json=body, headers=headers, timeout=120)
-        statuses.append(answer.status_code)
-        waits.append(answer.headers.get("retry-after") if answer.status_code == 429 else "1")
-
-    threads = [threading.Thread(target=ask) for _ in range(80)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert set(statuses) == {200, 429}
-    assert statuses.count(200) >= 40
-    assert all(wait is not None and int(wait) >= 1 for wait in waits)
+    streams = endpoint.open_streams(STREAMS, 200)  # as many as the queue has places
+    headers = {"authorization": f"Bearer {endpoint.admin}"}
+    for _ in range(8):
+        refused = httpx.post(
+            f"{endpoint.url}/v1/chat/completions", json=LONG, headers=headers, timeout=LOAD_S
+        )
+        assert refused.status_code == 429
+        assert int(refused.headers["retry-after"]) >= 1
+    assert all(stream.ended_at is None for stream in streams)
+    assert all(stream.join()[-1] == "[DONE]" for stream in streams)
 
 
 def test_sigterm_under_open_streams_loses_none(endpoint: Endpoint) -> None:
-    threads, answers = endpoint.streams(16, LONG | {"max_tokens": 40})
+    tokens = 200
+    streams = endpoint.open_streams(STREAMS, tokens)
     endpoint.process.send_signal(signal.SIGTERM)
-    for thread in threads:
-        thread.join(60)
-    assert len(answers) == 16
-    assert all(events[-1] == "[DONE]" for events in answers)
+    assert all(stream.ended_at is None for stream in streams)
+    for stream in streams:
+        *answer, usage, done = stream.join()
+        assert (stream.failure, done) == (None, "[DONE]")
+        assert json.loads(answer[-1])["choices"][0]["finish_reason"] == "length"
+        assert json.loads(usage)["usage"]["completion_tokens"] == tokens
     assert endpoint.process.wait(60) == 0
 
 
@@ -186,16 +205,15 @@ def test_a_killed_engine_ends_every_stream_with_an_error_and_the_server_with_a_f
     demo: Demo, tmp_path: Path
 ) -> None:
     with serve(demo.checkpoint, tmp_path / "killed") as endpoint:
-        threads, answers = endpoint.streams(4, LONG)
+        streams = endpoint.open_streams(STREAMS, 600)
         children = psutil.Process(endpoint.process.pid).children(recursive=True)
         engine = max(children, key=lambda child: child.memory_info().rss)
         engine.kill()
         killed = time.monotonic()
-        for thread in threads:
-            thread.join(SOON_S)
-        assert time.monotonic() - killed < 10
-        assert len(answers) == 4
-        for events in answers:
-            last = json.loads([event for event in events if event != "[DONE]"][-1])
-            assert "error" in last
+        for stream in streams:
+            last = json.loads(stream.join()[-1])
+            assert set(last["error"]) == {"message", "type", "param", "code"}
+            assert stream.failure is None
+            assert stream.ended_at is not None
+            assert stream.ended_at - killed < 5
         assert endpoint.process.wait(SOON_S) != 0

@@ -45,12 +45,27 @@ class Served:
                 raise RuntimeError("broken")
             if prompt == "stream":
                 return StreamingResponse(events(), media_type="text/event-stream")
+            if prompt == "fails":
+                return StreamingResponse(failing(), media_type="text/event-stream")
             self.exchanges.engine_finished(f"chatcmpl-{self.seen['id']}", 10, 20)
             return {"choices": []}
 
         async def events() -> AsyncIterator[bytes]:
             yield b'data: {"n": 1}\n\n'
             await asyncio.sleep(30)
+
+        async def failing() -> AsyncIterator[bytes]:
+            yield b'data: {"n": 1}\n\n'
+            yield b'data: {"error": {"message": "dead", "type": "EngineDeadError", "code": 500}}\n\n'
+            yield b"data: [DONE]\n\n"
+
+        @inner.post("/v1/responses")
+        async def responses() -> Any:
+            return StreamingResponse(breaking(), media_type="text/event-stream")
+
+        async def breaking() -> AsyncIterator[bytes]:
+            yield b'event: response.created\ndata: {"n": 1}\n\n'
+            raise RuntimeError("broken")
 
         @inner.get("/metrics")
         async def metrics() -> str:
@@ -208,6 +223,19 @@ async def test_the_deadline_ends_an_answer_before_and_within_a_stream() -> None:
         CHAT, json=HELLO | {"messages": [{"content": "slow"}]}, headers={"x-request-timeout": "0.1"}
     )
     assert hurried.status_code == 504
+
+
+async def test_a_stream_that_fails_ends_with_an_error_and_never_with_done() -> None:
+    served = Served()
+    first, last = (await served.chat("fails")).text.strip().split("\n\n")
+    assert first == 'data: {"n": 1}'
+    assert json.loads(last.removeprefix("data: "))["error"] == {
+        "message": "dead", "type": "server_error", "param": None, "code": "internal_error",
+    }  # fmt: skip
+    assert served.exchanges.outcomes == {("anonymous", "error"): 1}
+    broken = (await served.client.post("/v1/responses", json={"input": "x"})).text.strip().split("\n\n")[1]
+    event, data = broken.split("\ndata: ")
+    assert (event, json.loads(data)["type"]) == ("event: error", "error")
 
 
 async def test_a_draining_server_takes_no_new_work() -> None:

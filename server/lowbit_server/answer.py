@@ -1,0 +1,98 @@
+"""An answer on its way out: headers added, errors in OpenAI's shape, and an end that says whether it is one."""
+
+import time
+from collections.abc import Callable, Mapping
+
+from starlette.types import Message, Send
+
+from lowbit_server.exchanges import Exchange
+from lowbit_server.openai_errors import ApiError, normalized, normalized_event, respond, stream_event
+
+QUEUE_FULL = (b"currently busy", b"backlog limit")  # how vLLM's two refusals read (tests/contract holds it)
+ERROR_EVENT = b'data: {"error"'  # how vLLM's event of a failed stream begins
+
+
+class Answer:
+    """Passes an answer on, adds headers, and puts errors in OpenAI's shape.
+
+    vLLM says 503 when its queue is full; to a client that is 429 with a time to come back.
+    """
+
+    def __init__(
+        self,
+        send: Send,
+        headers: Mapping[str, str],
+        exchange: Exchange | None = None,
+        retry_after: Callable[[], int] | None = None,
+    ) -> None:
+        self._send, self._headers, self._exchange, self._retry_after = send, headers, exchange, retry_after
+        self._error: tuple[int, list[bytes]] | None = None
+        self._begun = self._ended = self._streams = self._failed = False
+
+    async def send(self, message: Message) -> None:
+        """The `send` that the app is given."""
+        if self._failed:
+            return
+        if message["type"] == "http.response.start":
+            await self._start(message)
+        elif self._error is not None:
+            self._error[1].append(message.get("body", b""))
+            if not message.get("more_body"):
+                await self._send_error()
+        elif self._streams and message.get("body", b"").startswith(ERROR_EVENT):
+            await self._end_failed(message["body"])
+        else:
+            self._ended = not message.get("more_body", False)
+            if self._exchange is not None:
+                self._exchange.answered = self._ended
+            if self._exchange is not None and self._exchange.first_byte is None and message.get("body"):
+                self._exchange.first_byte = time.monotonic()
+            await self._send(message)
+
+    async def fail(self, error: ApiError) -> None:
+        """End the answer with an error, in whatever state it is; what the app still sends is dropped."""
+        self._failed = True
+        if not self._begun:
+            self._note(error.status)
+            await respond(self._send, error, self._headers)
+        elif self._streams and not self._ended:
+            path = self._exchange.path if self._exchange is not None else ""
+            await self._send({"type": "http.response.body", "body": stream_event(error, path)})
+
+    async def _end_failed(self, event: bytes) -> None:
+        """vLLM's error event becomes the last one; the `[DONE]` that it sends after it is dropped."""
+        self._failed = self._ended = True
+        if self._exchange is not None:
+            self._exchange.outcome = self._exchange.outcome or "error"
+            self._exchange.answered = True
+        await self._send({"type": "http.response.body", "body": normalized_event(event)})
+
+    async def _start(self, message: Message) -> None:
+        content_type = next((v for n, v in message.get("headers", ()) if n.lower() == b"content-type"), b"")
+        if message["status"] >= 400 and not content_type.startswith(b"text/event-stream"):
+            self._error = (message["status"], [])
+            return
+        self._note(message["status"])
+        self._begun, self._streams = True, content_type.startswith(b"text/event-stream")
+        extra = [(n.encode("latin-1"), v.encode("latin-1")) for n, v in self._headers.items()]
+        await self._send({**message, "headers": [*message.get("headers", ()), *extra]})
+
+    async def _send_error(self) -> None:
+        assert self._error is not None
+        status, body = self._error[0], b"".join(self._error[1])
+        headers = dict(self._headers)
+        if status == 503 and self._retry_after is not None and any(mark in body for mark in QUEUE_FULL):
+            status = 429
+            headers["retry-after"] = str(self._retry_after())
+        if self._headers:  # a health answer has none and keeps its own shape
+            status, body = normalized(status, body)
+        headers |= {"content-type": "application/json", "content-length": str(len(body))}
+        self._note(status)
+        self._begun = self._ended = True
+        raw = [(n.encode("latin-1"), v.encode("latin-1")) for n, v in headers.items()]
+        await self._send({"type": "http.response.start", "status": status, "headers": raw})
+        await self._send({"type": "http.response.body", "body": body})
+
+    def _note(self, status: int) -> None:
+        if self._exchange is not None:
+            self._exchange.status = status

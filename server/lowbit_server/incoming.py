@@ -1,0 +1,76 @@
+"""A request's body: read once within its bound, parsed, and handed on."""
+
+import asyncio
+import json
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.types import Message, Receive
+
+from lowbit_server.exchanges import Exchange
+from lowbit_server.openai_errors import ApiError
+
+
+class Replay:
+    """A `receive` that gives the body at once and then what the connection says, or that the client has gone."""
+
+    def __init__(self, body: bytes, receive: Receive, exchange: Exchange) -> None:
+        self._body: bytes | None = body
+        self._receive, self._exchange = receive, exchange
+        self.pretend_gone = asyncio.Event()
+
+    async def __call__(self) -> Message:
+        if self._body is not None:
+            body, self._body = self._body, None
+            return {"type": "http.request", "body": body, "more_body": False}
+        connection = asyncio.ensure_future(self._receive())
+        pretended = asyncio.ensure_future(self.pretend_gone.wait())
+        try:
+            await asyncio.wait({connection, pretended}, return_when=asyncio.FIRST_COMPLETED)
+            if not connection.done():
+                return {"type": "http.disconnect"}
+            message = connection.result()
+        finally:
+            connection.cancel()
+            pretended.cancel()
+        if (
+            message["type"] == "http.disconnect"
+            and not self._exchange.outcome
+            and not self._exchange.answered
+        ):
+            self._exchange.outcome = "client_gone"
+        return message
+
+
+async def read_body(receive: Receive, headers: Headers, most: int) -> bytes:
+    declared = headers.get("content-length", "")
+    too_large = ApiError(413, f"the request body is larger than {most} bytes", "body_size")
+    if declared.isdigit() and int(declared) > most:
+        raise too_large
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ApiError(400, "the connection closed before the request was complete", "incomplete")
+        part = message.get("body", b"")
+        size += len(part)
+        if size > most:
+            raise too_large
+        parts.append(part)
+        if not message.get("more_body"):
+            return b"".join(parts)
+
+
+def parse(body: bytes, headers: Headers) -> dict[str, Any]:
+    content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type != "application/json":
+        message = f"the content type is {content_type or 'not given'!r}; send application/json"
+        raise ApiError(415, message, "content_type")
+    try:
+        document = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"the request body is not JSON: {error}", "json", code="invalid_json") from None
+    if not isinstance(document, dict):
+        raise ApiError(400, "the request body is not a JSON object", "json", code="invalid_json")
+    return document
