@@ -30,7 +30,7 @@ class WorkerExtension:
         model = runner.get_model()
         free, total = _device_memory(self.device)  # type: ignore[attr-defined]
         return {
-            "device": str(self.device),  # type: ignore[attr-defined]
+            "device": _device_name(self.device, self.vllm_config.parallel_config),  # type: ignore[attr-defined]
             "weights": _storage_bytes([*model.parameters(), *model.buffers()]),
             "kv_cache": _storage_bytes(_flatten(runner.kv_caches)),
             "free": free,
@@ -64,6 +64,11 @@ def _scale_in_force(name: str, layer: Any, attribute: str) -> float:
     if tensor != number:
         raise RuntimeError(f"{name}: {attribute} is {tensor} on the device and {number} on the host")
     return number
+
+
+def _device_name(device: Any, parallel: Any) -> str:
+    """`cuda:0`, and `node1/cuda:0` where there are several nodes: each counts its devices from 0."""
+    return f"node{parallel.node_rank}/{device}" if parallel.nnodes > 1 else str(device)
 
 
 def _device_memory(device: Any) -> tuple[int, int]:

@@ -1,0 +1,81 @@
+"""`lowbit serve --node-rank N`, N above 0: a node that holds a part of the model and answers nobody.
+
+Node 0, the leader, has the API and the scheduler; this node's workers do what it says. Nothing tells them when
+the leader is gone, so this looks at the port where the workers of all nodes met (`--master-port`): it closes with
+the leader's last process. At SIGTERM the leader may still be answering and needs this node for every token, so
+the node stays until the leader is gone, at most for the drain timeout.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable
+
+from lowbit_core.errors import EngineError
+from lowbit_core.log import get_logger
+from lowbit_server.config import Checkpoint, ServeConfig, derive_engine_arguments
+from lowbit_server.drain import SIGNALS, address, interruptible_start
+from lowbit_server.preflight import refuse_unfit_machine
+from lowbit_server.routes import Liveness
+
+WATCH_S = 1.0
+CONNECT_S = 5.0
+LOST_LOOKS = 5  # in a row without an answer: the leader is gone, not busy
+
+log = get_logger("serve")
+
+
+async def follow(config: ServeConfig, checkpoint: Checkpoint) -> None:
+    """Be one node of several until the leader or a signal ends it; raises EngineError when the engine fails it."""
+    from lowbit_server.engine import engine_device, runs_quantized_experts, start_follower  # vLLM: seconds
+
+    device = engine_device()
+    refuse_unfit_machine(config, checkpoint, device, runs_quantized_experts)
+    leader = address(config.master_addr, config.master_port)
+    log.info("node %d of %d on the %s, led by %s", config.node_rank, config.nnodes, device, leader)
+    began, stop = time.monotonic(), asyncio.Event()
+    with contextlib.ExitStack() as stack:
+        with interruptible_start():
+            workers = stack.enter_context(start_follower(derive_engine_arguments(config, checkpoint, device)))
+        for number in SIGNALS:
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        log.info("ready in %.1f s", time.monotonic() - began)
+        await stay(
+            workers, lambda: answers(config.master_addr, config.master_port), stop, config.drain_timeout_s
+        )
+    log.info("stopped")
+
+
+async def stay(
+    workers: Liveness,
+    leader_answers: Callable[[], Awaitable[bool]],
+    stop: asyncio.Event,
+    drain_timeout_s: float,
+    watch_s: float = WATCH_S,
+) -> None:
+    """Return when, after `stop`, the leader is gone or the drain is over; raises EngineError where one dies unasked."""
+    missed = 0
+    while not stop.is_set():
+        if workers.dead:
+            raise EngineError("a worker of this node died; its log above says why")
+        missed = 0 if await leader_answers() else missed + 1
+        if missed == LOST_LOOKS:
+            raise EngineError("the leader is gone: its --master-port does not answer any more")
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(stop.wait(), watch_s)
+    log.info("stopping: this node stays for the leader's running requests")
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(drain_timeout_s):
+            while await leader_answers():
+                await asyncio.sleep(watch_s)
+
+
+async def answers(host: str, port: int) -> bool:
+    """Whether somebody listens there."""
+    try:
+        async with asyncio.timeout(CONNECT_S):
+            _, writer = await asyncio.open_connection(host, port)
+    except OSError:  # a TimeoutError is one
+        return False
+    writer.close()
+    return True
