@@ -1,8 +1,8 @@
 """How close the compressed model stayed to its base: exact KL divergence on held-out text, with standard errors.
 
 Both models' last hidden states are at hand when the walk ends, so the full distributions are compared, in
-float32, a few hundred positions at a time; neither model is ever loaded whole. Standard errors are clustered:
-the tokens of one sequence are not independent, its mean is (Miller 2024, arXiv 2411.00640).
+float32, a few thousand words of the vocabulary at a time; neither model is ever loaded whole. Standard errors are
+clustered: the tokens of one sequence are not independent, its mean is (Miller 2024, arXiv 2411.00640).
 """
 
 import math
@@ -17,7 +17,8 @@ from lowbit_quantize.calibration import TokenText
 from lowbit_quantize.precision import exact_products
 from lowbit_quantize.recipe import Quality
 
-CHUNK_POSITIONS = 128
+CHUNK_POSITIONS = 1024  # compared at a time,
+BLOCK_WORDS = 4096  # on so much of the vocabulary
 
 
 @dataclass(frozen=True)
@@ -33,34 +34,72 @@ class Predictions:
 def compare(
     base: Tensor, compressed: Tensor, base_norm: nn.Module, norm: nn.Module, head: Tensor, ids: Tensor
 ) -> Predictions:
-    """Compare two models by their last hidden states, (sequences, tokens, hidden), on the text `ids`."""
-    wide = head.float()
-    rows = [
-        _compare_sequence(base_norm(base[i, :-1]), norm(compressed[i, :-1]), wide, ids[i, 1:])
-        for i in range(ids.shape[0])
-    ]
-    stacked = [torch.stack(parts) for parts in zip(*rows, strict=True)]
-    return Predictions(*stacked)
+    """Compare two models by their last hidden states, (sequences, tokens, hidden), on the text `ids`.
+
+    The vocabulary is gone through in blocks, of which one at a time is float32: the sums over it are kept relative
+    to the largest logit so far (Milakov and Gimelshein 2018, arXiv 1805.02867).
+    """
+    sequences = max(1, CHUNK_POSITIONS // base.shape[1])
+    chunks = []
+    for start in range(0, len(ids), sequences):
+        rows = slice(start, start + sequences)
+        targets = ids[rows, 1:].to(head.device)
+        p, q = base_norm(base[rows, :-1].to(head.device)), norm(compressed[rows, :-1].to(head.device))
+        columns = _compare_positions(p.flatten(0, 1), q.flatten(0, 1), head, targets.flatten())
+        chunks.append([column.view(targets.shape) for column in columns])
+    return Predictions(*(torch.cat(columns) for columns in zip(*chunks, strict=True)))
 
 
-def _compare_sequence(base: Tensor, compressed: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-    parts = []
-    for start in range(0, len(targets), CHUNK_POSITIONS):
-        chunk = slice(start, start + CHUNK_POSITIONS)
+class _Softmax:
+    """What one model's distributions need, summed over blocks of the vocabulary; every field is (positions,)."""
+
+    def __init__(self, positions: int, device: torch.device) -> None:
+        self.largest = torch.full((positions,), -torch.inf, device=device)
+        self.likeliest = torch.zeros(positions, dtype=torch.int64, device=device)
+        self.sum = torch.zeros(positions, dtype=torch.float64, device=device)  # of exp(logit − largest)
+
+    def add(self, logits: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        """Take a block, (positions, words), that starts at word `first`.
+
+        Returns what sums so far shrink by, (positions,), and exp(logit − largest), (positions, words).
+        """
+        block, place = logits.max(-1)
+        self.likeliest = torch.where(block > self.largest, place + first, self.likeliest)
+        larger = torch.maximum(block, self.largest)
+        shrink = (self.largest - larger).double().exp()
+        self.largest = larger
+        weights = (logits - larger.unsqueeze(-1)).exp_()
+        self.sum = self.sum * shrink + weights.sum(-1)
+        return shrink, weights
+
+    @property
+    def log_sum(self) -> Tensor:
+        """Log of the sum of exp(logit)."""
+        return self.sum.log() + self.largest
+
+
+def _compare_positions(base: Tensor, compressed: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    """KL, agreement and both losses, (positions,), of normed hidden states, (positions, hidden)."""
+    p_sum, q_sum = _Softmax(len(base), head.device), _Softmax(len(base), head.device)
+    apart = torch.zeros(
+        len(base), dtype=torch.float64, device=head.device
+    )  # sum of exp(p − largest) · (p − q)
+    losses = [torch.zeros_like(apart), torch.zeros_like(apart)]
+    for first in range(0, len(head), BLOCK_WORDS):
+        wide = head[first : first + BLOCK_WORDS].float()
         with exact_products(base.dtype):
-            p, q = base[chunk].float() @ head.T, compressed[chunk].float() @ head.T  # (positions, vocabulary)
-        parts.append(_compare_logits(p, q, targets[chunk, None].to(p.device)))
-    return tuple(torch.cat(columns).double().cpu() for columns in zip(*parts, strict=True))
-
-
-def _compare_logits(p: Tensor, q: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-    """KL, agreement and both losses of logits, (positions, vocabulary); overwrites `p` and `q`."""
-    agrees = (p.argmax(-1) == q.argmax(-1)).float()
-    p_sum, q_sum = p.logsumexp(-1, keepdim=True), q.logsumexp(-1, keepdim=True)
-    losses = [(total - logits.gather(-1, targets)).squeeze(-1) for logits, total in ((p, p_sum), (q, q_sum))]
-    log_ratio = q.neg_().add_(p).sub_(p_sum - q_sum)
-    kld = torch.linalg.vecdot(p.sub_(p_sum).exp_(), log_ratio)
-    return (kld, agrees, *losses)
+            p, q = base.float() @ wide.T, compressed.float() @ wide.T  # (positions, words)
+        here = (targets - first).clamp(0, len(wide) - 1).unsqueeze(-1)
+        inside = (targets >= first) & (targets < first + len(wide))
+        for loss, logits in zip(losses, (p, q), strict=True):
+            loss -= torch.where(inside, logits.gather(-1, here).squeeze(-1), 0.0)
+        shrink, weights = p_sum.add(p, first)
+        q_sum.add(q, first)
+        apart = apart * shrink + torch.linalg.vecdot(weights, p.sub_(q))
+    kld = apart / p_sum.sum - p_sum.log_sum + q_sum.log_sum
+    agrees = (p_sum.likeliest == q_sum.likeliest).double()
+    found = (kld, agrees, losses[0] + p_sum.log_sum, losses[1] + q_sum.log_sum)
+    return tuple(column.cpu() for column in found)
 
 
 def clustered_stderr(values: Tensor) -> float:

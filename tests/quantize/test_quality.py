@@ -7,7 +7,7 @@ import torch
 
 from lowbit_core.manifest import QualityRecord, TextRecord
 from lowbit_quantize.calibration import TokenText
-from lowbit_quantize.quality import clustered_stderr, compare, judge, summarize
+from lowbit_quantize.quality import BLOCK_WORDS, clustered_stderr, compare, judge, summarize
 from lowbit_quantize.recipe import Quality
 
 
@@ -22,10 +22,11 @@ def record(**values: float) -> QualityRecord:
 
 
 def test_kl_agreement_and_perplexity_equal_the_plain_formulas() -> None:
-    generator = torch.Generator().manual_seed(11)
-    base, head = torch.randn(3, 600, 16, generator=generator), torch.randn(40, 16, generator=generator)
+    """More words than a block, more positions than a chunk, and neither a multiple."""
+    generator, words = torch.Generator().manual_seed(11), BLOCK_WORDS + 40
+    base, head = torch.randn(3, 600, 16, generator=generator), torch.randn(words, 16, generator=generator)
     compressed = base + 0.1 * torch.randn(3, 600, 16, generator=generator)
-    ids = torch.randint(0, 40, (3, 600), generator=generator)
+    ids = torch.randint(0, words, (3, 600), generator=generator)
     identity = torch.nn.Identity()
     predictions = compare(base, compressed, identity, identity, head, ids)
     p, q = (torch.softmax((states[:, :-1] @ head.T).double(), -1) for states in (base, compressed))
