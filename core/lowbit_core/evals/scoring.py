@@ -1,0 +1,67 @@
+"""From log-probabilities to answers: the rules of lm-evaluation-harness for accuracy, for each item by itself."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lowbit_core.evals.items import Item, Key
+
+Top = dict[str, float]  # token (its text or id) to log-probability
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a model says of one request. `top` is of each scored token, where it was asked for."""
+
+    token_logprobs: tuple[float, ...]
+    greedy: bool  # every token of the continuation is the likeliest
+    top: tuple[Top, ...] = ()
+
+    @property
+    def logprob(self) -> float:
+        return sum(self.token_logprobs)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of one item. `chosen` is the request that won; None of an item that got no answer.
+
+    `right_raw` is `right` without dividing by length (lm-eval's acc; `right` is its acc_norm). A text has no right:
+    it has the log-probability of its `tokens`.
+    """
+
+    key: Key
+    kind: str
+    right: bool | None
+    right_raw: bool | None
+    chosen: int | None
+    logprob: float | None  # of the right continuation, or of the text
+    tokens: int
+    top: tuple[Top, ...] = ()
+
+
+def answer(item: Item, scored: Sequence[Scored] | None) -> Answer:
+    """Judge one item; without scores (the server lost it) a question is wrong and a text is empty."""
+    if scored is None:
+        right = None if item.kind == "text" else False
+        return Answer(item.key, item.kind, right, right, None, None, 0)
+    if item.kind == "text":
+        (one,) = scored
+        return Answer(item.key, item.kind, None, None, None, one.logprob, len(one.token_logprobs), one.top)
+    gold = item.gold or 0
+    if item.kind == "cloze":
+        (one,) = scored
+        chosen = 0 if one.greedy else 1
+        return Answer(
+            item.key, item.kind, one.greedy, one.greedy, chosen, one.logprob, len(one.token_logprobs)
+        )
+    raw = [one.logprob for one in scored]
+    lengths = [max(1, len(request.continuation.removeprefix(" "))) for request in item.requests]
+    normed = [value / length for value, length in zip(raw, lengths, strict=True)]
+    best_raw, best_normed = _argmax(raw), _argmax(normed)
+    chosen = best_normed if item.normalised else best_raw
+    tokens = len(scored[gold].token_logprobs)
+    return Answer(item.key, item.kind, chosen == gold, best_raw == gold, chosen, raw[gold], tokens)
+
+
+def _argmax(values: Sequence[float]) -> int:
+    return max(range(len(values)), key=values.__getitem__)
