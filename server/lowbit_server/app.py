@@ -7,26 +7,39 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any, Protocol
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
 
 from lowbit_core import __version__
 from lowbit_core.log import get_logger
+from lowbit_server.adapters import open_adapters
 from lowbit_server.config import Checkpoint, ServeConfig, derive_engine_arguments
-from lowbit_server.drain import DrainState, address, bind, interruptible_start, serve_until_stopped
+from lowbit_server.drain import (
+    DrainState,
+    address,
+    answering_operators,
+    bind,
+    interruptible_start,
+    serve_until_stopped,
+)
 from lowbit_server.exchanges import Exchanges
-from lowbit_server.gateway import Gateway, Limits
+from lowbit_server.gateway import AdminPort, Gateway, Limits, Models
 from lowbit_server.keys import KeyStore
 from lowbit_server.memory import DeviceMemory, MemoryReader
 from lowbit_server.metrics import LowbitCollector
-from lowbit_server.preflight import refuse_unfit_machine
+from lowbit_server.openapi import describe_answers
+from lowbit_server.preflight import refuse_unfit_machine, refuse_unknown_parsers
 from lowbit_server.proof import prove_kv_scales, read_checkpoint_scales
-from lowbit_server.report import EngineFacts, Service, checkpoint_document, kv_scales_in_words
+from lowbit_server.report import EngineFacts, Service, checkpoint_document, kv_scales_in_words, model_card
 from lowbit_server.routes import (
     add_checkpoint_route,
     add_health_routes,
     add_metrics_route,
+    add_models_routes,
     keep_allowed_routes,
 )
 from lowbit_server.startup import answering_that_it_loads
@@ -44,20 +57,20 @@ class ServingEngine(Protocol):
     def dead(self) -> bool: ...
     def metrics_registry(self) -> Any: ...
     async def attach_openai_api(self, app: FastAPI) -> None: ...
+    async def models(self) -> list[dict[str, Any]]: ...
     async def memory(self) -> tuple[DeviceMemory, ...]: ...
     async def facts(self) -> EngineFacts: ...
 
 
 async def serve(config: ServeConfig, checkpoint: Checkpoint) -> None:
     """Serve a checked checkpoint until SIGTERM or SIGINT; raises EngineError when the engine fails it."""
-    from lowbit_server.engine import (
-        engine_device,
-        runs_quantized_experts,
-        start_engine,
-    )  # vLLM: seconds, and only when needed
+    from lowbit_server import engine as vllm  # seconds, and only when needed
 
-    device = engine_device()
-    refuse_unfit_machine(config, checkpoint, device, runs_quantized_experts)
+    device = vllm.engine_device()
+    refuse_unfit_machine(config, checkpoint, device, vllm.runs_quantized_experts)
+    refuse_unknown_parsers(config, vllm.known_parsers())
+    model = config.served_model_name or checkpoint.name
+    adapters = open_adapters(config, model)
     keys = KeyStore(config.api_keys) if config.api_keys else None
     arguments = derive_engine_arguments(config, checkpoint, device)
     if keys is not None and keys.uses_priorities:
@@ -67,22 +80,39 @@ async def serve(config: ServeConfig, checkpoint: Checkpoint) -> None:
     throughput, state, began = Throughput(), DrainState(), time.monotonic()
     exchanges = Exchanges(write_log=not config.no_request_log)
     throughput.on_finished = exchanges.engine_finished
+    models = Models(model, lambda name: name == model or adapters.path_of(name) is not None)
     async with contextlib.AsyncExitStack() as stack:
         listener = stack.enter_context(bind(config.host, config.port))
+        admin = stack.enter_context(bind(config.host, config.admin_port)) if config.admin_port else None
         with interruptible_start(), answering_that_it_loads(listener, config):
             log.info("starting vLLM on the %s with %s", device, _readable(arguments))
-            engine = await stack.enter_async_context(start_engine(arguments, throughput))
+            engine = await stack.enter_async_context(vllm.start_engine(arguments, throughput, adapters))
             service = await inspect_engine(engine, config, checkpoint)
             app = await build_app(engine, service, throughput, exchanges, lambda: state.draining)
-            limits = Limits(config.max_body_bytes, config.max_output_tokens, config.request_timeout_s)
-            app.add_middleware(
-                Gateway, limits=limits, keys=keys, exchanges=exchanges, is_draining=lambda: state.draining
-            )
+            gateway = Gateway(
+                app, _limits(config), keys, exchanges, models,
+                is_draining=lambda: state.draining, admin_elsewhere=admin is not None,
+            )  # fmt: skip
         log.info("ready in %.1f s", time.monotonic() - began)
         scheme = "https" if config.ssl_certfile else "http"
-        log.info("serving %s at %s://%s/v1", service.model, scheme, address(config.host, config.port))
-        await serve_until_stopped(app, listener, engine, state, config)
+        log.info("serving %s at %s://%s/v1", model, scheme, address(config.host, config.port))
+        async with answering_operators(AdminPort(app), admin, config):
+            await serve_until_stopped(app, listener, engine, state, config, _with_cors(gateway, config))
     log.info("stopped")
+
+
+def _with_cors(app: ASGIApp, config: ServeConfig) -> ASGIApp:
+    """Before the gateway: a browser asks without a key first, and must be able to read refusals too."""
+    origins = [origin for origin in config.cors_origins.split(",") if origin]
+    if not origins:
+        return app
+    return CORSMiddleware(
+        app, allow_origins=origins, allow_methods=["*"], allow_headers=["*"], expose_headers=["*"]
+    )
+
+
+def _limits(config: ServeConfig) -> Limits:
+    return Limits(**{field.name: getattr(config, field.name) for field in fields(Limits)})
 
 
 async def inspect_engine(engine: ServingEngine, config: ServeConfig, checkpoint: Checkpoint) -> Service:
@@ -118,6 +148,8 @@ async def build_app(
     )
     await engine.attach_openai_api(app)
     keep_allowed_routes(app)
+    describe_answers(app)
+    add_models_routes(app, engine.models, model_card(service))
     memory = MemoryReader(engine.memory, await engine.memory())
     collector = LowbitCollector(service, throughput, exchanges, lambda: memory.devices, is_draining)
     add_health_routes(app, engine, is_draining)

@@ -4,6 +4,7 @@
 context length: the model's own maximum, or what the KV cache holds if that is less.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -35,20 +36,36 @@ class ServeConfig:
     kv_cache_dtype: KVDtype = "auto"
     gpu_memory_utilization: float | None = None
     tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    nnodes: int = 1
+    node_rank: int = 0
+    master_addr: str = "127.0.0.1"
+    master_port: int = 29501
     max_num_seqs: int | None = None
+    tool_call_parser: str | None = None
+    reasoning_parser: str | None = None
+    lora_modules: tuple[tuple[str, Path], ...] = ()
+    lora_dir: Path | None = None
+    max_loras: int = 4
+    max_lora_rank: int = 16
     max_num_queued_reqs: int = 1024
     max_num_queued_tokens: int | None = None
     api_keys: Path | None = None
     request_timeout_s: int | None = None
+    max_header_bytes: int = 64 << 10
     max_body_bytes: int = 32 << 20
+    max_prompt_characters: int | None = None
     max_output_tokens: int | None = None
+    admin_port: int | None = None
     cors_origins: str = ""
     ssl_certfile: Path | None = None
     ssl_keyfile: Path | None = None
+    otlp_traces_endpoint: str | None = None
     no_request_log: bool = False
     enforce_eager: bool = False
     allow_rejected: bool = False
     skip_hash_check: bool = False
+    trust_remote_code: bool = False
     drain_timeout_s: int = 30
 
 
@@ -112,6 +129,20 @@ def open_checkpoint(config: ServeConfig) -> Checkpoint:
     return Checkpoint(config.directory, model_config, shape_from_config(model_config), manifest)
 
 
+def refuse_uneven_nodes(config: ServeConfig) -> None:
+    """Raise ConfigError where the nodes cannot share the devices evenly, or this node is none of them."""
+    devices = config.tensor_parallel_size * config.pipeline_parallel_size
+    if devices % config.nnodes:
+        raise ConfigError(
+            f"--tensor-parallel-size {config.tensor_parallel_size} x --pipeline-parallel-size "
+            f"{config.pipeline_parallel_size} = {devices} devices do not divide among --nnodes {config.nnodes}"
+        )
+    if config.node_rank >= config.nnodes:
+        raise ConfigError(
+            f"--node-rank {config.node_rank} is none of --nnodes {config.nnodes}: they are counted from 0"
+        )
+
+
 def _refuse_rejected(config: ServeConfig, manifest: Manifest) -> None:
     if not manifest.gate.accepted and not config.allow_rejected:
         raise CheckpointError(
@@ -147,18 +178,47 @@ def derive_engine_arguments(config: ServeConfig, checkpoint: Checkpoint, device:
         "kv_cache_dtype": _kv_cache_dtype(config, checkpoint),
         "max_model_len": _max_model_len(config, checkpoint, kv_bytes),
         "tensor_parallel_size": config.tensor_parallel_size,
+        "pipeline_parallel_size": config.pipeline_parallel_size,
         "enforce_eager": config.enforce_eager,
         "max_num_queued_reqs": config.max_num_queued_reqs,
-        "allowed_origins": [origin for origin in config.cors_origins.split(",") if origin],
+        "allowed_origins": [],  # ours stands before the gateway
         "shutdown_timeout": config.drain_timeout_s,
+        "load_format": "safetensors",  # never a pickle
+        "trust_remote_code": config.trust_remote_code,
     }
     optional = {
         "kv_cache_memory_bytes": kv_bytes,
         "gpu_memory_utilization": config.gpu_memory_utilization,
         "max_num_seqs": config.max_num_seqs,
         "max_num_queued_tokens": config.max_num_queued_tokens,
+        "tool_call_parser": config.tool_call_parser,
+        "enable_auto_tool_choice": True if config.tool_call_parser else None,
+        "reasoning_parser": config.reasoning_parser,
+        "otlp_traces_endpoint": config.otlp_traces_endpoint,
+        "override_generation_config": config.max_output_tokens
+        and {"max_new_tokens": config.max_output_tokens},  # also for a request that does not say
+    } | _lora_arguments(config)
+    given = {name: value for name, value in optional.items() if value is not None}
+    return arguments | given | _node_arguments(config)
+
+
+def _node_arguments(config: ServeConfig) -> dict[str, Any]:
+    """Several nodes run on vLLM's own processes: Ray would be one more thing to install and to watch."""
+    if config.nnodes == 1:
+        return {}
+    return {
+        "distributed_executor_backend": "mp",
+        "nnodes": config.nnodes,
+        "node_rank": config.node_rank,
+        "master_addr": config.master_addr,
+        "master_port": config.master_port,
     }
-    return arguments | {name: value for name, value in optional.items() if value is not None}
+
+
+def _lora_arguments(config: ServeConfig) -> dict[str, Any]:
+    if not config.lora_modules and config.lora_dir is None:
+        return {}
+    return {"enable_lora": True, "max_loras": config.max_loras, "max_lora_rank": config.max_lora_rank}
 
 
 def effective_kv_dtype(config: ServeConfig, checkpoint: Checkpoint) -> str:
@@ -213,12 +273,24 @@ def _max_model_len(config: ServeConfig, checkpoint: Checkpoint, kv_bytes: int | 
 
 
 def _tokens_that_fit(config: ServeConfig, checkpoint: Checkpoint, kv_bytes: int) -> int:
-    per_token = checkpoint.shape.kv_bytes_per_token(effective_kv_dtype(config, checkpoint))
+    per_token = _kv_bytes_per_token_and_device(config, checkpoint)
     # One block stays back as the engine's null block.
-    blocks = kv_bytes * config.tensor_parallel_size // (per_token * KV_BLOCK_TOKENS) - 1
+    blocks = kv_bytes // (per_token * KV_BLOCK_TOKENS) - 1
     if blocks < 1:
         raise ConfigError(
             f"{kv_bytes / GIB:.3f} GiB of KV cache do not hold {KV_BLOCK_TOKENS} tokens of "
             f"{per_token} bytes each; raise --kv-cache-gib"
         )
     return blocks * KV_BLOCK_TOKENS
+
+
+def _kv_bytes_per_token_and_device(config: ServeConfig, checkpoint: Checkpoint) -> int:
+    """Of a token, what the fullest device caches: its stage's layers, and its part of the KV heads.
+
+    More devices than KV heads hold copies; a latent is never split.
+    """
+    shape = checkpoint.shape
+    all_layers = shape.kv_bytes_per_token(effective_kv_dtype(config, checkpoint))
+    parts = 1 if checkpoint.latent else min(config.tensor_parallel_size, shape.kv_heads)
+    stage_layers = math.ceil(shape.layers / config.pipeline_parallel_size)
+    return stage_layers * math.ceil(all_layers // shape.layers / parts)

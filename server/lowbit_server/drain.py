@@ -8,20 +8,22 @@ import asyncio
 import contextlib
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from typing import Literal
 
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from lowbit_core.errors import ConfigError, EngineError
 from lowbit_core.log import get_logger
 from lowbit_server.config import ServeConfig
+from lowbit_server.http_limits import bounded_http
 from lowbit_server.routes import Liveness
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 WATCH_S = 1.0
 BACKLOG = 2048  # connections that wait for accept(), as uvicorn's default
-HEADER_BYTES = 64 << 10  # longest request head
 KEEP_ALIVE_S = 65  # longer than the 60 s of common load balancers, so that they close idle connections first
 
 log = get_logger("serve")
@@ -107,25 +109,18 @@ class _Server(uvicorn.Server):
 
 
 async def serve_until_stopped(
-    app: FastAPI, listener: socket.socket, engine: Liveness, state: DrainState, config: ServeConfig
+    app: FastAPI,
+    listener: socket.socket,
+    engine: Liveness,
+    state: DrainState,
+    config: ServeConfig,
+    front: ASGIApp | None = None,
 ) -> None:
-    """Serve `app` until a signal, then drain; raises EngineError when the engine dies first.
+    """Serve `app`, behind `front` where there is one, until a signal, then drain.
 
-    A second signal ends the drain at once.
+    Raises EngineError when the engine dies first. A second signal ends the drain at once.
     """
-    server = _Server(
-        uvicorn.Config(
-            app,
-            log_level="warning",
-            access_log=False,
-            timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=config.drain_timeout_s,
-            ssl_certfile=config.ssl_certfile,
-            ssl_keyfile=config.ssl_keyfile,
-            h11_max_incomplete_event_size=HEADER_BYTES,
-            server_header=False,
-        )
-    )
+    server = _server(front or app, config)
     app.state.server = server  # vLLM's error handler asks it to stop when the engine is dead
     listen(listener)
     loop = asyncio.get_running_loop()
@@ -138,6 +133,42 @@ async def serve_until_stopped(
         watch.cancel()
     if engine.dead:
         raise EngineError("the engine died while serving; its log above says why")
+
+
+def _server(app: ASGIApp, config: ServeConfig, lifespan: Literal["on", "off"] = "on") -> _Server:
+    return _Server(
+        uvicorn.Config(
+            app,
+            http=bounded_http(config.max_header_bytes),
+            ws="none",
+            lifespan=lifespan,
+            log_level="warning",
+            access_log=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=config.drain_timeout_s,
+            ssl_certfile=config.ssl_certfile,
+            ssl_keyfile=config.ssl_keyfile,
+            server_header=False,
+        )
+    )
+
+
+@contextlib.asynccontextmanager
+async def answering_operators(
+    app: ASGIApp, listener: socket.socket | None, config: ServeConfig
+) -> AsyncIterator[None]:
+    """Answer what operators ask on a port of its own, also while the other one drains."""
+    if listener is None:
+        yield
+        return
+    server = _server(app, config, "off")
+    listen(listener)
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    try:
+        yield
+    finally:
+        server.should_exit = server.force_exit = True
+        await serving
 
 
 def _ask_to_stop(server: uvicorn.Server, state: DrainState) -> None:

@@ -6,7 +6,7 @@ after all that can be checked without it and after `cli.py` has set the environm
 
 import contextlib
 from argparse import Namespace
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any
 
 from fastapi import FastAPI
@@ -15,17 +15,24 @@ from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.api_server.routers import register_api_routers
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.entrypoints.launchers.utils.server_utils import lifespan
+from vllm.entrypoints.openai.models.protocol import LoRAModulePath
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 from vllm.entrypoints.serve.middleware.register import init_entrypoints_middleware
+from vllm.lora.request import LoRARequest
+from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
 from vllm.platforms import current_platform
+from vllm.reasoning import ReasoningParserManager
+from vllm.tool_parsers import ToolParserManager
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 from vllm.version import __version__ as vllm_version
 
 from lowbit_core.errors import EngineError
+from lowbit_server.adapters import Adapters
 from lowbit_server.config import Device
 from lowbit_server.memory import DeviceMemory, merge_workers
 from lowbit_server.proof import scales_from_workers
@@ -35,12 +42,27 @@ from lowbit_server.throughput import Throughput
 WORKER_EXTENSION = "lowbit_server.worker.WorkerExtension"
 PROCESS_STOP_S = 15  # after the requests are done: time for the engine's processes to free their memory
 
-__all__ = ["Engine", "engine_device", "runs_quantized_experts", "start_engine"]
+__all__ = [
+    "Engine",
+    "engine_device",
+    "known_parsers",
+    "runs_quantized_experts",
+    "start_engine",
+    "start_follower",
+]
 
 
 def engine_device() -> Device:
     """What the installed build of vLLM runs on."""
     return "cpu" if current_platform.is_cpu() else "gpu"
+
+
+def known_parsers() -> dict[str, list[str]]:
+    """What the flags that name a parser may say."""
+    return {
+        "--tool-call-parser": ToolParserManager.list_registered(),
+        "--reasoning-parser": ReasoningParserManager.list_registered(),
+    }
 
 
 def runs_quantized_experts(bits: int, group_size: int) -> bool:
@@ -87,12 +109,26 @@ class _ThroughputLogger(StatLoggerBase):  # type: ignore[misc]  # vLLM has no ty
         """Nothing to say: cli.py reports the start."""
 
 
+class _AdapterResolver(LoRAResolver):  # type: ignore[misc]  # vLLM has no type information here
+    """Finds the adapter that a request names."""
+
+    def __init__(self, adapters: Adapters) -> None:
+        self._adapters = adapters
+
+    async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:
+        path = self._adapters.path_of(lora_name)
+        return path and LoRARequest(
+            lora_name=lora_name, lora_int_id=1, lora_path=str(path)
+        )  # vLLM numbers it
+
+
 class Engine:
     """A running vLLM engine: its OpenAI routes, its metrics, and what its workers say about themselves."""
 
     def __init__(self, client: AsyncLLM, arguments: Namespace) -> None:
         self._client = client
         self._arguments = arguments
+        self._models: Any = None
         self.lifespan = lifespan  # logs statistics while the app is up
 
     @property
@@ -108,6 +144,11 @@ class Engine:
         init_exception_handler(app)
         init_entrypoints_middleware(self._arguments, app, tasks)
         await init_app_state(self._client, app.state, self._arguments, tasks)
+        self._models = app.state.openai_serving_models
+
+    async def models(self) -> list[dict[str, Any]]:
+        """The model and its loaded adapters, as vLLM lists them."""
+        return list((await self._models.show_available_models()).model_dump()["data"])
 
     def metrics_registry(self) -> Any:
         """The Prometheus registry that holds vLLM's metrics."""
@@ -154,12 +195,19 @@ def _namespace(arguments: Mapping[str, Any]) -> Namespace:
 
 
 @contextlib.asynccontextmanager
-async def start_engine(arguments: Mapping[str, Any], throughput: Throughput) -> AsyncIterator[Engine]:
+async def start_engine(
+    arguments: Mapping[str, Any], throughput: Throughput, adapters: Adapters
+) -> AsyncIterator[Engine]:
     """Start vLLM, and stop it and its processes when the block ends.
 
     Raises EngineError when it does not start; vLLM has then logged the cause above.
     """
-    namespace = _namespace({**arguments, "worker_extension_cls": WORKER_EXTENSION})
+    modules = [LoRAModulePath(name, str(path)) for name, path in adapters.modules]
+    namespace = _namespace(
+        {**arguments, "worker_extension_cls": WORKER_EXTENSION, "lora_modules": modules or None}
+    )
+    if adapters.directory is not None:
+        LoRAResolverRegistry.register_resolver("lowbit", _AdapterResolver(adapters))
     try:
         client = _start(namespace, throughput)
     except Exception as error:
@@ -169,6 +217,38 @@ async def start_engine(arguments: Mapping[str, Any], throughput: Throughput) -> 
         yield Engine(client, namespace)
     finally:
         client.shutdown(timeout=PROCESS_STOP_S)
+
+
+class Follower:
+    """This node's workers of an engine that another node leads."""
+
+    def __init__(self, executor: MultiprocExecutor) -> None:
+        self._executor = executor
+
+    @property
+    def dead(self) -> bool:
+        """Whether a worker of this node has ended by itself."""
+        return bool(self._executor.is_failed)
+
+
+@contextlib.contextmanager
+def start_follower(arguments: Mapping[str, Any]) -> Iterator[Follower]:
+    """Start this node's workers and join the leader, which this waits for; stop them when the block ends.
+
+    What `vllm serve --headless` does. Raises EngineError when they do not start or the leader does not come.
+    """
+    namespace = _namespace({**arguments, "worker_extension_cls": WORKER_EXTENSION})
+    try:
+        config = AsyncEngineArgs.from_cli_args(namespace).create_engine_config(
+            usage_context=UsageContext.OPENAI_API_SERVER, headless=True
+        )
+        executor = MultiprocExecutor(config)
+    except Exception as error:
+        raise EngineError(f"vLLM {vllm_version} did not start: {_one_line(error)}") from error
+    try:
+        yield Follower(executor)
+    finally:
+        executor.shutdown()
 
 
 def _start(namespace: Namespace, throughput: Throughput) -> AsyncLLM:

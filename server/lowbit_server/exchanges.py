@@ -9,7 +9,7 @@ import re
 import sys
 import time
 import uuid
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 from lowbit_server.keys import ANONYMOUS
@@ -18,6 +18,7 @@ from lowbit_server.throughput import SlidingWindow
 
 ID = re.compile(r"lb[0-9a-f]{32}")
 LATE_S = 10.0  # how long the engine's count of a request is waited for after its answer has ended
+KEY_WINDOW_S = 60.0  # a key's tokens are counted when a request ends: a shorter window would flicker
 MOST_KEY_LABELS = 200  # further keys share the label "other"
 
 
@@ -53,6 +54,9 @@ class Exchanges:
         self.outcomes: Counter[tuple[str, str]] = Counter()  # (key, outcome)
         self.rejections: Counter[str] = Counter()  # reason
         self.tokens: Counter[tuple[str, str]] = Counter()  # (key, prompt or generated)
+        self.rates: defaultdict[tuple[str, str], SlidingWindow] = defaultdict(  # the same, per second
+            lambda: SlidingWindow(KEY_WINDOW_S)
+        )
         self._labels: set[str] = set()
         self.active = 0
 
@@ -98,8 +102,9 @@ class Exchanges:
             return
         exchange.counted = True
         label = self._label(exchange)
-        self.tokens[label, "prompt"] += exchange.prompt_tokens
-        self.tokens[label, "generated"] += exchange.generated_tokens
+        for kind, count in (("prompt", exchange.prompt_tokens), ("generated", exchange.generated_tokens)):
+            self.tokens[label, kind] += count
+            self.rates[label, kind].add(count)
         exchange.usage.settle(exchange.reserved_tokens, exchange.prompt_tokens + exchange.generated_tokens)
 
     def _label(self, exchange: Exchange) -> str:

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lowbit_server.answer import Answer
 from lowbit_server.exchanges import Exchange, Exchanges
-from lowbit_server.incoming import Replay, parse, read_body
+from lowbit_server.incoming import Replay, output_tokens, parse, prompt_characters, read_body
 from lowbit_server.keys import ANONYMOUS, Key, KeyStore
 from lowbit_server.limits import Usages
 from lowbit_server.openai_errors import ApiError, respond
@@ -25,7 +25,8 @@ OPEN_PATHS = frozenset({"/health", "/livez", "/readyz", "/startupz", "/version"}
 ADMIN_PATHS = frozenset({"/metrics", "/lowbit/checkpoint", "/openapi.json"})
 CHARACTERS_PER_TOKEN = 4  # of an estimate that the engine's count replaces
 LONGEST_WAIT_S = 60
-REQUEST_ID_CHARACTERS = 128
+BODY_S = 60.0  # how long a client may take to send its body
+REQUEST_ID_CHARACTERS = MODEL_CHARACTERS = 128
 ABORT_S = 2.0  # how long the app may take to notice that its client is gone
 
 
@@ -33,9 +34,19 @@ ABORT_S = 2.0  # how long the app may take to notice that its client is gone
 class Limits:
     """The server's own limits, whoever asks."""
 
+    max_header_bytes: int
     max_body_bytes: int
+    max_prompt_characters: int | None
     max_output_tokens: int | None
     request_timeout_s: float | None
+
+
+@dataclass(frozen=True)
+class Models:
+    """What may stand under `model`; without it, `default` answers."""
+
+    default: str
+    known: Callable[[str], bool]
 
 
 class Gateway:
@@ -47,10 +58,12 @@ class Gateway:
         limits: Limits,
         keys: KeyStore | None,
         exchanges: Exchanges,
+        models: Models,
         is_draining: Callable[[], bool],
+        admin_elsewhere: bool = False,
     ) -> None:
-        self._app, self._limits, self._keys = app, limits, keys
-        self._exchanges, self._is_draining = exchanges, is_draining
+        self._app, self._limits, self._keys, self._models = app, limits, keys, models
+        self._exchanges, self._is_draining, self._admin_elsewhere = exchanges, is_draining, admin_elsewhere
         self._usages = Usages()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -83,10 +96,13 @@ class Gateway:
         self, scope: Scope, receive: Receive, headers: Headers, exchange: Exchange
     ) -> bytes | None:
         """The body to hand on, or None for a request that the engine does not work on; raises ApiError."""
+        if sum(len(name) + len(value) for name, value in headers.raw) > self._limits.max_header_bytes:
+            most = self._limits.max_header_bytes
+            raise ApiError(431, f"the request head is larger than {most} bytes", "header_size")
         key = self._key_of(headers)
         exchange.usage = self._usages.of(key)
-        if scope["path"] in ADMIN_PATHS and not key.admin:
-            raise ApiError(403, f"the key {key.name!r} may not read {scope['path']}", "not_admin")
+        if scope["path"] in ADMIN_PATHS:
+            self._refuse_admin(scope["path"], key)
         if scope["method"] != "POST":
             return None
         if self._is_draining():
@@ -94,7 +110,10 @@ class Gateway:
                 503, "the server is shutting down; send the request again", "draining",
                 headers={"retry-after": "1", "connection": "close"},
             )  # fmt: skip
-        body = await read_body(receive, headers, self._limits.max_body_bytes)
+        try:
+            body = await asyncio.wait_for(read_body(receive, headers, self._limits.max_body_bytes), BODY_S)
+        except TimeoutError:
+            raise ApiError(408, f"the body did not arrive within {BODY_S:g} s", "incomplete") from None
         document = parse(body, headers)
         changed = self._apply(document, key, exchange)
         exchange.usage.admit(exchange.reserved_tokens)
@@ -114,27 +133,41 @@ class Gateway:
             )
         return key
 
+    def _refuse_admin(self, path: str, key: Key) -> None:
+        if self._admin_elsewhere:
+            raise ApiError(404, f"{path} is answered on the admin port only", "not_admin")
+        if not key.admin:
+            raise ApiError(403, f"the key {key.name!r} may not read {path}", "not_admin")
+
     def _apply(self, document: dict[str, Any], key: Key, exchange: Exchange) -> bool:
         """Check what a request asks for and estimate its tokens; returns whether the document was changed."""
-        model = document.get("model")
-        exchange.model = model if isinstance(model, str) else ""
         exchange.stream = document.get("stream") is True
-        if key.models is not None and exchange.model and exchange.model not in key.models:
-            message = f"the key {key.name!r} may not use the model {exchange.model!r}"
-            raise ApiError(403, message, "model", code="model_not_found", param="model")
+        exchange.model = self._model_of(document, key)
+        wanted, size = output_tokens(document), prompt_characters(document)
         most = self._limits.max_output_tokens
-        asked = [document.get(n) for n in ("max_completion_tokens", "max_tokens", "max_output_tokens")]
-        wanted = max((n for n in asked if isinstance(n, int)), default=0)
         if most is not None and wanted > most:
             message = f"{wanted} output tokens are asked for; this server allows {most}"
             raise ApiError(400, message, "max_tokens", code="max_tokens_too_large", param="max_tokens")
-        text = document.get("messages", document.get("prompt", document.get("input", "")))
-        size = len(text) if isinstance(text, str) else len(json.dumps(text))
+        longest = self._limits.max_prompt_characters
+        if longest is not None and size > longest:
+            message = f"the prompt has {size} characters; this server allows {longest}"
+            raise ApiError(400, message, "prompt_size", code="context_length_exceeded")
         exchange.reserved_tokens = size // CHARACTERS_PER_TOKEN + wanted
         if self._keys is None or not self._keys.uses_priorities:
             return False
         document["priority"] = key.priority  # the key's, whatever the client says
         return True
+
+    def _model_of(self, document: dict[str, Any], key: Key) -> str:
+        given = document.get("model")
+        model = given if isinstance(given, str) and given else self._models.default
+        if not self._models.known(model):
+            message = f"there is no model {model[:MODEL_CHARACTERS]!r} here; /v1/models lists those there are"
+            raise ApiError(404, message, "no_such_model", code="model_not_found", param="model")
+        if key.models is not None and model not in key.models:
+            message = f"the key {key.name!r} may not use the model {model!r}"
+            raise ApiError(403, message, "model", code="model_not_found", param="model")
+        return model
 
     async def _forward(self, scope: Scope, receive: Replay, send: Send, exchange: Exchange) -> None:
         headers = {"x-request-id": exchange.client_id, **exchange.usage.headers()}
@@ -176,6 +209,19 @@ class Gateway:
         """Seconds until a place in the queue should be free, by the rate at which requests ended of late."""
         rate = self._exchanges.finished.per_second()
         return min(LONGEST_WAIT_S, max(1, math.ceil(1 / rate))) if rate > 0 else 5
+
+
+class AdminPort:
+    """What a port for operators answers: health and the admin paths, without a key, and nothing else."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] in OPEN_PATHS | ADMIN_PATHS:
+            await self._app(scope, receive, send)
+        elif scope["type"] == "http":
+            await respond(send, ApiError(404, "this port answers operators only", "admin_port"), {})
 
 
 def _outcome(exchange: Exchange) -> str:

@@ -1,4 +1,4 @@
-"""A request's body: read once within its bound, parsed, and handed on."""
+"""A request's body: read once within its bound, parsed, measured, and handed on."""
 
 import asyncio
 import json
@@ -9,6 +9,9 @@ from starlette.types import Message, Receive
 
 from lowbit_server.exchanges import Exchange
 from lowbit_server.openai_errors import ApiError
+
+OUTPUT_FIELDS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+PROMPT_FIELDS = ("messages", "prompt", "input", "instructions", "tools", "suffix")
 
 
 class Replay:
@@ -74,3 +77,27 @@ def parse(body: bytes, headers: Headers) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise ApiError(400, "the request body is not a JSON object", "json", code="invalid_json")
     return document
+
+
+def output_tokens(document: dict[str, Any]) -> int:
+    """How many tokens a request wants at most, over all its answers; 0 where it does not say."""
+    asked = max(_number(document.get(name)) for name in OUTPUT_FIELDS)
+    return asked * max(1, _number(document.get("n")))
+
+
+def prompt_characters(document: dict[str, Any]) -> int:
+    """The length of all that becomes the prompt: text as it is, anything else as JSON."""
+    parts = (document[name] for name in PROMPT_FIELDS if name in document)
+    return sum(len(part) if isinstance(part, str) else len(_json(part)) for part in parts)
+
+
+def _json(part: Any) -> str:
+    return json.dumps(part, ensure_ascii=False)
+
+
+def _number(given: Any) -> int:
+    """A number as vLLM will read it: `"5"` and `5.0` are 5 to it; what is none, it refuses."""
+    try:
+        return int(float(given))
+    except (TypeError, ValueError, OverflowError):
+        return 0

@@ -26,6 +26,7 @@ CODES = {
     413: "request_too_large",
     415: "unsupported_media_type",
     429: "rate_limit_exceeded",
+    431: "request_header_too_large",
     500: "internal_error",
     501: "not_implemented",
     503: "unavailable",

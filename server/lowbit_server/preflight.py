@@ -6,11 +6,11 @@ checkpoint needs is read from its config.json and tensor names, so it holds for 
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lowbit_core.errors import CheckpointError
+from lowbit_core.errors import CheckpointError, ConfigError
 from lowbit_server.config import Checkpoint, Device, ServeConfig
 from lowbit_server.proof import read_checkpoint_scales, tensor_names
 
@@ -39,6 +39,15 @@ def refuse_unfit_machine(
         _refuse_quantized_experts(checkpoint, runs_experts)
         _refuse_plain_positions(checkpoint)
     _refuse_latent_scales(config, checkpoint)
+
+
+def refuse_unknown_parsers(config: ServeConfig, known: Mapping[str, Sequence[str]]) -> None:
+    """Raise ConfigError for a parser that the engine does not have."""
+    for flag, given in (
+        ("--tool-call-parser", config.tool_call_parser), ("--reasoning-parser", config.reasoning_parser)
+    ):  # fmt: skip
+        if given is not None and given not in known[flag]:
+            raise ConfigError(f"{flag} {given} is not known; choose one of {', '.join(known[flag])}")
 
 
 def quantized_experts(checkpoint: Checkpoint) -> QuantizedExperts | None:

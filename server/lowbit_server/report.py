@@ -55,6 +55,27 @@ def checkpoint_document(service: Service, memory: Iterable[DeviceMemory]) -> dic
     }
 
 
+def model_card(service: Service) -> dict[str, Any]:
+    """What `/v1/models` says of the checkpoint beside OpenAI's fields; quality is null where it is unknown."""
+    manifest, facts = service.checkpoint.manifest, service.facts
+    quality = manifest and {
+        "mean_kld": manifest.quality.mean_kld,
+        "mean_kld_stderr": manifest.quality.kld_stderr,
+        "top1_agreement": manifest.quality.top1_agreement,
+        "perplexity_ratio": manifest.quality.perplexity_ratio,
+        "accepted": manifest.gate.accepted,
+    }
+    return {
+        "base": manifest.base.name if manifest else None,
+        "weights": weights_summary(manifest) if manifest else None,
+        "bytes": manifest.size.bytes if manifest else None,
+        "quantization": facts.quantization,
+        "kv_cache_dtype": facts.kv_cache_dtype,
+        "kv_scales": service.proof.scales,
+        "quality": quality,
+    }
+
+
 def kv_scales_in_words(service: Service) -> str:
     """Which KV scales are in force, in one line for the log."""
     checkpoint, proof = service.checkpoint, service.proof

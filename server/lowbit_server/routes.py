@@ -4,10 +4,10 @@ vLLM registers many more (elastic expert parallelism, other vendors' protocols, 
 here is taken away, so a new vLLM does not open a route that nobody asked for.
 """
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
-from fastapi import FastAPI, Response
+from fastapi import FastAPI, HTTPException, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
@@ -18,7 +18,6 @@ OPENAI_ROUTES = frozenset(
     {
         "/v1/chat/completions",
         "/v1/completions",
-        "/v1/models",
         "/v1/responses",
         "/v1/responses/{response_id}",
         "/v1/responses/{response_id}/cancel",
@@ -41,6 +40,7 @@ CLOSED_ROUTES = frozenset(
         "/kv_event_sources",
         "/load",
         "/metrics",  # ours takes its place
+        "/v1/models",  # ours takes its place
         "/ping",
         "/redoc",
         "/scale_elastic_ep",
@@ -103,6 +103,30 @@ def add_metrics_route(app: FastAPI, registry: Any, collector: LowbitCollector, m
     async def metrics() -> Response:
         await memory.refresh()
         return Response(exposition(registry, collector), media_type=CONTENT_TYPE_LATEST)
+
+
+Models = Callable[[], Awaitable[list[dict[str, Any]]]]
+
+
+def add_models_routes(app: FastAPI, models: Models, facts: dict[str, Any]) -> None:
+    """`/v1/models`: vLLM's list without paths of this machine, and with the checkpoint's facts."""
+
+    async def listed() -> list[dict[str, Any]]:
+        cards = await models()
+        return [
+            card | {"root": card["id"]} | ({} if card.get("parent") else {"lowbit": facts}) for card in cards
+        ]
+
+    @app.get("/v1/models", tags=["models"])
+    async def all_models() -> JSONResponse:
+        return JSONResponse({"object": "list", "data": await listed()})
+
+    @app.get("/v1/models/{model}", tags=["models"])
+    async def one_model(model: str) -> JSONResponse:
+        card = next((card for card in await listed() if card["id"] == model), None)
+        if card is None:
+            raise HTTPException(404, f"there is no model {model!r} here; /v1/models lists those there are")
+        return JSONResponse(card)
 
 
 def add_checkpoint_route(app: FastAPI, document: Callable[[], dict[str, Any]], memory: MemoryReader) -> None:

@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.helm.chart import CHART, EXAMPLES, ROOT, Resource, container, pod, render, settings
+from tests.helm.chart import CHART, EXAMPLES, ROOT, Resource, container, pod, render, settings, templates
 
 from lowbit_core.cli import Command
 from lowbit_loadtest.cli import command as loadtest
 from lowbit_quantize.cli import command as quantize
 from lowbit_quantize.recipe import bundled_recipes
-from lowbit_server.cli import _flags, _variable, add_arguments, config_from
+from lowbit_server.cli import config_from
 from lowbit_server.config import GIB, ServeConfig
+from lowbit_server.flags import GROUPS, add_arguments, variable
 
 EVERY_FLAG: Resource = {
     "servedModelName": "a name",
@@ -35,9 +36,19 @@ EVERY_FLAG: Resource = {
     "enforceEager": True,
     "allowRejected": True,
     "skipHashCheck": True,
+    "toolCallParser": "hermes",
+    "reasoningParser": "qwen3",
+    "loraModules": ["poet=/checkpoint/poet"],
+    "loraDir": "/checkpoint/adapters",
+    "maxLoras": 8,
+    "maxLoraRank": 64,
+    "maxHeaderBytes": 8192,
+    "maxPromptCharacters": 100000,
+    "otlpTracesEndpoint": "http://collector:4318/v1/traces",
+    "trustRemoteCode": True,
 }
-# Set by no value: the same as LOWBIT_KV_CACHE_GIB.
-UNSET = {"LOWBIT_KV_CACHE_MEMORY_BYTES"}
+# Set by no value: the same as LOWBIT_KV_CACHE_GIB; and a port without keys, which a pod's network would open to all.
+UNSET = {"LOWBIT_KV_CACHE_MEMORY_BYTES", "LOWBIT_ADMIN_PORT"}
 
 
 def parsed(environment: dict[str, str]) -> ServeConfig:
@@ -47,8 +58,11 @@ def parsed(environment: dict[str, str]) -> ServeConfig:
 
 
 def test_chart_sets_exactly_the_variables_that_the_server_reads() -> None:
-    read = {"LOWBIT_DIR", *(_variable(flag.name) for flag in _flags())}
-    assert set(settings(render("four-gpus", server=EVERY_FLAG))) == read - UNSET
+    read = {"LOWBIT_DIR", *(variable(flag.name) for group in GROUPS.values() for flag in group)}
+    secrets = {"apiKeys": {"existingSecret": "keys"}, "tls": {"existingSecret": "tls"}}
+    monitoring = {"serviceMonitor": {"enabled": False}}
+    everything = render("multi-node", server=EVERY_FLAG, **secrets, monitoring=monitoring)
+    assert set(settings(everything)) == read - UNSET
 
 
 def test_every_value_of_server_reaches_the_server_as_meant() -> None:
@@ -77,6 +91,16 @@ def test_every_value_of_server_reaches_the_server_as_meant() -> None:
         allow_rejected=True,
         skip_hash_check=True,
         drain_timeout_s=45,
+        tool_call_parser="hermes",
+        reasoning_parser="qwen3",
+        lora_modules=(("poet", Path("/checkpoint/poet")),),
+        lora_dir=Path("/checkpoint/adapters"),
+        max_loras=8,
+        max_lora_rank=64,
+        max_header_bytes=8192,
+        max_prompt_characters=100000,
+        otlp_traces_endpoint="http://collector:4318/v1/traces",
+        trust_remote_code=True,
     )
 
 
@@ -111,8 +135,84 @@ def test_gpus_are_limited_and_split_the_model() -> None:
     assert "nvidia.com/gpu" not in container(render("cpu"))["resources"]["limits"]
 
 
+GROUP: Resource = {
+    "LWS_LEADER_ADDRESS": "demo-lowbit-nodes-0.demo-lowbit-nodes.models",
+    "LWS_WORKER_INDEX": "1",
+}
+
+
+def expanded(environment: dict[str, str]) -> dict[str, str]:
+    """As the kubelet expands $(NAME), with what a LeaderWorkerSet puts into a follower."""
+    return {name: re.sub(r"\$\((\w+)\)", lambda m: GROUP[m[1]], text) for name, text in environment.items()}
+
+
+def test_nodes_of_a_model_know_their_place_and_find_their_leader() -> None:
+    config = parsed(expanded(settings(render("multi-node"))))
+    assert (config.tensor_parallel_size, config.pipeline_parallel_size) == (4, 2)
+    assert (config.nnodes, config.node_rank, config.master_port) == (2, 1, 29501)
+    assert config.master_addr == GROUP["LWS_LEADER_ADDRESS"]
+    group = render("multi-node")["LeaderWorkerSet"]["spec"]["leaderWorkerTemplate"]
+    assert group["size"] == 2
+    assert group["restartPolicy"] == "RecreateGroupOnPodRestart"
+
+
+def test_leader_and_followers_differ_in_nothing_but_what_answering_requests_takes() -> None:
+    leader, follower = (template["spec"] for template in templates(render("multi-node")))
+    (server,), (holder,) = leader.pop("containers"), follower.pop("containers")
+    leader.pop("topologySpreadConstraints")
+    assert leader == follower
+    only_leaders = {"name", "ports", "startupProbe", "livenessProbe", "readinessProbe"}
+    assert {key: value for key, value in server.items() if key not in only_leaders} == {
+        key: value for key, value in holder.items() if key != "name"
+    }
+    assert only_leaders - holder.keys() == only_leaders - {"name"}
+
+
+def test_requests_reach_leaders_only_and_nodes_reach_each_other_only() -> None:
+    resources = render("multi-node")
+    leader, follower = (template["metadata"]["labels"].items() for template in templates(resources))
+    for selected in (
+        resources["Service"]["spec"]["selector"],
+        resources["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"],
+    ):
+        assert selected.items() <= leader
+        assert not selected.items() <= follower
+    policy = resources["NodesPolicy"]["spec"]
+    nodes = policy["podSelector"]
+    assert policy["ingress"] == [{"from": [{"podSelector": nodes}]}]
+    assert policy["egress"][0] == {"to": [{"podSelector": nodes}]}
+    assert {port["port"] for port in policy["egress"][1]["ports"]} == {53}
+    assert nodes == resources["PodDisruptionBudget"]["spec"]["selector"]
+    (components,) = nodes["matchExpressions"]
+    assert components["values"] == [dict(side)["app.kubernetes.io/component"] for side in (leader, follower)]
+
+
+def test_a_group_is_named_apart_from_the_service_and_scaled_as_a_whole() -> None:
+    # A LeaderWorkerSet makes a headless Service of its own name.
+    resources = render("multi-node", autoscaling={"mode": "hpa"})
+    workload = resources["LeaderWorkerSet"]
+    assert workload["metadata"]["name"] != resources["Service"]["metadata"]["name"]
+    assert "replicas" not in workload["spec"]
+    for target, scaled in (
+        (resources["HorizontalPodAutoscaler"], workload),
+        (render("autoscaled")["ScaledObject"], render("autoscaled")["Deployment"]),
+    ):
+        assert target["spec"]["scaleTargetRef"] == {
+            "apiVersion": scaled["apiVersion"],
+            "kind": scaled["kind"],
+            "name": scaled["metadata"]["name"],
+        }
+
+
+def test_pipeline_parallel_inside_one_node_stays_a_deployment() -> None:
+    resources = render("four-gpus", parallel={"tensorSize": 2, "pipelineSize": 2})
+    assert "LeaderWorkerSet" not in resources
+    config = parsed(settings(resources))
+    assert (config.tensor_parallel_size, config.pipeline_parallel_size, config.nnodes) == (2, 2, 1)
+
+
 def pods_of(resources: dict[str, Resource]) -> list[Resource]:
-    found = [pod(resources), resources["Pod"]["spec"]]
+    found = [*(template["spec"] for template in templates(resources)), resources["Pod"]["spec"]]
     return [*found, *([resources["Job"]["spec"]["template"]["spec"]] if "Job" in resources else [])]
 
 

@@ -202,6 +202,10 @@ class FakeEngine:
         ):
             app.add_api_route(path, lambda: {"from": "vllm"}, methods=["GET"])
 
+    async def models(self) -> list[dict[str, Any]]:
+        base = {"id": "Tiny-Chat", "object": "model", "root": "/secret/path", "parent": None}
+        return [base, {"id": "poet", "object": "model", "root": "/adapters/poet", "parent": "Tiny-Chat"}]
+
     async def memory(self) -> tuple[DeviceMemory, ...]:
         return MEMORY
 

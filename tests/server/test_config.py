@@ -7,7 +7,7 @@ import pytest
 
 from lowbit_core.errors import CheckpointError, ConfigError
 from lowbit_core.manifest import MANIFEST_NAME, PROGRESS_NAME
-from lowbit_server.cli import add_arguments, config_from, run
+from lowbit_server.cli import config_from, run
 from lowbit_server.config import (
     DEFAULT_CPU_KV_CACHE_BYTES,
     Device,
@@ -15,6 +15,7 @@ from lowbit_server.config import (
     derive_engine_arguments,
     open_checkpoint,
 )
+from lowbit_server.flags import add_arguments
 
 if TYPE_CHECKING:
     from tests.server.conftest import MakeCheckpoint
@@ -162,10 +163,13 @@ def test_engine_arguments_follow_from_the_checkpoint(make_checkpoint: "MakeCheck
         "kv_cache_dtype": "auto",
         "max_model_len": None,
         "tensor_parallel_size": 1,
+        "pipeline_parallel_size": 1,
         "enforce_eager": False,
         "shutdown_timeout": 30,
         "max_num_queued_reqs": 1024,
         "allowed_origins": [],
+        "load_format": "safetensors",
+        "trust_remote_code": False,
         "kv_cache_memory_bytes": DEFAULT_CPU_KV_CACHE_BYTES,
     }
 

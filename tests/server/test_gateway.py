@@ -15,18 +15,23 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from lowbit_core.cli import main
 from lowbit_core.errors import ConfigError
 from lowbit_server.exchanges import Exchanges
-from lowbit_server.gateway import Gateway, Limits
+from lowbit_server.gateway import Gateway, Limits, Models
 from lowbit_server.keys import KeyStore, digest, read_keys
 from lowbit_server.limits import Bucket
 
 CHAT = "/v1/chat/completions"
+NO_LIMITS: dict[str, Any] = {
+    "max_header_bytes": 4000, "max_body_bytes": 10_000, "max_prompt_characters": None,
+    "max_output_tokens": None, "request_timeout_s": None,
+}  # fmt: skip
 HELLO = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}]}
 
 
 class Served:
     """A gateway around an app that answers like an engine, and what the app saw."""
 
-    def __init__(self, keys: KeyStore | None = None, **limits: Any) -> None:
+    def __init__(self, keys: KeyStore | None = None, admin_elsewhere: bool = False, **limits: Any) -> None:
+        self.admin_elsewhere = admin_elsewhere
         self.exchanges, self.draining, self.seen = Exchanges(write_log=True), False, dict[str, Any]()
         inner = FastAPI()
 
@@ -75,8 +80,12 @@ class Served:
         async def invalid() -> None:
             raise HTTPException(422, "n: not a number")
 
-        settings = {"max_body_bytes": 10_000, "max_output_tokens": None, "request_timeout_s": None} | limits
-        app = Gateway(inner, Limits(**settings), keys, self.exchanges, lambda: self.draining)
+        settings = NO_LIMITS | limits
+        models = Models("tiny", {"tiny", "poet"}.__contains__)
+        app = Gateway(
+            inner, Limits(**settings), keys, self.exchanges, models,
+            is_draining=lambda: self.draining, admin_elsewhere=self.admin_elsewhere,
+        )  # fmt: skip
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         self.client = httpx.AsyncClient(transport=transport, base_url="http://test")
 

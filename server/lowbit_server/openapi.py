@@ -1,0 +1,59 @@
+"""The served OpenAPI document: vLLM's routes as FastAPI describes them, with the answers that the gateway adds."""
+
+from typing import Any
+
+from fastapi import FastAPI
+
+from lowbit_server.openai_errors import CODES
+
+METHODS = frozenset({"get", "post", "put", "delete", "patch"})
+EVERYWHERE = (401, 403, 404, 431, 500)
+WITH_BODY = (400, 408, 413, 415, 429, 501, 503, 504)
+OPEN_STATUSES = {"/health": (200, 503), "/livez": (200, 503), "/readyz": (200, 503), "/startupz": (200, 503)}
+ERROR_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+
+
+def describe_answers(app: FastAPI) -> None:
+    """Replace the app's OpenAPI document by one that names every status which a request can get."""
+    make = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = make()
+        schemas = document.setdefault("components", {}).setdefault("schemas", {})
+        if "Error" not in schemas:
+            schemas["Error"] = ERROR_SCHEMA
+            for path, operations in document["paths"].items():
+                for method in METHODS & operations.keys():
+                    _describe(path, operations[method])
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _describe(path: str, operation: dict[str, Any]) -> None:
+    answers = operation.setdefault("responses", {})
+    answers.pop("422", None)  # FastAPI's: the gateway answers 400
+    if path in OPEN_STATUSES:
+        for status in OPEN_STATUSES[path]:
+            answers.setdefault(str(status), {"description": "the state, as JSON or empty"})
+        return
+    for status in EVERYWHERE + (WITH_BODY if "requestBody" in operation or "{" in path else ()):
+        answers[str(status)] = {
+            "description": CODES.get(status, "error").replace("_", " "),
+            "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
+        }
