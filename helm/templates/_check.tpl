@@ -3,6 +3,7 @@
 {{- if eq .Values.image.tag "latest" -}}
 {{- fail "image.tag is latest, which names another image tomorrow; give a version, or set image.digest" -}}
 {{- end -}}
+{{- include "lowbit.checkParallel" . -}}
 {{- include "lowbit.checkShutdown" . -}}
 {{- include "lowbit.checkCheckpoint" . -}}
 {{- include "lowbit.checkKeys" . -}}
@@ -15,6 +16,19 @@
 {{- end -}}
 {{- if and (eq (int .Values.gpu.count) 0) .Values.server.gpuMemoryUtilization -}}
 {{- fail "server.gpuMemoryUtilization is for GPUs and gpu.count is 0; set server.kvCacheGib" -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "lowbit.checkParallel" -}}
+{{- $nodes := int .Values.parallel.nodes -}}
+{{- $each := max 1 (int .Values.gpu.count) | int -}}
+{{- $tensor := include "lowbit.tensorSize" . | int -}}
+{{- $pipeline := include "lowbit.pipelineSize" . | int -}}
+{{- if ne (mul $nodes $each | int) (mul $tensor $pipeline | int) -}}
+{{- fail (printf "gpu.count %d x parallel.nodes %d = %d devices, but parallel.tensorSize %d x parallel.pipelineSize %d = %d; each device holds exactly one part of the model" $each $nodes (mul $each $nodes) $tensor $pipeline (mul $tensor $pipeline)) -}}
+{{- end -}}
+{{- if hasKey .Values.resources.limits .Values.gpu.resourceName -}}
+{{- fail (printf "resources.limits names %s; set gpu.count, from which the parallel sizes follow too" .Values.gpu.resourceName) -}}
 {{- end -}}
 {{- end -}}
 

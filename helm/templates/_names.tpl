@@ -81,3 +81,40 @@ labels:
 {{- int .Values.startup.budgetS -}}
 {{- end -}}
 {{- end -}}
+
+{{/* Not empty where one model spans several nodes. */}}
+{{- define "lowbit.multiNode" -}}
+{{- if gt (int .Values.parallel.nodes) 1 }}true{{ end -}}
+{{- end -}}
+
+{{/* What is scaled. A LeaderWorkerSet makes a headless Service of its own name, which must not be ours. */}}
+{{- define "lowbit.workload" -}}
+{{ include "lowbit.fullname" . }}{{ if include "lowbit.multiNode" . }}-nodes{{ end }}
+{{- end -}}
+
+{{- define "lowbit.scaleTarget" -}}
+{{- if include "lowbit.multiNode" . -}}
+apiVersion: leaderworkerset.x-k8s.io/v1
+kind: LeaderWorkerSet
+{{- else -}}
+apiVersion: apps/v1
+kind: Deployment
+{{- end }}
+name: {{ include "lowbit.workload" . }}
+{{- end -}}
+
+{{/* Selector of leaders and followers. */}}
+{{- define "lowbit.everyNode" -}}
+matchLabels:
+  {{- include "lowbit.releaseLabels" . | nindent 2 }}
+matchExpressions:
+  - {key: app.kubernetes.io/component, operator: In, values: [server, follower]}
+{{- end -}}
+
+{{- define "lowbit.tensorSize" -}}
+{{- if kindIs "invalid" .Values.parallel.tensorSize }}{{ max 1 (int .Values.gpu.count) }}{{ else }}{{ int .Values.parallel.tensorSize }}{{ end -}}
+{{- end -}}
+
+{{- define "lowbit.pipelineSize" -}}
+{{- if kindIs "invalid" .Values.parallel.pipelineSize }}{{ int .Values.parallel.nodes }}{{ else }}{{ int .Values.parallel.pipelineSize }}{{ end -}}
+{{- end -}}

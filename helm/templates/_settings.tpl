@@ -3,7 +3,12 @@
 LOWBIT_DIR: {{ list "/checkpoint" .Values.checkpoint.path | compact | join "/" | quote }}
 LOWBIT_HOST: "0.0.0.0"
 LOWBIT_PORT: "8000"
-LOWBIT_TENSOR_PARALLEL_SIZE: {{ max 1 (int .Values.gpu.count) | quote }}
+LOWBIT_TENSOR_PARALLEL_SIZE: {{ include "lowbit.tensorSize" . | quote }}
+LOWBIT_PIPELINE_PARALLEL_SIZE: {{ include "lowbit.pipelineSize" . | quote }}
+{{- if include "lowbit.multiNode" . }}
+LOWBIT_NNODES: {{ int .Values.parallel.nodes | quote }}
+LOWBIT_MASTER_PORT: "29501"
+{{- end }}
 {{- if include "lowbit.keysSecret" . }}
 LOWBIT_API_KEYS: {{ printf "/etc/lowbit/keys/%s" (ternary "keys.yaml" .Values.apiKeys.key (gt (len .Values.apiKeys.entries) 0)) }}
 {{- end }}

@@ -15,6 +15,12 @@ EXAMPLES: dict[str, Resource] = {
     for path in sorted((CHART / "ci").glob("*-values.yaml"))
 }
 
+SECOND = {
+    "dashboard": "Dashboard",
+    "networkpolicy-jobs": "JobsPolicy",
+    "networkpolicy-nodes": "NodesPolicy",
+}
+
 
 def merged(values: Resource, changes: Resource) -> Resource:
     """`values` with `changes` laid over, key by key; neither is changed."""
@@ -26,23 +32,29 @@ def merged(values: Resource, changes: Resource) -> Resource:
 
 
 def render(example: str = "cpu", **changes: Any) -> dict[str, Resource]:
-    """The resources by kind; of two, one is named `Dashboard` or `JobsPolicy`."""
+    """The resources by kind; of two, one is named `Dashboard`, `JobsPolicy` or `NodesPolicy`."""
     with helm_python.Chart.load(CHART) as chart:
         files = chart.render(merged(EXAMPLES[example], changes), name="demo", namespace="models")
     found: dict[str, Resource] = {}
     for path, text in files.items():
         if path.endswith(".yaml") and text.strip():
             resource = yaml.safe_load(text)
-            kind = {"dashboard": "Dashboard", "networkpolicy-jobs": "JobsPolicy"}.get(
-                Path(path).stem, resource["kind"]
-            )
+            kind = SECOND.get(Path(path).stem, resource["kind"])
             assert kind not in found
             found[kind] = resource
     return found
 
 
+def templates(resources: dict[str, Resource]) -> list[Resource]:
+    """The pod templates that serve: of the Deployment, or of the leader and the followers."""
+    if "Deployment" in resources:
+        return [resources["Deployment"]["spec"]["template"]]
+    group = resources["LeaderWorkerSet"]["spec"]["leaderWorkerTemplate"]
+    return [group["leaderTemplate"], group["workerTemplate"]]
+
+
 def pod(resources: dict[str, Resource]) -> Resource:
-    spec: Resource = resources["Deployment"]["spec"]["template"]["spec"]
+    spec: Resource = templates(resources)[0]["spec"]
     return spec
 
 
@@ -55,4 +67,5 @@ def container(resources: dict[str, Resource]) -> Resource:
 def settings(resources: dict[str, Resource]) -> dict[str, str]:
     """The server's LOWBIT_ variables."""
     data: dict[str, str] = resources["ConfigMap"]["data"]
-    return data
+    own = {entry["name"]: entry.get("value", "") for entry in container(resources)["env"]}
+    return data | {name: value for name, value in own.items() if name.startswith("LOWBIT_")}

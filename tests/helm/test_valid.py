@@ -1,8 +1,9 @@
 """Every example renders, lints, and is strictly valid for Kubernetes and for the CRDs that it uses.
 
-crds/ holds the schemas of four CRDs without their descriptions and with unknown fields forbidden, from the main
+crds/ holds the schemas of five CRDs without their descriptions and with unknown fields forbidden, from the main
 branches of August 2026: Gateway API's standard channel (4564255ac), KEDA after 2.20.1 (8b4f083ca), the Prometheus
-operator after 0.93.0 (6adcebc50). All are Apache-2.0.
+operator after 0.93.0 (6adcebc50), LeaderWorkerSet after 0.10.0 (060ab4da1). All are Apache-2.0. The pods of a
+LeaderWorkerSet are left out of its schema: they are validated as pods, for each Kubernetes.
 """
 
 import json
@@ -12,7 +13,7 @@ import helm_python
 import jsonschema
 import kubernetes_validate
 import pytest
-from tests.helm.chart import CHART, EXAMPLES, Resource, render
+from tests.helm.chart import CHART, EXAMPLES, Resource, render, templates
 
 CRDS = {path.stem: json.loads(path.read_text()) for path in (Path(__file__).parent / "crds").glob("*.json")}
 VERSIONS = [f"1.{minor}" for minor in range(30, 38)]
@@ -38,6 +39,13 @@ def test_resources_are_strictly_valid_for_kubernetes(example: str, changes: Reso
             assert kubernetes_validate.validate(resource, version, strict=True) == version
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+def test_pods_of_a_group_are_strictly_valid_for_kubernetes(version: str) -> None:
+    for template in templates(render("multi-node", quantize=EXAMPLES["one-gpu"]["quantize"])):
+        pod = {"apiVersion": "v1", "kind": "Pod"} | template
+        assert kubernetes_validate.validate(pod, version, strict=True) == version
+
+
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_custom_resources_are_strictly_valid_for_their_crds(example: str) -> None:
     for kind, resource in render(example).items():
@@ -49,7 +57,7 @@ def test_examples_use_every_kind_that_the_chart_has() -> None:
     kinds = {kind for example, changes in VARIANTS for kind in render(example, **changes)}
     assert kinds == {
         *("ConfigMap", "Dashboard", "Deployment", "HorizontalPodAutoscaler", "HTTPRoute", "Ingress", "Job"),
-        "JobsPolicy",
+        *("JobsPolicy", "LeaderWorkerSet", "NodesPolicy"),
         *("NetworkPolicy", "Pod", "PodDisruptionBudget", "PrometheusRule", "ScaledObject", "Secret"),
         *("Service", "ServiceAccount", "ServiceMonitor"),
     }
@@ -57,7 +65,7 @@ def test_examples_use_every_kind_that_the_chart_has() -> None:
 
 @pytest.mark.parametrize("kind", CRDS)
 def test_a_crd_refuses_an_unknown_field(kind: str) -> None:
-    resource = render("autoscaled")[kind]
+    resource = (render("autoscaled") | render("multi-node"))[kind]
     resource["spec"]["unknownField"] = 1
     with pytest.raises(jsonschema.ValidationError, match="unknownField"):
         jsonschema.Draft202012Validator(CRDS[kind]).validate(resource)

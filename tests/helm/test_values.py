@@ -36,6 +36,9 @@ BY_SCHEMA: list[tuple[Resource, str]] = [
     ({"apiKeys": {"entries": [{"name": "a", "sha256": "secret"}]}}, "/sha256.*does not match pattern"),
     ({"gpu": {"count": -1}}, "/gpu/count.*minimum: got -1, want 0"),
     ({"gpu": {"resourceName": "gpu"}}, "/gpu/resourceName.*does not match pattern"),
+    ({"parallel": {"nodes": 0}}, "/parallel/nodes.*minimum: got 0, want 1"),
+    ({"parallel": {"size": 2}}, "/parallel.*additional properties 'size' not allowed"),
+    ({"resources": {"limits": {"hugepages": 1}}}, "/resources/limits.*'hugepages' not allowed"),
     ({"replicaCount": 2}, "additional properties 'replicaCount' not allowed"),
     ({"replicas": "two"}, "/replicas.*got string, want integer"),
     ({"resources": {"limits": None}}, "/resources/limits.*got null, want object"),
@@ -74,6 +77,18 @@ BY_TEMPLATE: list[tuple[Resource, str]] = [
         r"preStopS 10 .*drainTimeoutS 600 \+ 20 .*= 630: .*set at least 640",
     ),
     ({"image": {"tag": "latest"}}, "image.tag is latest"),
+    (
+        {"gpu": {"count": 8}, "parallel": {"nodes": 2, "pipelineSize": 1}},
+        "gpu.count 8 x parallel.nodes 2 = 16 devices, but parallel.tensorSize 8 x parallel.pipelineSize 1 = 8",
+    ),
+    (
+        {"gpu": {"count": 4}, "parallel": {"tensorSize": 2}},
+        "gpu.count 4 x parallel.nodes 1 = 4 devices, but parallel.tensorSize 2 x parallel.pipelineSize 1 = 2",
+    ),
+    (
+        {"resources": {"limits": {"nvidia.com/gpu": 1}}},
+        "resources.limits names nvidia.com/gpu; set gpu.count",
+    ),
     ({"rollout": {"maxSurge": 0}}, "both 0: no pod could ever be replaced"),
     ({"checkpoint": {"existingClaim": ""}}, "give existingClaim .* or image.reference .*neither is set"),
     ({"checkpoint": {"image": {"reference": "a/b:1"}}}, "smollm2-checkpoint and .* a/b:1; give one of them"),
