@@ -22,6 +22,8 @@ class LinearGroup:
     last rows under grouped-query attention (`kv_rows`: each value channel feeds several query heads). None: there
     is nothing that a scale could fold into. `beside` names unquantized modules that read the same activation.
     `attended` groups make keys or values: their errors reach other tokens through attention (attention.py).
+    `residual` names the norm that reads the residual stream which the linear's output is added to, if it is added as it
+    is (targets.py).
     """
 
     linears: tuple[str, ...]
@@ -29,6 +31,7 @@ class LinearGroup:
     fold: Literal["norm", "rows", "kv_rows"] | None = None
     beside: tuple[str, ...] = ()
     attended: bool = False
+    residual: str = ""
 
 
 @dataclass(frozen=True)
@@ -92,32 +95,34 @@ def _present(group: LinearGroup, expert: str, present: set[str]) -> LinearGroup:
         group.fold,
         group.beside,
         group.attended,
+        group.residual,
     )
 
 
-def _attention(norm: str = "input_layernorm") -> tuple[LinearGroup, ...]:
+def _attention(norm: str = "input_layernorm", residual: str = "input_layernorm") -> tuple[LinearGroup, ...]:
     reads = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     return (
         LinearGroup(reads, norm, "norm" if norm else None, attended=True),
-        LinearGroup(("self_attn.o_proj",), "self_attn.v_proj", "kv_rows"),
+        LinearGroup(("self_attn.o_proj",), "self_attn.v_proj", "kv_rows", residual=residual),
     )
 
 
 def _gated(
-    mlp: str, norm: str = "post_attention_layernorm", beside: tuple[str, ...] = ()
+    mlp: str, norm: str = "post_attention_layernorm", beside: tuple[str, ...] = (), residual: str = ""
 ) -> tuple[LinearGroup, ...]:
     return (
         LinearGroup((f"{mlp}.gate_proj", f"{mlp}.up_proj"), norm, "norm" if norm else None, beside),
-        LinearGroup((f"{mlp}.down_proj",), f"{mlp}.up_proj", "rows"),
+        LinearGroup((f"{mlp}.down_proj",), f"{mlp}.up_proj", "rows", residual=residual),
     )
 
 
-_DENSE = _attention() + _gated("mlp")
+_GATED = _gated("mlp", residual="post_attention_layernorm")
+_DENSE = _attention() + _GATED
 _FUSED = (
     LinearGroup(("self_attn.qkv_proj",), "input_layernorm", "norm", attended=True),
-    LinearGroup(("self_attn.o_proj",), "self_attn.qkv_proj", "kv_rows"),
+    LinearGroup(("self_attn.o_proj",), "self_attn.qkv_proj", "kv_rows", residual="input_layernorm"),
     LinearGroup(("mlp.gate_up_proj",), "post_attention_layernorm", "norm"),
-    LinearGroup(("mlp.down_proj",), "mlp.gate_up_proj", "rows"),
+    LinearGroup(("mlp.down_proj",), "mlp.gate_up_proj", "rows", residual="post_attention_layernorm"),
 )
 _LATENT_ATTENTION = (
     LinearGroup(
@@ -128,7 +133,7 @@ _LATENT_ATTENTION = (
     ),
     LinearGroup(("self_attn.q_b_proj",), "self_attn.q_a_layernorm", "norm"),
     LinearGroup(("self_attn.kv_b_proj",), "self_attn.kv_a_layernorm", "norm", attended=True),
-    LinearGroup(("self_attn.o_proj",)),
+    LinearGroup(("self_attn.o_proj",), residual="input_layernorm"),
 )
 
 
@@ -141,9 +146,11 @@ _TABLE = (
     *(Architecture(name, groups=_DENSE) for name in ("llama", "mistral", "qwen2", "qwen3")),
     Architecture("phi3", groups=_FUSED),
     Architecture(
-        "gemma3_text", groups=_attention() + _gated("mlp", "pre_feedforward_layernorm"), norm_offset=1.0
+        "gemma3_text",
+        groups=_attention(residual="") + _gated("mlp", "pre_feedforward_layernorm"),
+        norm_offset=1.0,
     ),
-    Architecture("olmo2", groups=_attention(norm="") + _gated("mlp", norm="")),
+    Architecture("olmo2", groups=_attention(norm="", residual="") + _gated("mlp", norm="")),
     Architecture("qwen3_moe", groups=_DENSE + _experts(), moe_block="mlp"),
     Architecture(
         "qwen2_moe", groups=_DENSE + _experts("shared_expert", ("mlp.shared_expert_gate",)), moe_block="mlp"
@@ -162,7 +169,7 @@ _TABLE = (
     ),
     Architecture(
         "deepseek_v2",
-        groups=_LATENT_ATTENTION + _gated("mlp") + _experts("shared_experts"),
+        groups=_LATENT_ATTENTION + _GATED + _experts("shared_experts"),
         moe_block="mlp",
         latent_cache=True,
     ),

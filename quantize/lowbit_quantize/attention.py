@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lowbit_quantize.observe import AttendedCovariance
+from lowbit_quantize.targets import Drift
 
 QUERIES = 32  # of each text, evenly spaced
 IMPLEMENTATION = "sdpa"  # the attention function that `stream.build_skeleton` asks for
@@ -49,17 +50,18 @@ def attention_received(query: Tensor, key: Tensor, mask: Tensor | None, scaling:
 
 
 @contextmanager
-def attention_seen_by(covariances: Sequence[AttendedCovariance]) -> Iterator[None]:
-    """While the block runs, give each covariance the attention that its waiting tokens receive."""
+def attention_seen_by(statistics: Sequence[AttendedCovariance | Drift]) -> Iterator[None]:
+    """While the block runs, give each statistic the attention that its waiting tokens receive."""
     attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION]
 
     def attend_and_weigh(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **arguments: Any
     ) -> Any:
-        scaling = arguments.get("scaling") or query.shape[-1] ** -0.5
-        received = attention_received(query, key, mask, scaling).flatten()
-        for covariance in covariances:
-            covariance.weigh(received)
+        if waiting := [statistic for statistic in statistics if statistic.waiting]:
+            scaling = arguments.get("scaling") or query.shape[-1] ** -0.5
+            received = attention_received(query, key, mask, scaling).flatten()
+            for statistic in waiting:
+                statistic.weigh(received)
         return attend(module, query, key, value, mask, **arguments)
 
     ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION] = attend_and_weigh

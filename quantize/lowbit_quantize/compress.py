@@ -133,7 +133,9 @@ def _weight_of(layer: nn.Module, group: LinearGroup, step: int = 1) -> Tensor:
 def _state_of(
     layer: nn.Module, group: LinearGroup, statistics: LayerStatistics, norm: _NormScale | None
 ) -> _GroupState:
-    state = _GroupState(group, _weight_of(layer, group), statistics.covariance(group))
+    covariance = statistics.covariance(group)
+    weight = statistics.target(group, _weight_of(layer, group), covariance)
+    state = _GroupState(group, weight, covariance)
     if norm is not None:
         _scale_columns(state, norm.scale, norm.alpha)
     return state

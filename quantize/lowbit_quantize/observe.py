@@ -7,6 +7,9 @@ from torch import Tensor, nn
 
 from lowbit_quantize.architectures import Architecture, LinearGroup, linear_of
 from lowbit_quantize.precision import exact_products
+from lowbit_quantize.targets import Drift
+
+Observers = dict[str, Callable[[Tensor], None]]
 
 SYMMETRIC_BLOCKS = 6
 TOKEN_MULTIPLE = (
@@ -55,6 +58,10 @@ class AttendedCovariance(Covariance):
         super().__init__(features, device)
         self._waiting: Tensor | None = None
 
+    @property
+    def waiting(self) -> bool:
+        return self._waiting is not None
+
     def add(self, inputs: Tensor) -> None:
         """Take (tokens, features); they are added when their attention is known, or once each if it never is."""
         self.weigh(None)
@@ -86,31 +93,56 @@ class LayerStatistics:
     if every token of the block were its own.
     """
 
-    def __init__(self, layer: nn.Module, architecture: Architecture, device: torch.device) -> None:
+    def __init__(
+        self, layer: nn.Module, architecture: Architecture, device: torch.device, *, paired: bool = False
+    ) -> None:
+        """With `paired`, the base model's inputs are observed too, wherever both models route alike."""
         self._layer, self._architecture = layer, architecture
         self._covariances: dict[str, Covariance] = {}
+        self._drifts: dict[str, Drift] = {}  # by the name of a group's first linear
+        self._residuals: dict[str, Drift] = {}  # by the name of the norm that reads the residual stream
         self._block_inputs = Sample(BORROWED_TOKENS)
         for group in architecture.groups_of(layer):
             features = linear_of(layer, group.linears[0]).in_features
             kind = AttendedCovariance if group.attended else Covariance
             for name in dict.fromkeys((self._place(group), *group.beside[:1])):
                 self._covariances[name] = kind(features, device)
+            if paired and not group.beside and not self._is_expert(group):
+                drift = Drift(features, device, attended=group.attended)
+                self._drifts[group.linears[0]] = drift
+                if group.residual:
+                    self._residuals[group.residual] = drift
 
     @property
-    def observers(self) -> dict[str, Callable[[Tensor], None]]:
-        """What to call with the input of each observed module of the layer."""
-        observers: dict[str, Callable[[Tensor], None]] = {
-            name: seen.add for name, seen in self._covariances.items()
-        }
+    def observers(self) -> Observers:
+        """What to call with the input of each observed module of the layer, in the compressed model."""
+        observers: Observers = {name: drift.see_residual for name, drift in self._residuals.items()}
+        observers.update({name: seen.add for name, seen in self._covariances.items()})
+        for name, drift in self._drifts.items():
+            observers[name] = _both(observers[name], drift.add)
         if self._architecture.has_experts(self._layer):
             router = self._architecture.router
             observers[router] = _both(observers[router], self._block_inputs.add)
         return observers
 
     @property
-    def attended(self) -> list[AttendedCovariance]:
-        """The covariances whose tokens count by the attention they receive."""
-        return [seen for seen in self._covariances.values() if isinstance(seen, AttendedCovariance)]
+    def base_observers(self) -> Observers:
+        """What to call with the same modules' inputs in the base model, batch by batch, before `observers`."""
+        observers: Observers = {name: drift.expect_residual for name, drift in self._residuals.items()}
+        observers.update({name: drift.expect for name, drift in self._drifts.items()})
+        return observers
+
+    @property
+    def attended(self) -> list[AttendedCovariance | Drift]:
+        """The statistics whose tokens count by the attention they receive."""
+        drifts = [drift for drift in self._drifts.values() if drift.attended]
+        seen = [seen for seen in self._covariances.values() if isinstance(seen, AttendedCovariance)]
+        return [*seen, *drifts]
+
+    def target(self, group: LinearGroup, weight: Tensor, covariance: Tensor) -> Tensor:
+        """What to round a group's stacked weight, (out, in), towards."""
+        drift = self._drifts.get(group.linears[0])
+        return weight if drift is None else drift.target(weight, covariance)
 
     @property
     def starved(self) -> dict[int, int]:

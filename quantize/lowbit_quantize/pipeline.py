@@ -160,6 +160,11 @@ class Walk:
         self.starved: dict[tuple[int, int], int] = {}  # (layer, expert): tokens
 
     @property
+    def paired(self) -> bool:
+        """Whether the base model's calibration tokens walk too, so that weights can make up for earlier errors."""
+        return "gptq" in self.recipe.weights.method and not self.plan.pruning
+
+    @property
     def calibration(self) -> Tensor:
         return self.streams["calibration"]
 
@@ -187,6 +192,8 @@ class Walk:
             "heldout": self.heldout_text,
             "heldout_base": self.heldout_text,
         }
+        if self.paired:
+            texts["calibration_base"] = self.calibration_text
         for name, text in texts.items():
             shape = (*text.ids.shape, self.decoder.config.hidden_size)
             self.decoder.embed(text.ids, self.streams.new(name, shape, self.decoder.dtype))
@@ -282,13 +289,16 @@ class Walk:
     def _observe(self, layer: nn.Module, index: int) -> tuple[LayerStatistics, KeyValueReach]:
         """Run the calibration tokens through the base weights of a layer, once, and see everything."""
         architecture, method = self.plan.architecture, self.recipe.weights.method
-        statistics = LayerStatistics(layer, architecture, self.decoder.device)
+        statistics = LayerStatistics(layer, architecture, self.decoder.device, paired=self.paired)
         observers = {} if method == "none" else statistics.observers
+        base = self.streams["calibration_base"] if self.paired else None
         reach = KeyValueReach()
         if method == "none" and self.recipe.kv_cache.dtype == "none":
             return statistics, reach
         with attention_seen_by(statistics.attended):
-            self.decoder.observe(layer, index, self.calibration, observers, reach)
+            self.decoder.observe(
+                layer, index, self.calibration, observers, reach, base, statistics.base_observers
+            )
         if method != "none":
             self.starved.update({(index, expert): tokens for expert, tokens in statistics.starved.items()})
         return statistics, reach

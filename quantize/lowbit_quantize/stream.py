@@ -114,14 +114,23 @@ class Decoder:
         hidden: Tensor,
         observers: Mapping[str, Callable[[Tensor], None]],
         seam: KeyValueSeam,
+        base: Tensor | None = None,
+        base_observers: Mapping[str, Callable[[Tensor], None]] | None = None,
     ) -> None:
-        """Run a layer for what its observers and the seam see; a dense one stops where the last has seen."""
+        """Run a layer for what its observers and the seam see; a dense one stops where the last has seen.
+
+        Where the base model's hidden states are given, each batch of theirs goes first, to the layer's end.
+        """
         arguments = self._layer_arguments(index, hidden.shape[1])
         stop = not self.architecture.has_experts(layer)
-        with inputs_of(layer, observers, stop=stop), torch.inference_mode():
-            for batch in hidden.split(max(1, BATCH_TOKENS // hidden.shape[1])):
-                with suppress(_SeenAll):
-                    layer(batch.to(self.device), **{**arguments, "past_key_values": SeamCache(seam)})
+        size = max(1, BATCH_TOKENS // hidden.shape[1])
+        for start in range(0, len(hidden), size):
+            batch = slice(start, start + size)
+            if base is not None:
+                with inputs_of(layer, base_observers or {}):
+                    self.advance(layer, index, base[batch])
+            with inputs_of(layer, observers, stop=stop), torch.inference_mode(), suppress(_SeenAll):
+                layer(hidden[batch].to(self.device), **{**arguments, "past_key_values": SeamCache(seam)})
 
     def advance(self, layer: nn.Module, index: int, hidden: Tensor, seam: KeyValueSeam | None = None) -> None:
         """Replace `hidden` by the layer's output, in place."""
