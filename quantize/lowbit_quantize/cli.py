@@ -16,6 +16,8 @@ from lowbit_quantize.recipe import Recipe, bundled_recipes, load_recipe
 if TYPE_CHECKING:
     import torch
 
+GPU_GIB = 74.5  # what 80 GB are
+
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     names = ", ".join(bundled_recipes())
@@ -31,6 +33,17 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         const=Path("experts-report.json"),
         metavar="FILE",
         help="write no checkpoint: compare all criteria for pruning experts (default FILE: experts-report.json)",
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="run nothing: say what engines will take, sizes on disk, memory of the run and of serving",
+    )
+    parser.add_argument(
+        "--gpu-gib",
+        type=float,
+        metavar="N",
+        help="with --check: memory of each GPU (default 74.5, an 80 GB one)",
     )
     parser.add_argument(
         "--fresh",
@@ -57,8 +70,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    if (arguments.out is None) == (arguments.experts_report is None):
-        raise ConfigError("give --out DIR for a checkpoint or --experts-report for a report, one of them")
+    _check_flags(arguments)
     overrides = list(arguments.set)
     if arguments.calibration is not None:
         overrides.append(f"calibration.source={json.dumps(arguments.calibration)}")
@@ -69,6 +81,8 @@ def _run(arguments: argparse.Namespace) -> int:
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars are for terminals
     device = _device(arguments.device)
+    if arguments.check:
+        return _check(arguments.model, recipe, arguments.gpu_gib or GPU_GIB, arguments.out)
     if arguments.experts_report is not None:
         return _report(arguments.model, recipe, arguments.experts_report, device)
     from lowbit_quantize.pipeline import quantize
@@ -85,6 +99,30 @@ def _run(arguments: argparse.Namespace) -> int:
     if not manifest.gate.accepted:
         sys.stderr.write(f"lowbit: rejected by its quality gate: {'; '.join(manifest.gate.reasons)}\n")
         return QualityError.exit_status
+    return 0
+
+
+def _check_flags(arguments: argparse.Namespace) -> None:
+    if not arguments.check and (arguments.out is None) == (arguments.experts_report is None):
+        raise ConfigError(
+            "give --out DIR for a checkpoint, --experts-report for a report, or --check, one of them"
+        )
+    if arguments.check and arguments.experts_report is not None:
+        raise ConfigError("--check and --experts-report are two reports; give one of them")
+    if arguments.gpu_gib is not None and not (arguments.check and arguments.gpu_gib > 0):
+        raise ConfigError("--gpu-gib N is a positive number that goes with --check")
+    if arguments.stream_memory_gib < 0:
+        raise ConfigError(f"--stream-memory-gib {arguments.stream_memory_gib}: allowed is 0 or more")
+
+
+def _check(model: str, recipe: Recipe, gpu_gib: float, out: Path | None) -> int:
+    from rich.console import Console
+
+    from lowbit_quantize.preflight import check, table
+
+    report = check(model, recipe, gpu_gib, out)
+    Console(file=sys.stderr).print(table(report))
+    sys.stdout.write(json.dumps(report) + "\n")
     return 0
 
 

@@ -1,0 +1,61 @@
+"""The conditions that `lowbit quantize --check` states are those of the installed vLLM's kernels."""
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from lowbit_quantize.sharding import CPU_BITS, MARLIN_GROUPS, Shard, _shard_obstacles
+
+pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 96), (96, 96), (80, 96), (96, 40), (4096, 1024)])
+def test_the_cpu_kernel_takes_the_same_shapes_and_bits(
+    bits: int, symmetric: bool, inputs: int, outputs: int
+) -> None:
+    from vllm.model_executor.kernels.linear import MPLinearLayerConfig
+    from vllm.model_executor.kernels.linear.mixed_precision.cpu import CPUWNA16LinearKernel
+    from vllm.platforms import current_platform
+    from vllm.scalar_type import scalar_types
+
+    if not current_platform.is_cpu():
+        pytest.skip("this is vLLM's build for another device")
+    types = {
+        (4, True): scalar_types.uint4b8,
+        (4, False): scalar_types.uint4,
+        (8, True): scalar_types.uint8b128,
+        (8, False): scalar_types.uint8,
+    }
+    config = MPLinearLayerConfig(
+        full_weight_shape=(inputs, outputs),
+        partition_weight_shape=(inputs, outputs),
+        weight_type=types[bits, symmetric],
+        act_type=torch.bfloat16,
+        group_size=32,
+        zero_points=not symmetric,
+    )
+    shard = Shard("mlp.down_proj", outputs, inputs, inputs, expert=False)
+    ours = bits in CPU_BITS and not list(_shard_obstacles(shard, None, "cpu"))
+    assert CPUWNA16LinearKernel.can_implement(config)[0] == ours
+
+
+def test_marlin_takes_the_same_groups() -> None:
+    from vllm.model_executor.layers.quantization.utils.marlin_utils import MARLIN_SUPPORTED_GROUP_SIZES
+
+    assert {-1 if size is None else size for size in MARLIN_GROUPS} == set(MARLIN_SUPPORTED_GROUP_SIZES)
+
+
+@pytest.mark.parametrize(("inputs", "group"), [(96, 64), (128, 64), (96, 32)])
+def test_vllm_refuses_the_same_straddling_groups(inputs: int, group: int) -> None:
+    from vllm.distributed.utils import verify_group_size_divides_partition
+
+    straddles = bool(list(_shard_obstacles(Shard("mlp.down_proj", 64, inputs, 192, False), group, "marlin")))
+    try:
+        verify_group_size_divides_partition(inputs, group)
+    except ValueError:
+        assert straddles
+    else:
+        assert not straddles
