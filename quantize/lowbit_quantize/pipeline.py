@@ -35,6 +35,7 @@ from lowbit_quantize.export import (
     read_plain_experts,
     served_config,
 )
+from lowbit_quantize.forecast import run_disk_bytes, streams_bytes
 from lowbit_quantize.formats import FORMATS
 from lowbit_quantize.grid import GridSpec
 from lowbit_quantize.identity import identity_of
@@ -81,7 +82,7 @@ def quantize(
     if not fresh and (finished := finished_before(out, identity)):
         log.info("%s already holds this very checkpoint; nothing to do", out)
         return finished
-    check_disk(out, plan.disk_bytes)
+    check_disk(out, run_disk_bytes(plan, streams_bytes(plan, *(text.ids.numel() for text in texts))))
     with run_in(out, identity, fresh=fresh) as run:
         weights = WeightFiles(_unpacked(reference, run) if reference.kind == "gguf" else reference.path)
         decoder = Decoder(reference.config, plan.architecture, weights, device, plan.skeleton)

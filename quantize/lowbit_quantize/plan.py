@@ -19,8 +19,6 @@ from lowbit_quantize.stream import build_skeleton
 
 log = get_logger("quantize")
 
-DISK_MARGIN_BYTES = 64 << 20
-BASE_BYTES_PER_PARAMETER = 2
 SMALLEST_GROUP = 32  # what the engines' integer kernels divide rows into
 FLOATS = ("BF16", "F16", "F32")
 
@@ -40,7 +38,6 @@ class Plan:
     ignored: tuple[str, ...]
     unquantized: tuple[str, ...]
     parameters: int
-    linear_parameters: int
     pruning: Pruning | None = None
 
     @property
@@ -49,15 +46,6 @@ class Plan:
         experts = f".{self.architecture.experts}."
         some_ignored = any(experts in name for name in self.ignored)
         return bool(self.architecture.moe_block) and (self.recipe.weights.method == "none" or some_ignored)
-
-    @property
-    def disk_bytes(self) -> int:
-        """Bytes that a run needs at its peak: the result and, for GGUF, the unpacked base beside it."""
-        bits = self.recipe.weights.bits + 0.75 if self.recipe.weights.method != "none" else 16
-        result = (self.parameters - self.linear_parameters) * BASE_BYTES_PER_PARAMETER
-        result += int(self.linear_parameters * bits / 8)
-        unpacked = self.parameters * BASE_BYTES_PER_PARAMETER if self.reference.kind == "gguf" else 0
-        return result + unpacked + DISK_MARGIN_BYTES
 
 
 def make_plan(reference: ModelReference, recipe: Recipe) -> Plan:
@@ -91,7 +79,6 @@ def make_plan(reference: ModelReference, recipe: Recipe) -> Plan:
         ignored=ignored,
         unquantized=_unquantized(architecture, recipe, ignored),
         parameters=sum(counted.values()),
-        linear_parameters=sum(linear.weight.numel() for linear in quantized.values()),
         pruning=pruning,
     )
 

@@ -12,6 +12,7 @@ from tests.tiny_models import write_tiny_model
 
 from lowbit_core.cli import main
 from lowbit_core.errors import OutputError
+from lowbit_quantize.forecast import run_disk_bytes
 from lowbit_quantize.output import check_disk
 from lowbit_quantize.pipeline import quantize
 from lowbit_quantize.plan import make_plan
@@ -108,9 +109,10 @@ def test_a_checkpoint_of_another_recipe_is_not_overwritten(
 
 def test_too_little_disk(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     plan = make_plan(find_model(str(tiny_model("llama"))), load_recipe("awq-g64"))
-    check_disk(tmp_path / "not" / "yet" / "there", plan.disk_bytes)
+    needed_bytes = run_disk_bytes(plan, streams=1 << 20)
+    check_disk(tmp_path / "not" / "yet" / "there", needed_bytes)
     with pytest.raises(OutputError, match=r"needs \d+ MiB and its disk has 1 MiB free"):
-        check_disk(tmp_path, plan.disk_bytes, free_bytes=lambda _: 1 << 20)
+        check_disk(tmp_path, needed_bytes, free_bytes=lambda _: 1 << 20)
 
 
 def test_text_that_does_not_exist(refused: Callable[..., str], tiny_model: Callable[[str], Path]) -> None:

@@ -114,9 +114,9 @@ def test_walks_that_distill_routers_go_on_too(tiny_model: Callable[[str], Path],
 def test_streams_in_files_change_nothing(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     model, out, log = tiny_model("llama"), tmp_path / "out", tmp_path / "log"
     assert run(command(model, tmp_path / "straight"), log)[0] == 0
-    spilled = command(model, out, "--stream-memory-gib", "0.0001")
+    spilled = command(model, out, "--stream-memory-gib", "0")
     assert run(spilled, log, kill_at=IN_THE_MIDDLE)[0] == -9
-    assert len(list((out / STATE).rglob("*.stream"))) == 2
+    assert {path.stem for path in (out / STATE).rglob("*.stream")} >= {"calibration", "heldout", "heldout_base"}
     assert run(spilled, log)[0] == 0
     assert contents(out) == contents(tmp_path / "straight")
 
@@ -195,7 +195,7 @@ def test_a_disk_that_fills_stops_the_run_which_goes_on_once_there_is_room(
     tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """No file may grow beyond 128 KiB: enough for the layers, too little for the embedding's shard."""
-    few = ("--set", "calibration.sequences=2", "--set", "quality.sequences=2")
+    few = ("--set", "calibration.sequences=1", "--set", "quality.sequences=2")
     arguments, log = command(tiny_model("llama"), tmp_path / "out", *few), tmp_path / "log"
     status, said = run(arguments, log, file_bytes=128 << 10)
     assert status == 2
