@@ -1,0 +1,110 @@
+"""Real OpenAI clients against a running `lowbit serve`: each a chat, a stream, and a tool call or a JSON-schema answer.
+
+    python benchmarks/clients/run.py CHECKPOINT --work DIR --out benchmarks/clients/results/NAME.json
+
+Makes an environment for the Python packages and a node_modules for the others under DIR (needs pip, node and npm),
+starts the server with an API key, and runs `python_clients.py` and `node_clients.mjs`. Exit status 1 when a step
+of a client failed.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
+
+from benchmarks.endpoint import lowbit_serve, write_result  # noqa: E402
+
+MODEL = "smollm2"
+PYTHON_PACKAGES = ("openai", "langchain-openai", "litellm", "llm")
+NODE_PACKAGES = ("openai", "ai", "@ai-sdk/openai-compatible", "zod")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--work", type=Path, required=True, help="environments and logs; reused")
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    python, node = python_environment(arguments.work), node_environment(arguments.work)
+    made = subprocess.run(
+        [str(Path(sys.executable).with_name("lowbit")), "key", "clients"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    keys = arguments.work / "keys.yaml"
+    keys.write_text(made, encoding="utf-8")
+    flags = ("--served-model-name", MODEL, "--api-keys", str(keys), "--tool-call-parser", "hermes")
+    with lowbit_serve(arguments.checkpoint, arguments.work / "serve.log", *flags) as server:
+        environment = os.environ | {
+            "CLIENT_URL": f"{server.url}/v1",
+            "CLIENT_KEY": made.splitlines()[0].removeprefix("# "),
+            "CLIENT_MODEL": MODEL,
+            "LLM_USER_PATH": str(arguments.work / "llm"),
+            "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # or it asks the network for prices
+        }
+        steps = run([str(python), str(HERE / "python_clients.py")], environment)
+        steps += run(["node", str(node / "node_clients.mjs")], environment)
+    versions = python_versions(python) | node_versions(node)
+    write_result(arguments.out, {"model": MODEL, "versions": versions, "steps": steps})
+    failed = [step for step in steps if not step["ok"]]
+    for step in steps:
+        print(
+            f"{'ok    ' if step['ok'] else 'FAILED'} {step['client']:28} {step['step']:12} {step['detail']}"
+        )
+    print(json.dumps({"steps": len(steps), "failed": len(failed)}))
+    return 1 if failed or len({step["client"] for step in steps}) != 6 else 0
+
+
+def python_environment(work: Path) -> Path:
+    directory = work / "python"
+    python = directory / "bin" / "python"
+    if not python.exists():
+        venv.create(directory, with_pip=True)
+        subprocess.run([python, "-m", "pip", "install", "-q", *PYTHON_PACKAGES], check=True)
+    return python
+
+
+def node_environment(work: Path) -> Path:
+    """The directory with node_modules; the script is copied there, because Node looks for packages beside it."""
+    directory = work / "node"
+    directory.mkdir(parents=True, exist_ok=True)
+    if not (directory / "node_modules").exists():
+        (directory / "package.json").write_text('{"private": true}')
+        subprocess.run(["npm", "install", "--silent", *NODE_PACKAGES], cwd=directory, check=True)
+    (directory / "node_clients.mjs").write_bytes((HERE / "node_clients.mjs").read_bytes())
+    return directory
+
+
+def run(command: list[str], environment: dict[str, str]) -> list[dict[str, Any]]:
+    """The lines of JSON that the clients print, one a step."""
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def python_versions(python: Path) -> dict[str, str]:
+    script = "import importlib.metadata as m, json, sys; print(json.dumps({n: m.version(n) for n in sys.argv[1:]}))"
+    command = [python, "-c", script, *PYTHON_PACKAGES]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return {f"{name} (Python)": version for name, version in json.loads(done.stdout).items()}
+
+
+def node_versions(directory: Path) -> dict[str, str]:
+    found = {}
+    for name in NODE_PACKAGES:
+        package = json.loads((directory / "node_modules" / name / "package.json").read_text())
+        found[f"{name} (npm)"] = package["version"]
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
