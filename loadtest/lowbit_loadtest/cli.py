@@ -1,7 +1,8 @@
 """`lowbit loadtest`: reads a scenario or flags, checks them, runs, reports.
 
-The last line on stdout is one JSON object. Exit status 0: every request completed; 1: some did not, or a scenario's
-run is invalid; 2: wrong input, and nothing was sent; 130: interrupted, and what there was is written.
+The last line on stdout is one JSON object. Exit status 0: every request completed; 1: some did not, a scenario's
+run is invalid, or quality fell under load; 2: wrong input, and nothing was sent; 130: interrupted, and what there was
+is written.
 """
 
 import argparse
@@ -21,6 +22,8 @@ from lowbit_core.log import get_logger
 from lowbit_loadtest.html_report import as_html
 from lowbit_loadtest.progress import progress
 from lowbit_loadtest.prompts import read_prompts
+from lowbit_loadtest.quality import base_answers
+from lowbit_loadtest.quality_run import Answers
 from lowbit_loadtest.records import Outcome
 from lowbit_loadtest.report import as_document, lines, record_lines
 from lowbit_loadtest.runner import Result, run_load_test
@@ -55,6 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--records", metavar="FILE.jsonl", type=Path, help="write every request, chunk by chunk"
     )
     parser.add_argument("--html", metavar="FILE.html", type=Path, help="write a page with charts")
+    parser.add_argument(
+        "--quality-base",
+        metavar="BASE.json",
+        type=Path,
+        help="result of --json with quality, of the base model: count flips and estimate KL against it",
+    )
     short = parser.add_argument_group("closed loop without a scenario")
     short.add_argument("--concurrency", type=_at_least(1), help=f"streams in flight ({FLAGS['concurrency']})")
     short.add_argument("--requests", type=_at_least(1), help=f"how many in all ({FLAGS['requests']})")
@@ -79,10 +88,11 @@ def run(arguments: argparse.Namespace) -> int:
     _check_writable("--json", arguments.json)
     _check_writable("--records", arguments.records)
     _check_writable("--html", arguments.html)
+    base = _quality_base(arguments.quality_base, scenario)
     started = datetime.now(UTC).isoformat(timespec="seconds")
     log.info("%s: %s", arguments.target, scenario.description or f"{scenario.arrivals.kind} arrivals")
     with progress() as on_run:
-        result = run_load_test(scenario, arguments.target, os.environ.get(scenario.api_key_env), on_run)
+        result = run_load_test(scenario, arguments.target, os.environ.get(scenario.api_key_env), on_run, base)
     for line in lines(scenario, result):
         log.info(line)
     _write(arguments, scenario, result, started)
@@ -111,7 +121,8 @@ def _exit_status(result: Result, is_scenario: bool) -> int:
         point.summary.outcomes[Outcome.COMPLETED] == point.summary.requests for point in result.points
     )
     believed = all(point.valid for point in result.points) or not is_scenario
-    return 0 if whole and believed else 1
+    held = result.quality is None or result.quality.held is None or result.quality.held.verdict != "fell"
+    return 0 if whole and believed and held else 1
 
 
 command = Command(
@@ -164,6 +175,17 @@ def _closed_loop(arguments: argparse.Namespace) -> Scenario:
         "model": arguments.model,
     }
     return parse_scenario(data, "flags")
+
+
+def _quality_base(path: Path | None, scenario: Scenario) -> Answers | None:
+    if path is None:
+        return None
+    if scenario.quality is None:
+        raise ConfigError("--quality-base needs a scenario with quality")
+    try:
+        return base_answers(json.loads(path.read_text(encoding="utf-8")), str(path))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--quality-base {path} cannot be read: {error}") from error
 
 
 def _check_writable(flag: str, path: Path | None) -> None:

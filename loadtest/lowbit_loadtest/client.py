@@ -40,9 +40,12 @@ class ChatRequest:
     keep_text: bool = False  # the next turn of a conversation needs it
     index: int = 0
     turn: int = 0
+    response_format: Message | None = None
 
     def body(self, model: str) -> dict[str, Any]:
-        exact = {"ignore_eos": True} if self.exact else {}
+        extra: Message = {"ignore_eos": True} if self.exact else {}
+        if self.response_format is not None:
+            extra["response_format"] = self.response_format
         return {
             "model": model,
             "messages": list(self.messages),
@@ -51,7 +54,7 @@ class ChatRequest:
             "seed": self.seed,
             "stream": True,
             "stream_options": {"include_usage": True},
-            **exact,
+            **extra,
         }
 
 
@@ -171,7 +174,7 @@ class ChatClient:
             if response.status_code != httpx.codes.OK:
                 await response.aread()
                 rejected = response.status_code in REJECTED_STATUSES
-                detail = f"status {response.status_code}: {_error_message(response.text)}"
+                detail = f"status {response.status_code}: {error_message(response.text)}"
                 return _End(Outcome.REJECTED if rejected else Outcome.FAILED, detail)
             try:
                 clock: Clock = response.extensions.get("arrival_clock", self._clock)
@@ -189,7 +192,7 @@ async def _read_stream(chunks: AsyncIterator[bytes], stream: _Stream, clock: Clo
                 continue
             event = json.loads(data)
             if "error" in event:
-                return _End(Outcome.FAILED, f"error event: {_error_message(data)}")
+                return _End(Outcome.FAILED, f"error event: {error_message(data)}")
             stream.add(event, now_s)
             if len(stream.chunk_times_s) > stream.most_chunks:
                 return _End(Outcome.FAILED, f"does not end: more than {stream.most_chunks} chunks")
@@ -238,7 +241,7 @@ def _served_models(response: httpx.Response) -> list[str]:
         return []
 
 
-def _error_message(text: str) -> str:
+def error_message(text: str) -> str:
     """The message of an OpenAI error body, or the body itself, on one line."""
     try:
         error = json.loads(text)["error"]

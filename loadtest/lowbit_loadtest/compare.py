@@ -25,6 +25,7 @@ UNCOMPARED = (
     "api_key_env",
     "generator",
     "timeout_s",
+    "quality",
 )  # keys that leave the load the same
 
 Row = dict[str, Any]

@@ -82,6 +82,7 @@ class Driver:
         self._tally = tally
         self._clock = clock
         self._records: list[RequestRecord] = []
+        self._stopping = False
 
     async def run(self, stop: asyncio.Event, next_number: NextNumber | None = None) -> Driven:
         """Run to the end, or until `stop` is set: then nothing more is sent and what is in flight is cut off."""
@@ -94,6 +95,9 @@ class Driver:
         )
         stopped = asyncio.create_task(stop.wait())
         await asyncio.wait({work, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        self._stopping = (
+            True  # a cancelled request ends as a record, so its stream must be told not to send the next
+        )
         for task in (work, heartbeat, stopped):
             if not task.done():
                 task.cancel()
@@ -137,7 +141,9 @@ class Driver:
     def _dealt(self, next_number: NextNumber) -> Iterator[tuple[int, Job, int]]:
         jobs, share = self._share.jobs, self._share
         seeds = sum(len(job.turns) for job in jobs)
-        while share.length_s is None or self._clock() < self._start_s + share.length_s:
+        while not self._stopping and (
+            share.length_s is None or self._clock() < self._start_s + share.length_s
+        ):
             number = next_number()
             if number >= len(jobs) and not share.repeats:
                 return

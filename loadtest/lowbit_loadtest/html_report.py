@@ -3,6 +3,8 @@
 from html import escape
 from typing import Any
 
+from lowbit_core.evals.arithmetic import Estimate, span
+from lowbit_loadtest.quality_report import VERDICTS, points_text
 from lowbit_loadtest.report import highest_rate_text
 from lowbit_loadtest.svg import Chart, Mark, Series
 
@@ -37,8 +39,9 @@ def as_html(document: Document) -> str:
         "95 % intervals.</p>",
         *(f'<p class="bad">Invalid: {escape(reason)}</p>' for reason in document["invalid_because"]),
         '<p class="bad">Interrupted: these are the requests up to then.</p>' * bool(document["interrupted"]),
-        f"<p>{escape(highest_rate_text(document['highest_rate']))}</p>" * bool(document["highest_rate"]),
+        *([f"<p>{escape(highest_rate_text(found))}</p>"] if (found := document["highest_rate"]) else []),
         _table(document["points"]),
+        *([_quality(found)] if (found := document["quality"]) else []),
         *(chart.svg() for chart in _charts(document)),
     ]
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
@@ -75,6 +78,34 @@ def _table_row(point: Document) -> str:
         _number(max(lags, default=None), 1000),
     )
     return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+
+
+def _quality(quality: Document) -> str:
+    """Each task idle and under load, the one number above them."""
+    head = "".join(f"<th>{name}</th>" for name in ("task", "items", "idle", "under load"))
+    rows = "".join(
+        f"<tr><td>{escape(task)}</td><td>{both['idle']['items']}</td><td>{_task(both['idle'])}</td>"
+        f"<td>{_task(both['loaded'])}</td></tr>"
+        for task, both in quality["tasks"].items()
+    )
+    held = quality["held"]
+    change = (
+        f"<p>{escape(VERDICTS[held['verdict']])}: right answers "
+        f"{escape(points_text(Estimate(**held['change'])))} of {held['judged']}</p>"
+        if held
+        else ""
+    )
+    reasons = "".join(f'<p class="bad">{escape(reason)}</p>' for reason in quality["unsupported"])
+    return f"<h2>Quality</h2>{reasons}{change}<table><tr>{head}</tr>{rows}</table>"
+
+
+def _task(result: Document | None) -> str:
+    if result is None:
+        return "–"
+    accuracy, perplexity = result["accuracy"], result["perplexity"]
+    parts = [span(Estimate(**accuracy), "{:.1%}")] if accuracy else []
+    parts += [f"perplexity {span(Estimate(**perplexity), '{:.2f}')}"] if perplexity else []
+    return ", ".join(parts) or "–"
 
 
 def _number(value: float | None, factor: float = 1.0, unit: str = "") -> str:

@@ -10,6 +10,7 @@ import httpx
 
 from lowbit_core import __version__
 from lowbit_loadtest.metrics import Run, Summary
+from lowbit_loadtest.quality_report import quality_document, quality_lines
 from lowbit_loadtest.records import RequestRecord
 from lowbit_loadtest.runner import Point, Result
 from lowbit_loadtest.scenario import Scenario
@@ -51,6 +52,7 @@ def as_document(scenario: Scenario, result: Result, started: str, requests: bool
         "valid": all(point.valid for point in result.points),
         "invalid_because": [reason for point in result.points for reason in point.invalid_because],
         "highest_rate": highest_rate(scenario, result.points),
+        "quality": quality_document(result.quality, requests) if result.quality else None,
         **first,
         "points": points,
     }
@@ -139,6 +141,8 @@ def lines(scenario: Scenario, result: Result) -> list[str]:
     text = [line for point in result.points for line in _point_lines(point, scenario)]
     if (found := highest_rate(scenario, result.points)) is not None:
         text.append(highest_rate_text(found))
+    if result.quality is not None:
+        text += quality_lines(result.quality)
     if result.interrupted:
         text.append("interrupted: these are the requests up to then")
     return text

@@ -5,22 +5,22 @@ sends its next request when its last one has ended, so the server sets the pace,
 """
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lowbit_loadtest.client import ChatClient
-from lowbit_loadtest.drive import Share, Tally, Target, open_http
+from lowbit_loadtest.drive import Share, Target, open_http
 from lowbit_loadtest.metrics import Run, Summary, arrival_window, steady_interval, summarize
 from lowbit_loadtest.plan import Plan, make_plan
+from lowbit_loadtest.quality import Quality
+from lowbit_loadtest.quality_run import Answers, OnRun, OnTally, measure_quality
 from lowbit_loadtest.scenario import Conversations, Ramp, Scenario
 from lowbit_loadtest.scrape import Scraper, UsageCheck, check_usage
 from lowbit_loadtest.search import next_search_rate
+from lowbit_loadtest.sitting import read_items
 from lowbit_loadtest.tokens import find_counter
 from lowbit_loadtest.workers import Ran, default_workers, run_workers, shares_of
-
-OnTally = Callable[[Tally], None]
-OnRun = Callable[[str, int | None], OnTally]  # a run begins: its title, and how many requests it has
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,17 @@ class Result:
     workers: int
     counted_by: str  # who counted prompt tokens: server or words
     interrupted: bool
+    quality: Quality | None = None
 
 
-def run_load_test(scenario: Scenario, target_url: str, api_key: str | None, on_run: OnRun) -> Result:
-    """Run a scenario to its end, or to Ctrl-C. Raises ConfigError before the first request."""
+def run_load_test(
+    scenario: Scenario, target_url: str, api_key: str | None, on_run: OnRun, base: Answers | None = None
+) -> Result:
+    """Run a scenario to its end, or to Ctrl-C; quality is asked last, so that it does not slow what is timed.
+
+    `base` are answers of another run to judge quality against. Raises ConfigError before the first request.
+    """
+    items = read_items(scenario.quality) if scenario.quality else []
     model = asyncio.run(_find_model(scenario, target_url, api_key))
     target = Target(target_url, model, api_key, scenario.timeout_s)
     workers = scenario.generator.workers or default_workers()
@@ -73,7 +80,22 @@ def run_load_test(scenario: Scenario, target_url: str, api_key: str | None, on_r
         points.append(_point(scenario, plans[0].offered_rps, runs, extras, reasons))
         if interrupted:
             break
-    return Result(target, tuple(points), workers, counted_by, interrupted)
+    quality = None
+    if scenario.quality is not None and not interrupted:
+        rate_rps = rate_for_quality(scenario, points)
+        quality = measure_quality(scenario, items, target, workers, rate_rps, on_run, base)
+        interrupted = quality is None
+    return Result(target, tuple(points), workers, counted_by, interrupted, quality)
+
+
+def rate_for_quality(scenario: Scenario, points: Sequence[Point]) -> float | None:
+    """Of several rates, the highest that met the SLOs, or the lowest; otherwise the scenario's own."""
+    if len(points) < 2:
+        return points[0].offered_rps if isinstance(scenario.arrivals, Ramp) or scenario.search else None
+    rates = [
+        point.offered_rps or 0.0 for point in points if not scenario.slo.limits_s or point.meets(scenario)
+    ]
+    return max(rates, default=min(point.offered_rps or 0.0 for point in points))
 
 
 def _rates(scenario: Scenario, points: Sequence[Point]) -> Iterator[float | None]:

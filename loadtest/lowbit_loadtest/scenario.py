@@ -204,6 +204,27 @@ class Generator(Section):
     max_lag_s: PositiveFloat = 0.01
 
 
+class Quality(Section):
+    """The same questions idle and under the scenario's load: tasks by name, own items, held-out text, greedy answers.
+
+    The change of accuracy under load must stay above −`tolerance` for quality to have held.
+    """
+
+    tasks: tuple[str, ...] = ("arc_easy", "hellaswag", "piqa", "sciq", "lambada")
+    items: int = Field(default=50, ge=1)  # of each task
+    tasks_dir: str | None = None
+    own: str | None = None  # JSONL of items
+    text: str | None = None  # JSONL of held-out text
+    texts: int = Field(default=4, ge=1)  # of each domain
+    text_characters: int = Field(default=1000, ge=50)
+    probes: int = Field(default=12, ge=0)  # greedy answers, every third of them JSON
+    probe_tokens: int = Field(default=96, ge=1)
+    concurrency: int = Field(default=4, ge=1)
+    top_logprobs: int = Field(default=20, ge=1)
+    tolerance: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    seed: int = Field(default=0, ge=0)
+
+
 class Scenario(Section):
     """The whole scenario. One of `requests` and `duration_s`, except for ramp (neither) and replay (at most one)."""
 
@@ -222,6 +243,7 @@ class Scenario(Section):
     timeout_s: PositiveFloat = 300.0
     api_key_env: str = "LOWBIT_API_KEY"
     search: Search | None = None
+    quality: Quality | None = None
     generator: Generator = Generator()
 
     @model_validator(mode="after")

@@ -95,6 +95,14 @@ def _resolve_paths(data: dict[str, Any], folder: Path) -> None:
         section = data.get(name)
         if isinstance(section, dict) and isinstance(section.get("path"), str):
             section["path"] = str(folder / section["path"])  # an absolute path stays as it is
+    resolve_quality_paths(data.get("quality"), folder)
+
+
+def resolve_quality_paths(quality: Any, folder: Path) -> None:
+    """Make the paths in a section `quality` relative to the file's folder."""
+    for key in ("tasks_dir", "own", "text"):
+        if isinstance(quality, dict) and isinstance(quality.get(key), str):
+            quality[key] = str(folder / quality[key])
 
 
 def _override(data: dict[str, Any], override: str) -> None:

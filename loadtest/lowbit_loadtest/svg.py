@@ -7,7 +7,7 @@ from html import escape
 
 WIDTH, HEIGHT = 640, 320
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 16, 48
-COLORS = ("#0b62a4", "#c4560c", "#2b8a3e", "#862e9c", "#5c5f66")
+COLORS = ("#0b62a4", "#c4560c", "#2b8a3e", "#862e9c", "#5c5f66", "#c2255c", "#0c8599", "#846358")
 MOST_TICKS = 6
 
 
@@ -23,11 +23,12 @@ class Mark:
 
 @dataclass(frozen=True)
 class Series:
-    """Marks in one colour, joined by a line unless `dots`."""
+    """Marks in one colour (by default that of their place), joined by a line unless `dots`."""
 
     name: str
     marks: Sequence[Mark]
     dots: bool = False
+    color: str | None = None
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,12 @@ class Chart:
         body = [_axes(self, x_ticks, y_ticks)]
         place = _Place(x_ticks[0], x_ticks[-1], y_ticks[-1])
         body += [_limit(place, name, value) for name, value in self.limits.items()]
-        body += [_drawn(place, one, COLORS[index % len(COLORS)]) for index, one in enumerate(self.series)]
+        body += [
+            _drawn(place, one, one.color or COLORS[index % len(COLORS)])
+            for index, one in enumerate(self.series)
+        ]
         legend = "".join(
-            f'<span style="color:{COLORS[index % len(COLORS)]}">&#9632; {escape(one.name)}</span> '
+            f'<span style="color:{one.color or COLORS[index % len(COLORS)]}">&#9632; {escape(one.name)}</span> '
             for index, one in enumerate(self.series)
         )
         title = escape(self.title)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
+from threading import Event
 from typing import Any
 
 from lowbit_core.errors import LowbitError
@@ -58,8 +59,9 @@ def default_workers(cpus: int | None = None) -> int:
     return max(1, min(8, allowed // 2))
 
 
-def run_workers(shares: Sequence[Share], on_tally: OnTally) -> Ran:
-    """Run every share in its own process, to the end or until Ctrl-C; the records so far come back either way."""
+def run_workers(shares: Sequence[Share], on_tally: OnTally, until: Event | None = None) -> Ran:
+    """Run every share in its own process, to the end, until Ctrl-C, or until the event `until` is set; the records so
+    far come back in any case."""
     context = multiprocessing.get_context("spawn")
     counter = context.Value("q", 0)
     pairs = [context.Pipe() for _ in shares]
@@ -73,7 +75,7 @@ def run_workers(shares: Sequence[Share], on_tally: OnTally) -> Ran:
     ours = [mine for mine, _ in pairs]
     try:
         start_s = _start_together(ours)
-        return _collect(ours, start_s, on_tally)
+        return _collect(ours, start_s, on_tally, until or Event())
     finally:
         for process in processes:
             process.join(timeout=1.0)
@@ -96,13 +98,16 @@ def _start_together(pipes: Sequence[Connection]) -> float:
     return start_s
 
 
-def _collect(pipes: Sequence[Connection], start_s: float, on_tally: OnTally) -> Ran:
+def _collect(pipes: Sequence[Connection], start_s: float, on_tally: OnTally, until: Event) -> Ran:
     """Read the pipes until each worker has sent its `Driven` or is gone."""
     tallies: dict[Connection, Tally] = {}
     driven: list[Driven] = []
     open_pipes = list(pipes)
-    interrupted, give_up_s = False, float("inf")
+    interrupted, told, give_up_s = False, False, float("inf")
     while open_pipes and time.monotonic() < give_up_s:
+        if until.is_set() and not told:
+            told, give_up_s = True, time.monotonic() + STOP_TIMEOUT_S
+            _tell_to_stop(open_pipes)
         try:
             for pipe in wait(open_pipes, timeout=0.5):
                 assert isinstance(pipe, Connection)
@@ -117,11 +122,15 @@ def _collect(pipes: Sequence[Connection], start_s: float, on_tally: OnTally) -> 
         except KeyboardInterrupt:
             if interrupted:
                 raise
-            interrupted, give_up_s = True, time.monotonic() + STOP_TIMEOUT_S
-            for pipe in open_pipes:
-                with suppress(OSError):
-                    pipe.send("stop")
+            interrupted, told, give_up_s = True, True, time.monotonic() + STOP_TIMEOUT_S
+            _tell_to_stop(open_pipes)
     return Ran(tuple(driven), start_s, interrupted, len(pipes) - len(driven))
+
+
+def _tell_to_stop(pipes: Sequence[Connection]) -> None:
+    for pipe in pipes:
+        with suppress(OSError):
+            pipe.send("stop")
 
 
 def _received(pipe: Connection) -> Any:

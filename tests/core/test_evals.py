@@ -143,13 +143,15 @@ def tasks_dir(tmp_path: Path) -> Path:
     """Tasks in the shape of the package's files: ARC with its unconditional twins, and LAMBADA."""
     (tmp_path / "arc_easy/rc_0shot").mkdir(parents=True)
     (tmp_path / "lambada/bpb_0shot").mkdir(parents=True)
-    rows = []
+    rows: list[dict[str, object]] = []
     for doc in (0, 1, 2, 1_000_000):
         for text in ("red", "blue"):
             request = {"context": f"Question {doc}\nAnswer:", "continuation": f" {text}"}
             rows.append({"doc_id": doc, "label": doc % 2, "request": request})
     _write(tmp_path / "arc_easy/rc_0shot/requests.jsonl.gz", rows)
-    cloze = [{"doc_id": 7, "label": ["x"], "request": {"context": "so it", "continuation": " goes"}}]
+    cloze: list[dict[str, object]] = [
+        {"doc_id": 7, "label": ["x"], "request": {"context": "so it", "continuation": " goes"}}
+    ]
     _write(tmp_path / "lambada/bpb_0shot/requests.jsonl.gz", cloze)
     return tmp_path
 
@@ -209,7 +211,9 @@ def test_own_items_are_checked_line_by_line(tmp_path: Path) -> None:
 
 def test_held_out_text_is_taken_from_every_domain(tmp_path: Path) -> None:
     file = tmp_path / "held.jsonl"
-    rows = [{"domain": domain, "text": f"{domain} {number} " * 50} for domain in "ab" for number in range(5)]
+    rows: list[dict[str, object]] = [
+        {"domain": domain, "text": f"{domain} {number} " * 50} for domain in "ab" for number in range(5)
+    ]
     rows.append({"domain": "c", "messages": [{"role": "user", "content": "x"}, {"content": "y"}]})
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     items = load_text(file, 2, 20, 0)

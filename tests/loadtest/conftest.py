@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import pytest
@@ -124,7 +124,14 @@ class FakeServer:
 @pytest.fixture
 def fake_server() -> Iterator[FakeServer]:
     """A running fake server on a free loopback port."""
-    fake = FakeServer()
+    yield from serve_fake(FakeServer())
+
+
+Served = TypeVar("Served", bound=FakeServer)
+
+
+def serve_fake(fake: Served) -> Iterator[Served]:
+    """Run a fake in a thread until the generator goes on."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         fake.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         config = uvicorn.Config(fake, log_config=None, lifespan="off", timeout_graceful_shutdown=1)

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -249,3 +250,17 @@ def test_a_ramp_stops_when_the_server_is_saturated(timed_server: Start) -> None:
     ramp = {"kind": "ramp", "start_rps": 10, "growth": 10, "max_rps": 10_000, "stage_s": 0.7}
     result = run(url, arrivals=ramp, slo={"ttft_s": 0.6}, generator={"workers": 1, "max_lag_s": 10})
     assert [point.offered_rps for point in result.points] == [10, 100]
+
+
+def test_a_stopped_closed_loop_sends_nothing_more_and_keeps_its_records(
+    timed_server: Callable[..., str],
+) -> None:
+    url = timed_server(Reply(ttft_s=0.01, gap_s=0.01, chunks=1000))
+    stop = threading.Event()
+    share = Share(Target(url, "fake-model"), jobs(4), streams=2, repeats=True)
+    start_s = time.monotonic()
+    ran = run_workers([share], lambda tally: stop.set() if tally.in_flight == 2 else None, stop)
+    assert ran.lost_workers == 0
+    assert not ran.interrupted
+    assert [record.outcome for one in ran.driven for record in one.records] == [Outcome.CUT_OFF] * 2
+    assert time.monotonic() - start_s < 10

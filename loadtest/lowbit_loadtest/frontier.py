@@ -1,0 +1,189 @@
+"""The frontier's story: make the checkpoints that recipes describe, then visit each in turn, again and again.
+
+A visit serves one checkpoint, warms it up, runs every scenario once, and on the first visit asks the quality questions
+under the load of one of them. Repetitions are interleaved and the order turns with each, so that a machine that
+drifts does not favour one. Each finished visit is a file: a run that was stopped goes on where it ended.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from lowbit_core.errors import ConfigError, LowbitError
+from lowbit_core.log import get_logger
+from lowbit_core.manifest import MANIFEST_NAME
+from lowbit_loadtest.frontier_plan import Checkpoint, FrontierPlan, scenarios_of
+from lowbit_loadtest.quality_run import OnRun
+from lowbit_loadtest.report import as_document
+from lowbit_loadtest.runner import run_load_test
+from lowbit_loadtest.scenario import Scenario
+from lowbit_loadtest.scenario_file import parse_scenario
+from lowbit_loadtest.serving import Served, ServeError, quantize, serving
+from lowbit_loadtest.sitting import read_items
+
+log = get_logger("frontier")
+
+Document = dict[str, Any]
+ENGINE_FACTS = (
+    "vllm",
+    "device",
+    "quantization",
+    "dtype",
+    "kv_cache_dtype",
+    "kv_tokens",
+    "kv_scales_in_force",
+    "memory",
+)
+PLAN_COPY = "plan.json"
+Serving = Callable[..., Any]  # serving(directory, flags, log, timeout_s): a context manager of a Served
+
+
+class Interrupted(LowbitError):
+    """Ctrl-C; what was finished is on disk."""
+
+    exit_status = 130
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """The directory of one frontier."""
+
+    root: Path
+
+    def prepare(self, plan: FrontierPlan) -> None:
+        """Make the directory, or go on in it; ConfigError where another plan's visits are."""
+        for folder in ("visits", "logs"):
+            (self.root / folder).mkdir(parents=True, exist_ok=True)
+        copy, text = self.root / PLAN_COPY, json.dumps(measured_part(plan), indent=1)
+        if copy.exists() and copy.read_text(encoding="utf-8") != text:
+            raise ConfigError(
+                f"{self.root} holds the visits of another plan; give another --out, or remove it"
+            )
+        copy.write_text(text, encoding="utf-8")
+
+    def visit_file(self, name: str, repetition: int) -> Path:
+        return self.root / "visits" / f"{name}-{repetition + 1}.json"
+
+    def log_file(self, name: str) -> Path:
+        return self.root / "logs" / f"{name}.log"
+
+    def visits(self, plan: FrontierPlan) -> list[Document]:
+        """Every finished visit, by repetition."""
+        files = [self.visit_file(one.name, repetition) for repetition, one in order_of_visits(plan)]
+        return [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
+
+
+def measured_part(plan: FrontierPlan) -> Document:
+    """All but what may change without measuring again: the constraints and the words."""
+    return plan.model_dump(mode="json", exclude={"constraints", "description"})
+
+
+def order_of_visits(plan: FrontierPlan) -> Iterator[tuple[int, Checkpoint]]:
+    """Repetition by repetition, each beginning one checkpoint further."""
+    count = len(plan.checkpoints)
+    for repetition in range(plan.repetitions):
+        for place in range(count):
+            yield repetition, plan.checkpoints[(place + repetition) % count]
+
+
+def run_frontier(
+    plan: FrontierPlan, place: Workplace, on_run: OnRun, serve: Serving = serving
+) -> dict[str, str]:
+    """Make every visit that is not on disk yet; returns why a checkpoint could not be served, by name."""
+    scenarios = scenarios_of(plan)
+    read_items(plan.quality)  # refuse it before the first server starts
+    place.prepare(plan)
+    _make_checkpoints(plan, place)
+    failures: dict[str, str] = {}
+    for repetition, checkpoint in order_of_visits(plan):
+        file = place.visit_file(checkpoint.name, repetition)
+        if file.exists() or checkpoint.name in failures:
+            continue
+        log.info("visit %d of %s", repetition + 1, checkpoint.name)
+        try:
+            log_file = place.log_file(f"{checkpoint.name}-{repetition + 1}")
+            flags = (*plan.serve, *checkpoint.serve)
+            with serve(Path(checkpoint.path), flags, log_file, plan.start_timeout_s) as served:
+                visit = _visit(plan, scenarios, checkpoint, repetition, served, on_run)
+        except ServeError as error:
+            failures[checkpoint.name] = str(error)
+            log.error("%s: %s", checkpoint.name, error)
+            continue
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(visit, allow_nan=False), encoding="utf-8")
+        temporary.replace(file)
+    return failures
+
+
+def _make_checkpoints(plan: FrontierPlan, place: Workplace) -> None:
+    for one in plan.checkpoints:
+        if one.recipe and one.model and not (Path(one.path) / MANIFEST_NAME).exists():
+            log.info("quantize %s with recipe %s", one.name, one.recipe)
+            quantize(one.model, one.recipe, Path(one.path), place.log_file(f"{one.name}-quantize"))
+        if not Path(one.path).is_dir():
+            raise ConfigError(f"checkpoint {one.name}: {one.path} is not a directory")
+
+
+def _visit(
+    plan: FrontierPlan,
+    scenarios: dict[str, Scenario],
+    checkpoint: Checkpoint,
+    repetition: int,
+    served: Served,
+    on_run: OnRun,
+) -> Document:
+    run_load_test(_warm_up(), served.url, None, on_run)
+    results = {}
+    for name, scenario in scenarios.items():
+        asks = repetition == 0 and name == (plan.quality_under or plan.scenarios[0].name)
+        changed = scenario.model_copy(
+            update={"seed": scenario.seed + repetition, "quality": plan.quality if asks else None}
+        )
+        started = datetime.now(UTC).isoformat(timespec="seconds")
+        result = run_load_test(changed, served.url, None, _titled(on_run, f"{checkpoint.name}, {name}"))
+        if result.interrupted:
+            raise Interrupted("interrupted; the finished visits are kept, and the same command goes on")
+        results[name] = as_document(changed, result, started, requests=False)
+        if asks and result.quality is not None:
+            results[name]["quality"] = as_document(changed, result, started, requests=True)["quality"]
+    return {
+        "checkpoint": checkpoint.name,
+        "repetition": repetition,
+        "ready_s": served.ready_s,
+        "server": _server_facts(served.url),
+        "scenarios": results,
+    }
+
+
+def _titled(on_run: OnRun, title: str) -> OnRun:
+    return lambda of_run, requests: on_run(f"{title}: {of_run}", requests)
+
+
+def _warm_up() -> Scenario:
+    data = {
+        "arrivals": {"kind": "closed", "concurrency": 4},
+        "prompts": {"kind": "text"},
+        "output": {"tokens": 16},
+        "requests": 8,
+    }
+    return parse_scenario(data, "warm-up")
+
+
+def _server_facts(url: str) -> Document:
+    """What the server says of its checkpoint and engine; empty for one that does not say."""
+    try:
+        answer = httpx.get(f"{url}/lowbit/checkpoint", timeout=10.0, trust_env=False)
+        facts: Document = answer.json() if answer.status_code == httpx.codes.OK else {}
+    except (httpx.HTTPError, OSError, ValueError):
+        facts = {}
+    engine, manifest = facts.get("engine") or {}, facts.get("manifest") or {}
+    return {
+        "engine": {key: engine[key] for key in ENGINE_FACTS if key in engine},
+        "size": manifest.get("size"),
+        "quality": manifest.get("quality"),
+    }

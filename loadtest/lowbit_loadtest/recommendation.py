@@ -1,0 +1,137 @@
+"""Which checkpoint to serve, or why the data cannot say: pure logic on what is known of each.
+
+A checkpoint is certain when every constraint is met, possible when none is missed. The fastest certain one is
+recommended when every other possible one is surely slower; otherwise the result is undecided, and says what is open.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from lowbit_core.evals.arithmetic import Estimate, span
+from lowbit_core.evals.results import Changes
+from lowbit_loadtest.frontier_plan import Constraints, FrontierPlan
+
+Status = Literal["met", "missed", "open"]
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One checkpoint. Throughput is by scenario; `statuses` by constraint."""
+
+    name: str
+    visits: int
+    throughput: dict[str, Estimate]
+    accuracy: Estimate | None
+    perplexity: Estimate | None
+    accuracy_of_base: Estimate | None
+    perplexity_of_base: Estimate | None
+    against_base: Changes | None
+    held: str | None  # whether quality held under load
+    memory_bytes: dict[str, float]
+    kv_tokens: int | None
+    statuses: dict[str, Status]
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """`name` is the checkpoint to serve; with `undecided`, the one that leads."""
+
+    verdict: Literal["recommended", "undecided", "none"]
+    name: str | None
+    reasons: tuple[str, ...]
+
+
+def recommend(plan: FrontierPlan, standings: Sequence[Standing]) -> Recommendation:
+    """The fastest in the first scenario of those that meet every constraint, if the data can tell."""
+    scenario = plan.scenarios[0].name
+    wanted = constraint_text(plan.constraints)
+    possible = [one for one in standings if "missed" not in one.statuses.values()]
+    missed = [
+        f"{one.name} misses {', '.join(_with(one, 'missed'))}" for one in standings if one not in possible
+    ]
+    if not possible:
+        return Recommendation("none", None, (f"no checkpoint keeps {wanted}", *missed))
+    certain = [one for one in possible if "open" not in one.statuses.values()]
+    leader = max(certain or possible, key=lambda one: one.throughput[scenario].value)
+    doubts = [
+        _doubt(plan, one)
+        for one in possible
+        if one not in certain and not _surely_slower(one, leader, scenario)
+    ]
+    rivals = [
+        f"{one.name} may be as fast: {_speed(one, scenario)} against {_speed(leader, scenario)}; "
+        "more repetitions would tell"
+        for one in certain
+        if one is not leader and not _surely_slower(one, leader, scenario)
+    ]
+    if not certain or doubts or rivals:
+        lead = f"undecided for {wanted}; {leader.name} leads with {_speed(leader, scenario)}"
+        return Recommendation("undecided", leader.name, (lead, *doubts, *rivals, *missed))
+    why = f"{leader.name} for {wanted}: {_speed(leader, scenario)} in {scenario}, and every other is slower or misses"
+    return Recommendation("recommended", leader.name, (why, *missed))
+
+
+def constraint_text(constraints: Constraints) -> str:
+    """The constraints in words."""
+    parts = []
+    if constraints.accuracy_of_base is not None:
+        parts.append(f"at least {constraints.accuracy_of_base:.0%} of the base's accuracy")
+    if constraints.perplexity_of_base is not None:
+        parts.append(f"at most {constraints.perplexity_of_base:g} times its perplexity")
+    names = {
+        "ttft_s": "TTFT",
+        "time_per_output_token_s": "time per output token",
+        "end_to_end_s": "end to end",
+    }
+    parts += [
+        f"p95 {names[name]} up to {1000 * limit:g} ms" for name, limit in constraints.latencies_s.items()
+    ]
+    return ", ".join(parts) or "no constraints"
+
+
+def _with(one: Standing, wanted: Status) -> list[str]:
+    words = {
+        "accuracy_of_base": "accuracy",
+        "perplexity_of_base": "perplexity",
+        "latency": "latency at every rate",
+    }
+    return [words[name] for name, found in one.statuses.items() if found == wanted]
+
+
+def _speed(one: Standing, scenario: str) -> str:
+    speed = one.throughput[scenario]
+    spread = (
+        f" [{speed.low:.0f}–{speed.high:.0f}]" if speed.low is not None and speed.high is not None else ""
+    )
+    return f"{speed.value:.0f}{spread} tokens/s"
+
+
+def _surely_slower(one: Standing, leader: Standing, scenario: str) -> bool:
+    mine, theirs = one.throughput[scenario], leader.throughput[scenario]
+    return mine.high is not None and theirs.low is not None and mine.high < theirs.low
+
+
+def _doubt(plan: FrontierPlan, one: Standing) -> str:
+    """Which constraints are open, and about how many items would close them."""
+    limits = {
+        "accuracy_of_base": (one.accuracy_of_base, plan.constraints.accuracy_of_base),
+        "perplexity_of_base": (one.perplexity_of_base, plan.constraints.perplexity_of_base),
+    }
+    texts = [
+        _open(name.replace("_", " "), estimate, limit or 1.0)
+        for name, (estimate, limit) in limits.items()
+        if one.statuses.get(name) == "open"
+    ]
+    return f"{one.name}: {'; '.join(texts)}"
+
+
+def _open(name: str, one: Estimate | None, limit: float) -> str:
+    if one is None or one.low is None or one.high is None:
+        return f"{name} is unknown"
+    text = f"{name} {span(one, '{:.3f}')} includes {limit:g}"
+    if one.value == limit:
+        return text
+    factor = ((one.high - one.low) / 2 / (one.value - limit)) ** 2
+    return f"{text} (about {max(2, math.ceil(factor))} times the items would tell)"

@@ -1,0 +1,246 @@
+"""The frontier: plan, visits that go on where they ended, arithmetic, recommendation, and reports that stand alone."""
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.loadtest.conftest import FakeServer
+
+from lowbit_core.errors import ConfigError
+from lowbit_core.evals.arithmetic import Estimate
+from lowbit_loadtest.frontier import Workplace, order_of_visits, run_frontier
+from lowbit_loadtest.frontier_charts import Spot, scatter
+from lowbit_loadtest.frontier_plan import FrontierPlan, load_plan
+from lowbit_loadtest.frontier_report import as_html, as_markdown
+from lowbit_loadtest.frontier_results import as_document, over_visits, pareto, status
+from lowbit_loadtest.quality_run import OnTally
+from lowbit_loadtest.recommendation import Standing, Status, recommend
+from lowbit_loadtest.serving import Served, ServeError
+
+PLAN = """
+description: two fakes
+checkpoints:
+  - {name: base, path: .}
+  - {name: small, path: ., serve: [--kv-cache-dtype, fp8]}
+base: base
+serve: [--enforce-eager]
+scenarios:
+  - {name: load, scenario: load.yaml}
+repetitions: 2
+quality: {tasks: [], probes: 3, probe_tokens: 8}
+constraints: {ttft_p95_s: 5}
+"""
+LOAD = """
+arrivals: {kind: closed, concurrency: 2}
+prompts: {kind: text}
+output: {tokens: 8}
+requests: 6
+generator: {workers: 1, max_lag_s: 1}
+"""
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> FrontierPlan:
+    (tmp_path / "load.yaml").write_text(LOAD)
+    (tmp_path / "plan.yaml").write_text(PLAN)
+    return load_plan(tmp_path / "plan.yaml")
+
+
+def quiet(title: str, requests: int | None) -> OnTally:
+    return lambda tally: None
+
+
+class FakeServing:
+    """Stands for `lowbit serve`: one fake server for all; `broken` names flags of checkpoints that do not start."""
+
+    def __init__(self, server: FakeServer, broken: tuple[str, ...] = ()) -> None:
+        self.server, self.broken = server, broken
+        self.flags: list[tuple[str, ...]] = []
+
+    @contextmanager
+    def __call__(
+        self, directory: Path, flags: tuple[str, ...], log: Path, timeout_s: float
+    ) -> Iterator[Served]:
+        if set(self.broken) & set(flags):
+            raise ServeError("lowbit serve ended with status 2: no such flag")
+        self.flags.append(flags)
+        yield Served(self.server.url, 1.0)
+
+
+def test_every_checkpoint_is_visited_in_turn_and_a_stopped_run_goes_on(
+    plan: FrontierPlan, fake_server: FakeServer, tmp_path: Path
+) -> None:
+    place, serve = Workplace(tmp_path / "out"), FakeServing(fake_server)
+    assert run_frontier(plan, place, quiet, serve) == {}
+    fp8 = ("--enforce-eager", "--kv-cache-dtype", "fp8")
+    assert serve.flags == [("--enforce-eager",), fp8, fp8, ("--enforce-eager",)]
+    place.visit_file("small", 1).unlink()
+    run_frontier(plan, place, quiet, serve)
+    assert len(serve.flags) == 5
+    visits = place.visits(plan)
+    asked = [bool(visit["scenarios"]["load"]["quality"]) for visit in visits]
+    assert [visit["checkpoint"] for visit in visits] == ["base", "small", "small", "base"]
+    assert asked == [True, True, False, False]
+    _check_reports(plan, visits)
+
+
+def _check_reports(plan: FrontierPlan, visits: list[dict[str, Any]]) -> None:
+    document = json.loads(json.dumps(as_document(plan, visits, {}), allow_nan=False))
+    assert [one["visits"] for one in document["standings"]] == [2, 2]
+    assert document["standings"][0]["throughput"]["load"]["value"] > 0
+    html, table = as_html(document), as_markdown(document)
+    assert not re.search(r'(src|href)="|url\(|<script', html)
+    assert all(name in html and name in table for name in ("base", "small", "load, tokens/s"))
+
+
+def test_another_plans_visits_are_refused_but_other_constraints_are_not(
+    plan: FrontierPlan, fake_server: FakeServer, tmp_path: Path
+) -> None:
+    place = Workplace(tmp_path / "out")
+    place.prepare(plan)
+    other = plan.model_copy(update={"constraints": plan.constraints.model_copy(update={"ttft_p95_s": 1.0})})
+    place.prepare(other)
+    with pytest.raises(ConfigError, match="holds the visits of another plan"):
+        place.prepare(plan.model_copy(update={"serve": ()}))
+
+
+def test_a_checkpoint_that_does_not_start_is_reported_and_the_others_are_measured(
+    plan: FrontierPlan, fake_server: FakeServer, tmp_path: Path
+) -> None:
+    place = Workplace(tmp_path / "out")
+    failures = run_frontier(plan, place, quiet, FakeServing(fake_server, broken=("fp8",)))
+    assert failures == {"small": "lowbit serve ended with status 2: no such flag"}
+    document = as_document(plan, place.visits(plan), failures)
+    assert [one["name"] for one in document["standings"]] == ["base"]
+    assert "small could not be served" in as_html(document)
+    assert "small could not be served" in as_markdown(document)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("base: base", "base: other"), "base 'other' is none of the checkpoints"),
+        (("name: small", "name: base"), "two of the checkpoints are called 'base'"),
+        (("repetitions: 2", "repetition: 2"), "repetition: unknown key"),
+        (("path: .}", "path: ., recipe: awq}"), "recipe and model belong together"),
+        (("ttft_p95_s: 5", "ttft_p95_s: -5"), "constraints.ttft_p95_s"),
+        (("base: base", "base: base\nbase: base"), "stands twice"),
+        (("base: base", "base: base\nquality_under: x"), "quality_under 'x' is none of the scenarios"),
+    ],
+)
+def test_a_wrong_plan_is_refused_with_its_key(tmp_path: Path, change: tuple[str, str], message: str) -> None:
+    (tmp_path / "plan.yaml").write_text(PLAN.replace(*change, 1))
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_plan(tmp_path / "plan.yaml")
+
+
+def test_a_missing_scenario_is_refused_before_anything_is_served(
+    fake_server: FakeServer, tmp_path: Path
+) -> None:
+    (tmp_path / "plan.yaml").write_text(PLAN)
+    serve = FakeServing(fake_server)
+    with pytest.raises(ConfigError, match=r"load\.yaml cannot be read"):
+        run_frontier(load_plan(tmp_path / "plan.yaml"), Workplace(tmp_path / "out"), quiet, serve)
+    assert serve.flags == []
+
+
+def test_the_order_turns_with_each_repetition(plan: FrontierPlan) -> None:
+    assert [(n, one.name) for n, one in order_of_visits(plan)] == [
+        (0, "base"), (0, "small"), (1, "small"), (1, "base"),
+    ]  # fmt: skip
+
+
+def test_visits_give_students_interval() -> None:
+    found = over_visits([10.0, 12.0, 14.0])
+    assert found.value == 12
+    assert found.low == pytest.approx(12 - 4.303 * 2 / 3**0.5)
+    assert over_visits([5.0]) == Estimate(5.0, None, None)
+
+
+@pytest.mark.parametrize(
+    ("one", "at_least", "expected"),
+    [
+        (Estimate(1.0, 0.99, 1.01), True, "met"),
+        (Estimate(0.9, 0.85, 0.95), True, "missed"),
+        (Estimate(1.0, 0.95, 1.05), True, "open"),
+        (Estimate(1.0, 0.9, 1.1), False, "open"),
+        (Estimate(0.9, 0.8, 0.95), False, "met"),
+        (None, True, "open"),
+    ],
+)
+def test_a_constraint_is_met_only_by_the_whole_interval(
+    one: Estimate | None, at_least: bool, expected: Status
+) -> None:
+    assert status(one, 0.98, at_least) == expected
+
+
+def standing(name: str, speed: tuple[float, float, float], accuracy: float, **statuses: Status) -> Standing:
+    quality = Estimate(accuracy, accuracy - 0.01, accuracy + 0.01)
+    return Standing(
+        name=name,
+        visits=3,
+        throughput={"load": Estimate(*speed)},
+        accuracy=quality,
+        perplexity=None,
+        accuracy_of_base=quality,
+        perplexity_of_base=None,
+        against_base=None,
+        held="held",
+        memory_bytes={},
+        kv_tokens=None,
+        statuses=dict(statuses),
+    )
+
+
+SLOW = standing("slow", (100, 98, 102), 0.6, accuracy_of_base="met")
+FAST = standing("fast", (150, 145, 155), 0.59, accuracy_of_base="met")
+BAD = standing("bad", (200, 190, 210), 0.3, accuracy_of_base="missed")
+OPEN = standing("open", (160, 150, 170), 0.58, accuracy_of_base="open")
+NEAR = standing("near", (149, 140, 158), 0.6, accuracy_of_base="met")
+
+
+@pytest.mark.parametrize(
+    ("standings", "verdict", "name"),
+    [
+        ([SLOW, FAST, BAD], "recommended", "fast"),
+        ([BAD], "none", None),
+        ([SLOW, OPEN], "undecided", "slow"),
+        ([SLOW, FAST, NEAR], "undecided", "fast"),
+        ([OPEN, BAD], "undecided", "open"),
+    ],
+)
+def test_the_recommendation_says_when_the_data_cannot_decide(
+    plan: FrontierPlan, standings: list[Standing], verdict: str, name: str | None
+) -> None:
+    limits = plan.constraints.model_copy(update={"accuracy_of_base": 0.99})
+    found = recommend(plan.model_copy(update={"constraints": limits}), standings)
+    assert (found.verdict, found.name) == (verdict, name)
+    if OPEN in standings:
+        assert any("items would tell" in reason for reason in found.reasons)
+    if NEAR in standings:
+        assert any("more repetitions would tell" in reason for reason in found.reasons)
+
+
+def test_an_open_checkpoint_that_is_surely_slower_does_not_hold_up_the_decision(plan: FrontierPlan) -> None:
+    late = standing("late", (90, 80, 99), 0.58, accuracy_of_base="open")
+    assert recommend(plan, [FAST, late]).verdict == "recommended"
+
+
+def test_the_pareto_frontier_has_no_dominated_point() -> None:
+    assert pareto([SLOW, FAST, BAD, standing("dominated", (99, 90, 110), 0.55)], "load") == [
+        "slow",
+        "fast",
+        "bad",
+    ]
+
+
+def test_labels_of_near_points_do_not_share_a_line() -> None:
+    spots = [Spot(name, "#000", Estimate(1, 0.9, 1.1), Estimate(0.5, 0.4, 0.6)) for name in "abcdef"]
+    picture = scatter(spots, ["a"], "x", "y")
+    heights = sorted(float(y) for y in re.findall(r'class="name" x="[\d.]+" y="([\d.]+)"', picture))
+    assert all(below - above >= 14.9 for above, below in pairwise(heights))
