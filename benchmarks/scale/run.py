@@ -33,7 +33,7 @@ BOUND_FACTOR, BOUND_REST_BYTES = 1.25, 1.5e9
 SAMPLE_EVERY_S = 0.02
 GROWTH = 1.15  # of CPU seconds a layer, from the first quarter to the last
 ROW_TOKENS = 512
-ROWS, HELDOUT_ROWS = 8, 4
+ROWS, HELDOUT_ROWS = 4, 2
 
 
 @dataclass

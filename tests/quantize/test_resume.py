@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.quantize.stoppable import Point, renaming, run
+from tests.quantize.tiny_gguf import write_tiny_gguf
 from tests.tiny_models import write_tiny_model
 
 from lowbit_core.cli import main
@@ -90,6 +91,19 @@ def test_a_run_killed_in_every_phase_ends_with_the_files_of_one_that_was_not(
     assert contents(out) == contents(tmp_path / "straight")
 
 
+def test_an_unpacked_base_is_kept_when_it_is_whole(tmp_path: Path) -> None:
+    model, out, log = write_tiny_gguf(tmp_path / "model"), tmp_path / "out", tmp_path / "log"
+    assert run(command(model, tmp_path / "straight"), log)[0] == 0
+    for point in (Point("open", "scratch/base/config.json"), renaming(f"{STATE}/base"), IN_THE_MIDDLE):
+        status, said = run(command(model, out), log, kill_at=point)
+        assert status == -9
+        assert "unpacking tiny.gguf" in said
+    status, said = run(command(model, out), log)
+    assert status == 0
+    assert "unpacking" not in said
+    assert contents(out) == contents(tmp_path / "straight")
+
+
 def test_finished_layers_are_not_done_again(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = stopped(tiny_model("llama"), out)
@@ -116,7 +130,11 @@ def test_streams_in_files_change_nothing(tiny_model: Callable[[str], Path], tmp_
     assert run(command(model, tmp_path / "straight"), log)[0] == 0
     spilled = command(model, out, "--stream-memory-gib", "0")
     assert run(spilled, log, kill_at=IN_THE_MIDDLE)[0] == -9
-    assert {path.stem for path in (out / STATE).rglob("*.stream")} >= {"calibration", "heldout", "heldout_base"}
+    assert {path.stem for path in (out / STATE).rglob("*.stream")} >= {
+        "calibration",
+        "heldout",
+        "heldout_base",
+    }
     assert run(spilled, log)[0] == 0
     assert contents(out) == contents(tmp_path / "straight")
 
