@@ -6,7 +6,7 @@ It knows the order of things and nothing of vLLM: `engine.py` does that.
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from typing import Any, Protocol
 
@@ -31,6 +31,7 @@ from lowbit_server.gateway import AdminPort, Gateway, Limits, Models
 from lowbit_server.keys import KeyStore
 from lowbit_server.memory import DeviceMemory, MemoryReader
 from lowbit_server.metrics import LowbitCollector
+from lowbit_server.nvml import GpuMemory, Nvml
 from lowbit_server.openapi import describe_answers
 from lowbit_server.preflight import refuse_unfit_machine, refuse_unknown_parsers
 from lowbit_server.proof import prove_kv_scales, read_checkpoint_scales
@@ -88,7 +89,7 @@ async def serve(config: ServeConfig, checkpoint: Checkpoint) -> None:
             log.info("starting vLLM on the %s with %s", device, _readable(arguments))
             engine = await stack.enter_async_context(vllm.start_engine(arguments, throughput, adapters))
             service = await inspect_engine(engine, config, checkpoint)
-            app = await build_app(engine, service, throughput, exchanges, lambda: state.draining)
+            app = await build_app(engine, service, throughput, exchanges, Nvml().read, lambda: state.draining)
             gateway = Gateway(
                 app, _limits(config), keys, exchanges, models,
                 is_draining=lambda: state.draining, admin_elsewhere=admin is not None,
@@ -140,6 +141,7 @@ async def build_app(
     service: Service,
     throughput: Throughput,
     exchanges: Exchanges,
+    gpus: Callable[[], Iterable[GpuMemory]],
     is_draining: Callable[[], bool],
 ) -> FastAPI:
     """Our app: vLLM's OpenAI routes, health, one exposition of metrics, and the checkpoint's facts."""
@@ -151,7 +153,7 @@ async def build_app(
     describe_answers(app)
     add_models_routes(app, engine.models, model_card(service))
     memory = MemoryReader(engine.memory, await engine.memory())
-    collector = LowbitCollector(service, throughput, exchanges, lambda: memory.devices, is_draining)
+    collector = LowbitCollector(service, throughput, exchanges, lambda: memory.devices, gpus, is_draining)
     add_health_routes(app, engine, is_draining)
     add_metrics_route(app, engine.metrics_registry(), collector, memory)
     add_checkpoint_route(app, lambda: checkpoint_document(service, memory.devices), memory)

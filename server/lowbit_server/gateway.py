@@ -34,6 +34,7 @@ ABORT_S = 2.0  # how long the app may take to notice that its client is gone
 class Limits:
     """The server's own limits, whoever asks."""
 
+    max_num_queued_reqs: int
     max_header_bytes: int
     max_body_bytes: int
     max_prompt_characters: int | None
@@ -109,6 +110,11 @@ class Gateway:
             raise ApiError(
                 503, "the server is shutting down; send the request again", "draining",
                 headers={"retry-after": "1", "connection": "close"},
+            )  # fmt: skip
+        if self._exchanges.active >= self._limits.max_num_queued_reqs:  # cheaper here than in the engine
+            raise ApiError(
+                429, "the server is busy; try again later", "queue_full",
+                headers={"retry-after": str(self._retry_after())},
             )  # fmt: skip
         try:
             body = await asyncio.wait_for(read_body(receive, headers, self._limits.max_body_bytes), BODY_S)

@@ -1,4 +1,4 @@
-"""Memory by component for each device: weights, KV cache, free, total.
+"""Memory by component for each device: weights, KV cache, graphs, activations, the rest, free, total.
 
 On a GPU that is VRAM. The CPU engine allocates from the host, so there it is host memory under the same names
 with `device="cpu"`, bounded by the control group where the process runs in one.
@@ -14,7 +14,7 @@ import psutil
 
 from lowbit_core.log import get_logger
 
-COMPONENTS = ("weights", "kv_cache", "free", "total")
+COMPONENTS = ("weights", "kv_cache", "graphs", "activation_peak", "other", "free", "total")
 MAX_AGE_S = 5.0  # a scrape older than this asks the workers again
 TIMEOUT_S = 2.0  # a busy engine answers between two steps; a scrape must not wait for a hung one
 CGROUP = Path("/sys/fs/cgroup")
@@ -24,18 +24,26 @@ log = get_logger("serve.memory")
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """Bytes on one device. What is neither weights, KV cache nor free is activations and other processes."""
+    """Bytes on one device; None where nothing counts them (activations and graphs on the CPU)."""
 
     device: str
     weights_bytes: int
     kv_cache_bytes: int
     free_bytes: int
     total_bytes: int
+    graphs_bytes: int | None = None
+    activation_peak_bytes: int | None = None
+
+    @property
+    def other_bytes(self) -> int:
+        """In use and none of the above: the runtime, activations of now, other processes."""
+        held = self.weights_bytes + self.kv_cache_bytes + (self.graphs_bytes or 0)
+        return max(0, self.total_bytes - self.free_bytes - held)
 
     def by_component(self) -> dict[str, int]:
         """Bytes under the names of the metric's label `component`."""
-        values = (self.weights_bytes, self.kv_cache_bytes, self.free_bytes, self.total_bytes)
-        return dict(zip(COMPONENTS, values, strict=True))
+        values = {name: getattr(self, f"{name}_bytes") for name in COMPONENTS}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 def merge_workers(reports: Iterable[Mapping[str, object]]) -> tuple[DeviceMemory, ...]:
@@ -49,8 +57,9 @@ def merge_workers(reports: Iterable[Mapping[str, object]]) -> tuple[DeviceMemory
 
 
 def _from_worker(report: Mapping[str, object]) -> DeviceMemory:
-    weights, kv_cache, free, total = (int(str(report[name])) for name in COMPONENTS)
-    return DeviceMemory(str(report["device"]), weights, kv_cache, free, total)
+    names = ("weights", "kv_cache", "free", "total", "graphs", "activation_peak")
+    found = {f"{name}_bytes": int(str(report[name])) for name in names if report.get(name) is not None}
+    return DeviceMemory(device=str(report["device"]), **found)
 
 
 def _add(known: DeviceMemory, one: DeviceMemory) -> DeviceMemory:
@@ -60,7 +69,13 @@ def _add(known: DeviceMemory, one: DeviceMemory) -> DeviceMemory:
         kv_cache_bytes=known.kv_cache_bytes + one.kv_cache_bytes,
         free_bytes=min(known.free_bytes, one.free_bytes),
         total_bytes=max(known.total_bytes, one.total_bytes),
+        graphs_bytes=_sum(known.graphs_bytes, one.graphs_bytes),
+        activation_peak_bytes=_sum(known.activation_peak_bytes, one.activation_peak_bytes),
     )
+
+
+def _sum(first: int | None, second: int | None) -> int | None:
+    return None if first is None and second is None else (first or 0) + (second or 0)
 
 
 def host_memory_bytes(cgroup: Path = CGROUP) -> tuple[int, int]:

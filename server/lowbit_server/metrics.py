@@ -9,8 +9,11 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from lowbit_core import __version__
+from lowbit_core.manifest import Manifest
 from lowbit_server.exchanges import Exchanges
 from lowbit_server.memory import DeviceMemory
+from lowbit_server.nvml import GpuMemory
 from lowbit_server.report import Service, weights_summary
 from lowbit_server.throughput import Throughput
 
@@ -24,8 +27,10 @@ class LowbitCollector(Collector):
         throughput: Throughput,
         exchanges: Exchanges,
         memory: Callable[[], Iterable[DeviceMemory]],
+        gpus: Callable[[], Iterable[GpuMemory]],
         is_draining: Callable[[], bool],
     ) -> None:
+        self._gpus = gpus
         self._model = service.model
         self._manifest = service.checkpoint.manifest
         self._facts = service.facts
@@ -49,10 +54,12 @@ class LowbitCollector(Collector):
             self._throughput.prompt.per_second(),
         )
         yield self._memory_bytes()
+        yield self._nvml_memory_bytes()
         yield self._gauge(
             "lowbit_kv_cache_tokens", "Tokens that the KV cache can hold.", float(self._facts.kv_tokens)
         )
         yield from self._requests()
+        yield self._build_info()
         yield self._checkpoint_info()
         yield from self._quality()
 
@@ -74,6 +81,14 @@ class LowbitCollector(Collector):
             for values, count in sorted(counts.items()):
                 family.add_metric(list(values), count)
             yield family
+        rates = GaugeMetricFamily(
+            "lowbit_key_tokens_per_second",
+            "Tokens per second of requests that ended in the last 60 seconds.",
+            labels=["key", "kind"],
+        )
+        for values, window in sorted(seen.rates.items()):
+            rates.add_metric(list(values), window.per_second())
+        yield rates
         rejections = CounterMetricFamily(
             "lowbit_rejections", "Requests refused before the engine saw them.", labels=["reason"]
         )
@@ -97,6 +112,23 @@ class LowbitCollector(Collector):
                 family.add_metric([device.device, component], float(value))
         return family
 
+    def _nvml_memory_bytes(self) -> GaugeMetricFamily:
+        family = GaugeMetricFamily(
+            "lowbit_nvml_memory_bytes",
+            "Memory of each GPU as NVIDIA's driver counts it, whoever uses it.",
+            labels=["gpu", "uuid", "kind"],
+        )
+        for gpu in self._gpus():
+            for kind in ("total", "used", "free"):
+                family.add_metric([str(gpu.index), gpu.uuid, kind], float(getattr(gpu, kind)))
+        return family
+
+    def _build_info(self) -> GaugeMetricFamily:
+        labels = {"version": __version__, "vllm": self._facts.vllm, "device": self._facts.device}
+        family = GaugeMetricFamily("lowbit_build_info", "What runs; always 1.", labels=list(labels))
+        family.add_metric(list(labels.values()), 1.0)
+        return family
+
     def _checkpoint_info(self) -> GaugeMetricFamily:
         manifest = self._manifest
         labels = {
@@ -104,6 +136,7 @@ class LowbitCollector(Collector):
             "base": manifest.base.name if manifest else "",
             "kv_dtype": self._facts.kv_cache_dtype,
             "kv_scales": self._kv_scales,
+            **_quality_labels(manifest),
             **(weights_summary(manifest) if manifest else self._unmeasured()),
         }
         family = GaugeMetricFamily(
@@ -127,6 +160,17 @@ class LowbitCollector(Collector):
                 "Share of held-out tokens where base and checkpoint rank the same token first.",
                 manifest.quality.top1_agreement,
             )
+
+
+def _quality_labels(manifest: Manifest | None) -> dict[str, str]:
+    """To three digits: a label is read by people; the values are metrics of their own."""
+    if manifest is None:
+        return {"accepted": "", "mean_kld": "", "top1_agreement": ""}
+    return {
+        "accepted": str(manifest.gate.accepted).lower(),
+        "mean_kld": f"{manifest.quality.mean_kld:.3g}",
+        "top1_agreement": f"{manifest.quality.top1_agreement:.3g}",
+    }
 
 
 def exposition(engine_registry: CollectorRegistry, collector: LowbitCollector) -> bytes:

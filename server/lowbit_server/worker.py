@@ -25,16 +25,16 @@ class WorkerExtension:
         return [_kv_scales(name, layer) for name, layer in layers.items() if hasattr(layer, "_k_scale_float")]
 
     def lowbit_memory(self) -> dict[str, Any]:
-        """Bytes of weights and KV cache that this worker holds, and free and total bytes of its device."""
+        """Bytes that this worker holds by component, and free and total bytes of its device."""
         runner = self.model_runner  # type: ignore[attr-defined]
         model = runner.get_model()
-        free, total = _device_memory(self.device)  # type: ignore[attr-defined]
+        weights = _storage_bytes([*model.parameters(), *model.buffers()])
+        kv_cache = _storage_bytes(_flatten(runner.kv_caches))
         return {
-            "device": _device_name(self.device, self.vllm_config.parallel_config),  # type: ignore[attr-defined]
-            "weights": _storage_bytes([*model.parameters(), *model.buffers()]),
-            "kv_cache": _storage_bytes(_flatten(runner.kv_caches)),
-            "free": free,
-            "total": total,
+            "device": str(self.device),  # type: ignore[attr-defined]
+            "weights": weights,
+            "kv_cache": kv_cache,
+            **_device_memory(self, weights + kv_cache),
         }
 
     def lowbit_layer_methods(self) -> dict[str, str]:
@@ -71,11 +71,19 @@ def _device_name(device: Any, parallel: Any) -> str:
     return f"node{parallel.node_rank}/{device}" if parallel.nnodes > 1 else str(device)
 
 
-def _device_memory(device: Any) -> tuple[int, int]:
-    if device.type == "cpu":
-        return host_memory_bytes()
-    snapshot = MemorySnapshot(device=device)
-    return int(snapshot.free_memory), int(snapshot.total_memory)
+def _device_memory(worker: Any, held: int) -> dict[str, int | None]:
+    """On a GPU the allocator's peak above what is held for good counts as activations, without the graphs' pool."""
+    if worker.device.type == "cpu":
+        free, total = host_memory_bytes()
+        return {"free": free, "total": total, "graphs": None, "activation_peak": None}
+    snapshot = MemorySnapshot(device=worker.device)
+    graphs = int(getattr(worker, "cudagraph_memory_estimate", 0))
+    return {
+        "free": int(snapshot.free_memory),
+        "total": int(snapshot.total_memory),
+        "graphs": graphs,
+        "activation_peak": max(0, int(snapshot.torch_peak) - held - graphs),
+    }
 
 
 def _storage_bytes(tensors: Iterable[Any]) -> int:

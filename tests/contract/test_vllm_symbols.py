@@ -28,7 +28,13 @@ SYMBOLS = [
     "vllm.model_executor.layers.quantization.utils.quant_utils:kInt4Static",
     "vllm.model_executor.layers.quantization.utils.quant_utils:kInt4Static32",
     "vllm.model_executor.layers.quantization.utils.quant_utils:kInt8Static",
+    "vllm.entrypoints.openai.models.protocol:LoRAModulePath",
+    "vllm.entrypoints.openai.models.serving:OpenAIServingModels.show_available_models",
+    "vllm.lora.request:LoRARequest",
+    "vllm.lora.resolver:LoRAResolverRegistry.register_resolver",
     "vllm.platforms:current_platform.is_cpu",
+    "vllm.reasoning:ReasoningParserManager.list_registered",
+    "vllm.tool_parsers:ToolParserManager.list_registered",
     "vllm.usage.usage_lib:UsageContext.OPENAI_API_SERVER",
     "vllm.utils.argparse_utils:FlexibleArgumentParser",
     "vllm.utils.mem_utils:MemorySnapshot",
@@ -95,6 +101,8 @@ ATTRIBUTES = [
     ("vllm.v1.worker.gpu_model_runner", "self.kv_caches"),
     ("vllm.v1.worker.gpu_model_runner", "def get_model"),
     ("vllm.v1.metrics.stats", "self.num_generation_tokens"),
+    ("vllm.v1.worker.gpu_worker", "self.cudagraph_memory_estimate"),
+    ("vllm.utils.mem_utils", "self.torch_peak"),
 ]
 
 

@@ -168,7 +168,12 @@ FACTS = EngineFacts(
     kv_scales=SCALES,
     layer_methods={"QKVParallelLinear": "WNA16"},
 )
-MEMORY = (DeviceMemory("cpu", weights_bytes=600, kv_cache_bytes=1 << 20, free_bytes=5000, total_bytes=9000),)
+MEMORY = (
+    DeviceMemory(
+        "cpu", weights_bytes=600, kv_cache_bytes=1000, free_bytes=5000, total_bytes=9000,
+        graphs_bytes=70, activation_peak_bytes=300,
+    ),
+)  # fmt: skip
 
 
 class FakeEngine:

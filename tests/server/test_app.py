@@ -11,6 +11,7 @@ import pytest
 from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 
+from lowbit_core import __version__
 from lowbit_core.errors import EngineError
 from lowbit_core.manifest import KVLayerRecord
 from lowbit_server.app import build_app, inspect_engine
@@ -18,6 +19,7 @@ from lowbit_server.config import ServeConfig, open_checkpoint
 from lowbit_server.exchanges import Exchange, Exchanges
 from lowbit_server.keys import ANONYMOUS
 from lowbit_server.limits import Usages
+from lowbit_server.nvml import GpuMemory
 from lowbit_server.report import kv_scales_in_words
 from lowbit_server.throughput import Throughput
 
@@ -59,7 +61,8 @@ async def start(engine: "FakeEngine", directory: Path, clock: Callable[[], float
     exchange.outcome = "ok"
     exchanges.close(exchange)
     exchanges.reject(Exchange("/v1/chat/completions", "", Usages().of(ANONYMOUS)), 401, "key")
-    app = await build_app(engine, service, throughput, exchanges, lambda: running.draining)
+    gpus = (GpuMemory(0, "GPU-a", total=80, used=30, free=50),)
+    app = await build_app(engine, service, throughput, exchanges, lambda: gpus, lambda: running.draining)
     running = Running(app, throughput)
     return running
 
@@ -98,21 +101,50 @@ async def test_metrics_are_vllms_and_ours_in_one_exposition(running: Running) ->
     assert samples["lowbit_prompt_tokens_per_second{model=Tiny-Chat}"] == 7
     assert samples["lowbit_generation_tokens_per_second{model=Tiny-Chat}"] == 3
     assert samples["lowbit_memory_bytes{component=weights,device=cpu}"] == 600
-    assert samples["lowbit_memory_bytes{component=kv_cache,device=cpu}"] == 1 << 20
+    assert samples["lowbit_memory_bytes{component=kv_cache,device=cpu}"] == 1000
+    assert samples["lowbit_memory_bytes{component=graphs,device=cpu}"] == 70
+    assert samples["lowbit_memory_bytes{component=activation_peak,device=cpu}"] == 300
+    assert samples["lowbit_memory_bytes{component=other,device=cpu}"] == 9000 - 5000 - 600 - 1000 - 70
     assert samples["lowbit_memory_bytes{component=free,device=cpu}"] == 5000
     assert samples["lowbit_memory_bytes{component=total,device=cpu}"] == 9000
     assert samples["lowbit_kv_cache_tokens{model=Tiny-Chat}"] == 4096
     assert samples["lowbit_requests_total{key=anonymous,outcome=ok}"] == 1
     assert samples["lowbit_key_tokens_total{key=anonymous,kind=generated}"] == 4
+    assert samples["lowbit_key_tokens_per_second{key=anonymous,kind=generated}"] == pytest.approx(4 / 60)
+    assert samples["lowbit_nvml_memory_bytes{gpu=0,kind=used,uuid=GPU-a}"] == 30
+    assert samples[f"lowbit_build_info{{device=cpu,version={__version__},vllm=0.0.0}}"] == 1
     assert samples["lowbit_rejections_total{reason=key}"] == 1
     assert samples["lowbit_draining{model=Tiny-Chat}"] == 0
     assert samples["lowbit_checkpoint_mean_kld{model=Tiny-Chat}"] == 0.0835
     assert samples["lowbit_checkpoint_top1_agreement{model=Tiny-Chat}"] == 0.875
     info = (
-        "base=org/Tiny-Chat,bits=4,group_size=64,kv_dtype=fp8,kv_scales=checkpoint,"
-        "method=awq+gptq+rtn,model=Tiny-Chat"
+        "accepted=true,base=org/Tiny-Chat,bits=4,group_size=64,kv_dtype=fp8,kv_scales=checkpoint,"
+        "mean_kld=0.0835,method=awq+gptq+rtn,model=Tiny-Chat,top1_agreement=0.875"
     )
     assert samples[f"lowbit_checkpoint_info{{{info}}}"] == 1
+
+
+async def test_models_are_listed_with_the_checkpoints_facts_and_without_paths(running: Running) -> None:
+    base, poet = (await running.get("/v1/models")).json()["data"]
+    assert base["lowbit"]["quality"]["mean_kld"] == 0.0835
+    assert base["lowbit"]["weights"] == {"method": "awq+gptq+rtn", "bits": "4", "group_size": "64"}
+    assert (base["lowbit"]["kv_cache_dtype"], base["lowbit"]["kv_scales"]) == ("fp8", "checkpoint")
+    assert (poet["parent"], "lowbit" in poet) == ("Tiny-Chat", False)
+    assert [base["root"], poet["root"]] == ["Tiny-Chat", "poet"]
+    assert (await running.get("/v1/models/poet")).json() == poet
+    assert (await running.get("/v1/models/other")).status_code == 404
+
+
+async def test_the_openapi_document_names_each_status_and_no_closed_route(running: Running) -> None:
+    document = (await running.get("/openapi.json")).json()
+    assert set(document["paths"]) == {
+        "/health", "/livez", "/readyz", "/startupz", "/metrics", "/lowbit/checkpoint", "/v1/models",
+        "/v1/models/{model}", "/v1/chat/completions",
+    }  # fmt: skip
+    chat = document["paths"]["/v1/chat/completions"]["get"]["responses"]
+    assert {"200", "401", "403", "404", "431", "500"} <= set(chat)
+    assert chat["401"]["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/Error"}
+    assert document == (await running.get("/openapi.json")).json()
 
 
 async def test_metrics_page_is_prometheus_text(running: Running) -> None:
@@ -132,7 +164,8 @@ async def test_unknown_quality_has_no_quality_metrics(
 ) -> None:
     running = await start(engine, make_checkpoint(manifest=False), clock)
     samples = await running.samples()
-    assert not [name for name in samples if "mean_kld" in name or "top1" in name]
+    assert not [name for name in samples if name.startswith(("lowbit_checkpoint_m", "lowbit_checkpoint_t"))]
+    assert (await running.get("/v1/models")).json()["data"][0]["lowbit"]["quality"] is None
     assert (await running.get("/lowbit/checkpoint")).json()["manifest"] is None
 
 
@@ -145,7 +178,10 @@ async def test_checkpoint_document_holds_measured_and_running_facts(running: Run
     assert (engine["kv_tokens"], engine["kv_cache_dtype"]) == (4096, "fp8")
     assert engine["kv_scales"][0] == {"layer": 0, "k_scale": 0.03125, "v_scale": 0.015625}
     assert engine["kv_scales_in_force"] == "checkpoint"
-    assert engine["memory"]["cpu"] == {"weights": 600, "kv_cache": 1 << 20, "free": 5000, "total": 9000}
+    assert engine["memory"]["cpu"] == {
+        "weights": 600, "kv_cache": 1000, "graphs": 70, "activation_peak": 300, "other": 2330, "free": 5000,
+        "total": 9000,
+    }  # fmt: skip
     json.dumps(document, allow_nan=False)
 
 

@@ -15,13 +15,13 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from lowbit_core.cli import main
 from lowbit_core.errors import ConfigError
 from lowbit_server.exchanges import Exchanges
-from lowbit_server.gateway import Gateway, Limits, Models
+from lowbit_server.gateway import AdminPort, Gateway, Limits, Models
 from lowbit_server.keys import KeyStore, digest, read_keys
 from lowbit_server.limits import Bucket
 
 CHAT = "/v1/chat/completions"
 NO_LIMITS: dict[str, Any] = {
-    "max_header_bytes": 4000, "max_body_bytes": 10_000, "max_prompt_characters": None,
+    "max_num_queued_reqs": 100, "max_header_bytes": 4000, "max_body_bytes": 10_000, "max_prompt_characters": None,
     "max_output_tokens": None, "request_timeout_s": None,
 }  # fmt: skip
 HELLO = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}]}
@@ -33,7 +33,7 @@ class Served:
     def __init__(self, keys: KeyStore | None = None, admin_elsewhere: bool = False, **limits: Any) -> None:
         self.admin_elsewhere = admin_elsewhere
         self.exchanges, self.draining, self.seen = Exchanges(write_log=True), False, dict[str, Any]()
-        inner = FastAPI()
+        inner = self.inner = FastAPI()
 
         @inner.post(CHAT)
         async def chat(request: Request) -> Any:
@@ -216,6 +216,55 @@ async def test_more_output_than_allowed_is_refused() -> None:
     served = Served(max_output_tokens=100)
     assert (await served.chat(max_tokens=100)).status_code == 200
     assert error_of(await served.chat(max_completion_tokens=101))["code"] == "max_tokens_too_large"
+
+
+async def test_a_model_is_known_or_404_and_none_means_the_default(tmp_path: Path) -> None:
+    served = Served()
+    assert (await served.chat(model="poet")).status_code == 200
+    answer = await served.chat(model="other")
+    assert (answer.status_code, error_of(answer)["code"]) == (404, "model_not_found")
+    only = Served(KeyStore(key_file(tmp_path / "k", {"name": "a", "models": ["poet"]})))
+    assert (await only.chat(key="a-secret", model="poet")).status_code == 200
+    for model in ("tiny", "", None):
+        assert (await only.chat(key="a-secret", model=model)).status_code == 403
+
+
+async def test_prompts_and_heads_have_a_longest() -> None:
+    served = Served(max_prompt_characters=200)
+    assert (await served.chat("x" * 100)).status_code == 200
+    assert error_of(await served.chat("x" * 200))["code"] == "context_length_exceeded"
+    answer = await served.client.post(CHAT, json=HELLO, headers={"x-long": "y" * 4000})
+    assert (answer.status_code, error_of(answer)["code"]) == (431, "request_header_too_large")
+
+
+async def test_output_tokens_count_as_the_engine_will_read_them() -> None:
+    served = Served(max_output_tokens=100)
+    for value in ("101", 101.0, "1e3"):
+        assert error_of(await served.chat(max_tokens=value))["code"] == "max_tokens_too_large"
+    assert error_of(await served.chat(max_tokens=60, n=2))["code"] == "max_tokens_too_large"
+    assert (await served.chat(max_tokens="ten")).status_code == 200  # vLLM's to refuse
+
+
+async def test_a_full_server_refuses_before_it_reads_a_body() -> None:
+    served = Served(max_num_queued_reqs=1)
+    waiting = asyncio.create_task(served.chat("slow"))
+    await asyncio.sleep(0.05)
+    answer = await served.chat()
+    assert (answer.status_code, error_of(answer)["code"]) == (429, "rate_limit_exceeded")
+    assert int(answer.headers["retry-after"]) >= 1
+    assert served.exchanges.rejections == {"queue_full": 1}
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+
+
+async def test_admin_paths_may_have_a_port_of_their_own(tmp_path: Path) -> None:
+    served = Served(KeyStore(key_file(tmp_path / "k", {"name": "boss", "admin": True})), admin_elsewhere=True)
+    headers = {"authorization": "Bearer boss-secret"}
+    assert (await served.client.get("/metrics", headers=headers)).status_code == 404
+    transport = httpx.ASGITransport(AdminPort(served.inner))
+    async with httpx.AsyncClient(transport=transport, base_url="http://admin") as admin:
+        assert (await admin.get("/metrics")).status_code == 200
+        assert error_of(await admin.post(CHAT, json=HELLO))["code"] == "not_found"
 
 
 async def test_the_deadline_ends_an_answer_before_and_within_a_stream() -> None:

@@ -22,6 +22,15 @@ def test_workers_on_one_device_add_up_what_they_hold() -> None:
     )
 
 
+def test_what_nothing_counts_is_left_out_and_the_rest_is_in_use() -> None:
+    (cpu,) = merge_workers([_worker("cpu", 1, 50) | {"graphs": None, "activation_peak": None}])
+    assert cpu.by_component() == {"weights": 1, "kv_cache": 10, "other": 39, "free": 50, "total": 100}
+    (gpu,) = merge_workers([_worker("cuda:0", 1, 50) | {"graphs": 4, "activation_peak": 9}])
+    assert gpu.by_component() == {
+        "weights": 1, "kv_cache": 10, "graphs": 4, "activation_peak": 9, "other": 35, "free": 50, "total": 100
+    }  # fmt: skip
+
+
 def test_each_gpu_has_its_own_entry() -> None:
     merged = merge_workers([_worker("cuda:1", 1, 50), _worker("cuda:0", 2, 40)])
     assert [memory.device for memory in merged] == ["cuda:0", "cuda:1"]

@@ -1,0 +1,166 @@
+"""What the gateway costs: `lowbit serve` with all limits on and 1,000 keys, against bare vLLM, in turns.
+
+    python benchmarks/server_overhead/run.py CHECKPOINT --work DIR --out benchmarks/server_overhead/results/NAME.json
+
+Three servers on the same checkpoint with the same engine arguments: `lowbit`, `bare` and `bare again`, the last as the
+noise floor. All are up, one is loaded at a time. A round loads each of them once at each number of
+streams, in an order that rotates; a cell is closed loop with that many streams for `--seconds`. Compared are
+output tokens/s and the median time to first token, round by round: medians of the ratios to `bare`, with their
+standard errors (bootstrap over rounds).
+"""
+
+import argparse
+import asyncio
+import json
+import random
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.endpoint import LOWBIT, PYTHON, Running, lowbit_serve, running, write_result  # noqa: E402
+from benchmarks.http_load import Answer, post, quantile  # noqa: E402
+
+MODEL = "smollm2"
+KEYS = 1000
+KV_BYTES = 1 << 30
+BARE = "vllm.entrypoints.launchers.api_server.entry"
+Cells = dict[tuple[str, int], list[dict[str, float]]]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--seconds", type=float, default=8)
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    keys, key = key_file(arguments.work)
+    limits = (
+        "--served-model-name", MODEL, "--api-keys", str(keys), "--request-timeout-s", "600", "--max-output-tokens",
+        "1024", "--max-num-queued-reqs", "256", "--max-num-queued-tokens", "100000", "--max-prompt-characters",
+        "20000", "--max-num-seqs", "64",
+    )  # fmt: skip
+    with ExitStack() as stack:
+        log = arguments.work / "lowbit.log"
+        servers = {"lowbit": stack.enter_context(lowbit_serve(arguments.checkpoint, log, *limits))}
+        for name in ("bare", "bare again"):
+            log = arguments.work / f"{name}.log"
+            servers[name] = stack.enter_context(running(bare(arguments.checkpoint), log, "/health"))
+        cells = measure(servers, arguments, key)
+    rows = [row(cells, streams) for streams in arguments.streams]
+    result = {
+        "keys": KEYS, "rounds": arguments.rounds, "seconds": arguments.seconds, "tokens": arguments.tokens,
+        "limits": limits[4:], "rows": rows,
+        "cells": {f"{name}, {streams}": found for (name, streams), found in cells.items()},
+    }  # fmt: skip
+    write_result(arguments.out, result)
+    for one in rows:
+        print(json.dumps(one))
+    return 0
+
+
+def key_file(work: Path) -> tuple[Path, str]:
+    """1,000 keys, each with every limit and none of them reached; the last one is used."""
+    made = subprocess.run([LOWBIT, "key", "used"], capture_output=True, text=True, check=True).stdout
+    limits = {
+        "requests_per_minute": 10**6, "tokens_per_minute": 10**9, "concurrent_requests": 1000, "models": [MODEL],
+    }  # fmt: skip
+    used = yaml.safe_load(made)["keys"][0]
+    others = [{"name": f"key-{number}", "sha256": f"{number:064x}"} for number in range(KEYS - 1)]
+    path = work / "keys.yaml"
+    path.write_text(yaml.safe_dump({"keys": [entry | limits for entry in [*others, used]]}))
+    return path, made.splitlines()[0].removeprefix("# ")
+
+
+def bare(checkpoint: Path) -> list[str]:
+    """vLLM's own server with the engine arguments that `lowbit serve` derives."""
+    return [
+        str(PYTHON), "-m", BARE, "--model", str(checkpoint), "--served-model-name", MODEL, "--enforce-eager",
+        "--kv-cache-memory-bytes", str(KV_BYTES), "--dtype", "bfloat16", "--max-num-seqs", "64",
+        "--load-format", "safetensors", "--uvicorn-log-level", "warning", "--disable-uvicorn-access-log",
+        "--host", "127.0.0.1",
+    ]  # fmt: skip
+
+
+def measure(servers: dict[str, Running], arguments: argparse.Namespace, key: str) -> Cells:
+    cells: Cells = {}
+    names = list(servers)
+    for name in names:  # warm up
+        asyncio.run(cell(servers[name].url, 8, 4, arguments.tokens, key))
+    for number in range(arguments.rounds):
+        for streams in arguments.streams:
+            order = names[number % len(names) :] + names[: number % len(names)]
+            for name in order:
+                found = asyncio.run(
+                    cell(servers[name].url, streams, arguments.seconds, arguments.tokens, key)
+                )
+                cells.setdefault((name, streams), []).append(found)
+        print(f"round {number + 1} of {arguments.rounds}", file=sys.stderr)
+    return cells
+
+
+async def cell(url: str, streams: int, seconds: float, tokens: int, key: str) -> dict[str, float]:
+    """Closed loop for `seconds`, counted until the last of its streams has ended."""
+    began = time.monotonic()
+    prompts = random.Random(f"{streams} {began}")
+
+    async def client() -> list[Answer]:
+        answers = []
+        while time.monotonic() - began < seconds:
+            words = " ".join(str(prompts.randrange(1000)) for _ in range(16))
+            body = {
+                "model": MODEL, "messages": [{"role": "user", "content": f"Tell a story about {words}."}],
+                "max_tokens": tokens, "ignore_eos": True, "stream": True, "temperature": 0,
+            }  # fmt: skip
+            answers.append(await post(f"{url}/v1/chat/completions", body, {"authorization": f"Bearer {key}"}))
+        return answers
+
+    answers = [answer for one in await asyncio.gather(*(client() for _ in range(streams))) for answer in one]
+    elapsed = time.monotonic() - began
+    if not all(answer.status == 200 and answer.done for answer in answers):
+        raise SystemExit(f"{url}: not every stream was answered whole")
+    first = [answer.first_token_s for answer in answers if answer.first_token_s is not None]
+    return {
+        "requests": len(answers),
+        "tokens_per_s": round(len(answers) * tokens / elapsed, 3),
+        "ttft_median_s": round(quantile(first, 0.5), 5),
+    }
+
+
+def row(cells: Cells, streams: int) -> dict[str, Any]:
+    """Ratios to `bare`, round by round."""
+    found: dict[str, Any] = {"streams": streams}
+    for name in ("lowbit", "bare again"):
+        for figure in ("tokens_per_s", "ttft_median_s"):
+            pairs = zip(cells[name, streams], cells["bare", streams], strict=True)
+            ratios = [one[figure] / other[figure] for one, other in pairs]
+            found[f"{name} / bare, {figure}"] = {
+                "median": round(statistics.median(ratios), 4),
+                "standard_error": round(standard_error(ratios), 4),
+            }
+    return found
+
+
+def standard_error(ratios: list[float]) -> float:
+    generator = random.Random(0)
+    medians = [statistics.median(generator.choices(ratios, k=len(ratios))) for _ in range(2000)]
+    return statistics.pstdev(medians)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

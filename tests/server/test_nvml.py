@@ -1,0 +1,68 @@
+"""NVML through the real nvidia-ml-py, against a stand-in for the driver's library that is built here."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lowbit_server.nvml import Nvml
+
+SOURCE = r"""
+#include <string.h>
+typedef struct { unsigned long long total, free, used; } memory_t;
+static int devices[2] = {0, 1};
+int nvmlInitWithFlags(unsigned flags) { return 0; }
+int nvmlInit_v2(void) { return 0; }
+int nvmlShutdown(void) { return 0; }
+int nvmlDeviceGetCount_v2(unsigned *count) { *count = 2; return 0; }
+int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **handle) { *handle = &devices[index]; return 0; }
+int nvmlDeviceGetUUID(void *handle, char *uuid, unsigned length) {
+    strncpy(uuid, *(int *)handle ? "GPU-b" : "GPU-a", length); return 0;
+}
+int nvmlDeviceGetMemoryInfo(void *handle, memory_t *memory) {
+    if (*(int *)handle && FAILS) return 15;  /* NVML_ERROR_GPU_IS_LOST */
+    memory->total = 80ULL << 30; memory->used = 30ULL << 30; memory->free = 50ULL << 30; return 0;
+}
+const char *nvmlErrorString(int code) { return "GPU is lost"; }
+"""
+READ = """
+import json
+from dataclasses import asdict
+from lowbit_server.nvml import Nvml
+nvml = Nvml()
+print(json.dumps([[asdict(one) for one in nvml.read()] for _ in range(2)]))
+"""
+
+
+def read_with(folder: Path, fails: int) -> list[list[dict[str, object]]]:
+    compiler = shutil.which("gcc")
+    assert compiler is not None, "the stand-in for NVIDIA's library needs gcc"
+    (folder / "nvml.c").write_text(SOURCE)
+    library = folder / "libnvidia-ml.so.1"
+    command = [compiler, "-shared", "-fPIC", f"-DFAILS={fails}", "-o", str(library), str(folder / "nvml.c")]
+    subprocess.run(command, check=True)
+    environment = os.environ | {"LD_LIBRARY_PATH": str(folder)}
+    done = subprocess.run(
+        [sys.executable, "-c", READ], env=environment, capture_output=True, text=True, check=True
+    )
+    return list(json.loads(done.stdout))
+
+
+def test_each_gpu_is_read_as_the_driver_counts_it(tmp_path: Path) -> None:
+    first, again = read_with(tmp_path, fails=0)
+    assert first == again
+    assert [(gpu["index"], gpu["uuid"]) for gpu in first] == [(0, "GPU-a"), (1, "GPU-b")]
+    assert (first[0]["total"], first[0]["used"], first[0]["free"]) == (80 << 30, 30 << 30, 50 << 30)
+
+
+def test_a_lost_gpu_ends_the_totals_and_not_the_server(tmp_path: Path) -> None:
+    assert read_with(tmp_path, fails=1) == [[], []]
+
+
+@pytest.mark.skipif(Path("/proc/driver/nvidia").exists(), reason="this machine has a GPU")
+def test_without_a_driver_there_is_nothing_to_say() -> None:
+    assert Nvml().read() == ()
