@@ -13,7 +13,7 @@ MIB = 1 << 20
 COMPONENT_COLORS = ("#1864ab", "#74c0fc", "#f08c00", "#868e96", "#2b8a3e", "#862e9c")
 STYLE = """
 :root { color-scheme: light }
-body { font: 16px/1.55 system-ui, "DejaVu Sans", sans-serif; max-width: 980px; margin: 2.5rem auto; padding: 0 1.25rem;
+body { font: 16px/1.55 system-ui, "DejaVu Sans", sans-serif; max-width: 1080px; margin: 2.5rem auto; padding: 0 1.25rem;
   color: #212529; background: #fff }
 h1 { font-size: 1.7rem; margin: 0 0 .2rem } h2 { font-size: 1.15rem; margin: 2.4rem 0 .3rem }
 p { margin: .3rem 0 } .quiet { color: #5c636a; font-size: .9rem }
@@ -21,14 +21,16 @@ p { margin: .3rem 0 } .quiet { color: #5c636a; font-size: .9rem }
 .verdict.undecided { border-color: #e67700; background: #fff9ef }
 .verdict.none { border-color: #c92a2a; background: #fdf3f3 }
 .verdict strong { font-size: 1.1rem } .verdict ul { margin: .4rem 0 0; padding-left: 1.2rem; font-size: .92rem }
-table { border-collapse: collapse; font-size: .88rem; width: 100% } .wide { overflow-x: auto }
+table { border-collapse: collapse; font-size: .84rem; width: 100% } .wide { overflow-x: auto }
 th { text-align: right; color: #5c636a; font-weight: 500; vertical-align: bottom }
-td, th { padding: 5px 9px; border-bottom: 1px solid #e9ecef; text-align: right; white-space: nowrap }
+td, th { padding: 5px 6px; border-bottom: 1px solid #e9ecef; text-align: right } td { white-space: nowrap }
 td:first-child, th:first-child { text-align: left } td small { color: #5c636a; display: block }
 tr.best td { background: #f4faf5 }
-svg { width: 100%; height: auto } svg text { font: 13px system-ui, "DejaVu Sans", sans-serif; fill: #495057 }
+svg { width: 100%; max-width: 900px; height: auto }
+svg text { font: 13px system-ui, "DejaVu Sans", sans-serif; fill: #495057 }
+svg text.name { paint-order: stroke; stroke: #fff; stroke-width: 4px; stroke-linejoin: round }
 svg text.axis { fill: #212529 } svg text.name { fill: #212529; font-size: 13.5px }
-figure { margin: .3rem 0 } figcaption { display: none }
+figure { margin: .3rem 0; max-width: 900px } figure svg text { font-size: 11px } figcaption { display: none }
 .legend { font-size: .88rem } .key { margin-right: 1.1rem; white-space: nowrap }
 .swatch { display: inline-block; width: .8em; height: .8em; border-radius: 50%; margin-right: .4em }
 .bad { background: #fff3bf; padding: 8px 12px }

@@ -88,7 +88,8 @@ class Fake:
         arrived_s = time.monotonic()
         self.first_s = self.first_s or arrived_s
         self.bodies.append(request)
-        reply = self.plan[request["seed"] % len(self.plan)]
+        key = _key(request)
+        reply = self.plan[key % len(self.plan)]
         if reply.fault.startswith("status_"):
             writer.write(_response(int(reply.fault[7:]), b'{"error": {"message": "as scripted"}}'))
             await writer.drain()
@@ -104,7 +105,7 @@ class Fake:
                 await _sleep_until(due_s + index * reply.gap_s)
             tokens += reply.tokens_per_chunk
             event = _chunk({"content": f"w{index} "})
-            self.written.setdefault(request["seed"], []).append(time.monotonic())
+            self.written.setdefault(key, []).append(time.monotonic())
             if reply.continuous_usage:
                 event["usage"] = _usage(request, tokens)
             _send(writer, event)
@@ -148,9 +149,22 @@ async def _sleep_until(due_s: float) -> None:
         await asyncio.sleep(0)
 
 
-def _count(messages: list[dict[str, str]]) -> int:
+def _key(request: dict[str, Any]) -> int:
+    """The seed; of a client that sends none, the number at the end of its prompt."""
+    if "seed" in request:
+        return int(request["seed"])
+    words = _text(request["messages"][-1]).split()
+    return int(words[-1]) if words and words[-1].isdigit() else 0
+
+
+def _text(message: dict[str, Any]) -> str:
+    content = message["content"]
+    return content if isinstance(content, str) else " ".join(part.get("text", "") for part in content)
+
+
+def _count(messages: list[dict[str, Any]]) -> int:
     """Words, and a template of 3 tokens a message and 2 at the end."""
-    return sum(len(message["content"].split()) + 3 for message in messages) + 2
+    return sum(len(_text(message).split()) + 3 for message in messages) + 2
 
 
 def _usage(request: dict[str, Any], tokens: int) -> dict[str, int]:

@@ -1,0 +1,190 @@
+"""Do `lowbit loadtest`, AIPerf and `vllm bench serve` measure the same on the same server?
+
+    lowbit serve CHECKPOINT --enforce-eager --port 8000 &
+    python benchmarks/loadtest_agreement/run.py --url http://127.0.0.1:8000 --model NAME --tokenizer CHECKPOINT \
+        --aiperf ENV/bin/aiperf --json FILE
+
+One workload for all: the same prompts in the same order, a closed loop, greedy, a fixed number of output tokens. The
+tools take turns, repetition by repetition, after one run that is thrown away (it fills the server's prefix cache).
+vLLM's benchmark runs in this environment (it needs pandas), AIPerf 0.13.0 in one of its own. Two tools agree on one
+number when their medians differ by at most 5 %, or the ranges of their repetitions overlap. Throughput is all output tokens
+over the whole run, as the peers count it.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+LIMIT = 0.05
+METRICS = ("ttft_mean_ms", "ttft_p50_ms", "itl_mean_ms", "tpot_mean_ms", "output_tokens_per_s")
+WORDS = ("river", "stone", "light", "paper", "window", "garden", "engine", "market", "letter", "winter")
+VLLM = """import argparse
+from vllm.benchmarks.serve import add_cli_args, main
+parser = argparse.ArgumentParser()
+add_cli_args(parser)
+main(parser.parse_args())"""
+LOWBIT = "import sys; from lowbit_core.cli import main; sys.exit(main())"
+Numbers = dict[str, float | None]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--url", required=True, help="the server")
+    parser.add_argument("--model", required=True, help="its name at the server")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="a model directory, for the peers")
+    parser.add_argument("--aiperf", type=Path, required=True, help="its command")
+    parser.add_argument("--concurrency", type=int, default=4)
+    parser.add_argument("--requests", type=int, default=48)
+    parser.add_argument("--prompt-words", type=int, default=64)
+    parser.add_argument("--output-tokens", type=int, default=32)
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        work = Work(arguments.url, Path(folder), arguments)
+        work.lowbit()
+        rows = []
+        for repetition in range(arguments.repetitions):
+            for name in ("lowbit", "aiperf", "vllm"):
+                rows.append({"tool": name, "repetition": repetition, **getattr(work, name)()})
+                print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    document = {
+        "workload": {
+            name: getattr(arguments, name)
+            for name in ("concurrency", "requests", "prompt_words", "output_tokens", "seed")
+        },
+        "cpus": os.cpu_count(),
+        "load_average": round(os.getloadavg()[0], 1),
+        "agreement": [agreement(rows, peer, metric) for peer in ("aiperf", "vllm") for metric in METRICS],
+        "rows": rows,
+    }
+    if arguments.json:
+        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+    for one in document["agreement"]:
+        print(json.dumps(one))
+
+
+class Work:
+    """The workload as each tool takes it."""
+
+    def __init__(self, url: str, folder: Path, arguments: argparse.Namespace) -> None:
+        self.url, self.folder, self.arguments = url, folder, arguments
+        rng = random.Random(arguments.seed)
+        prompts = [
+            " ".join(rng.choice(WORDS) for _ in range(arguments.prompt_words))
+            for _ in range(arguments.requests)
+        ]
+        for key, file in (("prompt", "ours.jsonl"), ("text", "aiperf.jsonl")):
+            (folder / file).write_text("".join(json.dumps({key: prompt}) + "\n" for prompt in prompts))
+        scenario = {
+            "arrivals": {"kind": "closed", "concurrency": arguments.concurrency},
+            "prompts": {"kind": "file", "path": str(folder / "ours.jsonl")},
+            "output": {"tokens": arguments.output_tokens, "exact": True},
+            "requests": arguments.requests,
+            "generator": {"workers": 1, "max_lag_s": 1},
+        }
+        (folder / "scenario.yaml").write_text(json.dumps(scenario))  # JSON is YAML
+
+    def lowbit(self) -> Numbers:
+        out = self.folder / "ours.json"
+        command = [
+            sys.executable, "-c", LOWBIT, "loadtest", "--target", self.url, "--model", self.arguments.model,
+            "--scenario", str(self.folder / "scenario.yaml"), "--json", str(out),
+        ]  # fmt: skip
+        _run(command)
+        found = json.loads(out.read_text())
+        return {
+            "ttft_mean_ms": 1000 * found["ttft_s"]["mean"],
+            "ttft_p50_ms": 1000 * found["ttft_s"]["p50"],
+            "itl_mean_ms": 1000 * found["inter_token_latency_s"]["mean"],
+            "tpot_mean_ms": 1000 * found["time_per_output_token_s"]["mean"],
+            "output_tokens_per_s": found["output_tokens"] / found["duration_s"],
+        }
+
+    def aiperf(self) -> Numbers:
+        tokens = self.arguments.output_tokens
+        command = [
+            str(self.arguments.aiperf), "profile", "--model", self.arguments.model, "--url", self.url,
+            "--endpoint-type", "chat", "--streaming", "--tokenizer", str(self.arguments.tokenizer),
+            "--input-file", str(self.folder / "aiperf.jsonl"), "--custom-dataset-type", "single_turn",
+            "--dataset-sampling-strategy", "sequential", "--concurrency", str(self.arguments.concurrency),
+            "--request-count", str(self.arguments.requests), "--extra-inputs", f"max_tokens:{tokens}",
+            "--extra-inputs", "ignore_eos:true", "--extra-inputs", "temperature:0", "--use-server-token-count",
+            "--output-artifact-dir", str(self.folder / "aiperf"), "--ui", "none",
+        ]  # fmt: skip
+        _run(command)
+        found = json.loads((self.folder / "aiperf/profile_export_aiperf.json").read_text())
+        return {
+            "ttft_mean_ms": found["time_to_first_token"]["avg"],
+            "ttft_p50_ms": found["time_to_first_token"]["p50"],
+            "itl_mean_ms": found["inter_chunk_latency"]["avg"] if "inter_chunk_latency" in found else None,
+            "tpot_mean_ms": found["inter_token_latency"]["avg"],
+            "output_tokens_per_s": found["output_token_throughput"]["avg"],
+        }
+
+    def vllm(self) -> Numbers:
+        command = [
+            sys.executable, "-c", VLLM, "--backend", "openai-chat", "--endpoint", "/v1/chat/completions",
+            "--base-url", self.url, "--model", self.arguments.model, "--tokenizer", str(self.arguments.tokenizer),
+            "--dataset-name", "custom", "--dataset-path", str(self.folder / "ours.jsonl"), "--disable-shuffle",
+            "--skip-chat-template", "--custom-output-len", str(self.arguments.output_tokens), "--ignore-eos",
+            "--num-prompts", str(self.arguments.requests), "--temperature", "0",
+            "--max-concurrency", str(self.arguments.concurrency), "--percentile-metrics", "ttft,tpot,itl",
+            "--save-result", "--result-dir", str(self.folder), "--result-filename", "vllm.json", "--disable-tqdm",
+        ]  # fmt: skip
+        _run(command)
+        found = json.loads((self.folder / "vllm.json").read_text())
+        return {
+            "ttft_mean_ms": found["mean_ttft_ms"],
+            "ttft_p50_ms": found["median_ttft_ms"],
+            "itl_mean_ms": found["mean_itl_ms"],
+            "tpot_mean_ms": found["mean_tpot_ms"],
+            "output_tokens_per_s": found["output_throughput"],
+        }
+
+
+def _run(command: list[str]) -> None:
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    }
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise SystemExit(
+            f"{command[:3]} ended with status {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        )
+
+
+def agreement(rows: list[dict[str, Any]], peer: str, metric: str) -> dict[str, Any]:
+    """One number of ours against a peer's."""
+    ours, theirs = (
+        [row[metric] for row in rows if row["tool"] == name and row[metric] is not None]
+        for name in ("lowbit", peer)
+    )
+    if not theirs:
+        return {"metric": metric, "peer": peer, "agrees": None}
+    difference = median(ours) / median(theirs) - 1
+    overlap = min(ours) <= max(theirs) and min(theirs) <= max(ours)
+    return {
+        "metric": metric,
+        "peer": peer,
+        "ours": [round(value, 3) for value in (median(ours), min(ours), max(ours))],
+        "theirs": [round(value, 3) for value in (median(theirs), min(theirs), max(theirs))],
+        "difference": round(difference, 4),
+        "within_5_percent": abs(difference) <= LIMIT,
+        "ranges_overlap": overlap,
+        "agrees": abs(difference) <= LIMIT or overlap,
+    }
+
+
+if __name__ == "__main__":
+    main()
