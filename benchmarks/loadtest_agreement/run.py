@@ -7,8 +7,8 @@
 One workload for all: the same prompts in the same order, a closed loop, greedy, a fixed number of output tokens. The
 tools take turns, repetition by repetition, after one run that is thrown away (it fills the server's prefix cache).
 vLLM's benchmark runs in this environment (it needs pandas), AIPerf 0.13.0 in one of its own. Two tools agree on one
-number when their medians differ by at most 5 %, or the ranges of their repetitions overlap. Throughput is all output tokens
-over the whole run, as the peers count it.
+number when their medians differ by at most 5 %, or the ranges of their repetitions overlap. Throughput is all output
+tokens over the whole run, as the peers count it.
 """
 
 import argparse

@@ -53,7 +53,7 @@ def as_document(plan: FrontierPlan, visits: Sequence[Document], failures: dict[s
         "plan": plan.model_dump(mode="json"),
         "planned_visits": len(plan.checkpoints) * plan.repetitions,
         "failures": failures,
-        "recommendation": asdict(recommend(plan, standings)),
+        "recommendation": asdict(recommend(plan, standings, failures)),
         "pareto": {load.name: pareto(standings, load.name) for load in plan.scenarios},
         "standings": [asdict(one) for one in standings],
         "latency": {one.name: latencies(visits, one.name, first) for one in standings},

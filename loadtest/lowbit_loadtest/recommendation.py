@@ -5,7 +5,7 @@ recommended when every other possible one is surely slower; otherwise the result
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,8 +43,13 @@ class Recommendation:
     reasons: tuple[str, ...]
 
 
-def recommend(plan: FrontierPlan, standings: Sequence[Standing]) -> Recommendation:
-    """The fastest in the first scenario of those that meet every constraint, if the data can tell."""
+def recommend(
+    plan: FrontierPlan, standings: Sequence[Standing], failures: Collection[str] = ()
+) -> Recommendation:
+    """The fastest in the first scenario of those that meet every constraint, if the data can tell.
+
+    `failures` are checkpoints that could not be served, and are no reason to wait.
+    """
     scenario = plan.scenarios[0].name
     wanted = constraint_text(plan.constraints)
     possible = [one for one in standings if "missed" not in one.statuses.values()]
@@ -55,7 +60,9 @@ def recommend(plan: FrontierPlan, standings: Sequence[Standing]) -> Recommendati
         return Recommendation("none", None, (f"no checkpoint keeps {wanted}", *missed))
     certain = [one for one in possible if "open" not in one.statuses.values()]
     leader = max(certain or possible, key=lambda one: one.throughput[scenario].value)
-    doubts = [
+    seen = {one.name for one in standings} | set(failures)
+    doubts = [f"{one.name} was not visited yet" for one in plan.checkpoints if one.name not in seen]
+    doubts += [
         _doubt(plan, one)
         for one in possible
         if one not in certain and not _surely_slower(one, leader, scenario)

@@ -218,7 +218,7 @@ def test_the_recommendation_says_when_the_data_cannot_decide(
     plan: FrontierPlan, standings: list[Standing], verdict: str, name: str | None
 ) -> None:
     limits = plan.constraints.model_copy(update={"accuracy_of_base": 0.99})
-    found = recommend(plan.model_copy(update={"constraints": limits}), standings)
+    found = recommend(plan.model_copy(update={"constraints": limits}), standings, ("base", "small"))
     assert (found.verdict, found.name) == (verdict, name)
     if OPEN in standings:
         assert any("items would tell" in reason for reason in found.reasons)
@@ -228,7 +228,13 @@ def test_the_recommendation_says_when_the_data_cannot_decide(
 
 def test_an_open_checkpoint_that_is_surely_slower_does_not_hold_up_the_decision(plan: FrontierPlan) -> None:
     late = standing("late", (90, 80, 99), 0.58, accuracy_of_base="open")
-    assert recommend(plan, [FAST, late]).verdict == "recommended"
+    assert recommend(plan, [FAST, late], ("base", "small")).verdict == "recommended"
+
+
+def test_nothing_is_recommended_while_a_checkpoint_was_not_visited(plan: FrontierPlan) -> None:
+    found = recommend(plan, [FAST], ("base",))
+    assert (found.verdict, found.name) == ("undecided", "fast")
+    assert "small was not visited yet" in found.reasons
 
 
 def test_the_pareto_frontier_has_no_dominated_point() -> None:
