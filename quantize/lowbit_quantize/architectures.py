@@ -13,6 +13,8 @@ from torch import nn
 
 from lowbit_core.errors import ModelError
 
+LATENT, OUTPUT, NETWORK, DOWN = 1, 2, 3, 4  # stages after 0: what reads a latent; o; gate and up; down
+
 
 @dataclass(frozen=True)
 class LinearGroup:
@@ -23,7 +25,7 @@ class LinearGroup:
     is nothing that a scale could fold into. `beside` names unquantized modules that read the same activation.
     `attended` groups make keys or values: their errors reach other tokens through attention (attention.py).
     `residual` names the norm that reads the residual stream which the linear's output is added to, if it is added as it
-    is (targets.py).
+    is (targets.py). `stage` orders the groups: what a group reads depends on the groups of lower stages only.
     """
 
     linears: tuple[str, ...]
@@ -32,6 +34,7 @@ class LinearGroup:
     beside: tuple[str, ...] = ()
     attended: bool = False
     residual: str = ""
+    stage: int = 0
 
 
 @dataclass(frozen=True)
@@ -62,9 +65,18 @@ class Architecture:
         return f"{self.moe_block}.gate"
 
     @property
+    def attention_end(self) -> str:
+        """The linear that reads what attention gives."""
+        return f"{self.attention}.o_proj"
+
+    @property
     def experts(self) -> str:
         """The routed experts' name within a decoder layer that has them."""
         return f"{self.moe_block}.experts"
+
+    def is_expert(self, group: LinearGroup) -> bool:
+        """Whether the group belongs to a routed expert."""
+        return bool(self.moe_block) and group.linears[0].startswith(f"{self.experts}.")
 
     def published_name(self, name: str) -> str:
         """A tensor's or module's name in published files."""
@@ -96,6 +108,7 @@ def _present(group: LinearGroup, expert: str, present: set[str]) -> LinearGroup:
         group.beside,
         group.attended,
         group.residual,
+        group.stage,
     )
 
 
@@ -103,7 +116,7 @@ def _attention(norm: str = "input_layernorm", residual: str = "input_layernorm")
     reads = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     return (
         LinearGroup(reads, norm, "norm" if norm else None, attended=True),
-        LinearGroup(("self_attn.o_proj",), "self_attn.v_proj", "kv_rows", residual=residual),
+        LinearGroup(("self_attn.o_proj",), "self_attn.v_proj", "kv_rows", residual=residual, stage=OUTPUT),
     )
 
 
@@ -111,8 +124,10 @@ def _gated(
     mlp: str, norm: str = "post_attention_layernorm", beside: tuple[str, ...] = (), residual: str = ""
 ) -> tuple[LinearGroup, ...]:
     return (
-        LinearGroup((f"{mlp}.gate_proj", f"{mlp}.up_proj"), norm, "norm" if norm else None, beside),
-        LinearGroup((f"{mlp}.down_proj",), f"{mlp}.up_proj", "rows", residual=residual),
+        LinearGroup(
+            (f"{mlp}.gate_proj", f"{mlp}.up_proj"), norm, "norm" if norm else None, beside, stage=NETWORK
+        ),
+        LinearGroup((f"{mlp}.down_proj",), f"{mlp}.up_proj", "rows", residual=residual, stage=DOWN),
     )
 
 
@@ -120,9 +135,13 @@ _GATED = _gated("mlp", residual="post_attention_layernorm")
 _DENSE = _attention() + _GATED
 _FUSED = (
     LinearGroup(("self_attn.qkv_proj",), "input_layernorm", "norm", attended=True),
-    LinearGroup(("self_attn.o_proj",), "self_attn.qkv_proj", "kv_rows", residual="input_layernorm"),
-    LinearGroup(("mlp.gate_up_proj",), "post_attention_layernorm", "norm"),
-    LinearGroup(("mlp.down_proj",), "mlp.gate_up_proj", "rows", residual="post_attention_layernorm"),
+    LinearGroup(
+        ("self_attn.o_proj",), "self_attn.qkv_proj", "kv_rows", residual="input_layernorm", stage=OUTPUT
+    ),
+    LinearGroup(("mlp.gate_up_proj",), "post_attention_layernorm", "norm", stage=NETWORK),
+    LinearGroup(
+        ("mlp.down_proj",), "mlp.gate_up_proj", "rows", residual="post_attention_layernorm", stage=DOWN
+    ),
 )
 _LATENT_ATTENTION = (
     LinearGroup(
@@ -131,9 +150,9 @@ _LATENT_ATTENTION = (
         "norm",
         attended=True,
     ),
-    LinearGroup(("self_attn.q_b_proj",), "self_attn.q_a_layernorm", "norm"),
-    LinearGroup(("self_attn.kv_b_proj",), "self_attn.kv_a_layernorm", "norm", attended=True),
-    LinearGroup(("self_attn.o_proj",), residual="input_layernorm"),
+    LinearGroup(("self_attn.q_b_proj",), "self_attn.q_a_layernorm", "norm", stage=LATENT),
+    LinearGroup(("self_attn.kv_b_proj",), "self_attn.kv_a_layernorm", "norm", attended=True, stage=LATENT),
+    LinearGroup(("self_attn.o_proj",), residual="input_layernorm", stage=OUTPUT),
 )
 
 

@@ -6,7 +6,7 @@ rounded by itself, so that the float32 copies of one expert are alive at a time.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -47,29 +47,34 @@ class CompressedLinear:
 
 
 @dataclass(frozen=True)
-class CompressedLayer:
-    """The rounded linears by name, and what each cached value channel was divided by."""
-
-    linears: dict[str, CompressedLinear]
-    value_divisor: Tensor | None
-
-
-@dataclass(frozen=True)
-class _NormScale:
-    """What a norm was divided by, (features,), and the exponent that it came from."""
+class ColumnScale:
+    """What the inputs of some linears were divided by, (features,), and the exponent that it came from."""
 
     scale: Tensor
     alpha: float
 
 
 @dataclass
+class CompressedLayer:
+    """The rounded linears by name, and what each cached value channel was divided by.
+
+    `folded` holds, by first linear, the scales of groups that are rounded in a later stage, where the linear before
+    is divided already.
+    """
+
+    linears: dict[str, CompressedLinear] = field(default_factory=dict)
+    value_divisor: Tensor | None = None
+    folded: dict[str, ColumnScale] = field(default_factory=dict)
+
+
+@dataclass
 class _GroupState:
-    """A group's weights (stacked), covariance and chosen exponent, on the way to being rounded."""
+    """A group's weights (stacked), covariance and column scale, on the way to being rounded."""
 
     group: LinearGroup
     weight: Tensor
     covariance: Tensor
-    alpha: float | None = None
+    folded: ColumnScale | None = None
     producer_divisor: Tensor | None = None
 
 
@@ -80,31 +85,49 @@ def compress_layer(
     spec: GridSpec,
     method: str,
     ignored: frozenset[str] = frozenset(),
+    stage: Sequence[LinearGroup] | None = None,
+    done: CompressedLayer | None = None,
 ) -> CompressedLayer:
-    """Round the linears of a layer in place; returns what to store for each, by name within the layer.
+    """Round linears of a layer in place, all or those of a `stage`; returns what to store for each, by name.
 
-    Raises NumericsError on a weight that is not finite.
+    `statistics` are of the stage and of what `folded_later` says. Results are added to `done`, which holds those of
+    earlier stages. Raises NumericsError on a weight that is not finite.
     """
-    groups = architecture.groups_of(layer)
-    active = [group for group in groups if not ignored.intersection(group.linears)]
-    norms: dict[str, _NormScale] = {}
+    groups, done = architecture.groups_of(layer), done or CompressedLayer()
+    now = [group for group in (groups if stage is None else stage) if not ignored.intersection(group.linears)]
+    later = folded_later(groups, now, method, ignored)
+    norms: dict[str, ColumnScale] = {}
     if method.startswith("awq"):
-        for norm in dict.fromkeys(group.fold_into for group in active if group.fold == "norm"):
+        for norm in dict.fromkeys(group.fold_into for group in now if group.fold == "norm"):
             readers = [group for group in groups if group.fold_into == norm and group.fold == "norm"]
-            norms[norm] = _fold_norm(layer, architecture, readers, active, statistics, spec, method)
-    results: dict[str, CompressedLinear] = {}
-    divisors: list[Tensor] = []
-    for chain in _chains(active):
-        states = [_state_of(layer, group, statistics, norms.get(group.fold_into)) for group in chain]
+            norms[norm] = _fold_norm(layer, architecture, readers, now, statistics, spec, method)
+    for chain in _chains([*now, *later]):
+        states = [_state_of(layer, group, statistics, norms.get(group.fold_into), done) for group in chain]
         if method.startswith("awq"):
             for state in states:
                 _fold_linear(layer, architecture, state, states, spec, method)
         for state in states:
-            rounded = ROUND[method](state.weight, state.covariance, spec)
-            results.update(_install(layer, state, rounded))
             if state.group.fold == "kv_rows" and state.producer_divisor is not None:
-                divisors.append(state.producer_divisor)
-    return CompressedLayer(results, divisors[0] if divisors else None)
+                done.value_divisor = state.producer_divisor
+            if state.group in later:
+                done.folded.update({state.group.linears[0]: state.folded} if state.folded else {})
+                continue
+            done.linears.update(_install(layer, state, ROUND[method](state.weight, state.covariance, spec)))
+    return done
+
+
+def folded_later(
+    groups: Sequence[LinearGroup], stage: Sequence[LinearGroup], method: str, ignored: frozenset[str]
+) -> list[LinearGroup]:
+    """Groups of later stages whose AWQ scale folds into a linear of this one: it is chosen before that is rounded."""
+    if not method.startswith("awq"):
+        return []
+    producers = {name for group in stage for name in group.linears}
+    return [
+        group
+        for group in groups
+        if group.fold_into in producers and group not in stage and not ignored.intersection(group.linears)
+    ]
 
 
 def _chains(groups: Sequence[LinearGroup]) -> list[list[LinearGroup]]:
@@ -131,20 +154,26 @@ def _weight_of(layer: nn.Module, group: LinearGroup, step: int = 1) -> Tensor:
 
 
 def _state_of(
-    layer: nn.Module, group: LinearGroup, statistics: LayerStatistics, norm: _NormScale | None
+    layer: nn.Module,
+    group: LinearGroup,
+    statistics: LayerStatistics,
+    norm: ColumnScale | None,
+    done: CompressedLayer,
 ) -> _GroupState:
     covariance = statistics.covariance(group)
-    weight = statistics.target(group, _weight_of(layer, group), covariance)
-    state = _GroupState(group, weight, covariance)
+    weight, folded = _weight_of(layer, group), done.folded.get(group.linears[0])
+    if folded is not None:  # its inputs are divided already
+        weight = weight * folded.scale
+    state = _GroupState(group, statistics.target(group, weight, covariance), covariance, folded)
     if norm is not None:
-        _scale_columns(state, norm.scale, norm.alpha)
+        _scale_columns(state, norm)
     return state
 
 
-def _scale_columns(state: _GroupState, scale: Tensor, alpha: float) -> None:
-    state.weight = state.weight * scale
-    state.covariance = state.covariance / torch.outer(scale, scale)
-    state.alpha = alpha
+def _scale_columns(state: _GroupState, folded: ColumnScale) -> None:
+    state.weight = state.weight * folded.scale
+    state.covariance = state.covariance / torch.outer(folded.scale, folded.scale)
+    state.folded = folded
 
 
 def _fold_norm(
@@ -155,7 +184,7 @@ def _fold_norm(
     statistics: LayerStatistics,
     spec: GridSpec,
     method: str,
-) -> _NormScale:
+) -> ColumnScale:
     """Search one scale for all groups that read a norm and divide the norm by it.
 
     What reads the norm and is not rounded (a router, an ignored linear) is multiplied in its own dtype: the scale
@@ -177,7 +206,7 @@ def _fold_norm(
         module: Any = layer.get_submodule(name)
         widened = (module.weight.float() * scale).to(module.weight.dtype)
         module.weight = nn.Parameter(widened, requires_grad=False)
-    return _NormScale(scale, choice.alpha)
+    return ColumnScale(scale, choice.alpha)
 
 
 def _fold_linear(
@@ -206,7 +235,7 @@ def _fold_linear(
     scale = _shared_by_heads(choice.scale, heads)
     state.producer_divisor = scale.view(*heads, -1)[:, 0].flatten()  # once for each channel of the producer
     _divide_rows(layer, group.fold_into, owner, state.producer_divisor)
-    _scale_columns(state, scale, choice.alpha)
+    _scale_columns(state, ColumnScale(scale, choice.alpha))
 
 
 def _curvature(covariance: Tensor, method: str) -> Tensor:
@@ -266,6 +295,6 @@ def _install(layer: nn.Module, state: _GroupState, rounded: Rounded) -> dict[str
             power = output_error(original, state.covariance).clamp(min=1e-30)
             error = float(output_error(original - served, state.covariance) / power)
         linear.weight = nn.Parameter(served.to(linear.weight.dtype), requires_grad=False)
-        results[name] = CompressedLinear(part, state.alpha, error)
+        results[name] = CompressedLinear(part, state.folded.alpha if state.folded else None, error)
         start = stop
     return results

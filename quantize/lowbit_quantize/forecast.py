@@ -74,9 +74,8 @@ def disk_bytes(plan: Plan) -> int:
 
 
 def streams_bytes(plan: Plan, calibration_tokens: int, heldout_tokens: int) -> int:
-    """Bytes of all hidden states that walk: calibration text, and held-out text in both models."""
-    paired = 2 if "gptq" in plan.recipe.weights.method and not plan.pruning else 1
-    tokens = paired * calibration_tokens + 2 * heldout_tokens
+    """Bytes of all hidden states that walk: calibration text (in both models where paired), held-out text in both."""
+    tokens = (2 if plan.paired else 1) * calibration_tokens + 2 * heldout_tokens
     return tokens * int(plan.reference.config.hidden_size) * BASE_BYTES
 
 

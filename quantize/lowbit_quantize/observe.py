@@ -1,6 +1,6 @@
 """Statistics of one layer, gathered in one pass: covariances of inputs, and the reach of keys and values."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +86,7 @@ class AttendedCovariance(Covariance):
 
 
 class LayerStatistics:
-    """What one pass over the calibration tokens saw of a decoder layer, for each group of linears.
+    """What one pass over the calibration tokens saw of a decoder layer, for each of some groups of linears.
 
     An expert's linears are observed on the tokens that the block routes to it. One that sees fewer tokens than its
     linear has inputs borrows the rest from its layer: its covariance shrinks towards the one that it would have
@@ -94,21 +94,32 @@ class LayerStatistics:
     """
 
     def __init__(
-        self, layer: nn.Module, architecture: Architecture, device: torch.device, *, paired: bool = False
+        self,
+        layer: nn.Module,
+        architecture: Architecture,
+        device: torch.device,
+        groups: Sequence[LinearGroup] | None = None,
+        paired: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """With `paired`, the base model's inputs are observed too, wherever both models route alike."""
+        """Observe `groups`, by default all of the layer.
+
+        `paired` names the first linears of groups whose inputs are observed in the base model too, and what the
+        compressed model's inputs of each are divided by, (features,).
+        """
         self._layer, self._architecture = layer, architecture
         self._covariances: dict[str, Covariance] = {}
         self._drifts: dict[str, Drift] = {}  # by the name of a group's first linear
         self._residuals: dict[str, Drift] = {}  # by the name of the norm that reads the residual stream
         self._block_inputs = Sample(BORROWED_TOKENS)
-        for group in architecture.groups_of(layer):
+        self._routes = False
+        for group in architecture.groups_of(layer) if groups is None else groups:
+            self._routes = self._routes or self._architecture.is_expert(group)
             features = linear_of(layer, group.linears[0]).in_features
             kind = AttendedCovariance if group.attended else Covariance
             for name in dict.fromkeys((self._place(group), *group.beside[:1])):
                 self._covariances[name] = kind(features, device)
-            if paired and not group.beside and not self._is_expert(group):
-                drift = Drift(features, device, attended=group.attended)
+            if paired and group.linears[0] in paired:
+                drift = Drift(paired[group.linears[0]], attended=group.attended)
                 self._drifts[group.linears[0]] = drift
                 if group.residual:
                     self._residuals[group.residual] = drift
@@ -120,10 +131,17 @@ class LayerStatistics:
         observers.update({name: seen.add for name, seen in self._covariances.items()})
         for name, drift in self._drifts.items():
             observers[name] = _both(observers[name], drift.add)
-        if self._architecture.has_experts(self._layer):
-            router = self._architecture.router
-            observers[router] = _both(observers[router], self._block_inputs.add)
+        if self._routes:
+            router, sample = self._architecture.router, self._block_inputs.add
+            observers[router] = _both(observers[router], sample) if router in observers else sample
+        elif self.attended:  # the attention is known before this is reached
+            observers.setdefault(self._architecture.attention_end, _ignore)
         return observers
+
+    @property
+    def routes(self) -> bool:
+        """Whether routed experts are observed, which may be called in any order."""
+        return self._routes
 
     @property
     def base_observers(self) -> Observers:
@@ -158,14 +176,14 @@ class LayerStatistics:
     def covariance(self, group: LinearGroup) -> Tensor:
         """H of a group's input, (in, in)."""
         seen = self._covariances[self._place(group)]
-        if not self._is_expert(group) or seen.tokens >= seen.features:
+        if not self._architecture.is_expert(group) or seen.tokens >= seen.features:
             return seen.matrix()
         own = seen.tokens / seen.features
         return own * seen.matrix() + (1 - own) * self._borrowed(group)
 
     def joint_covariance(self, groups: Sequence[LinearGroup]) -> Tensor:
         """H of the activation that all these groups read: for experts, every token of the block."""
-        if self._is_expert(groups[0]):
+        if self._architecture.is_expert(groups[0]):
             return self._covariances[self._architecture.router].matrix()
         return self.covariance(groups[0])
 
@@ -178,14 +196,11 @@ class LayerStatistics:
             seen.add(expert.middle(self._block_inputs.rows()))  # type: ignore[operator]
         return seen.matrix()
 
-    def _is_expert(self, group: LinearGroup) -> bool:
-        return bool(self._architecture.moe_block) and group.linears[0].startswith(
-            f"{self._architecture.experts}."
-        )
-
     def _place(self, group: LinearGroup) -> str:
         """Whose input is observed for a group: its first linear's, or the router's where that is the same."""
-        return group.beside[0] if group.beside and not self._is_expert(group) else group.linears[0]
+        return (
+            group.beside[0] if group.beside and not self._architecture.is_expert(group) else group.linears[0]
+        )
 
 
 class Sample:
@@ -206,6 +221,10 @@ class Sample:
 
     def rows(self) -> Tensor:
         return self._rows
+
+
+def _ignore(_: Tensor) -> None:
+    pass
 
 
 def _both(first: Callable[[Tensor], None], second: Callable[[Tensor], None]) -> Callable[[Tensor], None]:

@@ -23,9 +23,8 @@ from lowbit_core.manifest import (
     write_manifest,
 )
 from lowbit_quantize import quality
-from lowbit_quantize.attention import attention_seen_by
 from lowbit_quantize.calibration import TokenText, load_texts
-from lowbit_quantize.compress import CompressedLayer, CompressedLinear, compress_layer
+from lowbit_quantize.compress import CompressedLayer, CompressedLinear
 from lowbit_quantize.durable import move
 from lowbit_quantize.expert_pruning import ExpertStatistics, Pruning, prune_layer, routing_of
 from lowbit_quantize.export import (
@@ -40,9 +39,9 @@ from lowbit_quantize.formats import FORMATS
 from lowbit_quantize.grid import GridSpec
 from lowbit_quantize.identity import identity_of
 from lowbit_quantize.journal import Conclusion, Journal, LayerRecord
-from lowbit_quantize.kv_scales import UNIT_SCALES, KVScales, calibrated_scales
+from lowbit_quantize.kv_scales import KVScales
 from lowbit_quantize.memory import return_freed_memory
-from lowbit_quantize.observe import KeyValueReach, LayerStatistics, Sample
+from lowbit_quantize.observe import Sample
 from lowbit_quantize.output import RunDirectory, check_disk, finished_before, refuse_foreign, run_in
 from lowbit_quantize.plan import Plan, check_weights, make_plan
 from lowbit_quantize.progress import track
@@ -50,6 +49,7 @@ from lowbit_quantize.recipe import Recipe
 from lowbit_quantize.record import Clock, manifest_of
 from lowbit_quantize.router_distillation import SAMPLE_TOKENS, bounded, distill_router
 from lowbit_quantize.source import ModelReference, WeightFiles, fetch_weights, find_model, unpack_gguf
+from lowbit_quantize.stages import Stages
 from lowbit_quantize.stream import Decoder
 from lowbit_quantize.streams import MEMORY_BYTES, Streams
 
@@ -152,6 +152,7 @@ class Walk:
         self.spec = GridSpec(
             self.recipe.weights.bits, self.recipe.weights.inputs_per_scale, self.recipe.weights.symmetric
         )
+        self.stages = Stages(decoder, plan, self.spec)
         self.modules: list[ModuleRecord] = []
         self.kv_scales: dict[int, KVScales] = {}
         self.packed_bytes = self.quantized_parameters = 0
@@ -159,11 +160,6 @@ class Walk:
         self.router_distillation: RouterDistillationRecord | None = None
         self.kept_experts: dict[int, list[int]] = {}
         self.starved: dict[tuple[int, int], int] = {}  # (layer, expert): tokens
-
-    @property
-    def paired(self) -> bool:
-        """Whether the base model's calibration tokens walk too, so that weights can make up for earlier errors."""
-        return "gptq" in self.recipe.weights.method and not self.plan.pruning
 
     @property
     def calibration(self) -> Tensor:
@@ -193,7 +189,7 @@ class Walk:
             "heldout": self.heldout_text,
             "heldout_base": self.heldout_text,
         }
-        if self.paired:
+        if self.plan.paired:
             texts["calibration_base"] = self.calibration_text
         for name, text in texts.items():
             shape = (*text.ids.shape, self.decoder.config.hidden_size)
@@ -228,9 +224,12 @@ class Walk:
         self.decoder.advance(layer, index, self.heldout_base)
         if self.plan.pruning and self.plan.architecture.has_experts(layer):
             self._prune(layer, index, self.plan.pruning)
-        statistics, reach = self._observe(layer, index)
-        compressed = self._compress(layer, index, statistics)
-        scales = self._scales_of(reach, index, compressed)
+        base = self.streams["calibration_base"] if self.plan.paired else None
+        done = self.stages.compress(layer, index, self.calibration, base)
+        compressed, scales = done.layer, done.kv_scales
+        self.starved.update({(index, expert): tokens for expert, tokens in done.starved.items()})
+        if scales:
+            self.kv_scales[index] = scales
         if index + 1 < self.decoder.depth:
             self.decoder.advance(layer, index, self.calibration, scales)
         self.decoder.advance(layer, index, self.heldout, scales)
@@ -286,42 +285,6 @@ class Walk:
                 _, gates, chosen = router(sample)
                 target = experts(sample, chosen, gates)
             distill_router(layer, architecture, sample, target.clone())
-
-    def _observe(self, layer: nn.Module, index: int) -> tuple[LayerStatistics, KeyValueReach]:
-        """Run the calibration tokens through the base weights of a layer, once, and see everything."""
-        architecture, method = self.plan.architecture, self.recipe.weights.method
-        statistics = LayerStatistics(layer, architecture, self.decoder.device, paired=self.paired)
-        observers = {} if method == "none" else statistics.observers
-        base = self.streams["calibration_base"] if self.paired else None
-        reach = KeyValueReach()
-        if method == "none" and self.recipe.kv_cache.dtype == "none":
-            return statistics, reach
-        with attention_seen_by(statistics.attended):
-            self.decoder.observe(
-                layer, index, self.calibration, observers, reach, base, statistics.base_observers
-            )
-        if method != "none":
-            self.starved.update({(index, expert): tokens for expert, tokens in statistics.starved.items()})
-        return statistics, reach
-
-    def _compress(self, layer: nn.Module, index: int, statistics: LayerStatistics) -> CompressedLayer:
-        if self.recipe.weights.method == "none":
-            return CompressedLayer({}, None)
-        prefix = f"{self.decoder.layer_name(index)}."
-        ignored = frozenset(n.removeprefix(prefix) for n in self.plan.ignored if n.startswith(prefix))
-        method = self.recipe.weights.method
-        with torch.inference_mode():
-            return compress_layer(layer, self.plan.architecture, statistics, self.spec, method, ignored)
-
-    def _scales_of(self, reach: KeyValueReach, index: int, compressed: CompressedLayer) -> KVScales | None:
-        """A layer's scales; None without an FP8 cache, and where a layer reads the cache of another."""
-        if self.recipe.kv_cache.dtype == "none" or not reach.cached:
-            return None
-        scales = calibrated_scales(reach, compressed.value_divisor)
-        if not self.format.carries_kv_scales:
-            scales = UNIT_SCALES
-        self.kv_scales[index] = scales
-        return scales
 
     def _write(
         self, layer: nn.Module, index: int, compressed: CompressedLayer, scales: KVScales | None

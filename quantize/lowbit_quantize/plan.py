@@ -41,6 +41,14 @@ class Plan:
     pruning: Pruning | None = None
 
     @property
+    def paired(self) -> bool:
+        """Whether the base model's calibration tokens walk too, so that weights can make up for earlier errors.
+
+        Not where experts are pruned: what that changes is not an error to be made up for.
+        """
+        return "gptq" in self.recipe.weights.method and not self.pruning
+
+    @property
     def plain_experts(self) -> bool:
         """Whether the model has routed experts and they stay as they are."""
         experts = f".{self.architecture.experts}."

@@ -9,6 +9,7 @@ hands them to `Cache.update`, which is after RoPE.
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,6 +50,16 @@ class _Recorder(nn.Module):
     def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
         self.arguments = arguments
         return hidden_states
+
+
+@dataclass(frozen=True)
+class BasePass:
+    """The base model's side of an observation; `advance` moves its hidden states on to the next layer."""
+
+    layer: nn.Module
+    hidden: Tensor
+    observers: Mapping[str, Callable[[Tensor], None]]
+    advance: bool
 
 
 class Decoder:
@@ -113,24 +124,26 @@ class Decoder:
         index: int,
         hidden: Tensor,
         observers: Mapping[str, Callable[[Tensor], None]],
-        seam: KeyValueSeam,
-        base: Tensor | None = None,
-        base_observers: Mapping[str, Callable[[Tensor], None]] | None = None,
+        seam: KeyValueSeam | None,
+        *,
+        stop: bool,
+        base: BasePass | None = None,
     ) -> None:
-        """Run a layer for what its observers and the seam see; a dense one stops where the last has seen.
+        """Run a layer for what its observers and the seam see, with `stop` no further than to the last observer.
 
-        Where the base model's hidden states are given, each batch of theirs goes first, to the layer's end.
+        Each batch of the base model's hidden states, where they are given, goes first.
         """
         arguments = self._layer_arguments(index, hidden.shape[1])
-        stop = not self.architecture.has_experts(layer)
         size = max(1, BATCH_TOKENS // hidden.shape[1])
         for start in range(0, len(hidden), size):
             batch = slice(start, start + size)
             if base is not None:
-                with inputs_of(layer, base_observers or {}):
-                    self.advance(layer, index, base[batch])
+                with inputs_of(base.layer, base.observers, stop=not base.advance), suppress(_SeenAll):
+                    output = next(self.run_layer(base.layer, index, base.hidden[batch]))
+                    base.hidden[batch] = output
+            cache = SeamCache(seam) if seam else None
             with inputs_of(layer, observers, stop=stop), torch.inference_mode(), suppress(_SeenAll):
-                layer(hidden[batch].to(self.device), **{**arguments, "past_key_values": SeamCache(seam)})
+                layer(hidden[batch].to(self.device), **{**arguments, "past_key_values": cache})
 
     def advance(self, layer: nn.Module, index: int, hidden: Tensor, seam: KeyValueSeam | None = None) -> None:
         """Replace `hidden` by the layer's output, in place."""

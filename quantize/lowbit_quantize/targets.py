@@ -24,13 +24,14 @@ RIDGE = 0.05  # of the mean of diag H
 class Drift:
     """How far the inputs of a linear, and the residual stream that it adds to, are from the base model's.
 
-    For each batch of tokens: `expect` and `expect_residual` with what the base model has, then `see_residual` and `add`
-    with what the compressed model has. Where tokens count by attention, `weigh` follows.
+    `divisor` (features,) is what the compressed model's inputs are divided by, where an AWQ scale was folded into the
+    linear before. For each batch of tokens: `expect` and `expect_residual` with what the base model has, then
+    `see_residual` and `add` with what the compressed model has. Where tokens count by attention, `weigh` follows.
     """
 
-    def __init__(self, features: int, device: torch.device, *, attended: bool) -> None:
-        self.attended = attended
-        self._inputs = torch.zeros(features, features, device=device)
+    def __init__(self, divisor: Tensor, *, attended: bool) -> None:
+        self.attended, self._divisor = attended, divisor
+        self._inputs = divisor.new_zeros(len(divisor), len(divisor))
         self._residual: Tensor | None = None
         self._tokens = 0
         self._expected: Tensor | None = None
@@ -43,7 +44,7 @@ class Drift:
 
     def expect(self, inputs: Tensor) -> None:
         """Take the base model's inputs, (tokens, features)."""
-        self._expected = inputs.clone()  # it may be the stream itself, which moves on
+        self._expected = inputs.float() / self._divisor
 
     def expect_residual(self, residual: Tensor) -> None:
         """Take the base model's residual stream, (tokens, hidden)."""
@@ -72,7 +73,7 @@ class Drift:
         with exact_products(
             inputs.dtype
         ):  # the differences are rounded to 8 bits, which is enough for a mean
-            self._inputs.addmm_(((self._expected.float() - wide) * counts).T, wide)
+            self._inputs.addmm_(((self._expected - wide) * counts).T, wide)
             if self._residual_off is not None:
                 if self._residual is None:
                     self._residual = wide.new_zeros(self._residual_off.shape[1], wide.shape[1])

@@ -91,7 +91,7 @@ def test_a_layers_own_attention_weighs_its_inputs_and_is_left_as_it_was(
     for covariance, weighing in ((plain, []), (attended, [attended])):
         observers = {name: covariance.add, last: lambda _: None}
         with attention_seen_by(weighing):
-            decoder.observe(layer, 0, hidden, observers, KeyValueReach())
+            decoder.observe(layer, 0, hidden, observers, KeyValueReach(), stop=True)
     assert ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION] is before
     assert attended.tokens == plain.tokens == 8 * 64
     assert not torch.allclose(attended.matrix(), plain.matrix(), rtol=1e-2)

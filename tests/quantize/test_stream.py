@@ -77,7 +77,7 @@ def test_observing_stops_at_the_last_observer_and_sees_what_a_full_run_sees(
     ran: list[int] = []
     layer.get_submodule("mlp.down_proj").register_forward_hook(lambda *_: ran.append(1))
     observers = {name: inputs.append for name, inputs in seen.items()}
-    decoder.observe(layer, 0, hidden, observers, KeyValueReach())
+    decoder.observe(layer, 0, hidden, observers, KeyValueReach(), stop=True)
     assert not ran
     stopped = {name: torch.cat(inputs) for name, inputs in seen.items()}
     for inputs in seen.values():
