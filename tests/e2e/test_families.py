@@ -2,7 +2,7 @@
 
 The models are tiny and were taught four sentences by heart (tests/tiny_models.py). A random model's choices are near
 ties, which the rounding of different kernels decides; theirs are logits apart, and still need attention, positions
-and experts. Experts stay bfloat16: 4-bit ones need a processor with AMX, or AMD's zentorch.
+and experts. Experts stay bfloat16, but in the last test: 4-bit ones need a processor with AMX, or AMD's zentorch.
 """
 
 import json
@@ -71,11 +71,18 @@ def checkpoint(root: Path, case: str) -> Path:
     return out
 
 
-def ask(what: str, directories: list[Path]) -> dict[str, Any]:
+def greedy(what: str, directories: list[Path]) -> dict[str, Any]:
+    """What `tests.e2e.greedy` prints, by directory."""
     command = [sys.executable, "-m", "tests.e2e.greedy", what, *map(str, directories)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=dict(os.environ))
     line = next(line for line in done.stdout.splitlines() if line.startswith("TEXTS "))
-    found = json.loads(line.removeprefix("TEXTS "))
+    found: dict[str, Any] = json.loads(line.removeprefix("TEXTS "))
+    return found
+
+
+def ask(what: str, directories: list[Path]) -> dict[str, Any]:
+    """The same by case."""
+    found = greedy(what, directories)
     return {case: found[str(directory)] for case, directory in zip(CASES, directories, strict=True)}
 
 
@@ -137,16 +144,21 @@ def test_what_was_taught_is_still_said(served: Served) -> None:
         assert right >= len(taught) // 2, case
 
 
-def test_int4_experts_are_refused_in_one_line_where_the_engine_has_no_kernel(tmp_path: Path) -> None:
-    """On this machine, whichever it is: either vLLM says that it can and the server starts, or one line, status 2."""
+def test_int4_experts_run_where_the_engine_has_a_kernel_and_are_refused_in_one_line_elsewhere(
+    tmp_path: Path,
+) -> None:
+    """On this machine, whichever it is: either vLLM says that it can and answers, or one line, status 2."""
+    base = write_tiny_model(tmp_path / "base", "qwen3_moe", sentences=SENTENCES)
+    int4 = tmp_path / "int4"
+    quantize(str(base), load_recipe("awq-gptq-g64", SMALL), int4, torch.device("cpu"))
     asked = subprocess.run([sys.executable, "-c", CAN_RUN], stdout=subprocess.PIPE, text=True, check=True)
     if asked.stdout.strip().endswith("True"):
-        pytest.skip("this processor runs 4-bit experts")
-    base = write_tiny_model(tmp_path / "base", "qwen3_moe")
-    quantize(str(base), load_recipe("awq-g64", SMALL), tmp_path / "int4", torch.device("cpu"))
-    done = subprocess.run(
-        [*LOWBIT, "serve", str(tmp_path / "int4")], capture_output=True, text=True, check=False
-    )
+        theirs, ours = (greedy(what, [int4])[str(int4)]["texts"] for what in ("engine", "reference"))
+        equal = sum(text == same for text, same in zip(theirs, ours, strict=True))
+        print(f"4-bit experts on this processor: {equal} of {len(ours)} texts equal")
+        assert equal >= len(ours) - 1
+        return
+    done = subprocess.run([*LOWBIT, "serve", str(int4)], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     last = done.stderr.splitlines()[-1]
     assert "has 4-bit experts in groups of 64" in last
