@@ -48,11 +48,13 @@
 {{- define "lowbit.checkCheckpoint" -}}
 {{- $claim := .Values.checkpoint.existingClaim -}}
 {{- $image := .Values.checkpoint.image.reference -}}
-{{- if and $claim $image -}}
-{{- fail (printf "checkpoint.existingClaim is %s and checkpoint.image.reference is %s; give one of them" $claim $image) -}}
+{{- $hub := .Values.checkpoint.hub.id -}}
+{{- $given := compact (list $claim $image $hub) -}}
+{{- if gt (len $given) 1 -}}
+{{- fail (printf "checkpoint is given more than once: %s; give one of existingClaim, image.reference and hub.id" (join " and " $given)) -}}
 {{- end -}}
-{{- if not (or $claim $image) -}}
-{{- fail "checkpoint: give existingClaim (a PersistentVolumeClaim) or image.reference (an OCI image); neither is set" -}}
+{{- if not $given -}}
+{{- fail "checkpoint: give existingClaim (a PersistentVolumeClaim), image.reference (an OCI image) or hub.id (OWNER/NAME@REVISION); none is set" -}}
 {{- end -}}
 {{- if .Values.quantize.enabled -}}
 {{- if not (and $claim .Values.checkpoint.path) -}}

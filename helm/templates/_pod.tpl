@@ -66,6 +66,8 @@ limits:
 - name: checkpoint
   {{- if .Values.checkpoint.existingClaim }}
   persistentVolumeClaim: {claimName: {{ .Values.checkpoint.existingClaim }}, readOnly: true}
+  {{- else if .Values.checkpoint.hub.id }}
+  emptyDir: {sizeLimit: {{ add (int .Values.checkpoint.sizeGib) 1 }}Gi}
   {{- else }}
   image:
     reference: {{ .Values.checkpoint.image.reference }}
@@ -77,6 +79,7 @@ limits:
   emptyDir: {sizeLimit: {{ .Values.volumes.cache }}}
 - name: shared-memory
   emptyDir: {medium: Memory, sizeLimit: {{ .Values.volumes.sharedMemory }}}
+{{- include "lowbit.hubVolume" .Values.checkpoint.hub }}
 {{- with include "lowbit.keysSecret" . }}
 - name: api-keys
   secret: {secretName: {{ . }}, defaultMode: 0440}
@@ -87,6 +90,26 @@ limits:
 {{- end }}
 {{- with .Values.extraVolumes }}
 {{ toYaml . }}
+{{- end }}
+{{- end -}}
+
+{{/* A hub token of the values `hub`: its volume, its mount, and the variable that names the file. */}}
+{{- define "lowbit.hubVolume" -}}
+{{- with .existingSecret }}
+- name: hub-token
+  secret: {secretName: {{ . }}, defaultMode: 0440}
+{{- end }}
+{{- end -}}
+
+{{- define "lowbit.hubMount" -}}
+{{- if .existingSecret }}
+- {name: hub-token, mountPath: /etc/lowbit/hub, readOnly: true}
+{{- end }}
+{{- end -}}
+
+{{- define "lowbit.hubEnv" -}}
+{{- if .existingSecret }}
+- {name: HF_TOKEN_PATH, value: /etc/lowbit/hub/{{ .key }}}
 {{- end }}
 {{- end -}}
 

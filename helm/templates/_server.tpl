@@ -21,20 +21,7 @@ metadata:
 spec:
   {{- include "lowbit.podBase" $ | nindent 2 }}
   terminationGracePeriodSeconds: {{ $.Values.shutdown.terminationGracePeriodS }}
-  {{- if $.Values.quantize.enabled }}
-  initContainers:
-    - name: wait-for-checkpoint
-      {{- include "lowbit.containerBase" $ | nindent 6 }}
-      # The manifest is written last.
-      command: [sh, -c, 'until [ -f "$LOWBIT_DIR/lowbit.json" ]; do sleep 5; done']
-      envFrom:
-        - configMapRef: {name: {{ include "lowbit.fullname" $ }}}
-      resources:
-        requests: {cpu: 10m, memory: 16Mi}
-        limits: {memory: 64Mi}
-      volumeMounts:
-        - {name: checkpoint, mountPath: /checkpoint, readOnly: true}
-  {{- end }}
+  {{- include "lowbit.checkpointFirst" $ | nindent 2 }}
   containers:
     - name: {{ .role }}
       {{- include "lowbit.containerBase" $ | nindent 6 }}
@@ -106,4 +93,40 @@ topologySpreadConstraints:
     matchLabelKeys: [pod-template-hash]
     {{- end }}
 {{- end }}
+{{- end -}}
+
+{{/* What must be there before the server starts: the Job's checkpoint, or the download of one. */}}
+{{- define "lowbit.checkpointFirst" -}}
+{{- if .Values.quantize.enabled -}}
+initContainers:
+  - name: wait-for-checkpoint
+    {{- include "lowbit.containerBase" . | nindent 4 }}
+    # The manifest is written last.
+    command: [sh, -c, 'until [ -f "$LOWBIT_DIR/lowbit.json" ]; do sleep 5; done']
+    envFrom:
+      - configMapRef: {name: {{ include "lowbit.fullname" . }}}
+    resources:
+      requests: {cpu: 10m, memory: 16Mi}
+      limits: {memory: 64Mi}
+    volumeMounts:
+      - {name: checkpoint, mountPath: /checkpoint, readOnly: true}
+{{- else if .Values.checkpoint.hub.id -}}
+{{- $id := splitList "@" .Values.checkpoint.hub.id -}}
+initContainers:
+  - name: download-checkpoint
+    {{- include "lowbit.containerBase" . | nindent 4 }}
+    command: [hf, download, {{ first $id }}, --revision, {{ last $id | quote }}, --local-dir, /checkpoint]
+    env:
+      {{- include "lowbit.homeEnv" . | nindent 6 }}
+      # The image says offline, for serving.
+      - {name: HF_HUB_OFFLINE, value: "0"}
+      {{- include "lowbit.hubEnv" .Values.checkpoint.hub | indent 6 }}
+    resources:
+      {{- include "lowbit.resources" (dict "resources" .Values.resources "gpus" 0) | nindent 6 }}
+    volumeMounts:
+      - {name: checkpoint, mountPath: /checkpoint}
+      - {name: tmp, mountPath: /tmp}
+      - {name: cache, mountPath: /cache}
+      {{- include "lowbit.hubMount" .Values.checkpoint.hub | indent 6 }}
+{{- end -}}
 {{- end -}}

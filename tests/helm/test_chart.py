@@ -1,7 +1,10 @@
 """What the rendered chart says: settings, hardening, probes, selectors, scaling."""
 
 import argparse
+import os
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -250,6 +253,30 @@ def test_checkpoint_comes_from_a_claim_or_an_image() -> None:
     assert settings(render("one-gpu"))["LOWBIT_DIR"] == "/checkpoint/qwen3-8b-awq"
     pulled = {volume["name"]: volume for volume in pod(render("four-gpus"))["volumes"]}
     assert pulled["checkpoint"]["image"]["reference"].startswith("registry.example.org/checkpoints/")
+
+
+def test_checkpoint_of_the_hub_is_downloaded_at_its_revision_before_the_server_starts(tmp_path: Path) -> None:
+    hub = {"id": "acme/llama-w4a16@v1.2", "existingSecret": "hub", "key": "token"}
+    resources = render("cpu", checkpoint={"existingClaim": "", "hub": hub})
+    spec = pod(resources)
+    (download,) = spec["initContainers"]
+    # Run offline, the command says what it would have fetched.
+    hf, *arguments = download["command"]
+    command = [str(Path(sys.executable).with_name(hf)), *arguments]
+    offline = {"PATH": os.environ["PATH"], "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(command, env=offline, capture_output=True, text=True, check=False)
+    assert "/acme/llama-w4a16/revision/v1.2: offline mode" in done.stderr
+    assert arguments[-2:] == ["--local-dir", "/checkpoint"]
+    environment = {entry["name"]: entry["value"] for entry in download["env"]}
+    assert (environment["HF_HUB_OFFLINE"], environment["HF_TOKEN_PATH"]) == ("0", "/etc/lowbit/hub/token")
+    volumes = {volume["name"]: volume for volume in spec["volumes"]}
+    assert volumes["checkpoint"]["emptyDir"]["sizeLimit"] == "2Gi"
+    assert volumes["hub-token"]["secret"]["secretName"] == "hub"
+    writable = {mount["name"] for mount in download["volumeMounts"] if not mount.get("readOnly")}
+    assert writable == {"checkpoint", "tmp", "cache"}
+    assert "hub-token" not in {mount["name"] for mount in container(resources)["volumeMounts"]}
+    (egress,) = resources["NetworkPolicy"]["spec"]["egress"]
+    assert {port["port"] for port in egress["ports"]} == {53, 443}
 
 
 def test_probes_ask_the_right_path_and_startup_has_the_whole_budget() -> None:

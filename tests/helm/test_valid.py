@@ -18,7 +18,8 @@ from tests.helm.chart import CHART, EXAMPLES, Resource, render, templates
 CRDS = {path.stem: json.loads(path.read_text()) for path in (Path(__file__).parent / "crds").glob("*.json")}
 VERSIONS = [f"1.{minor}" for minor in range(30, 38)]
 HPA: Resource = {"autoscaling": {"mode": "hpa", "minReplicas": 2}}
-VARIANTS: list[tuple[str, Resource]] = [*((name, {}) for name in EXAMPLES), ("autoscaled", HPA)]
+HUB: Resource = {"checkpoint": {"existingClaim": "", "hub": {"id": "a/b@c", "existingSecret": "hub"}}}
+VARIANTS: list[tuple[str, Resource]] = [*((name, {}) for name in EXAMPLES), ("autoscaled", HPA), ("cpu", HUB)]
 # Image volumes came with Kubernetes 1.31.
 FITTING = [
     (*variant, v) for variant in VARIANTS for v in VERSIONS if (variant[0], v) != ("four-gpus", "1.30")
