@@ -12,6 +12,7 @@ CPU from the server, more so in the overload.
 import argparse
 import asyncio
 import json
+import math
 import random
 import sys
 import time
@@ -106,11 +107,11 @@ def admitted(answers: list[Answer]) -> list[float]:
 
 
 def p99(answers: list[Answer]) -> float:
-    return quantile(admitted(answers), 0.99)
+    return quantile(admitted(answers) or [math.nan], 0.99)
 
 
 def summary(answers: list[Answer]) -> dict[str, Any]:
-    times = admitted(answers)
+    times = admitted(answers) or [math.nan]
     refused = [answer.seconds for answer in answers if answer.status == 429]
     return {
         "requests": len(answers),

@@ -27,9 +27,10 @@ from lowbit_server.drain import (
     serve_until_stopped,
 )
 from lowbit_server.exchanges import Exchanges
+from lowbit_server.forecast import refuse_what_does_not_fit
 from lowbit_server.gateway import AdminPort, Gateway, Limits, Models
 from lowbit_server.keys import KeyStore
-from lowbit_server.memory import DeviceMemory, MemoryReader
+from lowbit_server.memory import DeviceMemory, MemoryReader, host_memory_bytes
 from lowbit_server.metrics import LowbitCollector
 from lowbit_server.nvml import GpuMemory, Nvml
 from lowbit_server.openapi import describe_answers
@@ -69,6 +70,8 @@ async def serve(config: ServeConfig, checkpoint: Checkpoint) -> None:
 
     device = vllm.engine_device()
     refuse_unfit_machine(config, checkpoint, device, vllm.runs_quantized_experts)
+    nvml = Nvml()
+    refuse_what_does_not_fit(config, checkpoint, device, host_memory_bytes(), nvml.read())
     refuse_unknown_parsers(config, vllm.known_parsers())
     model = config.served_model_name or checkpoint.name
     adapters = open_adapters(config, model)
@@ -89,7 +92,7 @@ async def serve(config: ServeConfig, checkpoint: Checkpoint) -> None:
             log.info("starting vLLM on the %s with %s", device, _readable(arguments))
             engine = await stack.enter_async_context(vllm.start_engine(arguments, throughput, adapters))
             service = await inspect_engine(engine, config, checkpoint)
-            app = await build_app(engine, service, throughput, exchanges, Nvml().read, lambda: state.draining)
+            app = await build_app(engine, service, throughput, exchanges, nvml.read, lambda: state.draining)
             gateway = Gateway(
                 app, _limits(config), keys, exchanges, models,
                 is_draining=lambda: state.draining, admin_elsewhere=admin is not None,

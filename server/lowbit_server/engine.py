@@ -162,6 +162,7 @@ class Engine:
         """What the engine runs with, read back from it."""
         layers = await self._client.collective_rpc("lowbit_kv_scales")
         methods = await self._client.collective_rpc("lowbit_layer_methods")
+        kernels = await self._client.collective_rpc("lowbit_layer_kernels")
         config = self._client.vllm_config
         return EngineFacts(
             vllm=vllm_version,
@@ -174,6 +175,7 @@ class Engine:
             max_num_seqs=config.scheduler_config.max_num_seqs,
             kv_scales=scales_from_workers(layers),
             layer_methods=methods[0],
+            layer_kernels=kernels[0],
         )
 
 

@@ -28,6 +28,7 @@ class EngineFacts:
     max_num_seqs: int
     kv_scales: tuple[KVScale, ...]
     layer_methods: dict[str, str]
+    layer_kernels: dict[str, str]
 
 
 @dataclass(frozen=True)

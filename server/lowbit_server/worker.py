@@ -47,6 +47,22 @@ class WorkerExtension:
                 methods[type(module).__name__] = type(chosen).__name__
         return methods
 
+    def lowbit_layer_kernels(self) -> dict[str, str]:
+        """What computes each type of layer: the kernel of its quantization, or its attention backend."""
+        model = self.model_runner.get_model()  # type: ignore[attr-defined]
+        found = ((type(module).__name__, _kernel(module)) for module in model.modules())
+        return {name: kernel for name, kernel in found if kernel is not None}
+
+
+def _kernel(module: Any) -> str | None:
+    method = getattr(module, "quant_method", None)
+    owners = (getattr(module, "scheme", None), method)
+    kernels = [getattr(owner, name, None) for owner in owners for name in ("kernel", "moe_kernel")]
+    kernel = next(
+        (kernel for kernel in [*kernels, getattr(module, "impl", None)] if kernel is not None), None
+    )
+    return None if kernel is None else type(kernel).__name__
+
 
 def _kv_scales(name: str, layer: Any) -> dict[str, Any]:
     found = LAYER_NUMBER.search(name)

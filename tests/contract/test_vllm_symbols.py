@@ -139,7 +139,7 @@ def test_worker_extension_hides_nothing_of_vllms_worker() -> None:
     worker = _resolve("vllm.v1.worker.gpu_worker:Worker")
     extension = _resolve("lowbit_server.worker:WorkerExtension")
     ours = {name for name in vars(extension) if not name.startswith("__")}
-    assert ours == {"lowbit_kv_scales", "lowbit_memory", "lowbit_layer_methods"}
+    assert ours == {"lowbit_kv_scales", "lowbit_memory", "lowbit_layer_methods", "lowbit_layer_kernels"}
     assert not ours & set(dir(worker))
 
 

@@ -167,6 +167,7 @@ FACTS = EngineFacts(
     max_num_seqs=16,
     kv_scales=SCALES,
     layer_methods={"QKVParallelLinear": "WNA16"},
+    layer_kernels={"QKVParallelLinear": "WNA16Kernel"},
 )
 MEMORY = (
     DeviceMemory(
