@@ -132,3 +132,10 @@ def test_nodes_that_do_not_fit_are_refused(
     with pytest.raises(ConfigError) as raised:
         refuse_uneven_nodes(config)
     assert str(raised.value) == message
+
+
+def test_stages_that_the_cpu_engine_would_fail_in_are_refused(make_checkpoint: "MakeCheckpoint") -> None:
+    config = ServeConfig(make_checkpoint(), pipeline_parallel_size=2, enforce_eager=True)
+    with pytest.raises(ConfigError, match="fails at the first request on a CPU"):
+        derive_engine_arguments(config, open_checkpoint(config), "cpu")
+    assert derive_engine_arguments(config, open_checkpoint(config), "gpu")["pipeline_parallel_size"] == 2
