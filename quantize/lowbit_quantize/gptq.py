@@ -66,12 +66,14 @@ def inverse_factor(covariance: Tensor) -> Tensor:
     """The upper triangular U with UᵀU = (H + λI)⁻¹, λ raised until H can be factored; raises NumericsError."""
     mean = covariance.diagonal().mean().clamp(min=1e-12)
     for damping in DAMPING:
-        damped = covariance + damping * mean * torch.eye(len(covariance), device=covariance.device)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        factor = covariance.clone()  # one name for each step: the matrices are large, and few of them are held
+        factor.diagonal().add_(damping * mean)
+        factor, failed = torch.linalg.cholesky_ex(factor)
         if failed:
             continue
-        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not failed and torch.isfinite(upper).all():
+        factor = torch.cholesky_inverse(factor)
+        upper, failed = torch.linalg.cholesky_ex(factor, upper=True)
+        if not failed and torch.isfinite(torch.stack(torch.aminmax(upper))).all():
             found: Tensor = upper
             return found
     raise NumericsError(f"an input covariance cannot be factored even with damping {DAMPING[-1]}")

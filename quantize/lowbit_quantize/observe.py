@@ -47,8 +47,12 @@ class Covariance:
 
     def matrix(self) -> Tensor:
         """The mean of x xᵀ, (features, features)."""
-        upper = self._sum.triu()
-        return (upper + upper.triu(1).T) / max(1, self.tokens)
+        for start in range(0, self.features, self._block):
+            stop = start + self._block
+            self._sum[stop:, start:stop] = self._sum[start:stop, stop:].T
+            corner = self._sum[start:stop, start:stop]
+            corner.copy_(corner.triu() + corner.triu(1).T)
+        return self._sum / max(1, self.tokens)
 
 
 class AttendedCovariance(Covariance):
