@@ -79,8 +79,8 @@ class Workplace:
 
 
 def measured_part(plan: FrontierPlan) -> Document:
-    """All but what may change without measuring again: the constraints and the words."""
-    return plan.model_dump(mode="json", exclude={"constraints", "description"})
+    """All but what may change without measuring again: what is wanted, and the words."""
+    return plan.model_dump(mode="json", exclude={"constraints", "description", "objective"})
 
 
 def order_of_visits(plan: FrontierPlan) -> Iterator[tuple[int, Checkpoint]]:

@@ -77,6 +77,7 @@ class FrontierPlan(Section):
     start_timeout_s: PositiveFloat = 600.0
     quality: Quality = Quality()
     quality_under: str | None = None  # the scenario whose load runs meanwhile; default: the first
+    objective: str | None = None  # the scenario whose throughput decides; default: the first
     constraints: Constraints = Constraints()
 
     @model_validator(mode="after")
@@ -89,8 +90,9 @@ class FrontierPlan(Section):
                 raise ValueError(f"two of the {kind}s are called {twice!r}")
         if self.base not in [one.name for one in self.checkpoints]:
             raise ValueError(f"base {self.base!r} is none of the checkpoints")
-        if self.quality_under not in (None, *(one.name for one in self.scenarios)):
-            raise ValueError(f"quality_under {self.quality_under!r} is none of the scenarios")
+        for key in ("quality_under", "objective"):
+            if getattr(self, key) not in (None, *(one.name for one in self.scenarios)):
+                raise ValueError(f"{key} {getattr(self, key)!r} is none of the scenarios")
         return self
 
 

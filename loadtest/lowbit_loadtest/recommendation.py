@@ -46,11 +46,11 @@ class Recommendation:
 def recommend(
     plan: FrontierPlan, standings: Sequence[Standing], failures: Collection[str] = ()
 ) -> Recommendation:
-    """The fastest in the first scenario of those that meet every constraint, if the data can tell.
+    """The fastest in the plan's objective of those that meet every constraint, if the data can tell.
 
     `failures` are checkpoints that could not be served, and are no reason to wait.
     """
-    scenario = plan.scenarios[0].name
+    scenario = plan.objective or plan.scenarios[0].name
     wanted = constraint_text(plan.constraints)
     possible = [one for one in standings if "missed" not in one.statuses.values()]
     missed = [
@@ -74,7 +74,7 @@ def recommend(
         if one is not leader and not _surely_slower(one, leader, scenario)
     ]
     if not certain or doubts or rivals:
-        lead = f"undecided for {wanted}; {leader.name} leads with {_speed(leader, scenario)}"
+        lead = f"undecided for {wanted}; {leader.name} leads with {_speed(leader, scenario)} in {scenario}"
         return Recommendation("undecided", leader.name, (lead, *doubts, *rivals, *missed))
     why = f"{leader.name} for {wanted}: {_speed(leader, scenario)} in {scenario}, and every other is slower or misses"
     return Recommendation("recommended", leader.name, (why, *missed))
