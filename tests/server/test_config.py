@@ -228,3 +228,19 @@ def test_a_latent_cache_is_reckoned_in_the_models_dtype_whatever_the_checkpoint_
     assert (arguments["kv_cache_dtype"], arguments["max_model_len"]) == ("auto", 4 * 128)
     with pytest.raises(ConfigError, match="caches latent attention in the model's dtype only"):
         _arguments(ServeConfig(directory, kv_cache_dtype="fp8"))
+
+
+def test_parsers_adapters_and_traces_reach_the_engine(make_checkpoint: "MakeCheckpoint") -> None:
+    flags: dict[str, Any] = {
+        "tool_call_parser": "hermes",
+        "reasoning_parser": "qwen3",
+        "otlp_traces_endpoint": "http://c:4318",
+    }
+    directory = make_checkpoint()
+    found = _arguments(
+        ServeConfig(directory, lora_dir=directory, max_lora_rank=64, max_output_tokens=9, **flags)
+    )
+    assert {name: found[name] for name in flags} == flags
+    assert found["enable_auto_tool_choice"]
+    assert (found["enable_lora"], found["max_loras"], found["max_lora_rank"]) == (True, 4, 64)
+    assert found["override_generation_config"] == {"max_new_tokens": 9}

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from lowbit_core.errors import CheckpointError
+from lowbit_core.errors import CheckpointError, ConfigError
 from lowbit_server.config import Checkpoint, ServeConfig, open_checkpoint
-from lowbit_server.preflight import quantized_experts, refuse_unfit_machine
+from lowbit_server.preflight import quantized_experts, refuse_unfit_machine, refuse_unknown_parsers
 
 if TYPE_CHECKING:
     from tests.server.conftest import MakeCheckpoint
@@ -118,3 +118,12 @@ def test_an_fp8_cache_is_refused_where_latent_attention_would_drop_its_scales(op
     with pytest.raises(CheckpointError, match="would run with 1"):
         refuse_unfit_machine(ServeConfig(checkpoint.directory, kv_cache_dtype="fp8"), checkpoint, "gpu", able)
     refuse_unfit_machine(ServeConfig(checkpoint.directory), checkpoint, "gpu", able)
+
+
+def test_an_unknown_parser_is_refused_with_the_known_ones(tmp_path: Path) -> None:
+    known = {"--tool-call-parser": ["hermes", "pythonic"], "--reasoning-parser": ["qwen3"]}
+    refuse_unknown_parsers(ServeConfig(tmp_path, tool_call_parser="hermes", reasoning_parser="qwen3"), known)
+    with pytest.raises(
+        ConfigError, match="--tool-call-parser qwen is not known; choose one of hermes, pythonic"
+    ):
+        refuse_unknown_parsers(ServeConfig(tmp_path, tool_call_parser="qwen"), known)
