@@ -15,6 +15,9 @@ from lowbit_core.errors import EngineError
 from lowbit_core.log import get_logger
 from lowbit_server.config import Checkpoint, ServeConfig, derive_engine_arguments
 from lowbit_server.drain import SIGNALS, address, interruptible_start
+from lowbit_server.forecast import refuse_what_does_not_fit
+from lowbit_server.memory import host_memory_bytes
+from lowbit_server.nvml import Nvml
 from lowbit_server.preflight import refuse_unfit_machine
 from lowbit_server.routes import Liveness
 
@@ -31,6 +34,7 @@ async def follow(config: ServeConfig, checkpoint: Checkpoint) -> None:
 
     device = engine_device()
     refuse_unfit_machine(config, checkpoint, device, runs_quantized_experts)
+    refuse_what_does_not_fit(config, checkpoint, device, host_memory_bytes(), Nvml().read())
     leader = address(config.master_addr, config.master_port)
     log.info("node %d of %d on the %s, led by %s", config.node_rank, config.nnodes, device, leader)
     began, stop = time.monotonic(), asyncio.Event()
