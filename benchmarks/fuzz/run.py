@@ -43,7 +43,7 @@ def main() -> int:
     made = subprocess.run([LOWBIT, "key", "fuzz"], capture_output=True, text=True, check=True).stdout
     keys = work / "keys.yaml"
     keys.write_text(made.rstrip() + "\n  admin: true\n", encoding="utf-8")
-    flags = ("--api-keys", str(keys), "--max-output-tokens", "8", "--tool-call-parser", "hermes")
+    flags = ("--api-keys", str(keys), "--max-output-tokens", "64", "--tool-call-parser", "hermes")
     key = made.splitlines()[0].removeprefix("# ")
     statuses: dict[str, dict[str, int]] = {}  # by phase, then by operation and status
     exits = {}

@@ -23,6 +23,9 @@ from lowbit_server.openai_errors import ApiError, respond
 
 OPEN_PATHS = frozenset({"/health", "/livez", "/readyz", "/startupz", "/version"})
 ADMIN_PATHS = frozenset({"/metrics", "/lowbit/checkpoint", "/openapi.json"})
+WORK_PATHS = frozenset(  # what is posted there is work for the engine; /v1/responses/ID/cancel is not
+    {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings", "/tokenize", "/detokenize"}
+)
 CHARACTERS_PER_TOKEN = 4  # of an estimate that the engine's count replaces
 LONGEST_WAIT_S = 60
 BODY_S = 60.0  # how long a client may take to send its body
@@ -104,7 +107,7 @@ class Gateway:
         exchange.usage = self._usages.of(key)
         if scope["path"] in ADMIN_PATHS:
             self._refuse_admin(scope["path"], key)
-        if scope["method"] != "POST":
+        if scope["method"] != "POST" or scope["path"] not in WORK_PATHS:
             return None
         if self._is_draining():
             raise ApiError(

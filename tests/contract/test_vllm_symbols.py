@@ -8,6 +8,7 @@ import pytest
 from fastapi import FastAPI
 
 from lowbit_server.answer import QUEUE_FULL
+from lowbit_server.gateway import WORK_PATHS
 from lowbit_server.routes import CLOSED_ROUTES, OPENAI_ROUTES, OPERATIONS_ROUTES, keep_allowed_routes
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
@@ -170,6 +171,8 @@ def test_every_route_of_vllm_is_decided() -> None:
     assert registered - decided == set()
     assert CLOSED_ROUTES - registered == set()
     keep_allowed_routes(app)
+    posted = {route.path for route in app.router.routes if "POST" in getattr(route, "methods", ())}
+    assert posted - {"/v1/responses/{response_id}/cancel"} <= WORK_PATHS  # embeddings come with such a model
     assert {route.path for route in app.router.routes if hasattr(route, "path")} <= (
         OPENAI_ROUTES | OPERATIONS_ROUTES
     )

@@ -76,6 +76,10 @@ class Served:
         async def metrics() -> str:
             return "numbers"
 
+        @inner.post("/v1/responses/{response}/cancel")
+        async def cancel(response: str) -> Any:
+            return {"cancelled": response}
+
         @inner.post("/v1/invalid")
         async def invalid() -> None:
             raise HTTPException(422, "n: not a number")
@@ -198,6 +202,7 @@ async def test_a_full_queue_is_429_with_a_time_to_come_back() -> None:
         (lambda c: c.post(CHAT, json={"messages": "x" * 20_000}), 413),
         (lambda c: c.post("/v1/nothing", json={}), 404),
         (lambda c: c.put(CHAT), 405),
+        (lambda c: c.post("/metrics"), 405),
         (lambda c: c.post("/v1/invalid", json={}), 400),
         (lambda c: c.post(CHAT, json=HELLO | {"messages": [{"content": "wrong"}]}), 400),
         (lambda c: c.post(CHAT, json=HELLO | {"messages": [{"content": "crash"}]}), 500),
@@ -227,6 +232,10 @@ async def test_a_model_is_known_or_404_and_none_means_the_default(tmp_path: Path
     assert (await only.chat(key="a-secret", model="poet")).status_code == 200
     for model in ("tiny", "", None):
         assert (await only.chat(key="a-secret", model=model)).status_code == 403
+
+
+async def test_cancelling_a_response_needs_no_body() -> None:
+    assert (await Served().client.post("/v1/responses/resp_1/cancel")).json() == {"cancelled": "resp_1"}
 
 
 async def test_prompts_and_heads_have_a_longest() -> None:
