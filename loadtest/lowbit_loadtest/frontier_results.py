@@ -97,6 +97,12 @@ def stand(
         memory_bytes=_memory(engine),
         kv_tokens=engine.get("kv_tokens"),
         statuses=_statuses(plan.constraints, of_base, perplexity_of_base, throughput),
+        late_points=sum(
+            not point["valid"]
+            for visit in own
+            for result in visit["scenarios"].values()
+            for point in result["points"]
+        ),
     )
 
 

@@ -32,6 +32,7 @@ class Standing:
     memory_bytes: dict[str, float]
     kv_tokens: int | None
     statuses: dict[str, Status]
+    late_points: int = 0  # rates during which the generator fell behind: their speeds are not to be believed
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,11 @@ def recommend(
         _doubt(plan, one)
         for one in possible
         if one not in certain and not _surely_slower(one, leader, scenario)
+    ]
+    doubts += [
+        f"{one.name}: the generator fell behind in {one.late_points} measurements; repeat them on an idle machine"
+        for one in possible
+        if one.late_points
     ]
     rivals = [
         f"{one.name} may be as fast: {_speed(one, scenario)} against {_speed(leader, scenario)}; "

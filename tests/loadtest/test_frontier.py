@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -235,6 +236,12 @@ def test_nothing_is_recommended_while_a_checkpoint_was_not_visited(plan: Frontie
     found = recommend(plan, [FAST], ("base",))
     assert (found.verdict, found.name) == ("undecided", "fast")
     assert "small was not visited yet" in found.reasons
+
+
+def test_speeds_of_a_late_generator_are_no_ground_for_a_recommendation(plan: FrontierPlan) -> None:
+    found = recommend(plan, [SLOW, replace(FAST, late_points=2)], ("base", "small"))
+    assert found.verdict == "undecided"
+    assert any("the generator fell behind in 2" in reason for reason in found.reasons)
 
 
 def test_the_pareto_frontier_has_no_dominated_point() -> None:
