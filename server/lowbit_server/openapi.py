@@ -37,6 +37,8 @@ def describe_answers(app: FastAPI) -> None:
         schemas = document.setdefault("components", {}).setdefault("schemas", {})
         if "Error" not in schemas:
             schemas["Error"] = ERROR_SCHEMA
+            if completion := schemas.get("CompletionRequest"):  # vLLM's other way in, embeddings, is off
+                completion["required"] = sorted({*completion.get("required", ()), "prompt"})
             for path, operations in document["paths"].items():
                 for method in METHODS & operations.keys():
                     _describe(path, operations[method])
