@@ -12,6 +12,7 @@ standard errors (bootstrap over rounds).
 import argparse
 import asyncio
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -49,6 +50,11 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
+    os.environ |= {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+    }  # as Lowbit's
     keys, key = key_file(arguments.work)
     limits = (
         "--served-model-name", MODEL, "--api-keys", str(keys), "--request-timeout-s", "600", "--max-output-tokens",
