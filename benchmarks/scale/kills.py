@@ -163,7 +163,10 @@ def main() -> int:
     usual_s = time.monotonic() - begun
     moments = random.Random(arguments.seed)
     points = [*PHASES.values(), *[None] * (arguments.runs - len(PHASES))]
-    runs = [killed_once(model, work, point, moments.uniform(0, usual_s)) for point in points]
+    runs = []
+    for point in points:
+        runs.append(killed_once(model, work, point, moments.uniform(0, usual_s)))
+        print(runs[-1], flush=True)
     disk = filled_disk(model, work) if os.geteuid() == 0 else None
     result = {
         "command": f"python benchmarks/scale/kills.py --runs {arguments.runs} --seed {arguments.seed}",
@@ -177,8 +180,6 @@ def main() -> int:
     }
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     shutil.rmtree(work)
-    for one in runs:
-        print(one)
     print("filled disk:", disk)
     good = all(one["identical"] and one["went_on"] for one in runs)
     covered = set(PHASES) <= set(result["phases"])

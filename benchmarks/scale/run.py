@@ -68,16 +68,10 @@ def main() -> int:
     model = arguments.work / "model"
     write_synthetic(model, arguments.layers, arguments.hidden, arguments.intermediate, arguments.vocabulary)
     depths = [arguments.layers] if arguments.one else [max(4, arguments.layers // 4), arguments.layers]
-    runs = [measured(part_of(model, depth), depth, arguments) for depth in depths]
-    result = {
-        "command": f"python benchmarks/scale/run.py --layers {arguments.layers} --recipe {arguments.recipe}",
-        "hardware": hardware(),
-        "versions": versions(Path(sys.executable)),
-        "revision": revision(ROOT),
-        "bound": "1.25 x (embedding + head + 2 x largest layer + calibration streams) + 1.5 GB",
-        "runs": [{**asdict(run), "growth": round(run.growth, 3)} for run in runs],
-    }
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    runs = []
+    for depth in depths:
+        runs.append(measured(part_of(model, depth), depth, arguments))
+        _write(arguments, runs)  # a long run that is stopped leaves what was measured
     for run in runs:
         print(
             f"{run.layers} layers, {run.method}: {run.base_bytes / 1e9:.2f} GB, "
@@ -88,6 +82,18 @@ def main() -> int:
         shutil.rmtree(arguments.work)
     bounded = all(run.peak_rss_bytes < run.bound_bytes for run in runs)
     return 0 if bounded and runs[-1].growth < GROWTH else 1
+
+
+def _write(arguments: argparse.Namespace, runs: list[Run]) -> None:
+    result = {
+        "command": f"python benchmarks/scale/run.py --layers {arguments.layers} --recipe {arguments.recipe}",
+        "hardware": hardware(),
+        "versions": versions(Path(sys.executable)),
+        "revision": revision(ROOT),
+        "bound": "1.25 x (embedding + head + 2 x largest layer + calibration streams) + 1.5 GB",
+        "runs": [{**asdict(run), "growth": round(run.growth, 3)} for run in runs],
+    }
+    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def _arguments() -> argparse.Namespace:
