@@ -13,7 +13,7 @@ from lowbit_loadtest.svg import COLORS, ticks
 WIDTH = 720
 LEFT, RIGHT, TOP, BOTTOM = 72, 24, 16, 48
 GRID, AXIS, FAINT = "#e9ecef", "#868e96", "#adb5bd"
-LABEL_HEIGHT = 15
+LABEL_HEIGHT, LABEL_WIDTH = 15, 110
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,10 @@ def scatter(
     best = sorted((one for one in spots if one.name in frontier), key=lambda one: one.x.value)
     if best:
         parts.append(_steps(best, x, y))
-    labels = _label_heights(
-        {one.name: y.at(one.y.value) for one in spots}, [x.at(one.x.value) for one in spots]
-    )
+    labels = _label_heights({one.name: y.at(one.y.value) for one in spots})
     for one in spots:
-        parts.append(_spot(one, x, y, labels[one.name], one.name in frontier))
+        right = _right_is_free(one, spots, x, y)
+        parts.append(_spot(one, x, y, labels[one.name], right, one.name in frontier))
     return _svg(height, parts, f"{y_name} against {x_name}")
 
 
@@ -117,7 +116,18 @@ def _steps(best: Sequence[Spot], x: Scale, y: Scale) -> str:
     )
 
 
-def _spot(one: Spot, x: Scale, y: Scale, label_y: float, best: bool) -> str:
+def _right_is_free(one: Spot, spots: Sequence[Spot], x: Scale, y: Scale) -> bool:
+    """Whether a name to the right of a spot meets neither the edge nor another spot."""
+    at_x, at_y = x.at(one.x.value), y.at(one.y.value)
+    near = [
+        other
+        for other in spots
+        if 0 < x.at(other.x.value) - at_x < LABEL_WIDTH and abs(y.at(other.y.value) - at_y) < LABEL_HEIGHT
+    ]
+    return at_x < WIDTH - RIGHT - LABEL_WIDTH and not near
+
+
+def _spot(one: Spot, x: Scale, y: Scale, label_y: float, right: bool, best: bool) -> str:
     at_x, at_y = x.at(one.x.value), y.at(one.y.value)
     parts = []
     if one.x.low is not None and one.x.high is not None:
@@ -128,7 +138,6 @@ def _spot(one: Spot, x: Scale, y: Scale, label_y: float, best: bool) -> str:
     parts.append(
         f'<circle cx="{at_x}" cy="{at_y}" r="6" fill="{fill}" stroke="{one.color}" stroke-width="2"/>'
     )
-    right = at_x < WIDTH - 150
     text_x, anchor = (at_x + 12, "start") if right else (at_x - 12, "end")
     if abs(label_y - at_y) > LABEL_HEIGHT:
         parts.append(
@@ -146,7 +155,7 @@ def _bar(x1: float, y1: float, x2: float, y2: float, stroke: str) -> str:
     return f'<line x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}" stroke="{stroke}" stroke-width="1.5" stroke-opacity="0.55"/>'
 
 
-def _label_heights(wanted: Mapping[str, float], _xs: Sequence[float]) -> dict[str, float]:
+def _label_heights(wanted: Mapping[str, float]) -> dict[str, float]:
     """Heights of labels, pushed apart so that no two share a line."""
     placed: dict[str, float] = {}
     last = -1e9
