@@ -258,9 +258,7 @@ def test_a_stopped_closed_loop_sends_nothing_more_and_keeps_its_records(
     url = timed_server(Reply(ttft_s=0.01, gap_s=0.01, chunks=1000))
     stop = threading.Event()
     share = Share(Target(url, "fake-model"), jobs(4), streams=2, repeats=True)
-    start_s = time.monotonic()
     ran = run_workers([share], lambda tally: stop.set() if tally.in_flight == 2 else None, stop)
     assert ran.lost_workers == 0
     assert not ran.interrupted
     assert [record.outcome for one in ran.driven for record in one.records] == [Outcome.CUT_OFF] * 2
-    assert time.monotonic() - start_s < 10
