@@ -101,11 +101,11 @@ async def serve(config: ServeConfig, checkpoint: Checkpoint) -> None:
         scheme = "https" if config.ssl_certfile else "http"
         log.info("serving %s at %s://%s/v1", model, scheme, address(config.host, config.port))
         async with answering_operators(AdminPort(app), admin, config):
-            await serve_until_stopped(app, listener, engine, state, config, _with_cors(gateway, config))
+            await serve_until_stopped(app, listener, engine, state, config, with_cors(gateway, config))
     log.info("stopped")
 
 
-def _with_cors(app: ASGIApp, config: ServeConfig) -> ASGIApp:
+def with_cors(app: ASGIApp, config: ServeConfig) -> ASGIApp:
     """Before the gateway: a browser asks without a key first, and must be able to read refusals too."""
     origins = [origin for origin in config.cors_origins.split(",") if origin]
     if not origins:

@@ -14,6 +14,8 @@ from fastapi.responses import JSONResponse, StreamingResponse
 
 from lowbit_core.cli import main
 from lowbit_core.errors import ConfigError
+from lowbit_server.app import with_cors
+from lowbit_server.config import ServeConfig
 from lowbit_server.exchanges import Exchanges
 from lowbit_server.gateway import AdminPort, Gateway, Limits, Models
 from lowbit_server.keys import KeyStore, digest, read_keys
@@ -86,11 +88,11 @@ class Served:
 
         settings = NO_LIMITS | limits
         models = Models("tiny", {"tiny", "poet"}.__contains__)
-        app = Gateway(
+        self.app = Gateway(
             inner, Limits(**settings), keys, self.exchanges, models,
             is_draining=lambda: self.draining, admin_elsewhere=self.admin_elsewhere,
         )  # fmt: skip
-        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
         self.client = httpx.AsyncClient(transport=transport, base_url="http://test")
 
     async def chat(self, prompt: str = "hello", key: str = "", **changes: Any) -> httpx.Response:
@@ -274,6 +276,20 @@ async def test_admin_paths_may_have_a_port_of_their_own(tmp_path: Path) -> None:
     async with httpx.AsyncClient(transport=transport, base_url="http://admin") as admin:
         assert (await admin.get("/metrics")).status_code == 200
         assert error_of(await admin.post(CHAT, json=HELLO))["code"] == "not_found"
+
+
+async def test_browsers_may_ask_from_the_allowed_origins_and_read_refusals(tmp_path: Path) -> None:
+    served = Served(KeyStore(key_file(tmp_path / "k", {"name": "a"})))
+    app = with_cors(served.app, ServeConfig(tmp_path, cors_origins="https://a.example"))
+    assert with_cors(served.app, ServeConfig(tmp_path)) is served.app
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as browser:
+        for origin, allowed in (("https://a.example", "https://a.example"), ("https://b.example", None)):
+            asks = {"origin": origin, "access-control-request-method": "POST"}
+            preflight = await browser.options(CHAT, headers=asks)
+            assert preflight.headers.get("access-control-allow-origin") == allowed
+            refused = await browser.post(CHAT, json=HELLO, headers={"origin": origin})
+            assert refused.status_code == 401
+            assert refused.headers.get("access-control-allow-origin") == allowed
 
 
 async def test_the_deadline_ends_an_answer_before_and_within_a_stream() -> None:
