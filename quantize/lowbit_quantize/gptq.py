@@ -66,7 +66,7 @@ def inverse_factor(covariance: Tensor) -> Tensor:
     """The upper triangular U with UᵀU = (H + λI)⁻¹, λ raised until H can be factored; raises NumericsError."""
     mean = covariance.diagonal().mean().clamp(min=1e-12)
     for damping in DAMPING:
-        factor = covariance.clone()  # one name for each step: the matrices are large, and few of them are held
+        factor = covariance.clone()  # one name for all steps: few of these large matrices are held
         factor.diagonal().add_(damping * mean)
         factor, failed = torch.linalg.cholesky_ex(factor)
         if failed:

@@ -14,7 +14,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command does; the fork server has loaded torch before
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command does, before the fork server loads torch
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["lowbit_quantize.pipeline", "lowbit_quantize.cli"])
 
