@@ -31,7 +31,7 @@ class WorkerExtension:
         weights = _storage_bytes([*model.parameters(), *model.buffers()])
         kv_cache = _storage_bytes(_flatten(runner.kv_caches))
         return {
-            "device": str(self.device),  # type: ignore[attr-defined]
+            "device": _device_name(self.device, self.parallel_config),  # type: ignore[attr-defined]
             "weights": weights,
             "kv_cache": kv_cache,
             **_device_memory(self, weights + kv_cache),
