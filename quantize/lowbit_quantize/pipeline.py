@@ -1,7 +1,8 @@
 """The story of a quantize run: check, walk down the model once, write, compare with the base, prove.
 
 Two streams of hidden states walk the decoder: the base model's, on held-out text, and the compressed model's,
-on held-out and on calibration text. Each layer is observed on what the compressed layers before it really give.
+on held-out and on calibration text. Each layer is observed on what the compressed layers before it really give. Where
+GPTQ rounds, the base model's calibration text walks too (stages.py).
 """
 
 import copy
