@@ -44,6 +44,7 @@ class Stream:
         self.events: list[str] = []
         self.failure: str | None = None  # of the transport
         self.ended_at: float | None = None
+        self.left = False  # set by the reader to go away at the next event
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
 
@@ -52,6 +53,8 @@ class Stream:
         try:
             with httpx.stream("POST", self._url, json=self._body, headers=headers, timeout=LOAD_S) as answer:
                 for line in answer.iter_lines():
+                    if self.left:
+                        break
                     if line.startswith("data: "):
                         self.events.append(line.removeprefix("data: "))
         except httpx.HTTPError as error:
@@ -59,9 +62,9 @@ class Stream:
         self.ended_at = time.monotonic()
 
     @property
-    def open(self) -> bool:
-        """Whether text has arrived and the end has not."""
-        return self.ended_at is None and any('"content":"' in event for event in self.events[1:3])
+    def begun(self) -> bool:
+        """Whether more than the opening event, which has no text yet, has arrived."""
+        return len(self.events) > 1
 
     def join(self, seconds: float = LOAD_S) -> list[str]:
         """All events, once the stream has ended."""
@@ -95,7 +98,7 @@ class Endpoint:
     def open_streams(self, count: int, max_tokens: int) -> list[Stream]:
         """Streams that have all begun and of which none has ended."""
         streams = [self.stream(LONG | {"max_tokens": max_tokens}) for _ in range(count)]
-        until(lambda: all(stream.open for stream in streams), LOAD_S)
+        wait_until_open(streams)
         return streams
 
 
@@ -140,6 +143,13 @@ def until(condition: Any, seconds: float = SOON_S) -> float:
     return time.monotonic() - start
 
 
+def wait_until_open(streams: list[Stream]) -> None:
+    """Wait until all streams have begun; fails, with what was sent, if one has ended by then."""
+    until(lambda: all(stream.begun or stream.ended_at for stream in streams), LOAD_S)
+    ended = [(stream.failure, len(stream.events), stream.events[:3]) for stream in streams if stream.ended_at]
+    assert not ended, f"{len(ended)} of {len(streams)} streams ended before all had begun: {ended[0]}"
+
+
 def test_keys_open_the_api_up_to_their_limits(endpoint: Endpoint) -> None:
     with pytest.raises(AuthenticationError):
         endpoint.client("lb-wrong").models.list()
@@ -176,20 +186,22 @@ def test_a_client_that_goes_away_frees_its_place(endpoint: Endpoint) -> None:
 
 
 def test_a_full_queue_is_429_and_every_other_answer_is_whole(endpoint: Endpoint) -> None:
-    streams = endpoint.open_streams(STREAMS, 200)  # as many as the queue has places
+    streams = endpoint.open_streams(STREAMS, 600)  # as many as the queue has places, for long enough
     headers = {"authorization": f"Bearer {endpoint.admin}"}
-    for _ in range(8):
-        refused = httpx.post(
-            f"{endpoint.url}/v1/chat/completions", json=LONG, headers=headers, timeout=LOAD_S
-        )
-        assert refused.status_code == 429
-        assert int(refused.headers["retry-after"]) >= 1
+    with httpx.Client(headers=headers, timeout=LOAD_S) as client:
+        for _ in range(8):
+            refused = client.post(f"{endpoint.url}/v1/chat/completions", json=LONG)
+            assert refused.status_code == 429
+            assert int(refused.headers["retry-after"]) >= 1
     assert all(stream.ended_at is None for stream in streams)
-    assert all(stream.join()[-1] == "[DONE]" for stream in streams)
+    for stream in streams[4:]:  # the rest sooner
+        stream.left = True
+    assert all(stream.join()[-1] == "[DONE]" for stream in streams[:4])
+    until(lambda: endpoint.running() == 0)
 
 
 def test_sigterm_under_open_streams_loses_none(endpoint: Endpoint) -> None:
-    tokens = 200
+    tokens = 300
     streams = endpoint.open_streams(STREAMS, tokens)
     endpoint.process.send_signal(signal.SIGTERM)
     assert all(stream.ended_at is None for stream in streams)
