@@ -4,9 +4,10 @@
 
 Three servers on the same checkpoint with the same engine arguments: `lowbit`, `bare` and `bare again`, the last as the
 noise floor. All are up, one is loaded at a time. A round loads each of them once at each number of
-streams, in an order that rotates; a cell is closed loop with that many streams for `--seconds`. Compared are
-output tokens/s and the median time to first token, round by round: medians of the ratios to `bare`, with their
-standard errors (bootstrap over rounds).
+streams, in an order that rotates, with the same questions: a fixed number from each stream, one after the other.
+Compared are output tokens/s and the median time to first token, round by round: medians of the ratios to `bare`,
+with their standard errors (bootstrap over rounds). After a set of rounds all three are started anew, because
+where a process happens to lie in memory stays with it.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from benchmarks.http_load import Answer, post, quantile  # noqa: E402
 
 MODEL = "smollm2"
 KEYS = 1000
+QUESTIONS = {1: 16, 8: 8, 32: 4}  # of each stream, by the number of streams: about as long a cell
 KV_BYTES = 1 << 30
 BARE = "vllm.entrypoints.launchers.api_server.entry"
 Cells = dict[tuple[str, int], list[dict[str, float]]]
@@ -43,9 +45,9 @@ def main() -> int:
     )
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--seconds", type=float, default=8)
+    parser.add_argument("--streams", type=int, nargs="+", choices=QUESTIONS, default=list(QUESTIONS))
+    parser.add_argument("--sets", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=4, help="of each set")
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
@@ -61,17 +63,19 @@ def main() -> int:
         "1024", "--max-num-queued-reqs", "256", "--max-num-queued-tokens", "100000", "--max-prompt-characters",
         "20000", "--max-num-seqs", "64",
     )  # fmt: skip
-    with ExitStack() as stack:
-        log = arguments.work / "lowbit.log"
-        servers = {"lowbit": stack.enter_context(lowbit_serve(arguments.checkpoint, log, *limits))}
-        for name in ("bare", "bare again"):
-            log = arguments.work / f"{name}.log"
-            servers[name] = stack.enter_context(running(bare(arguments.checkpoint), log, "/health"))
-        cells = measure(servers, arguments, key)
+    cells: Cells = {}
+    for number in range(arguments.sets):
+        with ExitStack() as stack:
+            log = arguments.work / "lowbit.log"
+            servers = {"lowbit": stack.enter_context(lowbit_serve(arguments.checkpoint, log, *limits))}
+            for name in ("bare", "bare again"):
+                log = arguments.work / f"{name}.log"
+                servers[name] = stack.enter_context(running(bare(arguments.checkpoint), log, "/health"))
+            measure(servers, arguments, key, cells, number * arguments.rounds)
     rows = [row(cells, streams) for streams in arguments.streams]
     result = {
-        "keys": KEYS, "rounds": arguments.rounds, "seconds": arguments.seconds, "tokens": arguments.tokens,
-        "limits": limits[4:], "rows": rows,
+        "keys": KEYS, "sets": arguments.sets, "rounds": arguments.rounds, "questions": QUESTIONS,
+        "tokens": arguments.tokens, "limits": limits[4:], "rows": rows,
         "cells": {f"{name}, {streams}": found for (name, streams), found in cells.items()},
     }  # fmt: skip
     write_result(arguments.out, result)
@@ -103,40 +107,39 @@ def bare(checkpoint: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def measure(servers: dict[str, Running], arguments: argparse.Namespace, key: str) -> Cells:
-    cells: Cells = {}
+def measure(
+    servers: dict[str, Running], arguments: argparse.Namespace, key: str, cells: Cells, done: int
+) -> None:
+    """One set of rounds; `done` rounds were before it."""
     names = list(servers)
     for name in names:  # warm up
-        asyncio.run(cell(servers[name].url, 8, 4, arguments.tokens, key))
-    for number in range(arguments.rounds):
+        asyncio.run(cell(servers[name].url, 8, "warm up", arguments.tokens, key))
+    for number in range(done, done + arguments.rounds):
         for streams in arguments.streams:
-            order = names[number % len(names) :] + names[: number % len(names)]
-            for name in order:
-                found = asyncio.run(
-                    cell(servers[name].url, streams, arguments.seconds, arguments.tokens, key)
-                )
+            for name in names[number % len(names) :] + names[: number % len(names)]:
+                found = asyncio.run(cell(servers[name].url, streams, str(number), arguments.tokens, key))
                 cells.setdefault((name, streams), []).append(found)
-        print(f"round {number + 1} of {arguments.rounds}", file=sys.stderr)
-    return cells
+        print(f"round {number + 1} of {arguments.sets * arguments.rounds}", file=sys.stderr)
 
 
-async def cell(url: str, streams: int, seconds: float, tokens: int, key: str) -> dict[str, float]:
-    """Closed loop for `seconds`, counted until the last of its streams has ended."""
+async def cell(url: str, streams: int, seed: str, tokens: int, key: str) -> dict[str, float]:
+    """Every stream asks its questions one after the other; timed until the last has its last answer."""
+    prompts = random.Random(f"{streams} {seed}")
+    words = [[" ".join(str(prompts.randrange(1000)) for _ in range(16)) for _ in range(QUESTIONS[streams])]
+             for _ in range(streams)]  # fmt: skip
     began = time.monotonic()
-    prompts = random.Random(f"{streams} {began}")
 
-    async def client() -> list[Answer]:
+    async def client(number: int) -> list[Answer]:
         answers = []
-        while time.monotonic() - began < seconds:
-            words = " ".join(str(prompts.randrange(1000)) for _ in range(16))
+        for chosen in words[number]:
             body = {
-                "model": MODEL, "messages": [{"role": "user", "content": f"Tell a story about {words}."}],
+                "model": MODEL, "messages": [{"role": "user", "content": f"Tell a story about {chosen}."}],
                 "max_tokens": tokens, "ignore_eos": True, "stream": True, "temperature": 0,
             }  # fmt: skip
             answers.append(await post(f"{url}/v1/chat/completions", body, {"authorization": f"Bearer {key}"}))
         return answers
 
-    answers = [answer for one in await asyncio.gather(*(client() for _ in range(streams))) for answer in one]
+    answers = [answer for one in await asyncio.gather(*map(client, range(streams))) for answer in one]
     elapsed = time.monotonic() - began
     if not all(answer.status == 200 and answer.done for answer in answers):
         raise SystemExit(f"{url}: not every stream was answered whole")
