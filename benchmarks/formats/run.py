@@ -17,25 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quantizers.environments import environment
 from benchmarks.quantizers.provenance import hardware, revision, sha256, versions
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
 RECIPE = "awq-g64"
 PROMPT = "What is the capital of France?"
-# Lists of pip's arguments, installed one after the other.
-PACKAGES: dict[str, tuple[tuple[str, ...], ...]] = {
-    "autoawq": (("torch==2.13.0", "transformers==4.51.3", "autoawq==0.2.9"),),
-    "autogptq": (("torch==2.13.0", "transformers==4.47.1", "peft==0.13.2", "auto-gptq==0.7.1"),),
-    # GPTQModel asks for a newer torch and transformers than vLLM 0.32 pins, and runs on these.
-    "gptqmodel": (
-        ("torch==2.13.0", "transformers==5.19.0", "accelerate>=1.10,<2", "optimum==2.3.0"),
-        ("torch==2.13.0", "transformers==5.19.0", "compressed-tensors==0.17.0", "logbar", "tokenicer"),
-        ("torch==2.13.0", "device-smi", "threadpoolctl", "pypcre", "defuser", "datasets", "pillow"),
-        ("torch==2.13.0", "protobuf", "requests", "torchao", "dill"),
-        ("--no-deps", "--no-build-isolation", "gptqmodel==7.7.0"),
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -53,22 +41,6 @@ CASES = (
     Case("gptq-4", "autogptq", ("weights.method=gptq", "format=autogptq")),
     Case("rtn-8", "autogptq", ("weights.method=rtn", "weights.bits=8", "format=autogptq")),
 )
-
-
-def environment(tool: str, work: Path) -> Path:
-    """The Python of a tool's environment under `work`; made at the first call, then reused."""
-    home = work / f"venv-{tool}"
-    python, stamp, wanted = (
-        home / "bin" / "python",
-        home / "lowbit-benchmark.json",
-        json.dumps(PACKAGES[tool]),
-    )
-    if not stamp.exists() or stamp.read_text(encoding="utf-8") != wanted:
-        subprocess.run([sys.executable, "-m", "venv", home], check=True)
-        for packages in PACKAGES[tool]:
-            subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
-        stamp.write_text(wanted, encoding="utf-8")
-    return python
 
 
 def quantized(

@@ -2,8 +2,8 @@
 
     python kl.py --base DIR --checkpoint DIR --token-ids FILE --threads 2
 
-Loads both models with transformers in float32, the checkpoint dequantized, so that kernels play no part and
-every tool is judged by the same arithmetic. The KV cache is not quantized here. The last line of stdout is a
+Runs both models with transformers in float32, the checkpoint unpacked by `dequantize.py`, so that kernels play no
+part and every tool is judged by the same arithmetic. The KV cache is not quantized here. The last line of stdout is a
 JSON object: mean KL in nats with its standard error over rows, top-1 agreement, perplexities. `--rows` takes
 the first rows only.
 """
@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig
+from dequantize import dequantized
+from transformers import AutoModelForCausalLM
 
 
 @dataclass(frozen=True)
@@ -28,19 +29,20 @@ class Row:
     nll: float
 
 
-def load(path: Path) -> torch.nn.Module:
-    """A model in float32; packed weights are unpacked, and anything that stays packed is refused."""
-    config = AutoConfig.from_pretrained(str(path))
-    unpack = {}
-    if hasattr(config, "quantization_config"):
-        config.quantization_config.pop("kv_cache_scheme", None)  # weights alone are compared
-        unpack = {"quantization_config": CompressedTensorsConfig(dequantize=True)}
-    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
-        str(path), config=config, dtype=torch.float32, **unpack
-    )
-    packed = [name for name, _ in model.named_parameters() if name.endswith("weight_packed")]
-    if packed:
-        raise SystemExit(f"{len(packed)} weights of {path.name} stayed packed, first {packed[0]}")
+def load(base: Path, checkpoint: Path | None = None) -> torch.nn.Module:
+    """The base model in float32, with the weights that `checkpoint` stands for if one is given."""
+    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(str(base), dtype=torch.float32)
+    if checkpoint is not None:
+        weights = dequantized(checkpoint)
+        wanted = dict(model.named_parameters())  # a tied head is the embedding and not named
+        tied = {"lm_head.weight"} - wanted.keys()
+        if missing := wanted.keys() - weights.keys():
+            raise SystemExit(f"{checkpoint.name} lacks {len(missing)} weights, one is {min(missing)}")
+        if unknown := weights.keys() - wanted.keys() - tied:
+            raise SystemExit(f"{checkpoint.name} has {len(unknown)} weights too many, one is {min(unknown)}")
+        with torch.no_grad():
+            for name, parameter in wanted.items():
+                parameter.copy_(weights[name])
     return model.eval()
 
 
@@ -84,7 +86,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     torch.set_num_threads(arguments.threads)
-    base, other = load(arguments.base), load(arguments.checkpoint)
+    base, other = load(arguments.base), load(arguments.base, arguments.checkpoint)
     ids = json.loads(arguments.token_ids.read_text(encoding="utf-8"))["input_ids"][: arguments.rows]
     with torch.inference_mode():
         rows = [compare(base, other, torch.tensor([row])) for row in ids]

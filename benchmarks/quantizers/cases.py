@@ -1,0 +1,112 @@
+"""Who is compared: one entry for each tool, method and setting. Standard library only.
+
+A peer appears with its defaults and, for GPTQ, also with the settings that its documentation recommends for
+quality. Lowbit appears with its shipped recipe, which also calibrates an FP8 KV cache and measures quality on 16
+held-out sequences, and bare: no FP8 cache, two held-out sequences (the least a recipe allows).
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+BARE = ("kv_cache.dtype=none", "quality.sequences=2")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table; `settings` are the tool's own, `once` marks peers too slow to repeat."""
+
+    name: str
+    tool: str
+    label: str
+    method: str
+    symmetric: bool = True
+    settings: dict[str, Any] = field(default_factory=dict)
+    recipe_settings: tuple[str, ...] = ()
+    once: bool = False
+
+    @property
+    def family(self) -> str:
+        """Cases of one family are compared with each other."""
+        family = "gptq" if "gptq" in self.method else self.method
+        return family if self.symmetric else f"{family}-asymmetric"
+
+
+def lowbit(method: str, symmetric: bool = True, bare: bool = False) -> Case:
+    name = f"lowbit-{method}" + ("" if symmetric else "-asymmetric") + ("-bare" if bare else "")
+    label = {"rtn": "round to nearest", "awq": "AWQ", "gptq": "GPTQ", "awq+gptq": "AWQ, then GPTQ"}[method]
+    if bare:
+        label += ", bare"
+    return Case(name, "lowbit", f"Lowbit {label}", method, symmetric, recipe_settings=BARE if bare else ())
+
+
+CASES = (
+    lowbit("gptq"),
+    Case("gptqmodel-gptq", "gptqmodel", "GPTQModel GPTQ", "gptq"),
+    Case("llmcompressor-gptq", "llmcompressor", "llm-compressor GPTQ", "gptq"),
+    lowbit("gptq", bare=True),
+    Case(
+        "gptqmodel-gptq-best",
+        "gptqmodel",
+        "GPTQModel GPTQ",
+        "gptq",
+        settings={"desc_act": True, "act_group_aware": False, "mse": 2.4, "offload_to_disk": False},
+    ),
+    Case(
+        "llmcompressor-gptq-best",
+        "llmcompressor",
+        "llm-compressor GPTQ",
+        "gptq",
+        settings={"observer": "imatrix_mse"},
+    ),
+    lowbit("awq+gptq"),
+    lowbit("awq"),
+    lowbit("awq", bare=True),
+    lowbit("awq", symmetric=False),
+    lowbit("awq", symmetric=False, bare=True),
+    lowbit("rtn"),
+    lowbit("rtn", symmetric=False),
+    Case("autoawq-awq", "autoawq", "AutoAWQ AWQ", "awq", symmetric=False, once=True),
+    Case("llmcompressor-awq", "llmcompressor", "llm-compressor AWQ", "awq", once=True),
+    Case("llmcompressor-awq-asymmetric", "llmcompressor", "llm-compressor AWQ", "awq", False, once=True),
+    Case("gptqmodel-awq", "gptqmodel", "GPTQModel AWQ", "awq", False, once=True),
+)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What every tool is given."""
+
+    model: Path
+    token_ids: Path
+    heldout: Path
+    bits: int
+    group_size: int
+    threads: int
+
+
+def command(case: Case, python: Path, scenario: Scenario, out: Path) -> list[str]:
+    """The command line of one case."""
+    if case.tool == "lowbit":
+        return lowbit_command(case, python, scenario, out)
+    words: list[str | Path | int] = [python, HERE / f"{case.tool}_program.py", "--method", case.method]
+    words += ["--model", scenario.model, "--token-ids", scenario.token_ids, "--out", out]
+    words += ["--bits", scenario.bits, "--group-size", scenario.group_size, "--threads", scenario.threads]
+    words += ["--settings", json.dumps(case.settings), *([] if case.symmetric else ["--asymmetric"])]
+    return [str(word) for word in words]
+
+
+def lowbit_command(case: Case, python: Path, scenario: Scenario, out: Path) -> list[str]:
+    settings = (
+        f"weights.method={case.method}",
+        f"weights.bits={scenario.bits}",
+        f"weights.group_size={scenario.group_size}",
+        f"weights.symmetric={str(case.symmetric).lower()}",
+        f"calibration.token_ids={scenario.token_ids}",
+        *case.recipe_settings,
+    )
+    options = [option for setting in settings for option in ("--set", setting)]
+    quantize = [str(python.parent / "lowbit"), "quantize", "--model", str(scenario.model)]
+    return [*quantize, "--recipe", "awq-g64", "--out", str(out), *options]
