@@ -1,11 +1,16 @@
 """The chart rendered by Helm's own SDK, for every test of this directory."""
 
+import argparse
 import copy
 from pathlib import Path
 from typing import Any
 
 import helm_python
 import yaml
+
+from lowbit_server.cli import config_from
+from lowbit_server.config import ServeConfig
+from lowbit_server.flags import add_arguments
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "helm"
@@ -69,3 +74,10 @@ def settings(resources: dict[str, Resource]) -> dict[str, str]:
     data: dict[str, str] = resources["ConfigMap"]["data"]
     own = {entry["name"]: entry.get("value", "") for entry in container(resources)["env"]}
     return data | {name: value for name, value in own.items() if name.startswith("LOWBIT_")}
+
+
+def parsed(environment: dict[str, str]) -> ServeConfig:
+    """The server's settings out of a pod's environment."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser, environment)
+    return config_from(parser.parse_args([]))
