@@ -46,11 +46,23 @@ def load(base: Path, checkpoint: Path | None = None) -> torch.nn.Module:
     return model.eval()
 
 
-def compare(base: torch.nn.Module, other: torch.nn.Module, ids: torch.Tensor) -> Row:
-    """One row's comparison; `ids` is (1, tokens)."""
-    targets = ids[0, 1:]
-    base_log = base(input_ids=ids).logits[0, :-1].float().log_softmax(-1)  # (tokens - 1, vocabulary)
-    other_log = other(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
+def last_states(model: torch.nn.Module, ids: list[list[int]]) -> list[torch.Tensor]:
+    """What the head reads, (tokens, hidden) for each row."""
+    return [model.model(input_ids=torch.tensor([row])).last_hidden_state[0] for row in ids]
+
+
+def kept(model: torch.nn.Module, ids: list[list[int]], file: Path | None) -> list[torch.Tensor]:
+    """The base model's last states, computed once and kept in `file`."""
+    if file is not None and file.exists():
+        return list(torch.load(file))
+    states = last_states(model, ids)
+    if file is not None:
+        torch.save(states, file)
+    return states
+
+
+def compare(base_log: torch.Tensor, other_log: torch.Tensor, targets: torch.Tensor) -> Row:
+    """One row's comparison of log-probabilities, (tokens - 1, vocabulary) each."""
     kl = (base_log.exp() * (base_log - other_log)).sum(-1)
     return Row(
         kl=kl.mean().item(),
@@ -83,13 +95,18 @@ def main() -> None:
     parser.add_argument("--token-ids", type=Path, required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--rows", type=int)
+    parser.add_argument("--base-states", type=Path, help="keep the base model's last states here")
     arguments = parser.parse_args()
 
     torch.set_num_threads(arguments.threads)
     base, other = load(arguments.base), load(arguments.base, arguments.checkpoint)
     ids = json.loads(arguments.token_ids.read_text(encoding="utf-8"))["input_ids"][: arguments.rows]
     with torch.inference_mode():
-        rows = [compare(base, other, torch.tensor([row])) for row in ids]
+        rows = []
+        for row, base_states in zip(ids, kept(base, ids, arguments.base_states), strict=True):
+            base_log = base.lm_head(base_states)[:-1].log_softmax(-1)
+            other_log = other.lm_head(last_states(other, [row])[0])[:-1].log_softmax(-1)
+            rows.append(compare(base_log, other_log, torch.tensor(row[1:])))
     print(json.dumps(summarized(rows, sum(len(row) - 1 for row in ids))))
 
 

@@ -103,7 +103,9 @@ def judged(
     for run in runs:
         if run["weights_sha256"] == digest:
             return dict(run["quality"])
-    files = ("--base", scenario.model, "--checkpoint", checkpoint, "--token-ids", scenario.heldout)
+    files = ["--base", scenario.model, "--checkpoint", checkpoint, "--token-ids", scenario.heldout]
+    base = [*sorted(scenario.model.glob("*.safetensors")), scenario.heldout]
+    files += ["--base-states", scenario.heldout.with_name(f"base-{sha256(base)[:16]}.pt")]
     run = subprocess.run(
         [python, HERE / "kl.py", *files, "--threads", str(scenario.threads)],
         check=True,
