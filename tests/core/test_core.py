@@ -2,13 +2,16 @@
 
 import json
 from collections.abc import Iterator
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from lowbit_core import errors
 from lowbit_core.cli import main
 from lowbit_core.errors import CheckpointError, LowbitError
+from lowbit_core.inspection import describe
 from lowbit_core.manifest import (
     MANIFEST_NAME,
     PROGRESS_NAME,
@@ -138,6 +141,26 @@ def test_inspect_prints_the_facts_and_its_json_is_the_manifest(
     assert json.loads(capsys.readouterr().out) == json.loads((checkpoint / MANIFEST_NAME).read_text())
 
 
+def test_inspect_shows_each_figure_with_its_error_and_what_is_measured_by_itself(tmp_path: Path) -> None:
+    alone = {
+        "sequences": 4, "predictions": 12, "mean_kld": 0.00072, "kld_stderr": 0.00004, "kld_p99": 0.01,
+        "kld_p99_stderr": 0.001, "kld_max": 0.02, "kld_max_stderr": 0.002, "top1_agreement": 0.99,
+        "top1_stderr": 0.001, "perplexity_ratio": 1.0, "perplexity_ratio_stderr": 0.0002,
+    }  # fmt: skip
+    manifest, page = example({}), StringIO()
+    console = Console(width=140, file=page)
+    errors = {"kld_p99_stderr": 0.25, "kld_max_stderr": 0.5, "perplexity_ratio_stderr": 0.03}
+    quality = {**manifest.quality.model_dump(), **errors, "noise_floor": alone}
+    measured = Manifest.model_validate({**manifest.model_dump(), "quality": quality})
+    write_manifest(tmp_path, measured)
+    assert read_manifest(tmp_path) == measured
+    console.print(describe(measured, verified=False))
+    shown = page.getvalue()
+    for fact in ("1.000 ± 0.250", "2.000 ± 0.500", "ratio 1.1000 ± 0.0300", "mean KL 0.00072 ± 0.00004"):
+        assert fact in shown
+    assert "not measured" in shown  # the FP8 cache alone
+
+
 def test_inspect_refuses_what_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(tmp_path)]) == 2
     assert main(["inspect", str(tmp_path / "nowhere")]) == 2
@@ -147,7 +170,8 @@ def test_inspect_refuses_what_is_no_checkpoint(tmp_path: Path, capsys: pytest.Ca
 def test_an_unknown_command_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["quantise"]) == 2
     assert (
-        "commands are: compare, frontier, inspect, key, loadtest, quantize, serve" in capsys.readouterr().err
+        "commands are: compare, evaluate, frontier, inspect, key, loadtest, quantize, serve"
+        in capsys.readouterr().err
     )
 
 

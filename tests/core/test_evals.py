@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import random
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,9 @@ from lowbit_core.evals.arithmetic import (
     paired_change,
     wilson,
 )
+from lowbit_core.evals.endpoint import GROUP, find_connect
 from lowbit_core.evals.items import Item, Request, split, take
-from lowbit_core.evals.results import as_rows, changes, from_rows, summarize
+from lowbit_core.evals.results import as_rows, changes, changes_by_task, from_rows, summarize
 from lowbit_core.evals.scoring import Answer, Scored, answer
 from lowbit_core.evals.tasks import TASKS, find_tasks_dir, load_items, load_own_items, load_text
 
@@ -220,3 +222,24 @@ def test_held_out_text_is_taken_from_every_domain(tmp_path: Path) -> None:
     assert [one.task for one in items] == ["text:a", "text:a", "text:b", "text:b", "text:c"]
     assert len(items[0].requests[0].continuation) == 20
     assert items[4].requests[0].continuation == "x\ny"
+
+
+def test_changes_are_counted_by_task_and_for_all() -> None:
+    def one(task: str, id_: str, chosen: int) -> Answer:
+        return Answer((task, id_), "choice", chosen == 0, chosen == 0, chosen, -1.0, 1)
+
+    before = [one("a", "1", 0), one("a", "2", 0), one("b", "1", 1)]
+    after = [one("a", "1", 1), one("a", "2", 0), one("b", "1", 0)]
+    found = changes_by_task(*({each.key: each for each in answers} for answers in (before, after)))
+    assert {task: (each.items, each.lost, each.gained) for task, each in found.items()} == {
+        "a": (2, 1, 0), "b": (1, 0, 1), "all": (3, 1, 1),
+    }  # fmt: skip
+
+
+def test_an_installation_without_an_endpoint_names_the_command() -> None:
+    with pytest.raises(ConfigError, match="pip install"):
+        find_connect([])
+    missing = EntryPoint("endpoint", "no_such_package:connect", GROUP)
+    with pytest.raises(ConfigError, match="needs no_such_package; run: pip install no_such_package"):
+        find_connect([missing])
+    assert callable(find_connect())

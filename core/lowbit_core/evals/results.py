@@ -111,6 +111,17 @@ def changes(a: Answers, b: Answers) -> Changes:
     )
 
 
+def changes_by_task(a: Answers, b: Answers) -> dict[str, Changes]:
+    """`changes` of each task, and of `all` as one pool."""
+    tasks = sorted({task for task, _ in a.keys() & b.keys()})
+    found = {
+        task: changes(*({key: one[key] for key in one if key[0] == task} for one in (a, b))) for task in tasks
+    }
+    if found:
+        found["all"] = changes(a, b)
+    return found
+
+
 def _shift(pairs: Sequence[tuple[Answer, Answer]]) -> float | None:
     known = [
         (abs(one.logprob - other.logprob), one.tokens)

@@ -1,0 +1,132 @@
+"""An evaluation for programs (JSON, which a later one can take as its base) and for people (a table)."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from lowbit_core import __version__
+from lowbit_core.errors import ConfigError
+from lowbit_core.evals.arithmetic import Estimate
+from lowbit_core.evals.items import Item, Key
+from lowbit_core.evals.results import (
+    Answers,
+    Changes,
+    TaskResult,
+    as_rows,
+    changes_by_task,
+    from_rows,
+    summarize,
+)
+from lowbit_core.evals.scoring import Answer
+
+KIND, FORMAT_VERSION = "lowbit.evaluate", 1
+
+
+def fingerprint(items: Sequence[Item]) -> str:
+    """Hash of everything that is asked."""
+    return hashlib.sha256(json.dumps([asdict(item) for item in items]).encode()).hexdigest()
+
+
+def tasks_document(items: Sequence[Item], ours: Answers, base: Answers | None) -> dict[str, Any]:
+    """Accuracies of both and what changed, by task and for `all`; and every answer."""
+    results, of_base = summarize(ours), summarize(base) if base else {}
+    changed = changes_by_task(base, ours) if base else {}
+    return {
+        "tasks": {
+            task: {
+                "model": asdict(result),
+                "base": asdict(of_base[task]) if task in of_base else None,
+                "changes": asdict(changed[task]) if task in changed else None,
+            }
+            for task, result in results.items()
+        },
+        "items_sha256": fingerprint(items),
+        "answers": {"model": as_rows(ours), "base": as_rows(base) if base else None},
+    }
+
+
+def read_base(path: Path, items: Sequence[Item]) -> dict[Key, Answer]:
+    """The answers of the model of an earlier `lowbit evaluate --json`; ConfigError if it was asked something else."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if document["kind"] != KIND or document["format_version"] != FORMAT_VERSION:
+            raise KeyError("kind")
+        asked, answers = document["items_sha256"], from_rows(document["answers"]["model"])
+    except OSError as error:
+        raise ConfigError(f"--base {path} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"--base {path} is not a result of lowbit evaluate --json with items") from error
+    if asked != fingerprint(items):
+        raise ConfigError(
+            f"--base {path} answers other items; give the --tasks, --items, --limit and --seed that made it"
+        )
+    return answers
+
+
+def header(model: str, base: str | None, target: str | None, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What was evaluated and how."""
+    return {
+        "kind": KIND,
+        "format_version": FORMAT_VERSION,
+        "lowbit": __version__,
+        "model": model,
+        "base": base,
+        "target": target,
+        "settings": dict(settings),
+    }
+
+
+def table(title: str, ours: Answers, base: Answers | None) -> Table:
+    """One row a task; shares in per cent with 95 % intervals."""
+    results, of_base = summarize(ours), summarize(base) if base else {}
+    changed = changes_by_task(base, ours) if base else {}
+    columns = ["task", "items", "acc_norm", "acc", "perplexity"]
+    if base:
+        columns += ["base acc_norm", "change, points", "flips", "lost/gained", "McNemar p"]
+    shown = Table(
+        *columns, title=title, caption="95 % intervals; acc_norm divides log p by length, acc does not"
+    )
+    for task, result in results.items():
+        compared = _compared(of_base.get(task), changed.get(task)) if base else []
+        shown.add_row(task, *_row(result), *compared, end_section=task in [*results][-2:-1])
+    return shown
+
+
+def _row(result: TaskResult) -> list[str]:
+    lost = f" ({result.unanswered} unanswered)" if result.unanswered else ""
+    return [
+        f"{result.items}{lost}",
+        _percent(result.accuracy),
+        _percent(result.accuracy_raw),
+        _span(result.perplexity, 1, ".2f"),
+    ]
+
+
+def _compared(base: TaskResult | None, changed: Changes | None) -> list[str]:
+    if base is None or changed is None or changed.mcnemar_p is None:
+        return ["", "", "", "", ""]
+    return [
+        _percent(base.accuracy),
+        _span(changed.accuracy_change, 100, "+.1f"),
+        f"{changed.flips} of {changed.items}",
+        f"{changed.lost}/{changed.gained}",
+        f"{changed.mcnemar_p:.2g}",
+    ]
+
+
+def _percent(one: Estimate | None) -> str:
+    return _span(one, 100, ".1f")
+
+
+def _span(one: Estimate | None, factor: float, form: str) -> str:
+    if one is None:
+        return ""
+    value = format(factor * one.value, form)
+    if one.low is None or one.high is None:
+        return value
+    return f"{value} [{factor * one.low:{form}}, {factor * one.high:{form}}]"

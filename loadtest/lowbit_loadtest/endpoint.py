@@ -1,0 +1,137 @@
+"""Items scored through a served endpoint, for `lowbit evaluate --target` (core's `evals/endpoint.py`).
+
+Requests are those of the load test's quality questions (`scorer.py`), a few in flight at a time. A directory stands for
+the model that the server serves from it; where the server tells its manifest, it must be the directory's.
+"""
+
+import asyncio
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from lowbit_core.errors import ConfigError
+from lowbit_core.evals.items import Item
+from lowbit_core.evals.scoring import Answer, answer
+from lowbit_core.manifest import read_manifest
+from lowbit_loadtest.client import PREFLIGHT_TIMEOUT_S
+from lowbit_loadtest.drive import Target, open_http
+from lowbit_loadtest.scorer import Scorer, Unsupported, find_scorer
+
+CONCURRENCY = 8
+API_KEY = "LOWBIT_API_KEY"
+
+
+class ServedModel:
+    """A model at an endpoint that can score continuations."""
+
+    def __init__(self, target: Target, sends_ids: bool) -> None:
+        self.target, self._sends_ids = target, sends_ids
+
+    @property
+    def model(self) -> str:
+        """Its name there."""
+        return self.target.model
+
+    def answers(self, items: Sequence[Item]) -> Iterator[Answer]:
+        """Each item's answer as it comes; the loop runs only while one is waited for."""
+        with asyncio.Runner() as runner:
+            http = runner.run(_opened(self.target))
+            scorer = Scorer(http, self.model, 1, self.target.timeout_s, self._sends_ids)
+            waiting, asked = iter(items), set[asyncio.Task[Answer]]()
+            loop = runner.get_loop()
+            while True:
+                while len(asked) < CONCURRENCY and (item := next(waiting, None)) is not None:
+                    asked.add(loop.create_task(_ask(scorer, item)))
+                if not asked:
+                    break
+                done, asked = runner.run(_first_of(asked))
+                yield from (task.result() for task in done)
+            runner.run(http.aclose())
+
+
+def connect(url: str, name: str) -> ServedModel:
+    """The server at `url` with the model `name`, a served name or a directory; ConfigError where it is not."""
+    if not url.startswith(("http://", "https://")):
+        raise ConfigError(f"--target {url!r} is no URL; give http://HOST:PORT")
+    return asyncio.run(_connect(url, name))
+
+
+async def _connect(url: str, name: str) -> ServedModel:
+    key = os.environ.get(API_KEY)
+    async with open_http(Target(url, name, key)) as http:
+        target = Target(url, await _served_name(http, url, name), key)
+        await _check_manifest(http, url, name)
+        try:
+            scorer = await find_scorer(http, target.model, 1, target.timeout_s)
+        except Unsupported as error:
+            raise ConfigError(f"--target {url} cannot score continuations: {error}") from None
+    return ServedModel(target, scorer.sends_ids)
+
+
+async def _served_name(http: httpx.AsyncClient, url: str, name: str) -> str:
+    try:
+        response = await http.get("models", timeout=PREFLIGHT_TIMEOUT_S)
+    except (httpx.HTTPError, OSError) as error:
+        raise ConfigError(f"--target {url} does not answer ({error}); is the server up?") from error
+    if response.status_code in (401, 403):
+        raise ConfigError(f"--target {url} refuses the API key ({response.status_code}); set {API_KEY}")
+    try:
+        served = {str(card["id"]): card.get("root") for card in response.json()["data"]}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ConfigError(
+            f"--target {url} lists no models at /v1/models (status {response.status_code}); "
+            "give the root URL of an OpenAI-compatible server"
+        ) from None
+    if name in served:
+        return name
+    directory = Path(name).expanduser()
+    for model, root in served.items() if directory.is_dir() else ():
+        if model == directory.resolve().name or (root and Path(str(root)) == directory.resolve()):
+            return model
+    raise ConfigError(f"MODEL {name!r} is not served at {url}; served are: {', '.join(served)}")
+
+
+async def _check_manifest(http: httpx.AsyncClient, url: str, name: str) -> None:
+    """A directory's manifest is the server's, where both have one."""
+    directory = Path(name).expanduser()
+    ours = read_manifest(directory) if directory.is_dir() else None
+    if ours is None:
+        return
+    response = await http.get("../lowbit/checkpoint", timeout=PREFLIGHT_TIMEOUT_S)
+    theirs = _manifest_in(response) if response.status_code == httpx.codes.OK else None
+    if theirs is not None and theirs.get("created") != ours.created:
+        raise ConfigError(
+            f"--target {url} serves a checkpoint made {theirs.get('created')}, {name} was made {ours.created}; "
+            "serve this one, or give the served name as MODEL"
+        )
+
+
+def _manifest_in(response: httpx.Response) -> dict[str, Any] | None:
+    try:
+        manifest = response.json()["manifest"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return manifest if isinstance(manifest, dict) else None
+
+
+async def _opened(target: Target) -> httpx.AsyncClient:
+    return open_http(target)
+
+
+async def _ask(scorer: Scorer, item: Item) -> Answer:
+    try:
+        prompts = [await scorer.prepare(request) for request in item.requests]
+    except (httpx.HTTPError, ValueError, KeyError, TypeError, OSError):
+        return answer(item, None)  # /tokenize was lost
+    scored = [await scorer.score(prompt) for prompt in prompts]
+    whole = [one for one in scored if one is not None]
+    return answer(item, whole if len(whole) == len(scored) else None)
+
+
+async def _first_of(
+    asked: set[asyncio.Task[Answer]],
+) -> tuple[set[asyncio.Task[Answer]], set[asyncio.Task[Answer]]]:
+    return await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)

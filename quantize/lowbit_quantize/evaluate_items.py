@@ -1,0 +1,123 @@
+"""Items scored in process: the log-probability of each continuation, in batches of about equal work.
+
+Tokens are split where core's evals split them. Padding stands to the right, where a causal model does not look, so
+there is no mask. Logits are float32, of hidden states in the model's dtype, as in `quality.py`.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowbit_core.errors import ConfigError
+from lowbit_core.evals.items import Item, split
+from lowbit_core.evals.scoring import Answer, Scored, answer
+from lowbit_quantize.precision import exact_products
+from lowbit_quantize.progress import track
+from lowbit_quantize.whole_model import WholeModel
+
+BATCH_TOKENS = 2048  # padding included
+BATCH_LOGITS = 1 << 25  # float32 logits at a time: 128 MiB
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A request as token ids; those from `begins` on are scored."""
+
+    ids: list[int]
+    begins: int
+
+    @property
+    def scored(self) -> range:
+        """The positions that are scored: the first token of all has nothing before it."""
+        return range(max(1, self.begins), len(self.ids))
+
+
+def score_items(model: WholeModel, items: Sequence[Item], what: str) -> dict[tuple[str, str], Answer]:
+    """Every item's answer, with progress; ConfigError before the first forward pass where one is too long."""
+    encoded = encode(model, items)
+    flat = [one for requests in encoded for one in requests]
+    found: dict[int, Scored] = {}
+    for place, scored in track(_score(model, flat), len(flat), what):
+        found[place] = scored
+    places = iter(range(len(flat)))
+    answers = {}
+    for item, requests in zip(items, encoded, strict=True):
+        answers[item.key] = answer(item, [found[next(places)] for _ in requests])
+    return answers
+
+
+def encode(model: WholeModel, items: Sequence[Item]) -> list[list[Encoded]]:
+    """The requests of each item, as the tokenizer gives them with the special tokens that it adds by itself."""
+    known: dict[str, list[int]] = {}  # choices share their context
+
+    def ids_of(text: str) -> list[int]:
+        if text not in known:
+            known[text] = list(model.tokenizer(text)["input_ids"])
+        return known[text]
+
+    encoded = [[Encoded(*split(request, ids_of)) for request in item.requests] for item in items]
+    for item, requests in zip(items, encoded, strict=True):
+        longest = max(len(one.ids) for one in requests)
+        if model.most_tokens and longest > model.most_tokens:
+            raise ConfigError(
+                f"item {item.id} of {item.task} has {longest} tokens, {model.name} takes {model.most_tokens}; "
+                "leave it out or shorten it"
+            )
+        if not all(one.scored for one in requests):
+            raise ConfigError(
+                f"item {item.id} of {item.task} has a choice with nothing before it; give a context"
+            )
+    return encoded
+
+
+def _score(model: WholeModel, requests: Sequence[Encoded]) -> Iterator[tuple[int, Scored]]:
+    head = model.head.float()
+    for batch in batches(requests):
+        chosen = [requests[place] for place in batch]
+        ids = torch.zeros(len(batch), len(chosen[0].ids), dtype=torch.int64)
+        for row, one in zip(ids, chosen, strict=True):
+            row[: len(one.ids)] = torch.tensor(one.ids)
+        hidden = model.hidden(ids)
+        before = torch.cat(
+            [
+                states[one.scored.start - 1 : one.scored.stop - 1]
+                for states, one in zip(hidden, chosen, strict=True)
+            ]
+        )  # (scored, hidden)
+        targets = torch.cat(
+            [row[one.scored.start : one.scored.stop] for row, one in zip(ids, chosen, strict=True)]
+        )
+        values, likeliest = logprobs(before, head, targets)
+        sizes = [len(one.scored) for one in chosen]
+        for place, own, best in zip(batch, values.split(sizes), likeliest.split(sizes), strict=True):
+            yield place, Scored(tuple(own.tolist()), greedy=bool(best.all()))
+
+
+def batches(requests: Sequence[Encoded]) -> list[list[int]]:
+    """Places of requests of like length, the longest first, up to `BATCH_TOKENS` together."""
+    found: list[list[int]] = []
+    for place in sorted(range(len(requests)), key=lambda place: -len(requests[place].ids)):
+        longest = len(requests[found[-1][0]].ids) if found else BATCH_TOKENS
+        if found and (len(found[-1]) + 1) * longest <= BATCH_TOKENS:
+            found[-1].append(place)
+        else:
+            found.append([place])
+    return found
+
+
+def logprobs(states: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target and whether it is the likeliest, (positions,), of states, (positions, hidden).
+
+    `head` is float32, (vocabulary, hidden).
+    """
+    values, likeliest = [], []
+    targets = targets.to(states.device)
+    for rows in torch.arange(len(states), device=states.device).split(max(1, BATCH_LOGITS // len(head))):
+        with torch.inference_mode(), exact_products(states.dtype):
+            logits = states[rows].float() @ head.T
+        right = logits.gather(-1, targets[rows].unsqueeze(-1)).squeeze(-1)
+        values.append((right - logits.logsumexp(-1)).cpu())
+        likeliest.append((logits.argmax(-1) == targets[rows]).cpu())
+    return torch.cat(values), torch.cat(likeliest)

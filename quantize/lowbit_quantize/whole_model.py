@@ -1,0 +1,173 @@
+"""A model loaded whole by plain transformers, to be judged: a base model, or a checkpoint of any format that opens.
+
+Where the checkpoint has an FP8 cache, keys and values are rounded with its scales, as they will be when it is served.
+The compressed-tensors package would do that by itself, with scales that it rounds to bfloat16; it is told not to.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GgufConfig
+from transformers.utils.logging import disable_progress_bar
+
+from lowbit_core.errors import ModelError
+from lowbit_core.manifest import Manifest, read_manifest, verify_files
+from lowbit_quantize.architectures import Architecture, architecture_of
+from lowbit_quantize.kv_scales import KVScales
+from lowbit_quantize.source import ModelReference, WeightFiles, fetch_weights
+from lowbit_quantize.stream import SeamCache
+
+READERS = {"awq": "gptqmodel", "gptq": "gptqmodel"}  # what transformers opens each older format with
+Scales = Mapping[int, KVScales]
+
+
+@dataclass(frozen=True)
+class WholeModel:
+    """A model with all its weights. `scales` round its cache, by layer; none where it is not quantized."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    scales: Scales
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.model.dtype
+        return dtype
+
+    @property
+    def head(self) -> Tensor:
+        """The output matrix, (vocabulary, hidden)."""
+        matrix: Tensor = self.model.get_output_embeddings().weight.detach()
+        return matrix
+
+    @property
+    def most_tokens(self) -> int | None:
+        """How long a sequence may be; None where the configuration does not say."""
+        return getattr(self.model.config, "max_position_embeddings", None)
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """What the head reads, (sequences, tokens, hidden), of token ids, (sequences, tokens)."""
+        with torch.inference_mode():
+            states: Tensor = self.model.get_decoder()(
+                input_ids=ids.to(self.model.device), use_cache=False
+            ).last_hidden_state
+        return states
+
+
+def open_whole(
+    reference: ModelReference,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    *,
+    fp8_cache: bool = True,
+) -> WholeModel:
+    """Load a model that was found; ModelError or CheckpointError where that is not possible.
+
+    `dtype` is by default the one that it is served in. Without `fp8_cache` a checkpoint's scales are left out.
+    """
+    architecture, manifest = check_whole(reference), manifest_of(reference)
+    fetch_weights(reference)
+    scales = _scales(reference, architecture, manifest) if fp8_cache else {}
+    model = _load(reference, dtype or _served_dtype(reference)).to(device).eval()
+    _round_caches(model, architecture, scales)
+    with torch.no_grad():  # compressed-tensors unpacks when the model as a whole is first called
+        model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=False)
+    return WholeModel(reference.name, model, reference.tokenizer(), scales)
+
+
+def check_whole(reference: ModelReference) -> Architecture:
+    """Whether it can be opened, as far as its configuration says; ModelError names what cannot."""
+    method = quantization_of(reference).get("quant_method")
+    reader = READERS.get(str(method))
+    if reader and find_spec(reader) is None:
+        raise ModelError(
+            f"{reference.name} is in the {method} format, which transformers opens with {reader}, and that is not "
+            "installed; serve the checkpoint and give --target URL, or evaluate one in the default format"
+        )
+    return architecture_of(reference.model_type, reference.name)
+
+
+def manifest_of(reference: ModelReference) -> Manifest | None:
+    """What `lowbit quantize` says of a checkpoint whose files are all there; None of any other model."""
+    if reference.kind != "directory":
+        return None
+    manifest = read_manifest(reference.path)
+    if manifest:
+        verify_files(reference.path, manifest, hashes=False)
+    return manifest
+
+
+def _served_dtype(reference: ModelReference) -> torch.dtype:
+    dtype = reference.config.dtype
+    return dtype if dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
+
+
+def quantization_of(reference: ModelReference) -> dict[str, Any]:
+    """The configuration's `quantization_config`; empty of a model that is not quantized."""
+    if reference.kind == "gguf":
+        return {}
+    found = getattr(reference.config, "quantization_config", None) or {}
+    return found if isinstance(found, dict) else dict(found.to_dict())
+
+
+def _load(reference: ModelReference, dtype: torch.dtype) -> Any:
+    disable_progress_bar()  # ours is enough
+    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
+    place = reference.path
+    if reference.kind == "gguf":
+        place, file = reference.path.parent, reference.path.name
+        options |= {"gguf_file": file, "quantization_config": GgufConfig(gguf_file=file, dequantize=True)}
+    else:
+        options |= {"local_files_only": True, "attn_implementation": "sdpa"}
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(place, **options)
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"{reference.name} cannot be opened by transformers: {error}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(f"{reference.name} lacks {len(missing)} tensors, the first is {missing[0]}")
+    return model
+
+
+def _scales(reference: ModelReference, architecture: Architecture, manifest: Manifest | None) -> Scales:
+    """The manifest's; without one, those that the files hold."""
+    if manifest:
+        layers = manifest.kv_cache.layers if manifest.kv_cache else []
+        return {one.layer: KVScales(one.k_scale, one.v_scale) for one in layers}
+    if not quantization_of(reference).get("kv_cache_scheme"):
+        return {}
+    return _stored_scales(WeightFiles(reference.path), architecture, int(reference.config.num_hidden_layers))
+
+
+def _stored_scales(weights: WeightFiles, architecture: Architecture, depth: int) -> Scales:
+    found = {}
+    for index in range(depth):
+        place = architecture.published_name(f"{architecture.layers}.{index}.{architecture.attention}")
+        names = [f"{place}.{kind}_scale" for kind in "kv"]
+        if all(name in weights for name in names):
+            k_scale, v_scale = (float(weights.read(name).float()) for name in names)
+            found[index] = KVScales(k_scale, v_scale)
+    return found
+
+
+def _round_caches(model: Any, architecture: Architecture, scales: Scales) -> None:
+    """Have each layer hand its keys and values to a cache that rounds them, and compressed-tensors leave them alone."""
+    layers: Any = model.get_submodule(architecture.layers)
+    for index, layer in enumerate(layers):
+        layer.get_submodule(architecture.attention).quantization_enabled = False
+        if index in scales:
+            layer.register_forward_pre_hook(_with_cache(scales[index]), with_kwargs=True)
+
+
+def _with_cache(scales: KVScales) -> Any:
+    def hook(
+        _: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return arguments, {**named, "past_key_values": SeamCache(scales)}
+
+    return hook
