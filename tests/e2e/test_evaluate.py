@@ -1,0 +1,54 @@
+"""`lowbit evaluate` on the demo's checkpoint: the figures that rode along, and the endpoint beside the process."""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scripts.demo import LOWBIT, find_demo_model
+from tests.e2e.conftest import Demo
+
+pytestmark = pytest.mark.engine
+
+FACTS = {
+    "France": "Paris", "Italy": "Rome", "Japan": "Tokyo", "Egypt": "Cairo", "Spain": "Madrid", "Germany": "Berlin",
+    "Russia": "Moscow", "China": "Beijing", "Greece": "Athens", "Portugal": "Lisbon", "Austria": "Vienna",
+    "Poland": "Warsaw", "Norway": "Oslo", "Sweden": "Stockholm", "Cuba": "Havana", "Peru": "Lima",
+}  # fmt: skip
+
+
+def evaluate(file: Path, *arguments: object) -> dict[str, Any]:
+    """The JSON of `lowbit evaluate`, which must end with 0."""
+    subprocess.run([*LOWBIT, "evaluate", *map(str, arguments), "--json", str(file)], check=True)
+    document: dict[str, Any] = json.loads(file.read_text())
+    return document
+
+
+def test_whole_models_give_the_quality_that_rode_along(demo: Demo, tmp_path: Path) -> None:
+    found = evaluate(tmp_path / "text.json", demo.checkpoint, "--base", find_demo_model(), "--text")["text"]
+    assert found["riding"]["agrees"]
+    assert found["mean_kld"] == pytest.approx(demo.report["mean_kld"], abs=2e-3)
+    assert found["kv_cache_included"]
+
+
+def test_the_endpoint_and_the_process_choose_alike(demo: Demo, server: str, tmp_path: Path) -> None:
+    """Another order of sums moves near ties only: one choice of sixteen may differ."""
+    capitals = list(FACTS.values())
+    rows = [
+        {
+            "context": f"Question: What is the capital of {country}?\nAnswer:",
+            "choices": [f" {capitals[(place + step) % len(capitals)]}" for step in range(4)],
+        }
+        for place, country in enumerate(FACTS)
+    ]
+    rows.append({"context": "Monday, Tuesday, Wednesday,", "choices": [" Thursday"], "task": "cloze"})
+    items = tmp_path / "items.jsonl"
+    items.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    served = tmp_path / "served.json"
+    whole = evaluate(served, demo.checkpoint, "--target", server, "--items", items)["tasks"]["all"]["model"]
+    assert whole["unanswered"] == 0
+    assert whole["accuracy"]["value"] > 0.5
+    beside = evaluate(tmp_path / "own.json", demo.checkpoint, "--base", served, "--items", items)
+    assert beside["tasks"]["all"]["changes"]["flips"] <= 1
+    assert beside["tasks"]["all"]["changes"]["mean_logprob_shift"] < 0.3
