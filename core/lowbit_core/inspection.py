@@ -9,7 +9,7 @@ from rich.table import Table
 
 from lowbit_core.cli import Command
 from lowbit_core.errors import CheckpointError
-from lowbit_core.manifest import MANIFEST_NAME, Manifest, read_manifest, verify_files
+from lowbit_core.manifest import MANIFEST_NAME, DivergenceRecord, Manifest, read_manifest, verify_files
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,8 +50,13 @@ def describe(manifest: Manifest, *, verified: bool) -> Table:
         "KV cache": f"{kv.dtype}, {len(kv.layers)} layers, {kv.source}" if kv else "not quantized",
         "size": f"{size.base_bytes / 2**20:.1f} MiB to {size.bytes / 2**20:.1f} MiB",
         "mean KL": f"{quality.mean_kld:.4f} ± {quality.kld_stderr:.4f} nats on {quality.predictions:,} predictions",
+        "KL, 99th percentile": _with_error(quality.kld_p99, quality.kld_p99_stderr, ".3f"),
+        "KL, maximum": _with_error(quality.kld_max, quality.kld_max_stderr, ".3f"),
+        "FP8 cache alone": _alone(quality.kv_cache_alone),
+        "noise floor": _alone(quality.noise_floor),
         "top-1 agreement": f"{quality.top1_agreement:.2%} ± {quality.top1_stderr:.2%}",
-        "perplexity": f"{quality.perplexity_base:.3f} to {quality.perplexity:.3f}",
+        "perplexity": f"{quality.perplexity_base:.3f} to {quality.perplexity:.3f}, ratio "
+        + _with_error(quality.perplexity_ratio, quality.perplexity_ratio_stderr, ".4f"),
         "gate": ("accepted" if gate.accepted else "REJECTED: " + "; ".join(gate.reasons))
         + ("" if gate.limits else " (no limits set)"),
         "files": f"{len(manifest.files)}, {'every hash verified' if verified else 'not verified (--verify)'}",
@@ -61,17 +66,31 @@ def describe(manifest: Manifest, *, verified: bool) -> Table:
     return table
 
 
+def _with_error(value: float, stderr: float | None, digits: str) -> str:
+    """A figure and its standard error, which manifests of older versions lack."""
+    return f"{value:{digits}}" if stderr is None else f"{value:{digits}} ± {stderr:{digits}}"
+
+
+def _alone(measured: DivergenceRecord | None) -> str:
+    if measured is None:
+        return "not measured"
+    return f"mean KL {_with_error(measured.mean_kld, measured.kld_stderr, '.5f')}, top-1 {measured.top1_agreement:.2%}"
+
+
 def domain_table(manifest: Manifest) -> Table:
     """Quality by domain of text."""
-    table = Table("domain", "sequences", "mean KL", "top-1", "perplexity base", "perplexity")
+    table = Table("domain", "sequences", "mean KL", "99th percentile", "maximum", "top-1", "perplexity ratio")
     for name, row in manifest.quality.domains.items():
         table.add_row(
             name,
             f"{row['sequences']:.0f}",
-            f"{row['mean_kld']:.4f}",
-            f"{row['top1_agreement']:.2%}",
-            f"{row['perplexity_base']:.3f}",
-            f"{row['perplexity']:.3f}",
+            _with_error(row["mean_kld"], row.get("kld_stderr"), ".4f"),
+            _with_error(row["kld_p99"], row.get("kld_p99_stderr"), ".3f") if "kld_p99" in row else "",
+            _with_error(row["kld_max"], row.get("kld_max_stderr"), ".3f") if "kld_max" in row else "",
+            _with_error(row["top1_agreement"], row.get("top1_stderr"), ".2%"),
+            _with_error(
+                row["perplexity"] / row["perplexity_base"], row.get("perplexity_ratio_stderr"), ".4f"
+            ),
         )
     return table
 

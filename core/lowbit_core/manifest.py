@@ -119,22 +119,48 @@ class TextRecord(_Record):
     sha256: str
 
 
+class DivergenceRecord(_Record):
+    """One model against another on some held-out sequences; KL in nats per token, errors clustered by sequence."""
+
+    sequences: int
+    predictions: int
+    mean_kld: float
+    kld_stderr: float
+    kld_p99: float
+    kld_p99_stderr: float
+    kld_max: float
+    kld_max_stderr: float
+    top1_agreement: float
+    top1_stderr: float
+    perplexity_ratio: float
+    perplexity_ratio_stderr: float
+
+
 class QualityRecord(_Record):
-    """The compressed model against its base on held-out text; KL in nats per token, stderr clustered by sequence."""
+    """The compressed model against its base on held-out text; KL in nats per token, errors clustered by sequence.
+
+    `noise_floor` is the base model in the serving dtype against itself in float32, `kv_cache_alone` the base model
+    with nothing but the FP8 cache against itself. What is null was not measured, or is of an older version.
+    """
 
     heldout: TextRecord
     predictions: int
     mean_kld: float
     kld_stderr: float
     kld_p99: float
+    kld_p99_stderr: float | None = None
     kld_max: float
+    kld_max_stderr: float | None = None
     top1_agreement: float
     top1_stderr: float
     perplexity_base: float
     perplexity: float
     perplexity_ratio: float
+    perplexity_ratio_stderr: float | None = None
     domains: dict[str, dict[str, float]]
     kv_cache_included: bool
+    noise_floor: DivergenceRecord | None = None
+    kv_cache_alone: DivergenceRecord | None = None
 
 
 class GateRecord(_Record):

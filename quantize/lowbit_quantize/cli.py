@@ -150,15 +150,22 @@ def _device(name: str) -> "torch.device":
 
 def summary(manifest: Manifest, out: Path) -> dict[str, Any]:
     """The result of a run in one flat object."""
-    measured = manifest.quality.model_dump(
-        include={"mean_kld", "kld_stderr", "top1_agreement", "perplexity_base", "perplexity", "predictions"}
+    quality = manifest.quality
+    measured = quality.model_dump(
+        exclude={"heldout", "domains", "kv_cache_included", "noise_floor", "kv_cache_alone"}
     )
+    for name, beside in (("noise_floor", quality.noise_floor), ("kv_cache_alone", quality.kv_cache_alone)):
+        if beside:
+            measured.update({f"{name}_kld": beside.mean_kld, f"{name}_kld_stderr": beside.kld_stderr})
     return {
         "checkpoint": str(out),
         "accepted": manifest.gate.accepted,
         **manifest.size.model_dump(include={"base_bytes", "bytes", "linear_bits_per_weight"}),
         **manifest.run.model_dump(include={"seconds", "cpu_seconds", "peak_rss_bytes"}),
-        **{name: value if math.isfinite(value) else None for name, value in measured.items()},
+        **{
+            name: value if value is not None and math.isfinite(value) else None
+            for name, value in measured.items()
+        },
     }
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from lowbit_core.model_shape import BYTES_PER_VALUE, shape_from_config
+from lowbit_quantize.baselines import FLOAT32, baseline_sequences
+from lowbit_quantize.calibration import TokenText
 from lowbit_quantize.formats import FORMATS
 from lowbit_quantize.grid import GridSpec, Rounded
 from lowbit_quantize.plan import Plan
@@ -73,9 +75,14 @@ def disk_bytes(plan: Plan) -> int:
     return tensor_bytes(plan) + names
 
 
-def streams_bytes(plan: Plan, calibration_tokens: int, heldout_tokens: int) -> int:
-    """Bytes of all hidden states that walk: calibration text (in both models where paired), held-out text in both."""
-    tokens = (2 if plan.paired else 1) * calibration_tokens + 2 * heldout_tokens
+def streams_bytes(plan: Plan, calibration: TokenText, heldout: TokenText) -> int:
+    """Bytes of all hidden states that walk: calibration text (in both models where paired), held-out text in both.
+
+    With them go a few held-out sequences as baselines.
+    """
+    tokens = (2 if plan.paired else 1) * calibration.ids.numel() + 2 * heldout.ids.numel()
+    for name, rows in baseline_sequences(plan, heldout.domains).items():
+        tokens += (2 if name == FLOAT32 else 1) * len(rows) * heldout.ids.shape[1]
     return tokens * int(plan.reference.config.hidden_size) * BASE_BYTES
 
 

@@ -6,12 +6,13 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lowbit_core import __version__
 from lowbit_core.manifest import Manifest
 from lowbit_quantize.calibration import TokenText
 from lowbit_quantize.plan import Plan
+from lowbit_quantize.recipe import Recipe
 
 LIBRARIES = ("torch", "transformers", "compressed-tensors", "safetensors")
 
@@ -61,10 +62,18 @@ def identity_in(manifest: Manifest) -> Identity:
     """The identity of a finished run."""
     calibration = manifest.calibration.sha256 if manifest.calibration else None
     return Identity(
-        recipe=manifest.recipe,
+        recipe=_complete(manifest.recipe),
         base=manifest.base.sha256,
         texts={"calibration": calibration, "held-out": manifest.quality.heldout.sha256},
     )
+
+
+def _complete(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A stored recipe with the defaults of keys that are newer than it."""
+    try:
+        return Recipe.model_validate(recipe).model_dump(mode="json")
+    except ValidationError:
+        return recipe
 
 
 def tool_versions() -> dict[str, str]:

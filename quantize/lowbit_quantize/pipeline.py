@@ -2,7 +2,8 @@
 
 Two streams of hidden states walk the decoder: the base model's, on held-out text, and the compressed model's,
 on held-out and on calibration text. Each layer is observed on what the compressed layers before it really give. Where
-GPTQ rounds, the base model's calibration text walks too (stages.py).
+GPTQ rounds, the base model's calibration text walks too (stages.py), and for the noise floor some of its held-out text
+in float32 (baselines.py).
 """
 
 import copy
@@ -24,6 +25,7 @@ from lowbit_core.manifest import (
     write_manifest,
 )
 from lowbit_quantize import quality
+from lowbit_quantize.baselines import Baselines
 from lowbit_quantize.calibration import TokenText, load_texts
 from lowbit_quantize.compress import CompressedLayer, CompressedLinear
 from lowbit_quantize.durable import move
@@ -83,7 +85,7 @@ def quantize(
     if not fresh and (finished := finished_before(out, identity)):
         log.info("%s already holds this very checkpoint; nothing to do", out)
         return finished
-    check_disk(out, run_disk_bytes(plan, streams_bytes(plan, *(text.ids.numel() for text in texts))))
+    check_disk(out, run_disk_bytes(plan, streams_bytes(plan, *texts)))
     with run_in(out, identity, fresh=fresh) as run:
         weights = WeightFiles(_unpacked(reference, run) if reference.kind == "gguf" else reference.path)
         decoder = Decoder(reference.config, plan.architecture, weights, device, plan.skeleton)
@@ -154,6 +156,7 @@ class Walk:
             self.recipe.weights.bits, self.recipe.weights.inputs_per_scale, self.recipe.weights.symmetric
         )
         self.stages = Stages(decoder, plan, self.spec)
+        self.baselines = Baselines(decoder, plan, self.streams, heldout)
         self.modules: list[ModuleRecord] = []
         self.kv_scales: dict[int, KVScales] = {}
         self.packed_bytes = self.quantized_parameters = 0
@@ -195,6 +198,7 @@ class Walk:
         for name, text in texts.items():
             shape = (*text.ids.shape, self.decoder.config.hidden_size)
             self.decoder.embed(text.ids, self.streams.new(name, shape, self.decoder.dtype))
+        self.baselines.embed()
 
     def _take_up(self) -> int:
         """Restore what an earlier process has finished; returns the number of layers."""
@@ -221,6 +225,7 @@ class Walk:
         self.quantized_parameters += record.quantized_parameters
 
     def _step(self, index: int) -> None:
+        self.baselines.advance_float32(index)
         layer = self.decoder.load_layer(index)
         self.decoder.advance(layer, index, self.heldout_base)
         if self.plan.pruning and self.plan.architecture.has_experts(layer):
@@ -234,6 +239,7 @@ class Walk:
         if index + 1 < self.decoder.depth:
             self.decoder.advance(layer, index, self.calibration, scales)
         self.decoder.advance(layer, index, self.heldout, scales)
+        self.baselines.advance_fp8_cache(index, done.base_kv_scales)
         self._write(layer, index, compressed, scales)
 
     def quality(self) -> QualityRecord:
@@ -245,7 +251,12 @@ class Walk:
         predictions = quality.compare(
             self.heldout_base, self.heldout, norm, norm, head, self.heldout_text.ids
         )
-        measured = quality.summarize(predictions, self.heldout_text, kv_cache_included=bool(self.kv_scales))
+        measured = quality.summarize(
+            predictions,
+            self.heldout_text,
+            kv_cache_included=bool(self.kv_scales),
+            **self.baselines.measure(self.heldout_base, norm, head),
+        )
         if self.journal:
             self.journal.conclude(Conclusion(quality=measured, base_files=self._base_files))
         return measured

@@ -10,7 +10,7 @@ from rich.console import Group
 from rich.table import Table
 
 from lowbit_quantize import forecast
-from lowbit_quantize.calibration import TokenText, load_texts
+from lowbit_quantize.calibration import load_texts
 from lowbit_quantize.output import check_disk, refuse_foreign
 from lowbit_quantize.plan import Plan, check_weights, make_plan
 from lowbit_quantize.recipe import Recipe
@@ -30,7 +30,7 @@ def check(model: str, recipe: Recipe, gpu_gib: float, out: Path | None = None) -
     texts = load_texts(recipe.calibration, recipe.quality, reference.tokenizer(), reference.config.vocab_size)
     if reference.kind == "directory":  # a hub model's weights are not fetched for this
         check_weights(plan, WeightFiles(reference.path))
-    streams = streams_of(plan, texts)
+    streams = forecast.streams_bytes(plan, *texts)
     run_disk = forecast.run_disk_bytes(plan, streams)
     if out is not None:
         check_disk(out, run_disk)
@@ -47,11 +47,6 @@ def check(model: str, recipe: Recipe, gpu_gib: float, out: Path | None = None) -
         "experts": experts_kept(plan),
         "tensor_parallel": [_serving(plan, size, gpu_gib) for size in PARALLEL_SIZES],
     }
-
-
-def streams_of(plan: Plan, texts: tuple[TokenText, TokenText]) -> int:
-    """Bytes of a run's hidden states."""
-    return forecast.streams_bytes(plan, texts[0].ids.numel(), texts[1].ids.numel())
 
 
 def _serving(plan: Plan, size: int, gpu_gib: float) -> dict[str, Any]:

@@ -2,23 +2,29 @@
 
 Both models' last hidden states are at hand when the walk ends, so the full distributions are compared, in
 float32, a few thousand words of the vocabulary at a time; neither model is ever loaded whole. Standard errors are
-clustered: the tokens of one sequence are not independent, its mean is (Miller 2024, arXiv 2411.00640).
+clustered: the tokens of one sequence are not independent, its mean is (Miller 2024, arXiv 2411.00640). Those of the
+99th percentile and of the maximum come from a bootstrap over sequences (Efron 1979). A resample holds no value that was
+not seen: the maximum's error says how much it hangs on single sequences, and other text may move it by more.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lowbit_core.manifest import GateRecord, QualityRecord
+from lowbit_core.manifest import DivergenceRecord, GateRecord, QualityRecord
 from lowbit_quantize.calibration import TokenText
 from lowbit_quantize.precision import exact_products
 from lowbit_quantize.recipe import Quality
 
 CHUNK_POSITIONS = 1024  # compared at a time,
 BLOCK_WORDS = 4096  # on so much of the vocabulary
+RESAMPLES = 400  # of the bootstrap: its own error is 1 / √800, 4 %
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,10 @@ class Predictions:
     agrees: Tensor
     base_loss: Tensor
     loss: Tensor
+
+    def of(self, rows: Tensor) -> "Predictions":
+        """Those of some sequences, by a mask or by their numbers."""
+        return Predictions(self.kld[rows], self.agrees[rows], self.base_loss[rows], self.loss[rows])
 
 
 def compare(
@@ -78,6 +88,19 @@ class _Softmax:
         return self.sum.log() + self.largest
 
 
+def _logits(states: Tensor, words: Tensor, dtype: torch.dtype) -> Tensor:
+    """(positions, hidden) and words of the head, (words, hidden), widened from `dtype`, to (positions, words).
+
+    A bfloat16 head takes float32 states as two bfloat16 parts, 16 bits, which costs two cheap products.
+    """
+    with exact_products(dtype):
+        if states.dtype == dtype or dtype != torch.bfloat16:
+            return states.float() @ words.T
+        high = states.to(dtype)
+        low = (states - high.float()).to(dtype)
+        return (high.float() @ words.T).addmm_(low.float(), words.T)
+
+
 def _compare_positions(base: Tensor, compressed: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
     """KL, agreement and both losses, (positions,), of normed hidden states, (positions, hidden)."""
     p_sum, q_sum = _Softmax(len(base), head.device), _Softmax(len(base), head.device)
@@ -87,8 +110,7 @@ def _compare_positions(base: Tensor, compressed: Tensor, head: Tensor, targets: 
     losses = [torch.zeros_like(apart), torch.zeros_like(apart)]
     for first in range(0, len(head), BLOCK_WORDS):
         wide = head[first : first + BLOCK_WORDS].float()
-        with exact_products(base.dtype):
-            p, q = base.float() @ wide.T, compressed.float() @ wide.T  # (positions, words)
+        p, q = (_logits(states, wide, head.dtype) for states in (base, compressed))  # (positions, words)
         here = (targets - first).clamp(0, len(wide) - 1).unsqueeze(-1)
         inside = (targets >= first) & (targets < first + len(wide))
         for loss, logits in zip(losses, (p, q), strict=True):
@@ -108,24 +130,75 @@ def clustered_stderr(values: Tensor) -> float:
     return float(means.std(unbiased=True) / math.sqrt(len(means))) if len(means) > 1 else math.inf
 
 
-def summarize(predictions: Predictions, text: TokenText, *, kv_cache_included: bool) -> QualityRecord:
+def bootstrap_stderr(values: Tensor, statistic: Callable[[NDArray[Any]], Any]) -> float:
+    """Standard error of a statistic of all (sequences, positions), by drawing sequences anew; the same every time.
+
+    √(n / (n − 1)) makes up for n draws out of n, so that a mean has its clustered standard error.
+    """
+    count, found = len(values), values.numpy()
+    if count < 2:
+        return math.inf
+    draws = np.random.default_rng(0).integers(count, size=(RESAMPLES, count))
+    spread = np.std([statistic(found[rows]) for rows in draws], ddof=1)
+    return float(spread) * math.sqrt(count / (count - 1))
+
+
+def _p99(values: NDArray[Any]) -> Any:
+    return np.quantile(values, 0.99)
+
+
+def figures(predictions: Predictions) -> dict[str, float]:
+    """Every figure of quality with its standard error, by the names of the manifest.
+
+    The ratio of perplexities is exp of a mean of paired differences; its error is that mean's, times the ratio.
+    """
+    kld, longer = predictions.kld, predictions.loss - predictions.base_loss
+    ratio = math.exp(longer.mean())
+    return {
+        "mean_kld": float(kld.mean()),
+        "kld_stderr": clustered_stderr(kld),
+        "kld_p99": float(_p99(kld.numpy())),
+        "kld_p99_stderr": bootstrap_stderr(kld, _p99),
+        "kld_max": float(kld.max()),
+        "kld_max_stderr": bootstrap_stderr(kld, np.max),
+        "top1_agreement": float(predictions.agrees.mean()),
+        "top1_stderr": clustered_stderr(predictions.agrees),
+        "perplexity_ratio": ratio,
+        "perplexity_ratio_stderr": ratio * clustered_stderr(longer),
+    }
+
+
+def _with_perplexities(predictions: Predictions) -> dict[str, float]:
+    return {
+        **figures(predictions),
+        "perplexity_base": math.exp(predictions.base_loss.mean()),
+        "perplexity": math.exp(predictions.loss.mean()),
+    }
+
+
+def divergence(predictions: Predictions) -> DivergenceRecord:
+    """Two models side by side, as the manifest has it."""
+    sequences, count = len(predictions.kld), predictions.kld.numel()
+    return DivergenceRecord(sequences=sequences, predictions=count, **figures(predictions))
+
+
+def summarize(
+    predictions: Predictions,
+    text: TokenText,
+    *,
+    kv_cache_included: bool,
+    noise_floor: DivergenceRecord | None = None,
+    kv_cache_alone: DivergenceRecord | None = None,
+) -> QualityRecord:
     """The quality section of the manifest."""
-    p, kld = predictions, predictions.kld
-    perplexity_base, perplexity = math.exp(p.base_loss.mean()), math.exp(p.loss.mean())
     return QualityRecord(
         heldout=text.record,
-        predictions=kld.numel(),
-        mean_kld=float(kld.mean()),
-        kld_stderr=clustered_stderr(kld),
-        kld_p99=float(kld.flatten().quantile(0.99)),
-        kld_max=float(kld.max()),
-        top1_agreement=float(p.agrees.mean()),
-        top1_stderr=clustered_stderr(p.agrees),
-        perplexity_base=perplexity_base,
-        perplexity=perplexity,
-        perplexity_ratio=perplexity / perplexity_base,
+        predictions=predictions.kld.numel(),
+        **_with_perplexities(predictions),
         domains=_by_domain(predictions, text.domains),
         kv_cache_included=kv_cache_included,
+        noise_floor=noise_floor,
+        kv_cache_alone=kv_cache_alone,
     )
 
 
@@ -133,13 +206,7 @@ def _by_domain(predictions: Predictions, domains: Sequence[str]) -> dict[str, di
     report = {}
     for domain in sorted(set(domains)):
         rows = torch.tensor([name == domain for name in domains])
-        report[domain] = {
-            "sequences": float(rows.sum()),
-            "mean_kld": float(predictions.kld[rows].mean()),
-            "top1_agreement": float(predictions.agrees[rows].mean()),
-            "perplexity_base": math.exp(predictions.base_loss[rows].mean()),
-            "perplexity": math.exp(predictions.loss[rows].mean()),
-        }
+        report[domain] = {"sequences": float(rows.sum()), **_with_perplexities(predictions.of(rows))}
     return report
 
 

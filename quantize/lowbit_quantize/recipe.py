@@ -75,9 +75,13 @@ class Text(_Section):
 
 
 class Quality(Text):
-    """Held-out text and the gate: a result past a limit is marked rejected and the exit status is 3."""
+    """Held-out text and the gate: a result past a limit is marked rejected and the exit status is 3.
+
+    `isolate`: measure the noise floor and the FP8 cache by itself too (`baselines.py`).
+    """
 
     sequences: int = Field(default=16, ge=2)
+    isolate: bool = True
     max_mean_kld: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     min_top1_agreement: float | None = Field(default=None, gt=0, le=1)
     max_perplexity_ratio: float | None = Field(default=None, gt=0, allow_inf_nan=False)

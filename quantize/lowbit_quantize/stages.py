@@ -25,10 +25,11 @@ from lowbit_quantize.stream import BasePass, Decoder, KeyValueSeam
 
 @dataclass(frozen=True)
 class Outcome:
-    """A compressed layer, its FP8 scales, and the tokens that each starved expert saw."""
+    """A compressed layer, its FP8 scales, those of the same layer uncompressed, and the tokens of starved experts."""
 
     layer: CompressedLayer
     kv_scales: KVScales | None
+    base_kv_scales: KVScales | None
     starved: dict[int, int]
 
 
@@ -49,6 +50,7 @@ class Stages:
         ignored = frozenset(n.removeprefix(prefix) for n in self._plan.ignored if n.startswith(prefix))
         done, reach, starved = CompressedLayer(), KeyValueReach(), {}
         scales: KVScales | None = None
+        base_scales: KVScales | None = None
         stages, groups = self._stages(layer), self._architecture.groups_of(layer)
         for number, stage in enumerate(stages):
             statistics = self._statistics(
@@ -63,8 +65,10 @@ class Stages:
                         layer, self._architecture, statistics, self._spec, self._method, ignored, stage, done
                     )
             if number == 0:
-                scales = self._scales_of(reach, done)
-        return Outcome(done, scales, starved)
+                scales = base_scales = self._scales_of(reach, None)
+                if done.value_divisor is not None:
+                    scales = self._scales_of(reach, done.value_divisor)
+        return Outcome(done, scales, base_scales, starved)
 
     def _stages(self, layer: nn.Module) -> list[list[LinearGroup]]:
         """The groups that are observed and rounded together, in the order of their inputs."""
@@ -107,10 +111,10 @@ class Stages:
         with attention_seen_by(statistics.attended):
             self._decoder.observe(layer, index, hidden, observers, seam, stop=stop, base=side)
 
-    def _scales_of(self, reach: KeyValueReach, compressed: CompressedLayer) -> KVScales | None:
+    def _scales_of(self, reach: KeyValueReach, value_divisor: Tensor | None) -> KVScales | None:
         """A layer's scales; None without an FP8 cache, and where a layer reads the cache of another."""
         if self._plan.recipe.kv_cache.dtype == "none" or not reach.cached:
             return None
         if not FORMATS[self._plan.recipe.format].carries_kv_scales:
             return UNIT_SCALES
-        return calibrated_scales(reach, compressed.value_divisor)
+        return calibrated_scales(reach, value_divisor)

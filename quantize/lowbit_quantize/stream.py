@@ -77,7 +77,7 @@ class Decoder:
         self.dtype = config.dtype if config.dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
         self.skeleton = skeleton or build_skeleton(config, architecture)
         self._layers: nn.ModuleList = self.skeleton.get_submodule(architecture.layers)  # type: ignore[assignment]
-        self._arguments: dict[int, list[dict[str, Any]]] = {}
+        self._arguments: dict[tuple[int, torch.dtype], list[dict[str, Any]]] = {}
 
     @property
     def depth(self) -> int:
@@ -111,7 +111,7 @@ class Decoder:
         self, layer: nn.Module, index: int, hidden: Tensor, seam: KeyValueSeam | None = None
     ) -> Iterator[Tensor]:
         """Run one layer over (sequences, tokens, hidden) in batches; yields each batch's output in order."""
-        arguments = self._layer_arguments(index, hidden.shape[1])
+        arguments = self._layer_arguments(index, hidden)
         for batch in hidden.split(max(1, BATCH_TOKENS // hidden.shape[1])):
             cache = SeamCache(seam) if seam else None
             with torch.inference_mode():
@@ -133,7 +133,7 @@ class Decoder:
 
         Each batch of the base model's hidden states, where they are given, goes first.
         """
-        arguments = self._layer_arguments(index, hidden.shape[1])
+        arguments = self._layer_arguments(index, hidden)
         size = max(1, BATCH_TOKENS // hidden.shape[1])
         for start in range(0, len(hidden), size):
             batch = slice(start, start + size)
@@ -151,16 +151,17 @@ class Decoder:
         for start, output in enumerate(self.run_layer(layer, index, hidden, seam)):
             hidden[start * size : (start + 1) * size] = output
 
-    def _layer_arguments(self, index: int, tokens: int) -> dict[str, Any]:
-        if tokens not in self._arguments:
-            self._arguments[tokens] = self._capture(tokens)
-        return self._arguments[tokens][index]
+    def _layer_arguments(self, index: int, hidden: Tensor) -> dict[str, Any]:
+        key = hidden.shape[1], hidden.dtype
+        if key not in self._arguments:
+            self._arguments[key] = self._capture(*key)
+        return self._arguments[key][index]
 
-    def _capture(self, tokens: int) -> list[dict[str, Any]]:
+    def _capture(self, tokens: int, dtype: torch.dtype) -> list[dict[str, Any]]:
         recorders = nn.ModuleList(_Recorder() for _ in self._layers)
         parent_name, _, leaf = self.architecture.layers.rpartition(".")
         parent = self.skeleton.get_submodule(parent_name)
-        embeds = torch.zeros(1, tokens, self.config.hidden_size, dtype=self.dtype, device=self.device)
+        embeds = torch.zeros(1, tokens, self.config.hidden_size, dtype=dtype, device=self.device)
         setattr(parent, leaf, recorders)
         norm = self.skeleton.get_submodule(self.architecture.final_norm)
         try:

@@ -62,8 +62,11 @@ def model_card(service: Service) -> dict[str, Any]:
     quality = manifest and {
         "mean_kld": manifest.quality.mean_kld,
         "mean_kld_stderr": manifest.quality.kld_stderr,
+        "noise_floor_mean_kld": manifest.quality.noise_floor and manifest.quality.noise_floor.mean_kld,
         "top1_agreement": manifest.quality.top1_agreement,
+        "top1_agreement_stderr": manifest.quality.top1_stderr,
         "perplexity_ratio": manifest.quality.perplexity_ratio,
+        "perplexity_ratio_stderr": manifest.quality.perplexity_ratio_stderr,
         "accepted": manifest.gate.accepted,
     }
     return {
