@@ -59,22 +59,25 @@ def _remaining_variance(order: Tensor, factor: Tensor) -> Tensor:
 def _ordered_factor(covariance: Tensor) -> tuple[Tensor, Tensor]:
     """The order in which columns are rounded, (in,), and the factor of their inverse covariance in this order."""
     order = covariance.diagonal().argsort(descending=True, stable=True)
-    return order, inverse_factor(covariance[order][:, order])
+    return order, inverse_factor(covariance, order)
 
 
-def inverse_factor(covariance: Tensor) -> Tensor:
-    """The upper triangular U with UᵀU = (H + λI)⁻¹, λ raised until H can be factored; raises NumericsError."""
-    mean = covariance.diagonal().mean().clamp(min=1e-12)
-    for damping in DAMPING:
-        factor = covariance.clone()  # one name for all steps: few of these large matrices are held
-        factor.diagonal().add_(damping * mean)
+def inverse_factor(covariance: Tensor, order: Tensor | None = None) -> Tensor:
+    """The upper triangular U with UᵀU = (H + λI)⁻¹, λ raised until H can be factored; raises NumericsError.
+
+    With `order`, (in,), H is taken in that order of its inputs.
+    """
+    for damping in DAMPING:  # one name for all steps: few of these large matrices are held
+        factor = covariance.clone() if order is None else covariance[order][:, order]
+        factor.diagonal().add_(damping * factor.diagonal().mean().clamp(min=1e-12))
         factor, failed = torch.linalg.cholesky_ex(factor)
         if failed:
             continue
         factor = torch.cholesky_inverse(factor)
-        upper, failed = torch.linalg.cholesky_ex(factor, upper=True)
-        if not failed and torch.isfinite(torch.stack(torch.aminmax(upper))).all():
-            found: Tensor = upper
+        factor, failed = torch.linalg.cholesky_ex(factor, upper=True)
+        ends = torch.stack(torch.aminmax(factor.mT))  # as it lies in memory: aminmax copies anything else
+        if not failed and torch.isfinite(ends).all():
+            found: Tensor = factor
             return found
     raise NumericsError(f"an input covariance cannot be factored even with damping {DAMPING[-1]}")
 

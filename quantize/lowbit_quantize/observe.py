@@ -22,12 +22,14 @@ SAMPLE_STRIDE = 4  # of the tokens whose keys and values are kept
 class Covariance:
     """`H`, the mean of x xᵀ over tokens, in float32, for inputs of `features` channels.
 
-    Only blocks on and above the diagonal are computed (7/12 of the products for six blocks).
+    Only blocks on and above the diagonal are computed (7/12 of the products for six blocks). In wide layers this is the
+    largest matrix of a run: the mean takes the sum's place.
     """
 
     def __init__(self, features: int, device: torch.device) -> None:
         self._sum = torch.zeros(features, features, device=device)
         self._block = -(-features // SYMMETRIC_BLOCKS)
+        self._finished = False
         self.tokens = 0
 
     @property
@@ -35,7 +37,8 @@ class Covariance:
         return len(self._sum)
 
     def add(self, inputs: Tensor) -> None:
-        """Add (tokens, features)."""
+        """Add (tokens, features); not after `matrix`."""
+        assert not self._finished, "a finished mean takes no more tokens"
         wide = inputs.float()
         if extra := -len(wide) % TOKEN_MULTIPLE:
             wide = torch.cat([wide, wide.new_zeros(extra, wide.shape[1])])
@@ -46,13 +49,16 @@ class Covariance:
         self.tokens += len(inputs)
 
     def matrix(self) -> Tensor:
-        """The mean of x xᵀ, (features, features)."""
+        """The mean of x xᵀ, (features, features); the same tensor each time, not to be changed."""
+        if self._finished:
+            return self._sum
+        self._finished = True
         for start in range(0, self.features, self._block):
             stop = start + self._block
             self._sum[stop:, start:stop] = self._sum[start:stop, stop:].T
             corner = self._sum[start:stop, start:stop]
             corner.copy_(corner.triu() + corner.triu(1).T)
-        return self._sum / max(1, self.tokens)
+        return self._sum.div_(max(1, self.tokens))
 
 
 class AttendedCovariance(Covariance):

@@ -31,7 +31,7 @@ class Drift:
 
     def __init__(self, divisor: Tensor, *, attended: bool) -> None:
         self.attended, self._divisor = attended, divisor
-        self._inputs = divisor.new_zeros(len(divisor), len(divisor))
+        self._inputs: Tensor | None = divisor.new_zeros(len(divisor), len(divisor))
         self._residual: Tensor | None = None
         self._tokens = 0
         self._expected: Tensor | None = None
@@ -44,7 +44,7 @@ class Drift:
 
     def expect(self, inputs: Tensor) -> None:
         """Take the base model's inputs, (tokens, features)."""
-        self._expected = inputs.float() / self._divisor
+        self._expected = torch.div(inputs, self._divisor)  # float32, as the divisor is
 
     def expect_residual(self, residual: Tensor) -> None:
         """Take the base model's residual stream, (tokens, hidden)."""
@@ -65,32 +65,41 @@ class Drift:
     def weigh(self, received: Tensor | None) -> None:
         """Add what waits, with the attention that each token receives, (tokens,), relative to the mean."""
         inputs, self._waiting = self._waiting, None
-        if inputs is None or self._expected is None:
+        if inputs is None or self._expected is None or self._inputs is None:
             return
-        counts = 1 if received is None else ((1 + received) / 2).unsqueeze(1)
+        counts = None if received is None else ((1 + received) / 2).unsqueeze(1)
         wide = inputs.float()
         self._tokens += len(wide)
         with exact_products(
             inputs.dtype
         ):  # the differences are rounded to 8 bits, which is enough for a mean
-            self._inputs.addmm_(((self._expected - wide) * counts).T, wide)
+            self._inputs.addmm_(_counted(self._expected.sub_(wide), counts).T, wide)
             if self._residual_off is not None:
                 if self._residual is None:
                     self._residual = wide.new_zeros(self._residual_off.shape[1], wide.shape[1])
-                self._residual.addmm_((self._residual_off * counts).T, wide)
+                self._residual.addmm_(_counted(self._residual_off, counts).T, wide)
         self._expected = self._residual_off = None
 
     def target(self, weight: Tensor, covariance: Tensor) -> Tensor:
-        """The weight to round instead of `weight`, (out, in), on inputs of this covariance (in, in)."""
+        """The weight to round instead of `weight`, (out, in), on inputs of this covariance (in, in); once.
+
+        What was gathered goes here, before the factor of the covariance needs as much memory.
+        """
         self.weigh(None)
-        off = weight @ (self._inputs / max(1, self._tokens))  # (out, in)
+        assert self._inputs is not None, "a drift gives one target"
+        off = weight @ self._inputs.div_(max(1, self._tokens))  # (out, in)
         if self._residual is not None:
             off += self._residual / max(1, self._tokens)
-        ridge = RIDGE * covariance.diagonal().mean().clamp(min=1e-12)
-        lower, failed = torch.linalg.cholesky_ex(
-            covariance + ridge * torch.eye(len(covariance), device=covariance.device)
-        )
+        self._inputs = self._residual = None
+        lower = covariance.clone()
+        lower.diagonal().add_(RIDGE * covariance.diagonal().mean().clamp(min=1e-12))
+        lower, failed = torch.linalg.cholesky_ex(lower)
         if failed:
             raise NumericsError(f"an input covariance cannot be factored with a ridge of {RIDGE} of its mean")
         target: Tensor = weight + STEP * torch.cholesky_solve(off.T, lower).T
         return target
+
+
+def _counted(off: Tensor, counts: Tensor | None) -> Tensor:
+    """Rows as often as their tokens count, in place; wide layers leave no room for copies."""
+    return off if counts is None else off.mul_(counts)

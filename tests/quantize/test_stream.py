@@ -57,6 +57,7 @@ def test_covariance_equals_the_plain_product() -> None:
         seen.add(part)
     torch.testing.assert_close(seen.matrix(), inputs.T @ inputs / 300, rtol=1e-4, atol=1e-4)
     assert torch.equal(seen.matrix(), seen.matrix().T)
+    assert seen.matrix() is seen.matrix()  # the mean in the sum's place, once
 
 
 def test_linear_inputs_are_seen_flattened_over_tokens(tiny_model: Callable[[str], Path]) -> None:

@@ -1,0 +1,33 @@
+"""GPTQ's memory on a wide layer, where covariances are the largest matrices of a run."""
+
+import json
+from pathlib import Path
+
+from tests.quantize.stoppable import run
+from tests.tiny_models import write_tiny_model
+
+WIDE, NARROW = 4096, 192  # inputs of the last linear
+COVARIANCE_BYTES = 4 * WIDE**2
+COVARIANCES = (
+    5  # 4.2 were seen: the mean, two steps of its factor, one batch in float32, and what the library packs
+)
+SMALL = ("calibration.sequences=4", "quality.sequences=2", "quality.isolate=false")
+
+
+def peak_rss_bytes(directory: Path, width: int) -> int:
+    """Of a whole run on a model of one layer."""
+    model = write_tiny_model(directory / "model", intermediate_size=width, num_hidden_layers=1)
+    command = ["quantize", "--model", str(model), "--recipe", "gptq-g64", "--out", str(directory / "out")]
+    command += [part for setting in SMALL for part in ("--set", setting)]
+    status, said = run(command, directory / "log")
+    assert status == 0, said
+    peak: int = json.loads(said.splitlines()[-1])["peak_rss_bytes"]
+    return peak
+
+
+def test_rounding_a_wide_linear_takes_the_memory_of_few_covariances(tmp_path: Path) -> None:
+    peaks = []
+    for width in (NARROW, WIDE):
+        (tmp_path / str(width)).mkdir()
+        peaks.append(peak_rss_bytes(tmp_path / str(width), width))
+    assert peaks[1] - peaks[0] < COVARIANCES * COVARIANCE_BYTES
