@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-BARE = ("kv_cache.dtype=none", "quality.sequences=2")
+BARE = ("kv_cache.dtype=none", "quality.sequences=2", "quality.isolate=false")
 
 
 @dataclass(frozen=True)
