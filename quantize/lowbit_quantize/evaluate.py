@@ -12,7 +12,7 @@ from lowbit_core.evals.items import Item, Key
 from lowbit_core.evals.scoring import Answer
 from lowbit_core.log import get_logger
 from lowbit_quantize.calibration import TokenText
-from lowbit_quantize.evaluate_items import score_items
+from lowbit_quantize.evaluate_items import encode, score_items
 from lowbit_quantize.evaluate_text import TextPass, against_riding, compare_text, heldout_text, run_text
 from lowbit_quantize.memory import return_freed_memory
 from lowbit_quantize.source import ModelReference, find_model
@@ -52,11 +52,12 @@ def judge(
     reference: ModelReference, items: Sequence[Item], text: TokenText | None, settings: Settings, what: str
 ) -> Judged:
     """Ask one model everything; its memory is free again afterwards."""
+    encoded = encode(reference, items)
     model = open_whole(reference, settings.device, DTYPES.get(settings.dtype), fp8_cache=settings.fp8_cache)
     rounded = f", FP8 cache in {len(model.scales)} layers" if model.scales else ""
     log.info("%s: %s in %s%s", what, reference.name, str(model.dtype).removeprefix("torch."), rounded)
     judged = Judged(
-        score_items(model, items, f"{what}: requests") if items else {},
+        score_items(model, items, encoded, f"{what}: requests") if items else {},
         run_text(model, text, f"{what}: held-out text") if text else None,
         bool(model.scales),
     )

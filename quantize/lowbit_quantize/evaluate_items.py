@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from lowbit_core.errors import ConfigError
-from lowbit_core.evals.items import Item, split
+from lowbit_core.evals.items import Item, Key, split
 from lowbit_core.evals.scoring import Answer, Scored, answer
 from lowbit_quantize.precision import exact_products
 from lowbit_quantize.progress import track
+from lowbit_quantize.source import ModelReference
 from lowbit_quantize.whole_model import WholeModel
 
 BATCH_TOKENS = 2048  # padding included
@@ -34,35 +35,25 @@ class Encoded:
         return range(max(1, self.begins), len(self.ids))
 
 
-def score_items(model: WholeModel, items: Sequence[Item], what: str) -> dict[tuple[str, str], Answer]:
-    """Every item's answer, with progress; ConfigError before the first forward pass where one is too long."""
-    encoded = encode(model, items)
-    flat = [one for requests in encoded for one in requests]
-    found: dict[int, Scored] = {}
-    for place, scored in track(_score(model, flat), len(flat), what):
-        found[place] = scored
-    places = iter(range(len(flat)))
-    answers = {}
-    for item, requests in zip(items, encoded, strict=True):
-        answers[item.key] = answer(item, [found[next(places)] for _ in requests])
-    return answers
+def encode(reference: ModelReference, items: Sequence[Item]) -> list[list[Encoded]]:
+    """The requests of each item, as the tokenizer gives them with the special tokens that it adds by itself.
 
-
-def encode(model: WholeModel, items: Sequence[Item]) -> list[list[Encoded]]:
-    """The requests of each item, as the tokenizer gives them with the special tokens that it adds by itself."""
-    known: dict[str, list[int]] = {}  # choices share their context
+    Raises ConfigError on one that the model has no positions for, before any weight is loaded.
+    """
+    tokenizer, known = reference.tokenizer(), dict[str, list[int]]()  # choices share their context
+    most_tokens = getattr(reference.config, "max_position_embeddings", None)
 
     def ids_of(text: str) -> list[int]:
         if text not in known:
-            known[text] = list(model.tokenizer(text)["input_ids"])
+            known[text] = list(tokenizer(text, verbose=False)["input_ids"])
         return known[text]
 
     encoded = [[Encoded(*split(request, ids_of)) for request in item.requests] for item in items]
     for item, requests in zip(items, encoded, strict=True):
         longest = max(len(one.ids) for one in requests)
-        if model.most_tokens and longest > model.most_tokens:
+        if most_tokens and longest > most_tokens:
             raise ConfigError(
-                f"item {item.id} of {item.task} has {longest} tokens, {model.name} takes {model.most_tokens}; "
+                f"item {item.id} of {item.task} has {longest} tokens, {reference.name} takes {most_tokens}; "
                 "leave it out or shorten it"
             )
         if not all(one.scored for one in requests):
@@ -70,6 +61,19 @@ def encode(model: WholeModel, items: Sequence[Item]) -> list[list[Encoded]]:
                 f"item {item.id} of {item.task} has a choice with nothing before it; give a context"
             )
     return encoded
+
+
+def score_items(
+    model: WholeModel, items: Sequence[Item], encoded: Sequence[Sequence[Encoded]], what: str
+) -> dict[Key, Answer]:
+    """Every item's answer, with progress."""
+    flat = [one for requests in encoded for one in requests]
+    found = dict(track(_score(model, flat), len(flat), what))
+    places = iter(range(len(flat)))
+    return {
+        item.key: answer(item, [found[next(places)] for _ in requests])
+        for item, requests in zip(items, encoded, strict=True)
+    }
 
 
 def _score(model: WholeModel, requests: Sequence[Encoded]) -> Iterator[tuple[int, Scored]]:

@@ -46,11 +46,6 @@ class WholeModel:
         matrix: Tensor = self.model.get_output_embeddings().weight.detach()
         return matrix
 
-    @property
-    def most_tokens(self) -> int | None:
-        """How long a sequence may be; None where the configuration does not say."""
-        return getattr(self.model.config, "max_position_embeddings", None)
-
     def hidden(self, ids: Tensor) -> Tensor:
         """What the head reads, (sequences, tokens, hidden), of token ids, (sequences, tokens)."""
         with torch.inference_mode():
