@@ -125,7 +125,7 @@ def brief_table(result: dict[str, Any]) -> str:
 def tables() -> dict[Path, str]:
     """What belongs between the markers of each file."""
     result = json.loads(RESULT.read_text(encoding="utf-8"))
-    full = [family_table(result, family) for family in FAMILIES]
+    full = [family_table(result, family) for family in FAMILIES if by_case(result["runs"], {family})]
     return {
         ROOT / "benchmarks" / "README.md": "\n\n".join([*full, comparison(result)]) + "\n",
         ROOT / "README.md": brief_table(result) + "\n",
