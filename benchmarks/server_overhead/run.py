@@ -3,11 +3,14 @@
     python benchmarks/server_overhead/run.py CHECKPOINT --work DIR --out benchmarks/server_overhead/results/NAME.json
 
 Three servers on the same checkpoint with the same engine arguments: `lowbit`, `bare` and `bare again`, the last as the
-noise floor. All are up, one is loaded at a time. A round loads each of them once at each number of
-streams, in an order that rotates, with the same questions: a fixed number from each stream, one after the other.
-Compared are output tokens/s and the median time to first token, round by round: medians of the ratios to `bare`,
-with their standard errors (bootstrap over rounds). After a set of rounds all three are started anew, because
-where a process happens to lie in memory stays with it.
+noise floor. All are up, one is loaded at a time. A round loads each of them once at each number of streams, in an
+order that rotates, with the same questions: a fixed number from each stream, one after the other. Compared, round by
+round, are output tokens/s, the median time to first token and the CPU time of the API's process: medians of the
+ratios to `bare`, with their standard errors (bootstrap over rounds). After a set of rounds all three are started
+anew, in another order, because where a process happens to lie in memory stays with it.
+
+vLLM's engine spins while its worker computes. Where the kernel puts it decides more than any gateway does, so with two
+cores or more the workers keep the first, and everything else, the clients too, the second.
 """
 
 import argparse
@@ -19,10 +22,12 @@ import statistics
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,6 +39,7 @@ from benchmarks.http_load import Answer, post, quantile  # noqa: E402
 MODEL = "smollm2"
 KEYS = 1000
 QUESTIONS = {1: 8, 8: 4, 32: 2}  # of each stream, by the number of streams: 10 to 20 s a cell on two cores
+BETWEEN_STREAMS_S = 0.03  # all at once, how the first prompts fall into batches would be a matter of luck
 KV_BYTES = 1 << 30
 BARE = "vllm.entrypoints.launchers.api_server.entry"
 Cells = dict[tuple[str, int], list[dict[str, float]]]
@@ -64,14 +70,20 @@ def main() -> int:
         "20000", "--max-num-seqs", "64",
     )  # fmt: skip
     cells: Cells = {}
+    names = ("lowbit", "bare", "bare again")
     for number in range(arguments.sets):
         with ExitStack() as stack:
-            log = arguments.work / "lowbit.log"
-            servers = {"lowbit": stack.enter_context(lowbit_serve(arguments.checkpoint, log, *limits))}
-            for name in ("bare", "bare again"):
+            servers = {}
+            for name in names[number % 3 :] + names[: number % 3]:
                 log = arguments.work / f"{name}.log"
-                servers[name] = stack.enter_context(running(bare(arguments.checkpoint), log, "/health"))
-            measure(servers, arguments, key, cells, number * arguments.rounds)
+                if name == "lowbit":
+                    started = lowbit_serve(arguments.checkpoint, log, *limits)
+                else:
+                    started = running(bare(arguments.checkpoint), log, "/health")
+                servers[name] = stack.enter_context(started)
+            with pinned(servers.values()):
+                ordered = {name: servers[name] for name in names}
+                measure(ordered, arguments, key, cells, number * arguments.rounds)
     rows = [row(cells, streams) for streams in arguments.streams]
     result = {
         "keys": KEYS, "sets": arguments.sets, "rounds": arguments.rounds, "questions": QUESTIONS,
@@ -107,6 +119,22 @@ def bare(checkpoint: Path) -> list[str]:
     ]  # fmt: skip
 
 
+@contextmanager
+def pinned(servers: Iterable[Running]) -> Iterator[None]:
+    """Keep the threads of this process and of the servers, but for their workers, off the first core."""
+    own = os.sched_getaffinity(0)
+    if os.cpu_count() != 1:
+        for server in servers:
+            parent = psutil.Process(server.process.pid)
+            for process in (parent, *parent.children(recursive=True)):
+                if not process.name().startswith("VLLM::Worker"):
+                    for thread in process.threads():
+                        os.sched_setaffinity(thread.id, {1})
+        os.sched_setaffinity(0, {1})
+    yield
+    os.sched_setaffinity(0, own)
+
+
 def measure(
     servers: dict[str, Running], arguments: argparse.Namespace, key: str, cells: Cells, done: int
 ) -> None:
@@ -117,7 +145,10 @@ def measure(
     for number in range(done, done + arguments.rounds):
         for streams in arguments.streams:
             for name in names[number % len(names) :] + names[: number % len(names)]:
+                server = psutil.Process(servers[name].process.pid)
+                before = sum(server.cpu_times()[:2])
                 found = asyncio.run(cell(servers[name].url, streams, str(number), arguments.tokens, key))
+                found["cpu_s"] = round(sum(server.cpu_times()[:2]) - before, 3)  # without its engine
                 cells.setdefault((name, streams), []).append(found)
         print(f"round {number + 1} of {arguments.sets * arguments.rounds}", file=sys.stderr)
 
@@ -130,6 +161,7 @@ async def cell(url: str, streams: int, seed: str, tokens: int, key: str) -> dict
     began = time.monotonic()
 
     async def client(number: int) -> list[Answer]:
+        await asyncio.sleep(number * BETWEEN_STREAMS_S)
         answers = []
         for chosen in words[number]:
             body = {
@@ -155,7 +187,7 @@ def row(cells: Cells, streams: int) -> dict[str, Any]:
     """Ratios to `bare`, round by round."""
     found: dict[str, Any] = {"streams": streams}
     for name in ("lowbit", "bare again"):
-        for figure in ("tokens_per_s", "ttft_median_s"):
+        for figure in ("tokens_per_s", "ttft_median_s", "cpu_s"):
             pairs = zip(cells[name, streams], cells["bare", streams], strict=True)
             ratios = [one[figure] / other[figure] for one, other in pairs]
             found[f"{name} / bare, {figure}"] = {
