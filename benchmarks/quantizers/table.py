@@ -40,7 +40,7 @@ def cpu_s(runs: list[Run]) -> float:
 
 
 def peak(runs: list[Run]) -> float:
-    return max(run["peak_rss_bytes"] for run in runs)
+    return float(max(run["peak_rss_bytes"] for run in runs))
 
 
 def label(runs: list[Run]) -> str:

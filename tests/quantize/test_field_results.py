@@ -1,18 +1,22 @@
 """The committed comparison with other quantizers says what both READMEs say; its evaluator unpacks every format."""
 
 import json
+import runpy
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from benchmarks.quantizers.dequantize import unpacked
-from benchmarks.quantizers.table import RESULT, shown, tables
 from tests.quantize.test_formats import random_linear
 
 from lowbit_quantize.formats import FORMATS
 from lowbit_quantize.grid import GridSpec
 
-CONFIGURATION = {
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "quantizers"
+RESULT = FOLDER / "results" / "field.json"
+unpacked: Callable[..., torch.Tensor] = runpy.run_path(str(FOLDER / "dequantize.py"))["unpacked"]
+CONFIGURATION: dict[str, dict[str, Any]] = {
     "compressed-tensors": {"quant_method": "compressed-tensors"},
     "autoawq": {"quant_method": "awq", "bits": 4},
     "autogptq": {"quant_method": "gptq", "bits": 4},
@@ -20,8 +24,9 @@ CONFIGURATION = {
 
 
 def test_the_readmes_show_what_the_result_says() -> None:
-    for path, text in tables().items():
-        assert shown(path)[1] == text
+    table = runpy.run_path(str(FOLDER / "table.py"))
+    for path, text in table["tables"]().items():
+        assert table["shown"](path)[1] == text
 
 
 def test_every_run_had_the_same_model_ids_and_judge() -> None:
