@@ -89,7 +89,7 @@ async def _served_name(http: httpx.AsyncClient, url: str, name: str) -> str:
         return name
     directory = Path(name).expanduser()
     for model, root in served.items() if directory.is_dir() else ():
-        if model == directory.resolve().name or (root and Path(str(root)) == directory.resolve()):
+        if model == directory.resolve().name or (root and Path(str(root)).resolve() == directory.resolve()):
             return model
     raise ConfigError(f"MODEL {name!r} is not served at {url}; served are: {', '.join(served)}")
 

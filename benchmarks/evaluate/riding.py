@@ -1,0 +1,109 @@
+"""The quality that rode along with the walk, against `lowbit evaluate` on the same text with both models loaded whole.
+
+    python benchmarks/evaluate/riding.py --out benchmarks/evaluate/results/riding.json [--moe DIR]
+
+Run it with Lowbit's Python. It quantizes SmolLM2-135M-Instruct with `awq-g64`, and the mixture of experts in `--moe`
+(a directory with a model and `held.json`, token ids by domain) dense and pruned: the first half of each domain
+calibrates, of the second half the rows count that share no run of tokens with it. Exit 1 where a mean KL differs by
+more than its standard error.
+"""
+
+import argparse
+import datetime
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+sys.path[:0] = [str(ROOT / "benchmarks" / "quantizers"), str(ROOT)]
+from provenance import hardware, revision, versions  # noqa: E402
+from scripts.demo import LOWBIT, find_demo_model  # noqa: E402
+
+from lowbit_quantize.calibration import token_runs  # noqa: E402
+
+ROW_TOKENS = 512
+ROWS = 4  # of each domain
+MOE_RECIPES = ("awq-g64", "reap25-awq-g64")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Riding quality against lowbit evaluate --text.")
+    parser.add_argument("--moe", type=Path, help="a mixture of experts with held.json")
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    result: dict[str, Any] = {
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "revision": revision(ROOT),
+        "hardware": hardware(),
+        "versions": versions(Path(sys.executable)),
+        "runs": [],
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        runs: list[tuple[Path, str, tuple[str, ...]]] = [(find_demo_model(), "awq-g64", ())]
+        if arguments.moe:
+            runs += [(arguments.moe, recipe, texts_of(arguments.moe, work)) for recipe in MOE_RECIPES]
+        for model, recipe, flags in runs:
+            result["runs"].append(run(model, recipe, flags, work / f"{len(result['runs'])}"))
+            arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print("| model, recipe | riding mean KL | whole models | difference | agrees |\n|---|---|---|---|---|")
+    for one in result["runs"]:
+        riding, whole = one["riding"], one["whole"]
+        print(
+            f"| {one['model']}, {one['recipe']} | {riding['mean_kld']:.5f} ± {riding['kld_stderr']:.5f} | "
+            f"{whole['mean_kld']:.5f} | {riding['difference']:+.6f} | {'yes' if riding['agrees'] else 'NO'} |"
+        )
+    return 0 if all(one["riding"]["agrees"] for one in result["runs"]) else 1
+
+
+def texts_of(moe: Path, work: Path) -> tuple[str, ...]:
+    """Flags that calibrate on the first half of each domain and judge by the second."""
+    held = json.loads((moe / "held.json").read_text(encoding="utf-8"))
+    rows = {
+        name: torch.tensor(ids[: len(ids) // ROW_TOKENS * ROW_TOKENS]).view(-1, ROW_TOKENS)
+        for name, ids in held.items()
+    }
+    halves = {name: (each[: len(each) // 2][:ROWS], each[len(each) // 2 :]) for name, each in rows.items()}
+    seen = token_runs(torch.cat([first for first, _ in halves.values()]))
+    flags: list[str] = []
+    for section, half in (("calibration", 0), ("quality", 1)):
+        chosen = [
+            (name, row) for name, both in halves.items() for row in both[half]
+            if half == 0 or token_runs(row[None]).isdisjoint(seen)
+        ]  # fmt: skip
+        kept = [one for name in halves for one in [each for each in chosen if each[0] == name][:ROWS]]
+        file = work / f"{section}.json"
+        ids = {"input_ids": [row.tolist() for _, row in kept], "domains": [name for name, _ in kept]}
+        file.write_text(json.dumps(ids), encoding="utf-8")
+        flags += ["--set", f"{section}.token_ids={file}"]
+    return tuple(flags)
+
+
+def run(model: Path, recipe: str, flags: tuple[str, ...], out: Path) -> dict[str, Any]:
+    """Quantize, then evaluate; what both say."""
+    command = [*LOWBIT, "quantize", "--model", str(model), "--recipe", recipe, "--out", str(out), *flags]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    file = out.with_suffix(".json")
+    command = [*LOWBIT, "evaluate", str(out), "--base", str(model), "--text", "--json", str(file)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    text = json.loads(file.read_text(encoding="utf-8"))["text"]
+    names = (
+        "predictions",
+        "mean_kld",
+        "kld_stderr",
+        "top1_agreement",
+        "perplexity_ratio",
+        "kv_cache_included",
+    )
+    whole = {name: text[name] for name in names}
+    return {"model": model.stem, "recipe": recipe, "riding": text["riding"], "whole": whole}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
