@@ -46,9 +46,10 @@ def main() -> int:
     }
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        runs: list[tuple[Path, str, tuple[str, ...]]] = [(find_demo_model(), "awq-g64", ())]
+        runs: list[tuple[Path, str, tuple[str, ...]]] = []
         if arguments.moe:
             runs += [(arguments.moe, recipe, texts_of(arguments.moe, work)) for recipe in MOE_RECIPES]
+        runs.append((find_demo_model(), "awq-g64", ()))
         for model, recipe, flags in runs:
             result["runs"].append(run(model, recipe, flags, work / f"{len(result['runs'])}"))
             arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

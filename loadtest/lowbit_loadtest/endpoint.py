@@ -63,7 +63,6 @@ async def _connect(url: str, name: str) -> ServedModel:
     key = os.environ.get(API_KEY)
     async with open_http(Target(url, name, key)) as http:
         target = Target(url, await _served_name(http, url, name), key)
-        await _check_manifest(http, url, name)
         try:
             scorer = await find_scorer(http, target.model, 1, target.timeout_s)
         except Unsupported as error:
@@ -79,7 +78,7 @@ async def _served_name(http: httpx.AsyncClient, url: str, name: str) -> str:
     if response.status_code in (401, 403):
         raise ConfigError(f"--target {url} refuses the API key ({response.status_code}); set {API_KEY}")
     try:
-        served = {str(card["id"]): card.get("root") for card in response.json()["data"]}
+        served = [str(card["id"]) for card in response.json()["data"]]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ConfigError(
             f"--target {url} lists no models at /v1/models (status {response.status_code}); "
@@ -88,25 +87,29 @@ async def _served_name(http: httpx.AsyncClient, url: str, name: str) -> str:
     if name in served:
         return name
     directory = Path(name).expanduser()
-    for model, root in served.items() if directory.is_dir() else ():
-        if model == directory.resolve().name or (root and Path(str(root)).resolve() == directory.resolve()):
-            return model
+    if directory.is_dir():
+        if (model := await _model_with_manifest(http, directory)) in served:
+            return str(model)
+        if directory.resolve().name in served:
+            return directory.resolve().name
     raise ConfigError(f"MODEL {name!r} is not served at {url}; served are: {', '.join(served)}")
 
 
-async def _check_manifest(http: httpx.AsyncClient, url: str, name: str) -> None:
-    """A directory's manifest is the server's, where both have one."""
-    directory = Path(name).expanduser()
-    ours = read_manifest(directory) if directory.is_dir() else None
+async def _model_with_manifest(http: httpx.AsyncClient, directory: Path) -> str | None:
+    """The name of the model that is served with the directory's manifest; ConfigError if it is served with another."""
+    ours = read_manifest(directory)
     if ours is None:
-        return
+        return None
     response = await http.get("../lowbit/checkpoint", timeout=PREFLIGHT_TIMEOUT_S)
     theirs = _manifest_in(response) if response.status_code == httpx.codes.OK else None
-    if theirs is not None and theirs.get("created") != ours.created:
+    if theirs is None:
+        return None
+    if theirs.get("created") != ours.created:
         raise ConfigError(
-            f"--target {url} serves a checkpoint made {theirs.get('created')}, {name} was made {ours.created}; "
+            f"the server has a checkpoint made {theirs.get('created')}, {directory} was made {ours.created}; "
             "serve this one, or give the served name as MODEL"
         )
+    return str(response.json().get("model"))
 
 
 def _manifest_in(response: httpx.Response) -> dict[str, Any] | None:
