@@ -3,11 +3,11 @@
     python benchmarks/server_overhead/run.py CHECKPOINT --work DIR --out benchmarks/server_overhead/results/NAME.json
 
 Three servers on the same checkpoint with the same engine arguments: `lowbit`, `bare` and `bare again`, the last as the
-noise floor. All are up, one is loaded at a time. A round loads each of them once at each number of streams, in an
-order that rotates, with the same questions: a fixed number from each stream, one after the other. Compared, round by
-round, are output tokens/s, the median time to first token and the CPU time of the API's process: medians of the
-ratios to `bare`, with their standard errors (bootstrap over rounds). After a set of rounds all three are started
-anew, in another order, because where a process happens to lie in memory stays with it.
+noise floor. All are up, one is loaded at a time. A round gives each of them the same few questions at each number of
+streams, in an order that rotates: a turn takes seconds, so that a machine whose speed drifts does not favour one.
+Compared are output tokens/s over all turns, the median time to first token of all answers, and the CPU time of the
+API's process: ratios to `bare`, with standard errors (bootstrap over rounds). After a set of rounds all three are
+started anew, in another order, because where a process happens to lie in memory stays with it.
 
 vLLM's engine spins while its worker computes. Where the kernel puts it decides more than any gateway does, so with two
 cores or more the workers keep the first, and everything else, the clients too, the second.
@@ -22,8 +22,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +35,25 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.endpoint import LOWBIT, PYTHON, Running, lowbit_serve, running, write_result  # noqa: E402
-from benchmarks.http_load import Answer, post, quantile  # noqa: E402
+from benchmarks.http_load import Answer, post  # noqa: E402
 
 MODEL = "smollm2"
 KEYS = 1000
-QUESTIONS = {1: 8, 8: 4, 32: 2}  # of each stream, by the number of streams: 10 to 20 s a cell on two cores
+QUESTIONS = {1: 2, 8: 1, 32: 1}  # of each stream and turn, by the number of streams
 BETWEEN_STREAMS_S = 0.03  # all at once, how the first prompts fall into batches would be a matter of luck
 KV_BYTES = 1 << 30
 BARE = "vllm.entrypoints.launchers.api_server.entry"
-Cells = dict[tuple[str, int], list[dict[str, float]]]
+Cells = dict[tuple[str, int], list["Turn"]]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One server, loaded once. `cpu_s` is of the API's process, without its engine."""
+
+    tokens: int
+    seconds: float
+    cpu_s: float
+    first_token_s: list[float]
 
 
 def main() -> int:
@@ -53,7 +64,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--streams", type=int, nargs="+", choices=QUESTIONS, default=list(QUESTIONS))
     parser.add_argument("--sets", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=3, help="of each set")
+    parser.add_argument("--rounds", type=int, default=11, help="of each set")
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
@@ -88,7 +99,7 @@ def main() -> int:
     result = {
         "keys": KEYS, "sets": arguments.sets, "rounds": arguments.rounds, "questions": QUESTIONS,
         "tokens": arguments.tokens, "limits": limits[4:], "rows": rows,
-        "cells": {f"{name}, {streams}": found for (name, streams), found in cells.items()},
+        "turns": {f"{name}, {streams}": [asdict(turn) for turn in turns] for (name, streams), turns in cells.items()},
     }  # fmt: skip
     write_result(arguments.out, result)
     for one in rows:
@@ -141,24 +152,32 @@ def measure(
     """One set of rounds; `done` rounds were before it."""
     names = list(servers)
     for name in names:  # warm up
-        asyncio.run(cell(servers[name].url, 8, "warm up", arguments.tokens, key))
+        turn(servers[name], 8, "warm up", arguments.tokens, key)
     for number in range(done, done + arguments.rounds):
         for streams in arguments.streams:
             for name in names[number % len(names) :] + names[: number % len(names)]:
-                server = psutil.Process(servers[name].process.pid)
-                before = sum(server.cpu_times()[:2])
-                found = asyncio.run(cell(servers[name].url, streams, str(number), arguments.tokens, key))
-                found["cpu_s"] = round(sum(server.cpu_times()[:2]) - before, 3)  # without its engine
+                found = turn(servers[name], streams, str(number), arguments.tokens, key)
                 cells.setdefault((name, streams), []).append(found)
         print(f"round {number + 1} of {arguments.sets * arguments.rounds}", file=sys.stderr)
 
 
-async def cell(url: str, streams: int, seed: str, tokens: int, key: str) -> dict[str, float]:
+def turn(server: Running, streams: int, seed: str, tokens: int, key: str) -> Turn:
     """Every stream asks its questions one after the other; timed until the last has its last answer."""
+    api = psutil.Process(server.process.pid)
+    before, began = sum(api.cpu_times()[:2]), time.monotonic()
+    answers = asyncio.run(ask(f"{server.url}/v1/chat/completions", streams, seed, tokens, key))
+    seconds, cpu_s = time.monotonic() - began, sum(api.cpu_times()[:2]) - before
+    if not all(answer.status == 200 and answer.done for answer in answers):
+        raise SystemExit(f"{server.url}: not every stream was answered whole")
+    first = [round(answer.first_token_s, 5) for answer in answers if answer.first_token_s is not None]
+    return Turn(len(answers) * tokens, round(seconds, 4), round(cpu_s, 2), first)
+
+
+async def ask(url: str, streams: int, seed: str, tokens: int, key: str) -> list[Answer]:
+    """The answers to the questions of this seed."""
     prompts = random.Random(f"{streams} {seed}")
     words = [[" ".join(str(prompts.randrange(1000)) for _ in range(16)) for _ in range(QUESTIONS[streams])]
              for _ in range(streams)]  # fmt: skip
-    began = time.monotonic()
 
     async def client(number: int) -> list[Answer]:
         await asyncio.sleep(number * BETWEEN_STREAMS_S)
@@ -168,39 +187,40 @@ async def cell(url: str, streams: int, seed: str, tokens: int, key: str) -> dict
                 "model": MODEL, "messages": [{"role": "user", "content": f"Tell a story about {chosen}."}],
                 "max_tokens": tokens, "ignore_eos": True, "stream": True, "temperature": 0,
             }  # fmt: skip
-            answers.append(await post(f"{url}/v1/chat/completions", body, {"authorization": f"Bearer {key}"}))
+            answers.append(await post(url, body, {"authorization": f"Bearer {key}"}))
         return answers
 
-    answers = [answer for one in await asyncio.gather(*map(client, range(streams))) for answer in one]
-    elapsed = time.monotonic() - began
-    if not all(answer.status == 200 and answer.done for answer in answers):
-        raise SystemExit(f"{url}: not every stream was answered whole")
-    first = [answer.first_token_s for answer in answers if answer.first_token_s is not None]
-    return {
-        "requests": len(answers),
-        "tokens_per_s": round(len(answers) * tokens / elapsed, 3),
-        "ttft_median_s": round(quantile(first, 0.5), 5),
-    }
+    return [answer for one in await asyncio.gather(*map(client, range(streams))) for answer in one]
+
+
+FIGURES: dict[str, Callable[[Sequence[Turn]], float]] = {
+    "tokens_per_s": lambda turns: sum(one.tokens for one in turns) / sum(one.seconds for one in turns),
+    "ttft_median_s": lambda turns: statistics.median(first for one in turns for first in one.first_token_s),
+    "cpu_s": lambda turns: sum(one.cpu_s for one in turns),
+}
 
 
 def row(cells: Cells, streams: int) -> dict[str, Any]:
-    """Ratios to `bare`, round by round."""
+    """Ratios to `bare`."""
+    bare_turns = cells["bare", streams]
     found: dict[str, Any] = {"streams": streams}
     for name in ("lowbit", "bare again"):
-        for figure in ("tokens_per_s", "ttft_median_s", "cpu_s"):
-            pairs = zip(cells[name, streams], cells["bare", streams], strict=True)
-            ratios = [one[figure] / other[figure] for one, other in pairs]
-            found[f"{name} / bare, {figure}"] = {
-                "median": round(statistics.median(ratios), 4),
-                "standard_error": round(standard_error(ratios), 4),
-            }
+        for figure, of in FIGURES.items():
+            found[f"{name} / bare, {figure}"] = compared(of, cells[name, streams], bare_turns)
     return found
 
 
-def standard_error(ratios: list[float]) -> float:
+def compared(
+    of: Callable[[Sequence[Turn]], float], ours: list[Turn], bare_turns: list[Turn]
+) -> dict[str, float]:
+    """A ratio with its standard error; rounds are drawn anew, both servers' turns of a round together."""
     generator = random.Random(0)
-    medians = [statistics.median(generator.choices(ratios, k=len(ratios))) for _ in range(2000)]
-    return statistics.pstdev(medians)
+    draws = []
+    for _ in range(1000):
+        rounds = generator.choices(range(len(ours)), k=len(ours))
+        draws.append(of([ours[one] for one in rounds]) / of([bare_turns[one] for one in rounds]))
+    ratio = of(ours) / of(bare_turns)
+    return {"ratio": round(ratio, 4), "standard_error": round(statistics.pstdev(draws), 4)}
 
 
 if __name__ == "__main__":
