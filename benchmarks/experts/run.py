@@ -79,7 +79,7 @@ def text_of(held: dict[str, list[int]], half: int, rows: int, domain: str | None
 def measure(model: str, run: dict[str, Any], calibration: TokenText, heldout: TokenText) -> dict[str, Any]:
     """One walk in memory: bytes and quality."""
     start = time.process_time()
-    data = {"weights": {"method": "none"}, "kv_cache": {"dtype": "none"}}
+    data = {"weights": {"method": "none"}, "kv_cache": {"dtype": "none"}, "quality": {"isolate": False}}
     recipe = parse_recipe(data | {key: run[key] for key in ("weights", "experts") if key in run}, "scenario")
     reference = find_model(model)
     plan = make_plan(reference, recipe)

@@ -78,19 +78,24 @@ def one_domain(results: list[dict[str, Any]]) -> str:
 
 def frontier(results: list[dict[str, Any]]) -> str:
     """KL against bytes: REAP and AWQ + GPTQ in groups of 64."""
-    rows = []
+    cells = [
+        [f"{size / 1e6:.2f}", f"{share:.0%}", str(bits), f"{kld:.5f}"]
+        for size, share, bits, kld in frontier_points(results)
+    ]
+    return grid(["MB", "pruned", "bits", "mean KL"], cells)
+
+
+def frontier_points(results: list[dict[str, Any]]) -> list[tuple[int, float, int, float]]:
+    """Bytes, share pruned, bits and mean KL of every mix, by bytes."""
+    points = []
     for r in results:
         run, weights = r["run"], weights_of(r["run"])
         method, criterion = weights.get("method"), run.get("experts", {}).get("criterion", "reap")
         if "domain" in run or criterion != "reap" or "router_distillation" in run.get("experts", {}):
             continue
         if method in (None, "awq+gptq") and weights.get("group_size", 64) == 64:
-            rows.append((r["bytes"], share_of(run), weights.get("bits", 4), r["mean_kld"]))
-    cells = [
-        [f"{size / 1e6:.2f}", f"{share:.0%}", str(bits), f"{kld:.5f}"]
-        for size, share, bits, kld in sorted(rows)
-    ]
-    return grid(["MB", "pruned", "bits", "mean KL"], cells)
+            points.append((r["bytes"], share_of(run), weights.get("bits", 4), r["mean_kld"]))
+    return sorted(points)
 
 
 def main() -> None:
