@@ -88,10 +88,12 @@ async def serve(config: ServeConfig, checkpoint: Checkpoint) -> None:
     async with contextlib.AsyncExitStack() as stack:
         listener = stack.enter_context(bind(config.host, config.port))
         admin = stack.enter_context(bind(config.host, config.admin_port)) if config.admin_port else None
-        with interruptible_start(), answering_that_it_loads(listener, config):
+        with interruptible_start(), answering_that_it_loads(listener, config) as progress:
             log.info("starting vLLM on the %s with %s", device, _readable(arguments))
             engine = await stack.enter_async_context(vllm.start_engine(arguments, throughput, adapters))
+            progress.next_stage()
             service = await inspect_engine(engine, config, checkpoint)
+            progress.next_stage()
             app = await build_app(engine, service, throughput, exchanges, nvml.read, lambda: state.draining)
             gateway = Gateway(
                 app, _limits(config), keys, exchanges, models,

@@ -15,30 +15,48 @@ from lowbit_server.config import ServeConfig
 from lowbit_server.drain import listen
 from lowbit_server.openai_errors import document
 
+STAGES = ("starting the engine", "reading back what it loaded", "opening the API")
 ACCEPT_S = 0.2  # how often the thread looks whether loading has ended
 CLIENT_S = 2.0  # how long one client may take to ask
 
 
+class Progress:
+    """How far a start is: the engine takes nearly all of its time and does not say more."""
+
+    def __init__(self) -> None:
+        self._began, self._number = time.monotonic(), 0
+
+    def next_stage(self) -> None:
+        """The stage that was going on has ended."""
+        self._number += 1
+
+    def document(self) -> bytes:
+        seconds = round(time.monotonic() - self._began, 1)
+        stage = {"stage": STAGES[self._number], "number": self._number + 1, "of": len(STAGES)}
+        return json.dumps({"status": "loading", "seconds": seconds, **stage}).encode()
+
+
 @contextlib.contextmanager
-def answering_that_it_loads(listener: socket.socket, config: ServeConfig) -> Iterator[None]:
+def answering_that_it_loads(listener: socket.socket, config: ServeConfig) -> Iterator[Progress]:
     """Answer `/livez` 200 and everything else 503 while the block runs; with TLS the port stays closed."""
+    progress = Progress()
     if config.ssl_certfile is not None:
-        yield
+        yield progress
         return
     listen(listener)
     listener.settimeout(ACCEPT_S)
-    loaded, began = threading.Event(), time.monotonic()
-    thread = threading.Thread(target=_answer_until, args=(listener, loaded, began), daemon=True)
+    loaded = threading.Event()
+    thread = threading.Thread(target=_answer_until, args=(listener, loaded, progress), daemon=True)
     thread.start()
     try:
-        yield
+        yield progress
     finally:
         loaded.set()
         thread.join()
         listener.setblocking(False)
 
 
-def _answer_until(listener: socket.socket, loaded: threading.Event, began: float) -> None:
+def _answer_until(listener: socket.socket, loaded: threading.Event, progress: Progress) -> None:
     while not loaded.is_set():
         try:
             connection, address = listener.accept()
@@ -46,14 +64,13 @@ def _answer_until(listener: socket.socket, loaded: threading.Event, began: float
             continue
         with contextlib.suppress(OSError), connection:
             connection.settimeout(CLIENT_S)
-            _handler(began)(connection, address, None)  # type: ignore[arg-type]  # it needs no server
+            _handler(progress)(connection, address, None)  # type: ignore[arg-type]  # it needs no server
 
 
-def _handler(began: float) -> type[BaseHTTPRequestHandler]:
+def _handler(progress: Progress) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            seconds = round(time.monotonic() - began, 1)
-            state = json.dumps({"status": "loading", "seconds": seconds}).encode()
+            state = progress.document()
             if self.path == "/livez":
                 self._respond(200, state)
             elif self.path in ("/readyz", "/startupz", "/health"):

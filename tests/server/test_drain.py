@@ -119,11 +119,16 @@ async def test_a_second_signal_ends_the_drain_at_once(listener: socket.socket, e
 
 
 def test_the_port_says_that_it_loads_until_the_app_takes_over(listener: socket.socket) -> None:
-    with answering_that_it_loads(listener, ServeConfig(Path("unused"))), httpx.Client() as client:
+    config = ServeConfig(Path("unused"))
+    with answering_that_it_loads(listener, config) as progress, httpx.Client() as client:
         assert client.get(_url(listener, "/livez")).status_code == 200
         for path in ("/readyz", "/startupz"):
             answer = client.get(_url(listener, path))
             assert (answer.status_code, answer.json()["status"]) == (503, "loading")
+        assert answer.json()["stage"] == "starting the engine"
+        progress.next_stage()
+        after = client.get(_url(listener, "/startupz")).json()
+        assert (after["stage"], after["number"], after["of"]) == ("reading back what it loaded", 2, 3)
         chat = client.post(_url(listener, "/v1/chat/completions"), json={"messages": []})
         assert (chat.status_code, chat.headers["retry-after"]) == (503, "5")
         assert chat.json()["error"]["code"] == "unavailable"
