@@ -206,7 +206,11 @@ def _by_domain(predictions: Predictions, domains: Sequence[str]) -> dict[str, di
     report = {}
     for domain in sorted(set(domains)):
         rows = torch.tensor([name == domain for name in domains])
-        report[domain] = {"sequences": float(rows.sum()), **_with_perplexities(predictions.of(rows))}
+        found = _with_perplexities(predictions.of(rows))
+        known = {
+            name: value for name, value in found.items() if math.isfinite(value)
+        }  # one sequence: no error
+        report[domain] = {"sequences": float(rows.sum()), **known}
     return report
 
 

@@ -1,5 +1,6 @@
 """The comparison of two models, against the obvious slow version."""
 
+import json
 import math
 
 import pytest
@@ -131,6 +132,15 @@ def test_a_domain_is_judged_as_if_it_were_the_whole_text() -> None:
     assert found["a"]["perplexity"] / found["a"]["perplexity_base"] == pytest.approx(
         alone["perplexity_ratio"]
     )
+
+
+def test_a_domain_of_one_sequence_has_no_errors_and_only_numbers_that_json_has() -> None:
+    predictions = clustered_predictions(3, 0)
+    text = TokenText(torch.zeros(3, 61).long(), ("code", "prose", "prose"), record().heldout)
+    found = summarize(predictions, text, kv_cache_included=False).domains
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert not any("stderr" in name for name in found["code"])
+    assert "kld_stderr" in found["prose"]
 
 
 def test_the_gate_rejects_past_any_limit_and_anything_not_finite() -> None:
