@@ -213,7 +213,14 @@ def test_a_disk_that_fills_stops_the_run_which_goes_on_once_there_is_room(
     tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """No file may grow beyond 128 KiB: enough for the layers, too little for the embedding's shard."""
-    few = ("--set", "calibration.sequences=1", "--set", "quality.sequences=2")
+    few = (
+        "--set",
+        "calibration.sequences=1",
+        "--set",
+        "quality.sequences=2",
+        "--set",
+        "quality.isolate=false",
+    )
     arguments, log = command(tiny_model("llama"), tmp_path / "out", *few), tmp_path / "log"
     status, said = run(arguments, log, file_bytes=128 << 10)
     assert status == 2
