@@ -198,8 +198,9 @@ def test_ctrl_c_ends_cleanly_and_writes_what_there_is(timed_server: Start, tmp_p
     code = "import sys; from lowbit_core.cli import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "loadtest", *arguments]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell has it ignored
+    )  # fmt: skip
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and len(httpx.get(f"{url}/bodies").json()) < 5:
         time.sleep(0.1)
