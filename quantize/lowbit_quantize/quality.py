@@ -207,9 +207,11 @@ def _by_domain(predictions: Predictions, domains: Sequence[str]) -> dict[str, di
     for domain in sorted(set(domains)):
         rows = torch.tensor([name == domain for name in domains])
         found = _with_perplexities(predictions.of(rows))
-        known = {
-            name: value for name, value in found.items() if math.isfinite(value)
-        }  # one sequence: no error
+        known = {  # one sequence has no error
+            name: value
+            for name, value in found.items()
+            if math.isfinite(value) or not name.endswith("stderr")
+        }
         report[domain] = {"sequences": float(rows.sum()), **known}
     return report
 
