@@ -9,13 +9,14 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
 from benchmarks.quantizers.provenance import hardware, revision
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,6 +84,25 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+@contextmanager
+def pinned(servers: Iterable[Running]) -> Iterator[None]:
+    """Keep the threads of this process and of the servers, but for their workers, off the first core.
+
+    vLLM's engine spins while its worker computes; where the kernel puts it decides how fast a small machine is.
+    """
+    own = os.sched_getaffinity(0)
+    if os.cpu_count() != 1:
+        for server in servers:
+            parent = psutil.Process(server.process.pid)
+            for process in (parent, *parent.children(recursive=True)):
+                if not process.name().startswith("VLLM::Worker"):
+                    for thread in process.threads():
+                        os.sched_setaffinity(thread.id, {1})
+        os.sched_setaffinity(0, {1})
+    yield
+    os.sched_setaffinity(0, own)
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:

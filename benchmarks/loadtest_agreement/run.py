@@ -1,12 +1,11 @@
 """Do `lowbit loadtest`, AIPerf and `vllm bench serve` measure the same on the same server?
 
-    lowbit serve CHECKPOINT --enforce-eager --port 8000 &
-    python benchmarks/loadtest_agreement/run.py --url http://127.0.0.1:8000 --model NAME --tokenizer CHECKPOINT \
-        --aiperf ENV/bin/aiperf --json FILE
+    python benchmarks/loadtest_agreement/run.py CHECKPOINT --aiperf ENV/bin/aiperf --json FILE
 
 One workload for all: the same prompts in the same order, a closed loop, greedy, a fixed number of output tokens. The
 tools take turns, repetition by repetition, after one run that is thrown away (it fills the server's prefix cache).
-vLLM's benchmark runs in this environment (it needs pandas), AIPerf 0.13.0 in one of its own. Two tools agree on one
+vLLM's benchmark runs in this environment (it needs pandas), AIPerf 0.13.0 in one of its own. The server's worker has
+the first core to itself; the rest of the server and the tools share the others. Two tools agree on one
 number when their medians differ by at most 5 %, or the ranges of their repetitions overlap. Throughput is all output
 tokens over the whole run, as the peers count it.
 """
@@ -22,6 +21,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.endpoint import lowbit_serve, pinned, write_result
+
+MODEL = "agreement"
+TOOLS = ("lowbit", "aiperf", "vllm")
 LIMIT = 0.05
 MOST_SPREAD = 0.25  # of the median; ranges wider than that overlap whatever was measured
 METRICS = ("ttft_mean_ms", "ttft_p50_ms", "itl_mean_ms", "tpot_mean_ms", "output_tokens_per_s")
@@ -37,9 +42,7 @@ Numbers = dict[str, float | None]
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--url", required=True, help="the server")
-    parser.add_argument("--model", required=True, help="its name at the server")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="a model directory, for the peers")
+    parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--aiperf", type=Path, required=True, help="its command")
     parser.add_argument("--concurrency", type=int, default=4)
     parser.add_argument("--requests", type=int, default=48)
@@ -47,30 +50,38 @@ def main() -> None:
     parser.add_argument("--output-tokens", type=int, default=32)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, required=True)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        work = Work(arguments.url, Path(folder), arguments)
-        work.lowbit()
-        rows = []
-        for repetition in range(arguments.repetitions):
-            for name in ("lowbit", "aiperf", "vllm"):
-                rows.append({"tool": name, "repetition": repetition, **getattr(work, name)()})
-                print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+        log = Path(folder) / "server.log"
+        with (
+            lowbit_serve(arguments.checkpoint, log, "--served-model-name", MODEL) as server,
+            pinned([server]),
+        ):
+            rows = measure(Work(server.url, Path(folder), arguments), arguments.repetitions)
     document = {
         "workload": {
             name: getattr(arguments, name)
             for name in ("concurrency", "requests", "prompt_words", "output_tokens", "seed")
         },
-        "cpus": os.cpu_count(),
-        "load_average": round(os.getloadavg()[0], 1),
         "agreement": [agreement(rows, peer, metric) for peer in ("aiperf", "vllm") for metric in METRICS],
         "rows": rows,
     }
-    if arguments.json:
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+    write_result(arguments.json, document)
     for one in document["agreement"]:
         print(json.dumps(one))
+
+
+def measure(work: "Work", repetitions: int) -> list[dict[str, Any]]:
+    """The tools in turn, each first in some repetitions."""
+    work.lowbit()
+    rows = []
+    for repetition in range(repetitions):
+        first = repetition % len(TOOLS)
+        for name in TOOLS[first:] + TOOLS[:first]:
+            rows.append({"tool": name, "repetition": repetition, **getattr(work, name)()})
+            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    return rows
 
 
 class Work:
@@ -97,7 +108,7 @@ class Work:
     def lowbit(self) -> Numbers:
         out = self.folder / "ours.json"
         command = [
-            sys.executable, "-c", LOWBIT, "loadtest", "--target", self.url, "--model", self.arguments.model,
+            sys.executable, "-c", LOWBIT, "loadtest", "--target", self.url, "--model", MODEL,
             "--scenario", str(self.folder / "scenario.yaml"), "--json", str(out),
         ]  # fmt: skip
         _run(command)
@@ -113,8 +124,8 @@ class Work:
     def aiperf(self) -> Numbers:
         tokens = self.arguments.output_tokens
         command = [
-            str(self.arguments.aiperf), "profile", "--model", self.arguments.model, "--url", self.url,
-            "--endpoint-type", "chat", "--streaming", "--tokenizer", str(self.arguments.tokenizer),
+            str(self.arguments.aiperf), "profile", "--model", MODEL, "--url", self.url,
+            "--endpoint-type", "chat", "--streaming", "--tokenizer", str(self.arguments.checkpoint),
             "--input-file", str(self.folder / "aiperf.jsonl"), "--custom-dataset-type", "single_turn",
             "--dataset-sampling-strategy", "sequential", "--concurrency", str(self.arguments.concurrency),
             "--request-count", str(self.arguments.requests), "--extra-inputs", f"max_tokens:{tokens}",
@@ -134,7 +145,7 @@ class Work:
     def vllm(self) -> Numbers:
         command = [
             sys.executable, "-c", VLLM, "--backend", "openai-chat", "--endpoint", "/v1/chat/completions",
-            "--base-url", self.url, "--model", self.arguments.model, "--tokenizer", str(self.arguments.tokenizer),
+            "--base-url", self.url, "--model", MODEL, "--tokenizer", str(self.arguments.checkpoint),
             "--dataset-name", "custom", "--dataset-path", str(self.folder / "ours.jsonl"), "--disable-shuffle",
             "--skip-chat-template", "--custom-output-len", str(self.arguments.output_tokens), "--ignore-eos",
             "--num-prompts", str(self.arguments.requests), "--temperature", "0",

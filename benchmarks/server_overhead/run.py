@@ -22,8 +22,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.endpoint import LOWBIT, PYTHON, Running, lowbit_serve, running, write_result  # noqa: E402
+from benchmarks.endpoint import LOWBIT, PYTHON, Running, lowbit_serve, pinned, running, write_result  # noqa: E402
 from benchmarks.http_load import Answer, post  # noqa: E402
 
 MODEL = "smollm2"
@@ -128,22 +128,6 @@ def bare(checkpoint: Path) -> list[str]:
         "--load-format", "safetensors", "--uvicorn-log-level", "warning", "--disable-uvicorn-access-log",
         "--host", "127.0.0.1",
     ]  # fmt: skip
-
-
-@contextmanager
-def pinned(servers: Iterable[Running]) -> Iterator[None]:
-    """Keep the threads of this process and of the servers, but for their workers, off the first core."""
-    own = os.sched_getaffinity(0)
-    if os.cpu_count() != 1:
-        for server in servers:
-            parent = psutil.Process(server.process.pid)
-            for process in (parent, *parent.children(recursive=True)):
-                if not process.name().startswith("VLLM::Worker"):
-                    for thread in process.threads():
-                        os.sched_setaffinity(thread.id, {1})
-        os.sched_setaffinity(0, {1})
-    yield
-    os.sched_setaffinity(0, own)
 
 
 def measure(

@@ -41,8 +41,9 @@ class LinearGroup:
 class Architecture:
     """One model family; names are relative to the model (`layers`, …) or to a decoder layer (groups).
 
-    `norm_offset` is what a norm adds to its weight; `latent_cache`: attention caches a normed latent and one
-    rotary key (DeepSeek-AI 2024, arXiv 2405.04434) instead of keys and values; `published` are the differences
+    `middle` is the module that reads the residual stream between attention and the network; `norm_offset` is
+    what a norm adds to its weight; `latent_cache`: attention caches a normed latent and one rotary key
+    (DeepSeek-AI 2024, arXiv 2405.04434) instead of keys and values; `published` are the differences
     between transformers' module names and the names in published files, as (ours, theirs).
     """
 
@@ -54,6 +55,7 @@ class Architecture:
     head: str = "lm_head"
     rotary: str = "model.rotary_emb"
     attention: str = "self_attn"
+    middle: str = "post_attention_layernorm"
     moe_block: str = ""
     norm_offset: float = 0.0
     latent_cache: bool = False
@@ -167,9 +169,10 @@ _TABLE = (
     Architecture(
         "gemma3_text",
         groups=_attention(residual="") + _gated("mlp", "pre_feedforward_layernorm"),
+        middle="pre_feedforward_layernorm",
         norm_offset=1.0,
     ),
-    Architecture("olmo2", groups=_attention(norm="", residual="") + _gated("mlp", norm="")),
+    Architecture("olmo2", groups=_attention(norm="", residual="") + _gated("mlp", norm=""), middle="mlp"),
     Architecture("qwen3_moe", groups=_DENSE + _experts(), moe_block="mlp"),
     Architecture(
         "qwen2_moe", groups=_DENSE + _experts("shared_expert", ("mlp.shared_expert_gate",)), moe_block="mlp"

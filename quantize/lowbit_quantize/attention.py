@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lowbit_quantize.observe import AttendedCovariance
+from lowbit_quantize.stream import SeenAll
 from lowbit_quantize.targets import Drift
 
 QUERIES = 32  # of each text, evenly spaced
@@ -50,8 +51,11 @@ def attention_received(query: Tensor, key: Tensor, mask: Tensor | None, scaling:
 
 
 @contextmanager
-def attention_seen_by(statistics: Sequence[AttendedCovariance | Drift]) -> Iterator[None]:
-    """While the block runs, give each statistic the attention that its waiting tokens receive."""
+def attention_seen_by(statistics: Sequence[AttendedCovariance | Drift], *, stop: bool) -> Iterator[None]:
+    """While the block runs, give each statistic the attention that its waiting tokens receive.
+
+    With `stop`, the layer ends there (`SeenAll`).
+    """
     attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION]
 
     def attend_and_weigh(
@@ -62,6 +66,8 @@ def attention_seen_by(statistics: Sequence[AttendedCovariance | Drift]) -> Itera
             received = attention_received(query, key, mask, scaling).flatten()
             for statistic in waiting:
                 statistic.weigh(received)
+            if stop:
+                raise SeenAll
         return attend(module, query, key, value, mask, **arguments)
 
     ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION] = attend_and_weigh

@@ -84,5 +84,5 @@ def _error(weight: Tensor, blocks: Tensor, scale: Tensor, spec: GridSpec) -> flo
     parts = scale.view(blocks.shape[:2])
     divisor = parts.square() if blocks.dim() == 2 else parts.unsqueeze(2) * parts.unsqueeze(1)
     scaled_blocks = blocks / divisor  # (groups, width, width), or (groups, width)
-    grids = (*candidates(groups, spec, 1.0), *candidates(groups, spec, SEARCH_CLIP))
-    return float(torch.sum(best_of(groups, scaled_blocks, grids, spec).error))
+    grids = candidates(groups, spec, (1.0, SEARCH_CLIP))
+    return float(torch.sum(best_of(groups, scaled_blocks, grids).error))

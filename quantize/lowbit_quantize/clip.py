@@ -9,7 +9,7 @@ At last, with the codes fixed, all scales of a row are solved for together (`sol
 is quadratic in its scales, and the minimum takes the correlation between groups into account.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,6 +23,9 @@ REFINEMENTS = 2
 BLOCK_WEIGHTS = 1 << 17  # weights whose candidates are held at once: few enough for a core's cache
 SOLVE_ROWS = 512  # rows that are solved at once
 RIDGE = 1e-4  # pull of `solve_scales` towards the scales it starts from, relative to the mean curvature
+Candidate = tuple[
+    Tensor, Tensor, Tensor
+]  # scale and zero, (groups, rows), and codes less zero of each weight
 
 
 @dataclass(frozen=True)
@@ -66,22 +69,29 @@ def split_groups(weight: Tensor, spec: GridSpec) -> Tensor:
     return spec.split(weight).transpose(0, 1).contiguous()
 
 
-def candidates(groups: Tensor, spec: GridSpec, clip: float) -> Sequence[tuple[Tensor, Tensor]]:
-    """Grids that cover `clip` of each group's range; a symmetric one also mirrored."""
-    scale, zero = group_grid(groups, spec, clip)
-    return ((scale, zero), (-scale, zero)) if spec.symmetric else ((scale, zero),)
+def candidates(groups: Tensor, spec: GridSpec, clips: Iterable[float]) -> Iterator[Candidate]:
+    """Grids that cover a part of each group's range, for each of `clips`; symmetric ones also mirrored.
+
+    The nearest numbers on a grid and on its mirror image differ in sign, before they are clamped.
+    """
+    for clip in clips:
+        scale, zero = group_grid(groups, spec, clip)
+        if not spec.symmetric:
+            yield scale, zero, _steps(groups, scale, zero, spec)
+            continue
+        nearest = (groups / scale.unsqueeze(-1)).round_()
+        yield scale, zero, nearest.clamp(spec.lowest, spec.highest)
+        yield -scale, zero, nearest.neg_().clamp_(spec.lowest, spec.highest)
 
 
 def best_of(
     groups: Tensor,
     blocks: Tensor,
-    grids: Iterable[tuple[Tensor, Tensor]],
-    spec: GridSpec,
+    grids: Iterable[Candidate],
     best: Best | None = None,
 ) -> Best:
     """For each group of (groups, rows, width), the grid that errs least, among these and `best`."""
-    for scale, zero in grids:
-        steps = _steps(groups, scale, zero, spec)
+    for scale, zero, steps in grids:
         error = block_error(steps.mul_(scale.unsqueeze(-1)).sub_(groups), blocks)
         if best is None:
             best = Best(error, scale, zero)
@@ -114,10 +124,10 @@ def _steps(groups: Tensor, scale: Tensor, zero: Tensor, spec: GridSpec) -> Tenso
 
 def _search_rows(weight: Tensor, blocks: Tensor, spec: GridSpec) -> tuple[Tensor, Tensor]:
     groups = split_groups(weight, spec)
-    best = best_of(groups, blocks, (grid for clip in CLIPS for grid in candidates(groups, spec, clip)), spec)
+    best = best_of(groups, blocks, candidates(groups, spec, CLIPS))
     for _ in range(REFINEMENTS):
         refined = least_squares_scale(groups, best, blocks, spec)
-        best = best_of(groups, blocks, [(refined, best.zero)], spec, best)
+        best = best_of(groups, blocks, [(refined, best.zero, _steps(groups, refined, best.zero, spec))], best)
     return best.scale, best.zero
 
 
@@ -150,9 +160,11 @@ def _solve_rows(
 ) -> Tensor:
     steps = spec.split(codes).float() - zero.unsqueeze(-1)  # (rows, groups, width)
     tiles = covariance.view(steps.shape[1], steps.shape[2], covariance.shape[1])
-    curvature = torch.stack(
-        [((steps[:, g] @ tile).view_as(steps) * steps).sum(-1) for g, tile in enumerate(tiles)], dim=1
-    )  # (rows, groups, groups)
+    curvature = torch.zeros(len(steps), *[steps.shape[1]] * 2, device=steps.device)  # (rows, groups, groups)
+    for g, tile in enumerate(tiles):  # the matrix is symmetric
+        rest = steps[:, g:]
+        reach = (steps[:, g] @ tile[:, g * steps.shape[2] :]).view_as(rest)
+        curvature[:, g, g:] = curvature[:, g:, g] = reach.mul_(rest).sum(-1)
     slope = ((weight @ covariance).view_as(steps) * steps).sum(-1)  # (rows, groups)
     pull = RIDGE * curvature.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + 1e-20
     system = curvature + torch.diag_embed(pull.expand_as(scale))

@@ -23,8 +23,9 @@ from lowbit_quantize.grid import GridSpec, Rounded
 from lowbit_quantize.parallel import parallel_map
 
 DAMPING = (0.01, 0.03, 0.1, 0.3, 1.0)  # of the mean of diag H; the next is taken when a factor fails
-BLOCK_COLUMNS = 64
-BLOCK_ROWS = 512
+BLOCK_COLUMNS = 32
+INVERTED_AT_ONCE = 128
+BLOCK_ROWS = 1024
 
 
 def round_gptq(weight: Tensor, covariance: Tensor, spec: GridSpec) -> Rounded:
@@ -65,35 +66,68 @@ def _ordered_factor(covariance: Tensor) -> tuple[Tensor, Tensor]:
 def inverse_factor(covariance: Tensor, order: Tensor | None = None) -> Tensor:
     """The upper triangular U with UᵀU = (H + λI)⁻¹, λ raised until H can be factored; raises NumericsError.
 
-    With `order`, (in,), H is taken in that order of its inputs.
+    With `order`, (in,), H is taken in that order of its inputs. If LLᵀ is the inputs' covariance in reverse order,
+    U is L⁻¹ with its rows and columns reversed.
     """
+    backwards = torch.arange(len(covariance), device=covariance.device) if order is None else order
+    backwards = backwards.flip(0)
     for damping in DAMPING:  # one name for all steps: few of these large matrices are held
-        factor = covariance.clone() if order is None else covariance[order][:, order]
+        factor = covariance[backwards][:, backwards]
         factor.diagonal().add_(damping * factor.diagonal().mean().clamp(min=1e-12))
         factor, failed = torch.linalg.cholesky_ex(factor)
         if failed:
             continue
-        factor = torch.cholesky_inverse(factor)
-        factor, failed = torch.linalg.cholesky_ex(factor, upper=True)
+        factor = invert_lower(factor).flip(0, 1)
         ends = torch.stack(torch.aminmax(factor.mT))  # as it lies in memory: aminmax copies anything else
-        if not failed and torch.isfinite(ends).all():
+        if torch.isfinite(ends).all():
             found: Tensor = factor
             return found
     raise NumericsError(f"an input covariance cannot be factored even with damping {DAMPING[-1]}")
+
+
+def invert_lower(lower: Tensor) -> Tensor:
+    """The inverse of a lower triangular matrix, by halves: most of the work is products."""
+    size = len(lower)
+    if size <= INVERTED_AT_ONCE:
+        one = torch.eye(size, dtype=lower.dtype, device=lower.device)
+        solved: Tensor = torch.linalg.solve_triangular(lower, one, upper=False)
+        return solved
+    half, inverse = size // 2, torch.zeros_like(lower)
+    inverse[:half, :half] = invert_lower(lower[:half, :half])
+    inverse[half:, half:] = invert_lower(lower[half:, half:])
+    inverse[half:, :half] = -(inverse[half:, half:] @ (lower[half:, :half] @ inverse[:half, :half]))
+    return inverse
 
 
 def gptq_codes(columns: Tensor, scale: Tensor, zero: Tensor, factor: Tensor, spec: GridSpec) -> Tensor:
     """Codes int8 of `columns`, a weight as (in, rows) in rounding order, on grids of the same shape."""
     columns, codes = columns.clone(), torch.empty(columns.shape, dtype=torch.int8, device=columns.device)
     for start in range(0, len(columns), BLOCK_COLUMNS):
-        stop = min(start + BLOCK_COLUMNS, len(columns))
-        block, errors = columns[start:stop], torch.empty_like(columns[start:stop])
-        within = factor[start:stop, start:stop]
-        for i in range(stop - start):
-            s, z = scale[start + i], zero[start + i]
-            code = (block[i] / s).round_().add_(z).clamp_(spec.lowest, spec.highest)
-            codes[start + i] = code
-            errors[i] = (block[i] - (code - z) * s) / within[i, i]
-            block[i + 1 :].addr_(within[i, i + 1 :], errors[i], alpha=-1)
-        columns[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+        block = slice(start, min(start + BLOCK_COLUMNS, len(columns)))
+        found, errors = _block_codes(columns[block], scale[block], zero[block], factor[block, block], spec)
+        codes[block] = found
+        columns[block.stop :].addmm_(factor[block, block.stop :].T, errors, alpha=-1)
     return codes
+
+
+def _block_codes(
+    columns: Tensor, scale: Tensor, zero: Tensor, factor: Tensor, spec: GridSpec
+) -> tuple[Tensor, Tensor]:
+    """Codes and errors, float, of some columns, (columns, rows), which are worked on in place.
+
+    A column is a few hundred numbers: what it costs is the number of calls, so each of these counts.
+    """
+    codes, errors = torch.empty_like(columns), torch.empty_like(columns)
+    views = zip(*(part.unbind() for part in (columns, codes, errors, scale, zero, factor)), strict=True)
+    deviations = factor.diagonal().tolist()
+    for i, (column, code, error, s, z, row) in enumerate(views):
+        torch.div(column, s, out=code).round_()
+        if spec.symmetric:
+            code.clamp_(spec.lowest, spec.highest)
+            torch.addcmul(column, code, s, value=-1, out=error)
+        else:
+            code.add_(z).clamp_(spec.lowest, spec.highest)
+            torch.addcmul(column, code - z, s, value=-1, out=error)
+        error.div_(deviations[i])
+        columns[i + 1 :].addr_(row[i + 1 :], error, alpha=-1)
+    return codes, errors

@@ -11,7 +11,10 @@ from lowbit_quantize.targets import Drift
 
 Observers = dict[str, Callable[[Tensor], None]]
 
-SYMMETRIC_BLOCKS = 6
+SYMMETRIC_BLOCKS, WIDE = (
+    6,
+    1024,
+)  # blocks of a covariance, if it is so wide that they cost less than they save
 TOKEN_MULTIPLE = (
     128  # experts see any number of tokens; torch's CPU products compile a kernel for each new shape
 )
@@ -22,13 +25,13 @@ SAMPLE_STRIDE = 4  # of the tokens whose keys and values are kept
 class Covariance:
     """`H`, the mean of x xᵀ over tokens, in float32, for inputs of `features` channels.
 
-    Only blocks on and above the diagonal are computed (7/12 of the products for six blocks). In wide layers this is the
-    largest matrix of a run: the mean takes the sum's place.
+    Of a wide one only blocks on and above the diagonal are computed (7/12 of the products for six blocks). It is
+    the largest matrix of a run: the mean takes the sum's place.
     """
 
     def __init__(self, features: int, device: torch.device) -> None:
         self._sum = torch.zeros(features, features, device=device)
-        self._block = -(-features // SYMMETRIC_BLOCKS)
+        self._block = -(-features // SYMMETRIC_BLOCKS) if features >= WIDE else features
         self._finished = False
         self.tokens = 0
 
@@ -109,12 +112,12 @@ class LayerStatistics:
         architecture: Architecture,
         device: torch.device,
         groups: Sequence[LinearGroup] | None = None,
-        paired: Mapping[str, Tensor] | None = None,
+        paired: Mapping[str, Tensor | None] | None = None,
     ) -> None:
         """Observe `groups`, by default all of the layer.
 
         `paired` names the first linears of groups whose inputs are observed in the base model too, and what the
-        compressed model's inputs of each are divided by, (features,).
+        compressed model's inputs of each are divided by, (features,), if by anything.
         """
         self._layer, self._architecture = layer, architecture
         self._covariances: dict[str, Covariance] = {}
@@ -129,7 +132,8 @@ class LayerStatistics:
             for name in dict.fromkeys((self._place(group), *group.beside[:1])):
                 self._covariances[name] = kind(features, device)
             if paired and group.linears[0] in paired:
-                drift = Drift(paired[group.linears[0]], attended=group.attended)
+                weights = [linear_of(layer, name).weight for name in group.linears]
+                drift = Drift(weights, paired[group.linears[0]], group.attended, bool(group.residual))
                 self._drifts[group.linears[0]] = drift
                 if group.residual:
                     self._residuals[group.residual] = drift
@@ -140,13 +144,18 @@ class LayerStatistics:
         observers: Observers = {name: drift.see_residual for name, drift in self._residuals.items()}
         observers.update({name: seen.add for name, seen in self._covariances.items()})
         for name, drift in self._drifts.items():
-            observers[name] = _both(observers[name], drift.add)
+            observers[name] = both(observers[name], drift.add)
         if self._routes:
             router, sample = self._architecture.router, self._block_inputs.add
-            observers[router] = _both(observers[router], sample) if router in observers else sample
+            observers[router] = both(observers[router], sample) if router in observers else sample
         elif self.attended:  # the attention is known before this is reached
             observers.setdefault(self._architecture.attention_end, _ignore)
         return observers
+
+    @property
+    def ends_before_attention(self) -> bool:
+        """Whether nothing is observed beyond what attention is computed from."""
+        return self.observers.get(self._architecture.attention_end) is _ignore
 
     @property
     def routes(self) -> bool:
@@ -237,7 +246,7 @@ def _ignore(_: Tensor) -> None:
     pass
 
 
-def _both(first: Callable[[Tensor], None], second: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+def both(first: Callable[[Tensor], None], second: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
     def call(inputs: Tensor) -> None:
         first(inputs)
         second(inputs)

@@ -43,7 +43,7 @@ from lowbit_quantize.grid import GridSpec
 from lowbit_quantize.identity import identity_of
 from lowbit_quantize.journal import Conclusion, Journal, LayerRecord
 from lowbit_quantize.kv_scales import KVScales
-from lowbit_quantize.memory import return_freed_memory
+from lowbit_quantize.memory import keep_freed_memory, return_freed_memory
 from lowbit_quantize.observe import Sample
 from lowbit_quantize.output import RunDirectory, check_disk, finished_before, refuse_foreign, run_in
 from lowbit_quantize.plan import Plan, check_weights, make_plan
@@ -183,6 +183,7 @@ class Walk:
         if not finished:
             self._embed()
         depth = self.decoder.depth
+        keep_freed_memory()
         for index in track(range(finished, depth), depth, "layers", done=finished):
             self._step(index)
             self.streams.release()
@@ -236,8 +237,6 @@ class Walk:
         self.starved.update({(index, expert): tokens for expert, tokens in done.starved.items()})
         if scales:
             self.kv_scales[index] = scales
-        if index + 1 < self.decoder.depth:
-            self.decoder.advance(layer, index, self.calibration, scales)
         self.decoder.advance(layer, index, self.heldout, scales)
         self.baselines.advance_fp8_cache(index, done.base_kv_scales)
         self._write(layer, index, compressed, scales)

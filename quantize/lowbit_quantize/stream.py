@@ -7,7 +7,7 @@ hands them to `Cache.update`, which is after RoPE.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,8 @@ from lowbit_quantize.experts import unstack_experts
 from lowbit_quantize.source import WeightFiles
 
 BATCH_TOKENS = 2048  # tokens in a forward pass: enough for efficient products, few enough for the caches
+
+END = ""  # of a layer, where the name of a module says how far hidden states go
 
 KeyValueSeam = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -54,12 +56,12 @@ class _Recorder(nn.Module):
 
 @dataclass(frozen=True)
 class BasePass:
-    """The base model's side of an observation; `advance` moves its hidden states on to the next layer."""
+    """The base model's side of an observation; `advance` moves its hidden states on: to a module's input, or `END`."""
 
     layer: nn.Module
     hidden: Tensor
     observers: Mapping[str, Callable[[Tensor], None]]
-    advance: bool
+    advance: str | None
 
 
 class Decoder:
@@ -136,20 +138,43 @@ class Decoder:
         arguments = self._layer_arguments(index, hidden)
         size = max(1, BATCH_TOKENS // hidden.shape[1])
         for start in range(0, len(hidden), size):
-            batch = slice(start, start + size)
-            if base is not None:
-                with inputs_of(base.layer, base.observers, stop=not base.advance), suppress(_SeenAll):
-                    output = next(self.run_layer(base.layer, index, base.hidden[batch]))
-                    base.hidden[batch] = output
+            batch, moved = slice(start, start + size), None
+            if base is not None and base.advance:
+                self.advance_to(base.advance, base.layer, index, base.hidden[batch], None, base.observers)
+            elif base is not None:
+                with inputs_of(base.layer, base.observers, stop=base.advance is None), suppress(SeenAll):
+                    moved = next(self.run_layer(base.layer, index, base.hidden[batch]))
             cache = SeamCache(seam) if seam else None
-            with inputs_of(layer, observers, stop=stop), torch.inference_mode(), suppress(_SeenAll):
+            with inputs_of(layer, observers, stop=stop), torch.inference_mode(), suppress(SeenAll):
                 layer(hidden[batch].to(self.device), **{**arguments, "past_key_values": cache})
+            if (
+                base is not None and moved is not None
+            ):  # only now: observers may hold what the layer was given
+                base.hidden[batch] = moved
 
     def advance(self, layer: nn.Module, index: int, hidden: Tensor, seam: KeyValueSeam | None = None) -> None:
         """Replace `hidden` by the layer's output, in place."""
         size = max(1, BATCH_TOKENS // hidden.shape[1])
         for start, output in enumerate(self.run_layer(layer, index, hidden, seam)):
             hidden[start * size : (start + 1) * size] = output
+
+    def advance_to(
+        self,
+        module: str,
+        layer: nn.Module,
+        index: int,
+        hidden: Tensor,
+        seam: KeyValueSeam | None = None,
+        observers: Mapping[str, Callable[[Tensor], None]] | None = None,
+    ) -> None:
+        """Replace `hidden` by what a module of the layer reads, in place; the rest of the layer does not run."""
+        for batch in hidden.split(max(1, BATCH_TOKENS // hidden.shape[1])):
+
+            def store(inputs: Tensor, batch: Tensor = batch) -> None:
+                batch.copy_(inputs.view_as(batch))
+
+            with inputs_of(layer, {**(observers or {}), module: store}, stop=True), suppress(SeenAll):
+                next(self.run_layer(layer, index, batch, seam))
 
     def _layer_arguments(self, index: int, hidden: Tensor) -> dict[str, Any]:
         key = hidden.shape[1], hidden.dtype
@@ -204,8 +229,36 @@ def build_skeleton(config: Any, architecture: Architecture) -> nn.Module:
     return model.eval()
 
 
-class _SeenAll(Exception):
-    """The last observer has seen its input; nothing reads the rest of the layer."""
+class SeenAll(Exception):
+    """All that was to be seen has been seen; nothing reads the rest of the layer."""
+
+
+@contextmanager
+def without_attention(
+    layer: nn.Module, architecture: Architecture, read: Sequence[Tensor] = ()
+) -> Iterator[None]:
+    """While the block runs, attention is not computed: it adds what its last linear makes of `read`, or nothing.
+
+    `read` has what that linear reads, (tokens, features), batch by batch. Where attention adds nothing, the layer takes
+    what its middle reads.
+    """
+    batches, end = iter(read), layer.get_submodule(architecture.attention_end)
+
+    def attend(hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
+        if not read:
+            return hidden_states.new_zeros(()).expand_as(hidden_states), None
+        return end(next(batches)).view_as(hidden_states), None
+
+    modules = dict(layer.named_children())
+    stand_ins = {architecture.attention: attend, "input_layernorm": lambda hidden_states: hidden_states}
+    replaced = {modules[name]: forward for name, forward in stand_ins.items() if name in modules}
+    for module, forward in replaced.items():
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module in replaced:
+            del module.forward
 
 
 @contextmanager
@@ -214,14 +267,14 @@ def inputs_of(
 ) -> Iterator[None]:
     """Call `observers[name]` with the input, (tokens, features), of each named linear while the layer runs.
 
-    With `stop`, the last named linear raises `_SeenAll` instead of running.
+    With `stop`, the last named linear raises `SeenAll` instead of running.
     """
 
     def hook_for(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             observers[name](inputs[0].reshape(-1, inputs[0].shape[-1]))
             if stop and name == list(observers)[-1]:
-                raise _SeenAll
+                raise SeenAll
 
         return hook
 

@@ -11,8 +11,10 @@ Two things hold it back, because H⁻¹ also fits what is peculiar to the calibr
 (docs/log.md has what each gave). Tokens count as they do in H, by the attention they receive where that matters.
 """
 
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowbit_core.errors import NumericsError
 from lowbit_quantize.precision import exact_products
@@ -24,15 +26,29 @@ RIDGE = 0.05  # of the mean of diag H
 class Drift:
     """How far the inputs of a linear, and the residual stream that it adds to, are from the base model's.
 
-    `divisor` (features,) is what the compressed model's inputs are divided by, where an AWQ scale was folded into the
-    linear before. For each batch of tokens: `expect` and `expect_residual` with what the base model has, then
-    `see_residual` and `add` with what the compressed model has. Where tokens count by attention, `weigh` follows.
+    `weights` are those of the linears that share the inputs, one below the other (out, features), and `divisor`,
+    (features,), is what the compressed model's inputs are divided by, where an AWQ scale was folded into the linear
+    before. For each batch of tokens: `expect` and, with `residual`, `expect_residual` take what the base model has,
+    then `see_residual` and `add` what the compressed model has. Where tokens count by attention, `weigh` follows.
+
+    Where the linears give less than they read, W D + R is summed, (out, features), and D never made.
     """
 
-    def __init__(self, divisor: Tensor, *, attended: bool) -> None:
+    def __init__(
+        self,
+        weights: Sequence[Tensor],
+        divisor: Tensor | None = None,
+        attended: bool = False,
+        residual: bool = False,
+    ) -> None:
         self.attended, self._divisor = attended, divisor
-        self._inputs: Tensor | None = divisor.new_zeros(len(divisor), len(divisor))
-        self._residual: Tensor | None = None
+        features, outputs = weights[0].shape[1], sum(map(len, weights))
+        self._weight: Tensor | None = None
+        if residual or 2 * outputs <= features:
+            weight = torch.cat(tuple(weights)) if len(weights) > 1 else weights[0]
+            self._weight = weight if divisor is None else (weight * divisor).to(weight.dtype)
+        rows = features if self._weight is None else outputs
+        self._sum: Tensor | None = torch.zeros(rows, features, device=weights[0].device)
         self._tokens = 0
         self._expected: Tensor | None = None
         self._residual_off: Tensor | None = None
@@ -44,16 +60,20 @@ class Drift:
 
     def expect(self, inputs: Tensor) -> None:
         """Take the base model's inputs, (tokens, features)."""
-        self._expected = torch.div(inputs, self._divisor)  # float32, as the divisor is
+        if self._divisor is not None:
+            inputs = torch.div(inputs, self._divisor)
+        self._expected = (
+            inputs.clone() if self.attended else inputs
+        )  # what waits may be written to before it is read
 
     def expect_residual(self, residual: Tensor) -> None:
         """Take the base model's residual stream, (tokens, hidden)."""
-        self._residual_off = residual.float()
+        self._residual_off = residual.clone()
 
     def see_residual(self, residual: Tensor) -> None:
         """Take the compressed model's residual stream for the same tokens."""
         if self._residual_off is not None:
-            self._residual_off = self._residual_off - residual.float()
+            self._residual_off.sub_(residual)
 
     def add(self, inputs: Tensor) -> None:
         """Take the compressed model's inputs for the same tokens; where they count by attention, they wait for it."""
@@ -63,21 +83,24 @@ class Drift:
             self.weigh(None)
 
     def weigh(self, received: Tensor | None) -> None:
-        """Add what waits, with the attention that each token receives, (tokens,), relative to the mean."""
+        """Add what waits, with the attention that each token receives, (tokens,), relative to the mean.
+
+        Differences are rounded as inputs are, which is enough for a mean.
+        """
         inputs, self._waiting = self._waiting, None
-        if inputs is None or self._expected is None or self._inputs is None:
+        if inputs is None or self._expected is None or self._sum is None:
             return
-        counts = None if received is None else ((1 + received) / 2).unsqueeze(1)
-        wide = inputs.float()
-        self._tokens += len(wide)
-        with exact_products(
-            inputs.dtype
-        ):  # the differences are rounded to 8 bits, which is enough for a mean
-            self._inputs.addmm_(_counted(self._expected.sub_(wide), counts).T, wide)
+        off = (self._expected - inputs).to(inputs.dtype)
+        if self._weight is not None:
+            off = nn.functional.linear(off, self._weight)
             if self._residual_off is not None:
-                if self._residual is None:
-                    self._residual = wide.new_zeros(self._residual_off.shape[1], wide.shape[1])
-                self._residual.addmm_(_counted(self._residual_off, counts).T, wide)
+                off += self._residual_off
+        wide = off.float()
+        if received is not None:
+            wide *= ((1 + received) / 2).unsqueeze(1)
+        with exact_products(inputs.dtype):
+            self._sum.addmm_(wide.T, inputs.float())
+        self._tokens += len(inputs)
         self._expected = self._residual_off = None
 
     def target(self, weight: Tensor, covariance: Tensor) -> Tensor:
@@ -86,11 +109,11 @@ class Drift:
         What was gathered goes here, before the factor of the covariance needs as much memory.
         """
         self.weigh(None)
-        assert self._inputs is not None, "a drift gives one target"
-        off = weight @ self._inputs.div_(max(1, self._tokens))  # (out, in)
-        if self._residual is not None:
-            off += self._residual / max(1, self._tokens)
-        self._inputs = self._residual = None
+        assert self._sum is not None, "a drift gives one target"
+        off = self._sum.div_(max(1, self._tokens))
+        if self._weight is None:
+            off = weight @ off
+        self._sum = self._weight = None
         lower = covariance.clone()
         lower.diagonal().add_(RIDGE * covariance.diagonal().mean().clamp(min=1e-12))
         lower, failed = torch.linalg.cholesky_ex(lower)
@@ -98,8 +121,3 @@ class Drift:
             raise NumericsError(f"an input covariance cannot be factored with a ridge of {RIDGE} of its mean")
         target: Tensor = weight + STEP * torch.cholesky_solve(off.T, lower).T
         return target
-
-
-def _counted(off: Tensor, counts: Tensor | None) -> Tensor:
-    """Rows as often as their tokens count, in place; wide layers leave no room for copies."""
-    return off if counts is None else off.mul_(counts)

@@ -90,7 +90,7 @@ def test_a_layers_own_attention_weighs_its_inputs_and_is_left_as_it_was(
     last = architecture.groups[-1].linears[0]
     for covariance, weighing in ((plain, []), (attended, [attended])):
         observers = {name: covariance.add, last: lambda _: None}
-        with attention_seen_by(weighing):
+        with attention_seen_by(weighing, stop=False):
             decoder.observe(layer, 0, hidden, observers, KeyValueReach(), stop=True)
     assert ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION] is before
     assert attended.tokens == plain.tokens == 8 * 64

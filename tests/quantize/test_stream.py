@@ -1,6 +1,7 @@
 """The walk is the model: layer by layer gives what the whole model gives."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from lowbit_quantize.architectures import architecture_of
 from lowbit_quantize.kv_scales import FP8_MAX, KVScales, scale_of
 from lowbit_quantize.observe import Covariance, KeyValueReach
 from lowbit_quantize.source import WeightFiles, find_model
-from lowbit_quantize.stream import Decoder, inputs_of
+from lowbit_quantize.stream import Decoder, inputs_of, without_attention
 
 
 def decoder_of(directory: Path) -> Decoder:
@@ -35,6 +36,28 @@ def test_walking_layer_by_layer_equals_the_whole_model(
     with torch.inference_mode():
         expected = model(ids).logits
     assert torch.equal(norm(hidden) @ head.T, expected)
+
+
+def test_a_layer_in_two_halves_is_the_layer(tiny_model: Callable[[str], Path], any_family: str) -> None:
+    decoder = decoder_of(tiny_model(any_family))
+    whole, halves = decoder.embed(token_ids()), decoder.embed(token_ids())
+    for index in range(decoder.depth):
+        layer = decoder.load_layer(index)
+        decoder.advance(layer, index, whole)
+        if index == 0:  # and once with what attention's last linear reads, as an observer saw it
+            read: list[torch.Tensor] = []
+            decoder.observe(
+                layer, 0, halves, {decoder.architecture.attention_end: read.append}, None, stop=True
+            )
+            given = without_attention(layer, decoder.architecture, read)
+        with given if index == 0 else nullcontext():
+            decoder.advance_to(decoder.architecture.middle, layer, index, halves)
+        with without_attention(layer, decoder.architecture):
+            decoder.advance(layer, index, halves)
+        assert torch.equal(halves, whole)
+        again = halves.clone()
+        decoder.advance(layer, index, again)  # attention is back
+        assert not torch.equal(again, halves)
 
 
 def test_keys_and_values_are_seen_after_rope(tiny_model: Callable[[str], Path], family: str) -> None:

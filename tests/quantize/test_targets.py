@@ -9,7 +9,7 @@ from tests.quantize.test_stream import decoder_of, token_ids
 
 from lowbit_quantize.architectures import ARCHITECTURES, linear_of
 from lowbit_quantize.observe import KeyValueReach, LayerStatistics
-from lowbit_quantize.stream import BasePass
+from lowbit_quantize.stream import END, BasePass
 from lowbit_quantize.targets import RIDGE, STEP, Drift
 
 TOKENS, INPUTS, OUTPUTS = 400, 24, 16
@@ -28,12 +28,13 @@ def least_squares(weight: torch.Tensor, x: torch.Tensor, wanted: torch.Tensor) -
     return weight + step
 
 
-@pytest.mark.parametrize("residual", [False, True])
-def test_a_target_is_a_step_towards_least_squares(residual: bool) -> None:
-    weight, base = drawn(OUTPUTS, INPUTS, seed=1), drawn(TOKENS, INPUTS, seed=2)
+@pytest.mark.parametrize(("outputs", "residual"), [(OUTPUTS, False), (OUTPUTS, True), (INPUTS // 2, False)])
+def test_a_target_is_a_step_towards_least_squares(outputs: int, residual: bool) -> None:
+    """Whether D is summed, as for the first, or W D + R, as for a residual stream and for few outputs."""
+    weight, base = drawn(outputs, INPUTS, seed=1), drawn(TOKENS, INPUTS, seed=2)
     inputs = base + 0.3 * drawn(TOKENS, INPUTS, seed=3)
-    stream, base_stream = drawn(TOKENS, OUTPUTS, seed=4), drawn(TOKENS, OUTPUTS, seed=5)
-    drift = Drift(torch.ones(INPUTS), attended=False)
+    stream, base_stream = drawn(TOKENS, outputs, seed=4), drawn(TOKENS, outputs, seed=5)
+    drift = Drift(weight.split(4), residual=residual)
     for part in torch.arange(TOKENS).split(128):
         if residual:
             drift.expect_residual(base_stream[part])
@@ -50,7 +51,7 @@ def test_a_target_is_a_step_towards_least_squares(residual: bool) -> None:
 def test_base_inputs_are_divided_by_what_was_folded() -> None:
     weight, base = drawn(OUTPUTS, INPUTS, seed=6), drawn(TOKENS, INPUTS, seed=7)
     scale = drawn(INPUTS, seed=8).exp()
-    drift = Drift(scale, attended=False)
+    drift = Drift([weight], scale)
     drift.expect(base)
     drift.add(base / scale)
     folded = base / scale
@@ -61,7 +62,7 @@ def test_attended_tokens_count_as_they_do_in_the_covariance() -> None:
     """A token that receives three times the mean attention counts twice."""
     weight, base = drawn(OUTPUTS, INPUTS, seed=9), drawn(TOKENS, INPUTS, seed=10)
     inputs = base + 0.3 * drawn(TOKENS, INPUTS, seed=11)
-    weighed, repeated = (Drift(torch.ones(INPUTS), attended=attended) for attended in (True, False))
+    weighed, repeated = (Drift([weight], attended=attended) for attended in (True, False))
     weighed.expect(base)
     weighed.add(inputs)
     assert weighed.waiting
@@ -82,13 +83,13 @@ def test_a_layer_whose_inputs_are_the_base_models_keeps_its_weights_and_moves_th
     architecture, layer = decoder.architecture, decoder.load_layer(0)
     hidden, base = decoder.embed(token_ids()), decoder.embed(token_ids())
     groups = [g for g in architecture.groups_of(layer) if not (g.beside or architecture.is_expert(g))]
-    paired = {g.linears[0]: torch.ones(linear_of(layer, g.linears[0]).in_features) for g in groups}
+    paired = dict.fromkeys(group.linears[0] for group in groups)
     statistics = LayerStatistics(layer, architecture, decoder.device, paired=paired)
-    side = BasePass(layer, base, statistics.base_observers, advance=True)
+    side = BasePass(layer, base, statistics.base_observers, END)
     decoder.observe(layer, 0, hidden, statistics.observers, KeyValueReach(), stop=False, base=side)
     for group in groups:
         width = sum(linear_of(layer, name).out_features for name in group.linears)
-        weight = drawn(width, len(paired[group.linears[0]]), seed=12)
+        weight = drawn(width, linear_of(layer, group.linears[0]).in_features, seed=12)
         with torch.inference_mode():
             assert torch.equal(statistics.target(group, weight, statistics.covariance(group)), weight)
     decoder.advance(layer, 0, hidden)
