@@ -1,13 +1,18 @@
 """Do `lowbit loadtest`, AIPerf and `vllm bench serve` measure the same on the same server?
 
-    python benchmarks/loadtest_agreement/run.py CHECKPOINT --aiperf ENV/bin/aiperf --json FILE
+    python benchmarks/loadtest_agreement/run.py CHECKPOINT --aiperf ENV/bin/aiperf --json FILE [--rate 2]
 
-One workload for all: the same prompts in the same order, a closed loop, greedy, a fixed number of output tokens. The
-tools take turns, repetition by repetition, after one run that is thrown away (it fills the server's prefix cache).
-vLLM's benchmark runs in this environment (it needs pandas), AIPerf 0.13.0 in one of its own. The server's worker has
-the first core to itself; the rest of the server and the tools share the others. Two tools agree on one
-number when their medians differ by at most 5 %, or the ranges of their repetitions overlap. Throughput is all output
-tokens over the whole run, as the peers count it.
+One workload for all: the same prompts in the same order, greedy, a fixed number of output tokens, in a closed loop or,
+with `--rate`, sent at constant intervals whatever the server does. In a closed loop a tool's own time between an answer
+and the next request is part of what it measures; at a rate it is not. The tools take turns, repetition by repetition,
+after one run that is thrown away (it fills the server's prefix cache). vLLM's benchmark runs in this environment (it
+needs pandas), AIPerf 0.13.0 in one of its own. The server's worker has the first core to itself; the rest of the server
+and the tools share the others. Two tools agree on one number when their medians differ by at most 5 %, or the ranges of
+their repetitions overlap. Throughput is all output tokens over the whole run, as the peers count it.
+
+Inter-token latency is the mean gap between chunks with text, ours and AIPerf's (there "inter chunk latency"). vLLM's
+also counts chunks without text, the first of which only carries the role: with n tokens it is (n - 1) / n of its own
+time per output token, whatever the gaps. It is in the rows and is compared as time per output token.
 """
 
 import argparse
@@ -29,7 +34,10 @@ MODEL = "agreement"
 TOOLS = ("lowbit", "aiperf", "vllm")
 LIMIT = 0.05
 MOST_SPREAD = 0.25  # of the median; ranges wider than that overlap whatever was measured
-METRICS = ("ttft_mean_ms", "ttft_p50_ms", "itl_mean_ms", "tpot_mean_ms", "output_tokens_per_s")
+METRICS = {
+    "aiperf": ("ttft_mean_ms", "ttft_p50_ms", "itl_mean_ms", "tpot_mean_ms", "output_tokens_per_s"),
+    "vllm": ("ttft_mean_ms", "ttft_p50_ms", "tpot_mean_ms", "output_tokens_per_s"),
+}
 WORDS = ("river", "stone", "light", "paper", "window", "garden", "engine", "market", "letter", "winter")
 VLLM = """import argparse
 from vllm.benchmarks.serve import add_cli_args, main
@@ -45,6 +53,9 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--aiperf", type=Path, required=True, help="its command")
     parser.add_argument("--concurrency", type=int, default=4)
+    parser.add_argument(
+        "--rate", type=float, help="requests/s at constant intervals, instead of a closed loop"
+    )
     parser.add_argument("--requests", type=int, default=48)
     parser.add_argument("--prompt-words", type=int, default=64)
     parser.add_argument("--output-tokens", type=int, default=32)
@@ -62,9 +73,9 @@ def main() -> None:
     document = {
         "workload": {
             name: getattr(arguments, name)
-            for name in ("concurrency", "requests", "prompt_words", "output_tokens", "seed")
+            for name in ("concurrency", "rate", "requests", "prompt_words", "output_tokens", "seed")
         },
-        "agreement": [agreement(rows, peer, metric) for peer in ("aiperf", "vllm") for metric in METRICS],
+        "agreement": [agreement(rows, peer, metric) for peer, found in METRICS.items() for metric in found],
         "rows": rows,
     }
     write_result(arguments.json, document)
@@ -96,8 +107,9 @@ class Work:
         ]
         for key, file in (("prompt", "ours.jsonl"), ("text", "aiperf.jsonl")):
             (folder / file).write_text("".join(json.dumps({key: prompt}) + "\n" for prompt in prompts))
+        closed = {"kind": "closed", "concurrency": arguments.concurrency}
         scenario = {
-            "arrivals": {"kind": "closed", "concurrency": arguments.concurrency},
+            "arrivals": {"kind": "constant", "rate_rps": arguments.rate} if arguments.rate else closed,
             "prompts": {"kind": "file", "path": str(folder / "ours.jsonl")},
             "output": {"tokens": arguments.output_tokens, "exact": True},
             "requests": arguments.requests,
@@ -127,11 +139,15 @@ class Work:
             str(self.arguments.aiperf), "profile", "--model", MODEL, "--url", self.url,
             "--endpoint-type", "chat", "--streaming", "--tokenizer", str(self.arguments.checkpoint),
             "--input-file", str(self.folder / "aiperf.jsonl"), "--custom-dataset-type", "single_turn",
-            "--dataset-sampling-strategy", "sequential", "--concurrency", str(self.arguments.concurrency),
+            "--dataset-sampling-strategy", "sequential",
             "--request-count", str(self.arguments.requests), "--extra-inputs", f"max_tokens:{tokens}",
             "--extra-inputs", "ignore_eos:true", "--extra-inputs", "temperature:0", "--use-server-token-count",
             "--output-artifact-dir", str(self.folder / "aiperf"), "--ui", "none",
         ]  # fmt: skip
+        if self.arguments.rate:
+            command += ["--request-rate", str(self.arguments.rate), "--request-rate-mode", "constant"]
+        else:
+            command += ["--concurrency", str(self.arguments.concurrency)]
         _run(command)
         found = json.loads((self.folder / "aiperf/profile_export_aiperf.json").read_text())
         return {
@@ -149,9 +165,13 @@ class Work:
             "--dataset-name", "custom", "--dataset-path", str(self.folder / "ours.jsonl"), "--disable-shuffle",
             "--skip-chat-template", "--custom-output-len", str(self.arguments.output_tokens), "--ignore-eos",
             "--num-prompts", str(self.arguments.requests), "--temperature", "0",
-            "--max-concurrency", str(self.arguments.concurrency), "--percentile-metrics", "ttft,tpot,itl",
+            "--percentile-metrics", "ttft,tpot,itl",
             "--save-result", "--result-dir", str(self.folder), "--result-filename", "vllm.json", "--disable-tqdm",
         ]  # fmt: skip
+        if self.arguments.rate:
+            command += ["--request-rate", str(self.arguments.rate), "--burstiness", "inf"]
+        else:
+            command += ["--max-concurrency", str(self.arguments.concurrency)]
         _run(command)
         found = json.loads((self.folder / "vllm.json").read_text())
         return {
