@@ -2,7 +2,8 @@
 
 Runs of one scenario and seed are paired: request i of repetition r was due at the same time and asked the same of both,
 so both are drawn together in the bootstrap, and what made request i slow in both cancels. Runs of different scenarios
-are drawn apart. A difference is a verdict only when its interval excludes zero *and* it is larger than the tolerance;
+are drawn apart. Throughput, which a closed loop measures, is one number a repetition: the mean ratio of these is judged
+by Student's t. A difference is a verdict only when its interval excludes zero *and* it is larger than the tolerance;
 "same" needs the whole interval inside the tolerance; everything else is undecided, and more repetitions would help.
 """
 
@@ -13,7 +14,15 @@ from typing import Any, Literal
 import numpy as np
 
 from lowbit_core.errors import ConfigError
-from lowbit_loadtest.statistics import Bounds, Sample, bounds_of, request_weights, weighted_statistics
+from lowbit_loadtest.statistics import (
+    Bounds,
+    Sample,
+    bounds_of,
+    request_weights,
+    student_difference,
+    student_mean,
+    weighted_statistics,
+)
 
 Verdict = Literal["better", "worse", "same", "undecided"]
 DRAWS = 500
@@ -65,6 +74,7 @@ def compare(a: dict[str, Any], b: dict[str, Any], tolerance: float, seed: int = 
     for point_a, point_b in _common_points(a, b):
         differences += _latencies(point_a, point_b, paired, tolerance, seed)
         differences += _completed(point_a, point_b, paired, tolerance, seed)
+        differences += _throughput(point_a, point_b, paired, tolerance)
     if not differences:
         raise ConfigError("the two results have no rate and no completed request in common")
     return Comparison(paired, tuple(differences))
@@ -112,6 +122,23 @@ def _completed(a: Row, b: Row, paired: bool, tolerance: float, seed: int) -> lis
         return []
     change = _changes(samples, "mean", paired, seed)
     return [_judged("share completed", a["offered_rps"], *change, tolerance, lower_is_better=False)]
+
+
+def _throughput(a: Row, b: Row, paired: bool, tolerance: float) -> list[Difference]:
+    """Output tokens/s of a closed loop; at a given rate of arrivals it is the rate's."""
+    if a["offered_rps"] is not None:
+        return []
+    of_a, of_b = (
+        [rates["output_tokens_per_s"] for rates in one.get("repetition_rates", [])] for one in (a, b)
+    )
+    if not of_a or not of_b or not all([*of_a, *of_b]):
+        return []
+    logs_a, logs_b = np.log(of_a), np.log(of_b)
+    together = paired and len(of_a) == len(of_b)
+    bounds = student_mean(logs_b - logs_a) if together else student_difference(logs_a, logs_b)
+    interval = Bounds(float(np.expm1(bounds.low)), float(np.expm1(bounds.high))) if bounds else None
+    means = float(np.exp(logs_a.mean())), float(np.exp(logs_b.mean()))
+    return [_judged("output tokens/s", None, *means, interval, tolerance, lower_is_better=False)]
 
 
 def _samples(

@@ -5,7 +5,6 @@ is Student's over visits, of which there are few. Quality is judged under load, 
 same load, item by item. A constraint is met or missed when the whole interval says so; otherwise it is open.
 """
 
-import math
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -16,19 +15,9 @@ from lowbit_core.evals.arithmetic import Estimate
 from lowbit_core.evals.results import changes, from_rows
 from lowbit_loadtest.frontier_plan import Constraints, FrontierPlan
 from lowbit_loadtest.recommendation import Standing, Status, recommend
+from lowbit_loadtest.statistics import student_mean
 
 Document = dict[str, Any]
-STUDENT_95 = (
-    12.706,
-    4.303,
-    3.182,
-    2.776,
-    2.571,
-    2.447,
-    2.365,
-    2.306,
-    2.262,
-)  # two-sided, 1 to 9 degrees of freedom
 FORMAT_VERSION = 1
 COMPLETED_SHARE = 0.99
 
@@ -108,12 +97,8 @@ def stand(
 
 def over_visits(values: Sequence[float]) -> Estimate:
     """The mean and its interval by Student's t; without one for a single visit."""
-    n, mean = len(values), sum(values) / len(values)
-    if n < 2:
-        return Estimate(mean, None, None)
-    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1))
-    half = STUDENT_95[min(n - 2, len(STUDENT_95) - 1)] * deviation / math.sqrt(n)
-    return Estimate(mean, max(0.0, mean - half), mean + half)
+    mean, bounds = sum(values) / len(values), student_mean(values)
+    return Estimate(mean, max(0.0, bounds.low), bounds.high) if bounds else Estimate(mean, None, None)
 
 
 def _throughput(result: Document, constraints: Constraints) -> float:

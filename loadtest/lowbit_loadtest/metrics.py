@@ -71,6 +71,7 @@ class Summary:
     goodput_rps: float | None  # completed within every SLO
     slo_attainment: float | None  # share of measured requests that are
     rate_intervals: dict[str, Bounds]  # over repetitions
+    repetition_rates: list[dict[str, float | None]]
     prompt_tokens: int | None
     output_tokens: int | None
     output_tokens_per_chunk: float | None  # near 1: a gap between chunks is a gap between tokens
@@ -134,6 +135,7 @@ def summarize(runs: Sequence[Run], slo: SLO | None = None, intervals: bool = Tru
         end_to_end_s=spread(lambda run, record: [record.end_to_end_s]),
         **means,
         rate_intervals=_rate_intervals(rates),
+        repetition_rates=rates,
         prompt_tokens=_total(record.prompt_tokens for record in completed),
         output_tokens=_total(record.output_tokens for record in completed),
         output_tokens_per_chunk=_output_tokens_per_chunk(counted),

@@ -20,6 +20,7 @@ CONFIDENCE = 0.95
 RESAMPLES = 400
 MOST_WEIGHTED_VALUES = 40_000_000  # values times resamples; beyond it fewer resamples are drawn
 FEWEST_RESAMPLES = 100
+STUDENT_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 1 to 9 degrees of freedom
 PERCENTILES = {"p50": 50.0, "p90": 90.0, "p95": 95.0, "p99": 99.0, "p999": 99.9}
 
 
@@ -109,6 +110,29 @@ def bootstrap_mean(values: Sequence[float], seed: int = 0) -> Bounds | None:
     array = np.asarray(values, dtype=np.float64)
     drawn = np.random.default_rng(seed).integers(0, array.size, (2000, array.size))
     return bounds_of(array[drawn].mean(axis=1))
+
+
+def student_mean(values: Sequence[float] | Floats) -> Bounds | None:
+    """Bounds of the mean of a few numbers by Student's t; None for fewer than two."""
+    if len(values) < 2:
+        return None
+    array = np.asarray(values, dtype=np.float64)
+    half = _student(array.size - 1) * float(array.std(ddof=1)) / array.size**0.5
+    return Bounds(float(array.mean()) - half, float(array.mean()) + half)
+
+
+def student_difference(a: Sequence[float] | Floats, b: Sequence[float] | Floats) -> Bounds | None:
+    """Bounds of mean(b) - mean(a), drawn apart: Welch's standard error, the smaller sample's degrees of freedom."""
+    smaller = min(len(a), len(b))
+    if smaller < 2:
+        return None
+    squares = sum(float(np.var(one, ddof=1)) / len(one) for one in (a, b))
+    middle, half = float(np.mean(b)) - float(np.mean(a)), _student(smaller - 1) * squares**0.5
+    return Bounds(middle - half, middle + half)
+
+
+def _student(freedom: int) -> float:
+    return STUDENT_95[min(freedom, len(STUDENT_95)) - 1]
 
 
 def _joined(repetitions: Sequence[Sample]) -> tuple[Floats, Integers]:

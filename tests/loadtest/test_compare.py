@@ -64,6 +64,37 @@ def test_intervals_hold_the_true_change() -> None:
         assert one.interval.low <= 0.1 <= one.interval.high or abs(one.change - 0.1) < 0.01
 
 
+def closed(rates: list[float], seed: int = 0) -> dict[str, Any]:
+    found = document(seed=seed)
+    found["points"][0] |= {
+        "offered_rps": None,
+        "repetition_rates": [{"output_tokens_per_s": rate} for rate in rates],
+    }
+    return found
+
+
+def test_throughput_of_a_closed_loop_is_judged_over_repetitions() -> None:
+    """The machine's drift is in both: 100, 130, 90 against ten percent more of each."""
+    drifting = [100.0, 130.0, 90.0]
+    tenth = [110.0, 143.1, 98.9]
+
+    def judged(b: dict[str, Any]) -> Any:
+        return next(
+            one for one in compare(closed(drifting), b, 0.05).differences if one.metric == "output tokens/s"
+        )
+
+    better = judged(closed(tenth))
+    assert better.verdict == "better"
+    assert better.change == pytest.approx(0.1, abs=1e-3)
+    assert better.interval.low < 0.1 < better.interval.high < 0.11
+    assert judged(closed([rate / 1.2 for rate in drifting])).verdict == "worse"
+    assert judged(closed(drifting)).verdict == "same"
+    assert judged(closed(tenth, seed=1)).verdict == "undecided"  # not paired: the drift is noise
+    assert judged(closed(tenth[:1])).interval is None
+    open_loop = compare(document(), document(0.8, 1), 0.05)
+    assert "output tokens/s" not in {one.metric for one in open_loop.differences}
+
+
 @pytest.mark.parametrize(
     ("change", "low", "high", "verdict"),
     [
