@@ -3,10 +3,13 @@
 Runs of one scenario and seed are paired: request i of repetition r was due at the same time and asked the same of both,
 so both are drawn together in the bootstrap, and what made request i slow in both cancels. Runs of different scenarios
 are drawn apart. Throughput, which a closed loop measures, is one number a repetition: the mean ratio of these is judged
-by Student's t. A difference is a verdict only when its interval excludes zero *and* it is larger than the tolerance;
-"same" needs the whole interval inside the tolerance; everything else is undecided, and more repetitions would help.
+by Student's t. Quality under load is compared item by item (core's `evals`).
+
+A difference is a verdict only when its interval excludes zero *and* it is larger than the tolerance; "same" needs the
+whole interval inside the tolerance; everything else is undecided, and more repetitions would help.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,6 +17,10 @@ from typing import Any, Literal
 import numpy as np
 
 from lowbit_core.errors import ConfigError
+from lowbit_core.evals.arithmetic import Estimate
+from lowbit_core.evals.results import changes, from_rows, perplexity
+from lowbit_core.evals.items import Key as ItemKey
+from lowbit_core.evals.scoring import Answer
 from lowbit_loadtest.statistics import (
     Bounds,
     Sample,
@@ -75,6 +82,7 @@ def compare(a: dict[str, Any], b: dict[str, Any], tolerance: float, seed: int = 
         differences += _latencies(point_a, point_b, paired, tolerance, seed)
         differences += _completed(point_a, point_b, paired, tolerance, seed)
         differences += _throughput(point_a, point_b, paired, tolerance)
+    differences += _quality(a, b, tolerance)
     if not differences:
         raise ConfigError("the two results have no rate and no completed request in common")
     return Comparison(paired, tuple(differences))
@@ -139,6 +147,34 @@ def _throughput(a: Row, b: Row, paired: bool, tolerance: float) -> list[Differen
     interval = Bounds(float(np.expm1(bounds.low)), float(np.expm1(bounds.high))) if bounds else None
     means = float(np.exp(logs_a.mean())), float(np.exp(logs_b.mean()))
     return [_judged("output tokens/s", None, *means, interval, tolerance, lower_is_better=False)]
+
+
+def _quality(a: dict[str, Any], b: dict[str, Any], tolerance: float) -> list[Difference]:
+    """Right answers, and perplexity of the texts, under load; only items that both were asked."""
+    of_a, of_b = map(_answers, (a, b))
+    found, differences = changes(of_a, of_b), []
+    right = [(of_a[key].right, of_b[key].right) for key in of_a if key in of_b]
+    before, after = (sum(map(bool, one)) for one in zip(*right, strict=True)) if right else (0, 0)
+    if found.accuracy_change and before:
+        low, high = (end * found.items / before for end in _ends(found.accuracy_change))
+        shares = before / found.items, after / found.items
+        differences.append(_judged("accuracy", None, *shares, Bounds(low, high), tolerance, False))
+    if found.perplexity_ratio:
+        low, high = _ends(found.perplexity_ratio)
+        ratio = found.perplexity_ratio.value
+        value = perplexity(one for key, one in of_a.items() if key in of_b and one.kind == "text").value
+        bounds = Bounds(low - 1, high - 1)
+        differences.append(_judged("perplexity", None, value, value * ratio, bounds, tolerance, True))
+    return differences
+
+
+def _answers(document: dict[str, Any]) -> dict[ItemKey, Answer]:
+    return from_rows(((document.get("quality") or {}).get("answers") or {}).get("loaded", []))
+
+
+def _ends(one: Estimate) -> tuple[float, float]:
+    """An interval; one without ends reaches as far as it can."""
+    return (-math.inf if one.low is None else one.low), (math.inf if one.high is None else one.high)
 
 
 def _samples(

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from lowbit_core.errors import ConfigError
+from lowbit_core.evals.results import as_rows
+from lowbit_core.evals.scoring import Answer
 from lowbit_loadtest.compare import compare, judge
 from lowbit_loadtest.compare_cli import command
 from lowbit_loadtest.report import REQUEST_COLUMNS
@@ -93,6 +95,33 @@ def test_throughput_of_a_closed_loop_is_judged_over_repetitions() -> None:
     assert judged(closed(tenth[:1])).interval is None
     open_loop = compare(document(), document(0.8, 1), 0.05)
     assert "output tokens/s" not in {one.metric for one in open_loop.differences}
+
+
+def judged_items(right: int, logprob: float) -> dict[str, Any]:
+    """300 questions of which the first `right` are answered rightly, and 20 texts of 50 tokens."""
+    answers = [
+        Answer(("arc", str(number)), "choice", number < right, None, int(number >= right), None, 0)
+        for number in range(300)
+    ]
+    answers += [
+        Answer(("text", str(number)), "text", None, None, None, logprob * (1 + number / 99), 50)
+        for number in range(20)
+    ]
+    rows = as_rows({answer.key: answer for answer in answers})
+    return document() | {"quality": {"answers": {"idle": [], "loaded": rows}}}
+
+
+def test_quality_under_load_is_judged_item_by_item() -> None:
+    def judged(right: int, logprob: float) -> dict[str, Any]:
+        found = compare(judged_items(200, -100.0), judged_items(right, logprob), 0.05).differences
+        return {one.metric: one for one in found if one.metric in ("accuracy", "perplexity")}
+
+    worse = judged(160, -130.0)
+    assert (worse["accuracy"].verdict, worse["perplexity"].verdict) == ("worse", "worse")
+    assert worse["accuracy"].change == pytest.approx(-0.2)
+    assert worse["perplexity"].change == pytest.approx(np.exp(0.6 * (1 + 9.5 / 99)) - 1, rel=1e-3)
+    same = judged(200, -100.0)
+    assert (same["accuracy"].verdict, same["perplexity"].verdict) == ("same", "same")
 
 
 @pytest.mark.parametrize(
