@@ -18,8 +18,8 @@ import numpy as np
 
 from lowbit_core.errors import ConfigError
 from lowbit_core.evals.arithmetic import Estimate
-from lowbit_core.evals.results import changes, from_rows, perplexity
 from lowbit_core.evals.items import Key as ItemKey
+from lowbit_core.evals.results import changes, from_rows, perplexity
 from lowbit_core.evals.scoring import Answer
 from lowbit_loadtest.statistics import (
     Bounds,
