@@ -108,7 +108,7 @@ class PromptMaker:
                 lengths = draw_lengths(prompts.tokens, self._generator(Draw.PROMPT_LENGTHS), count)
                 return await self._synthetic(lengths, prompts.shared_prefix)
             case Conversations():
-                return self._conversations(prompts, count)
+                return await self._conversations(prompts, count)
 
     async def of_trace(self, rows: Sequence[TraceRow]) -> list[Turns]:
         """Prompts as long as the trace's, sharing whole blocks where the trace says so."""
@@ -128,13 +128,14 @@ class PromptMaker:
     async def _fit(self, words: Sequence[str], tokens: int, system: tuple[Message, ...]) -> Turns:
         return ((await fit_to_tokens(self.counter, words, tokens, system)),)
 
-    def _conversations(self, prompts: Conversations, count: int) -> list[Turns]:
-        """Lengths of user turns are in words: what a turn adds to the template cannot be counted alone."""
+    async def _conversations(self, prompts: Conversations, count: int) -> list[Turns]:
+        """Lengths of user turns are of their text: what the template adds to each is not among them."""
         made: list[Turns] = []
         rng = self._generator(Draw.PROMPT_LENGTHS)
+        template = await self.counter.count(user_turn("the")) - 1
         for index, turns in enumerate(draw_lengths(prompts.turns, self._generator(Draw.TURNS), count)):
             texts = [
-                user_turn(" ".join(self._words(tokens, index, turn)))
+                await fit_to_tokens(self.counter, self._words(tokens, index, turn), template + tokens)
                 for turn, tokens in enumerate(draw_lengths(prompts.user_tokens, rng, max(1, turns)))
             ]
             texts[0] = (*self._system(prompts.shared_prefix, index), *texts[0])

@@ -3,6 +3,7 @@
 It is the document behind `GET /lowbit/checkpoint` (docs/metrics.md has its shape).
 """
 
+import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -59,14 +60,15 @@ def checkpoint_document(service: Service, memory: Iterable[DeviceMemory]) -> dic
 def model_card(service: Service) -> dict[str, Any]:
     """What `/v1/models` says of the checkpoint beside OpenAI's fields; quality is null where it is unknown."""
     manifest, facts = service.checkpoint.manifest, service.facts
+    measured = json.loads(manifest.quality.model_dump_json()) if manifest else {}
     quality = manifest and {
-        "mean_kld": manifest.quality.mean_kld,
-        "mean_kld_stderr": manifest.quality.kld_stderr,
-        "noise_floor_mean_kld": manifest.quality.noise_floor and manifest.quality.noise_floor.mean_kld,
-        "top1_agreement": manifest.quality.top1_agreement,
-        "top1_agreement_stderr": manifest.quality.top1_stderr,
-        "perplexity_ratio": manifest.quality.perplexity_ratio,
-        "perplexity_ratio_stderr": manifest.quality.perplexity_ratio_stderr,
+        "mean_kld": measured["mean_kld"],
+        "mean_kld_stderr": measured["kld_stderr"],
+        "noise_floor_mean_kld": (measured["noise_floor"] or {}).get("mean_kld"),
+        "top1_agreement": measured["top1_agreement"],
+        "top1_agreement_stderr": measured["top1_stderr"],
+        "perplexity_ratio": measured["perplexity_ratio"],
+        "perplexity_ratio_stderr": measured["perplexity_ratio_stderr"],
         "accepted": manifest.gate.accepted,
     }
     return {
@@ -96,10 +98,12 @@ def kv_scales_in_words(service: Service) -> str:
 
 
 def manifest_document(manifest: Manifest) -> dict[str, Any]:
-    """The manifest without what a client has no use for: each module, each file, the whole recipe."""
-    document = manifest.model_dump(
-        mode="json", include={"format_version", "created", "size", "kv_cache", "quality", "gate", "versions"}
-    )
+    """The manifest without what a client has no use for: each module, each file, the whole recipe.
+
+    Numbers that are not finite are strings, as in the file: JSON has none.
+    """
+    parts = {"format_version", "created", "size", "kv_cache", "quality", "gate", "versions"}
+    document = json.loads(manifest.model_dump_json(include=parts))
     base = manifest.base.model_dump(mode="json", exclude={"sha256"})
     return {**document, "base": base, "weights": weights_summary(manifest)}
 

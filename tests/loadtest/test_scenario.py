@@ -11,7 +11,8 @@ import pytest
 from lowbit_core.errors import ConfigError
 from lowbit_loadtest.arrivals import Draw, draw_lengths, generator, send_times_s
 from lowbit_loadtest.plan import Plan, make_plan
-from lowbit_loadtest.scenario import Constant, Gamma, Lengths, Poisson, Replay, Scenario
+from lowbit_loadtest.prompts import PromptMaker
+from lowbit_loadtest.scenario import Constant, Conversations, Gamma, Lengths, Poisson, Replay, Scenario
 from lowbit_loadtest.scenario_file import bundled_scenarios, load_scenario, parse_scenario
 from lowbit_loadtest.tokens import ServerTokens, WordTokens, find_counter, fit_to_tokens
 from lowbit_loadtest.traces import read_trace
@@ -198,6 +199,22 @@ def test_conversations_have_the_turns_asked_for() -> None:
     assert made.requests == sum(len(job.turns) for job in made.jobs)
     seeds = [job.seed + turn for job in made.jobs for turn in range(len(job.turns))]
     assert seeds == list(range(made.requests))
+
+
+def test_turns_of_a_conversation_have_the_tokens_asked_for() -> None:
+    """Without the template: 9 tokens of text are 20 in a prompt of this stand-in."""
+    maker, counter = PromptMaker(TwoTokensAWord(), seed=0), TwoTokensAWord()
+    prompts = {
+        "kind": "conversations",
+        "turns": 3,
+        "user_tokens": 9,
+        "shared_prefix": {"groups": 2, "tokens": 4},
+    }
+    asked = Conversations.model_validate(prompts)
+    for turns in asyncio.run(maker.make(asked, 5)):
+        users = [turn[-1:] for turn in turns]
+        assert all(abs(asyncio.run(counter.count(user)) - 20) <= 1 for user in users)
+        assert turns[0][0]["role"] == "system"
 
 
 AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens

@@ -66,13 +66,19 @@ def facts() -> EngineFacts:
 def make_checkpoint(tmp_path: Path) -> MakeCheckpoint:
     """Writes a directory with a config, KV scales as the only tensors, and (if asked) a manifest."""
 
-    def make(*, manifest: bool = True, accepted: bool = True, config: dict[str, Any] | None = None) -> Path:
+    def make(
+        *,
+        manifest: bool = True,
+        accepted: bool = True,
+        mean_kld: float = 0.0835,
+        config: dict[str, Any] | None = None,
+    ) -> Path:
         directory = tmp_path / "tiny-w4a16"
         directory.mkdir()
         (directory / "config.json").write_text(json.dumps(CONFIG | (config or {})))
         write_scales(directory / "model.safetensors", SCALES)
         if manifest:
-            write_manifest(directory, _manifest(directory, accepted))
+            write_manifest(directory, _manifest(directory, accepted, mean_kld))
         return directory
 
     return make
@@ -93,11 +99,11 @@ def write_scales(path: Path, scales: tuple[KVScale, ...], dtype: str = "F32") ->
     path.write_bytes(struct.pack("<Q", len(encoded)) + encoded + data)
 
 
-def _manifest(directory: Path, accepted: bool) -> Manifest:
+def _manifest(directory: Path, accepted: bool, mean_kld: float) -> Manifest:
     quality = QualityRecord(
-        heldout=TEXT, predictions=7, mean_kld=0.0835, kld_stderr=0.001, kld_p99=0.5, kld_max=1.0,
+        heldout=TEXT, predictions=7, mean_kld=mean_kld, kld_stderr=0.001, kld_p99=0.5, kld_max=1.0,
         top1_agreement=0.875, top1_stderr=0.01, perplexity_base=10.0, perplexity=11.0, perplexity_ratio=1.1,
-        domains={}, kv_cache_included=True,
+        domains={"prose": {"sequences": 1.0, "mean_kld": mean_kld}}, kv_cache_included=True,
     )  # fmt: skip
     return Manifest(
         created="2026-11-22T00:00:00Z",

@@ -1,6 +1,7 @@
 """Our app around an engine that is not vLLM: its routes, health, metrics, and the checkpoint document."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -49,8 +50,10 @@ class Running:
         }
 
 
-async def start(engine: "FakeEngine", directory: Path, clock: Callable[[], float]) -> Running:
-    config = ServeConfig(directory)
+async def start(
+    engine: "FakeEngine", directory: Path, clock: Callable[[], float], *, allow_rejected: bool = False
+) -> Running:
+    config = ServeConfig(directory, allow_rejected=allow_rejected)
     service = await inspect_engine(engine, config, open_checkpoint(config))
     throughput = Throughput(10.0, clock)
     running: Running
@@ -183,6 +186,18 @@ async def test_checkpoint_document_holds_measured_and_running_facts(running: Run
         "total": 9000,
     }  # fmt: skip
     json.dumps(document, allow_nan=False)
+
+
+async def test_a_rejected_checkpoint_whose_divergence_is_not_finite_can_still_be_asked_about(
+    engine: "FakeEngine", make_checkpoint: "MakeCheckpoint", clock: "Clock"
+) -> None:
+    """JSON has no such number; they are strings, as in the manifest."""
+    directory = make_checkpoint(accepted=False, mean_kld=math.nan)
+    running = await start(engine, directory, clock, allow_rejected=True)
+    quality = (await running.get("/lowbit/checkpoint")).json()["manifest"]["quality"]
+    assert (quality["mean_kld"], quality["domains"]["prose"]["mean_kld"]) == ("NaN", "NaN")
+    card = (await running.get("/v1/models")).json()["data"][0]["lowbit"]["quality"]
+    assert (card["mean_kld"], card["accepted"]) == ("NaN", False)
 
 
 async def test_a_format_without_kv_scales_is_served_with_unit_scales_and_says_so(
