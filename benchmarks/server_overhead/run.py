@@ -72,6 +72,7 @@ def main() -> int:
     os.environ |= {
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_INT4_W4A8": "0",
         "VLLM_LOGGING_LEVEL": "WARNING",
     }  # as Lowbit's
     keys, key = key_file(arguments.work)

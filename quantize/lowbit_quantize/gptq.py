@@ -77,7 +77,8 @@ def inverse_factor(covariance: Tensor, order: Tensor | None = None) -> Tensor:
         factor, failed = torch.linalg.cholesky_ex(factor)
         if failed:
             continue
-        factor = invert_lower(factor).flip(0, 1)
+        invert_lower_(factor)
+        factor = factor.flip(0, 1)
         ends = torch.stack(torch.aminmax(factor.mT))  # as it lies in memory: aminmax copies anything else
         if torch.isfinite(ends).all():
             found: Tensor = factor
@@ -85,18 +86,18 @@ def inverse_factor(covariance: Tensor, order: Tensor | None = None) -> Tensor:
     raise NumericsError(f"an input covariance cannot be factored even with damping {DAMPING[-1]}")
 
 
-def invert_lower(lower: Tensor) -> Tensor:
-    """The inverse of a lower triangular matrix, by halves: most of the work is products."""
+def invert_lower_(lower: Tensor) -> None:
+    """Replace a lower triangular matrix by its inverse, by halves: most of the work is products."""
     size = len(lower)
     if size <= INVERTED_AT_ONCE:
         one = torch.eye(size, dtype=lower.dtype, device=lower.device)
-        solved: Tensor = torch.linalg.solve_triangular(lower, one, upper=False)
-        return solved
-    half, inverse = size // 2, torch.zeros_like(lower)
-    inverse[:half, :half] = invert_lower(lower[:half, :half])
-    inverse[half:, half:] = invert_lower(lower[half:, half:])
-    inverse[half:, :half] = -(inverse[half:, half:] @ (lower[half:, :half] @ inverse[:half, :half]))
-    return inverse
+        lower.copy_(torch.linalg.solve_triangular(lower, one, upper=False))
+        return
+    half = size // 2
+    first, last, between = lower[:half, :half], lower[half:, half:], lower[half:, :half]
+    invert_lower_(first)
+    invert_lower_(last)
+    between.copy_(last @ (between @ first)).neg_()
 
 
 def gptq_codes(columns: Tensor, scale: Tensor, zero: Tensor, factor: Tensor, spec: GridSpec) -> Tensor:

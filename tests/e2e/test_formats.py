@@ -48,6 +48,7 @@ def answers(model: Path, out: Path, *overrides: str) -> list[list[int]]:
     quantize(str(model), load_recipe("awq-g64", (*SHORT, *overrides)), out, torch.device("cpu"))
     # Where the machine's memory is shared, stock vLLM's CPU engine needs to be told how much to take.
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    environment["VLLM_CPU_INT4_W4A8"] = "0"  # as `lowbit serve`: activations are not rounded
     done = subprocess.run(
         [sys.executable, "-c", STOCK, str(out), json.dumps(PROMPTS), str(TOKENS)],
         stdout=subprocess.PIPE,
