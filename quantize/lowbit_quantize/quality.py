@@ -23,7 +23,7 @@ from lowbit_quantize.precision import exact_products
 from lowbit_quantize.recipe import Quality
 
 CHUNK_POSITIONS = 1024  # compared at a time,
-BLOCK_WORDS = 4096  # on so much of the vocabulary
+BLOCK_WORDS = 1024  # on so much of the vocabulary
 RESAMPLES = 400  # of the bootstrap: its own error is 1 / √800, 4 %
 
 

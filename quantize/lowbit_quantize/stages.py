@@ -129,7 +129,7 @@ class Stages:
         statistics: LayerStatistics,
         seam: KeyValueSeam | None,
         advance: str | None,
-        kept: "Kept",
+        kept: Kept,
     ) -> None:
         """Run the calibration tokens through a layer as it stands, and the base model's through the base layer."""
         if self._method == "none" and self._plan.recipe.kv_cache.dtype == "none":
