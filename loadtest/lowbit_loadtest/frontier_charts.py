@@ -122,7 +122,8 @@ def _right_is_free(one: Spot, spots: Sequence[Spot], x: Scale, y: Scale) -> bool
     near = [
         other
         for other in spots
-        if 0 < x.at(other.x.value) - at_x < LABEL_WIDTH and abs(y.at(other.y.value) - at_y) < LABEL_HEIGHT
+        if 0 < x.at(other.x.value) - at_x < LABEL_WIDTH
+        and -2 * LABEL_HEIGHT < y.at(other.y.value) - at_y < LABEL_HEIGHT
     ]
     return at_x < WIDTH - RIGHT - LABEL_WIDTH and not near
 

@@ -47,7 +47,12 @@ TEXT = TextRecord(source="test", sequences=1, sequence_tokens=8, tokens=8, seed=
 
 class MakeCheckpoint(Protocol):
     def __call__(
-        self, *, manifest: bool = True, accepted: bool = True, config: dict[str, Any] | None = None
+        self,
+        *,
+        manifest: bool = True,
+        accepted: bool = True,
+        mean_kld: float = 0.0835,
+        config: dict[str, Any] | None = None,
     ) -> Path: ...
 
 
