@@ -3,15 +3,22 @@
 vLLM mixes this class into its own worker (`worker_extension_cls`), so every name starts with `lowbit_` and
 every answer is plain JSON. It looks and never changes anything. Attributes of layers are read by name: their
 classes differ between backends, `_k_scale` does not.
+
+Importing it asks the system for AMX where there is any: vLLM's 4-bit product uses its tiles without having asked, and a
+worker in which nothing else has asked ends with the first of them (SIGILL).
 """
 
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from vllm.utils.mem_utils import MemorySnapshot
 
 from lowbit_server.memory import host_memory_bytes
+
+if torch.cpu._is_amx_tile_supported():
+    torch.cpu._init_amx()
 
 LAYER_NUMBER = re.compile(r"\blayers\.(\d+)\b")
 

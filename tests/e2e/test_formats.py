@@ -48,7 +48,6 @@ def answers(model: Path, out: Path, *overrides: str) -> list[list[int]]:
     quantize(str(model), load_recipe("awq-g64", (*SHORT, *overrides)), out, torch.device("cpu"))
     # Where the machine's memory is shared, stock vLLM's CPU engine needs to be told how much to take.
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    environment["VLLM_CPU_INT4_W4A8"] = "0"  # as `lowbit serve`: activations are not rounded
     done = subprocess.run(
         [sys.executable, "-c", STOCK, str(out), json.dumps(PROMPTS), str(TOKENS)],
         stdout=subprocess.PIPE,
@@ -69,6 +68,18 @@ def test_stock_vllm_answers_alike_in_every_format(model: Path, tmp_path: Path, s
     assert len({token for answer in expected for token in answer}) > 20  # not one token over and over
     for name in formats:
         assert answers(model, tmp_path / name, grid, f"format={name}") == expected
+
+
+def test_the_server_answers_where_every_linear_has_4_bits(model: Path, tmp_path: Path) -> None:
+    """On a CPU with AMX the first product ended the worker: nothing in it had asked the system for the tiles."""
+    quantize(str(model), load_recipe("awq-g64", SHORT), tmp_path / "out", torch.device("cpu"))
+    with serving(tmp_path / "out", free_port()) as url:
+        client = OpenAI(base_url=f"{url}/v1", api_key="none")
+        name = client.models.list().data[0].id
+        answer = client.completions.create(model=name, prompt=PROMPTS[0], max_tokens=8, temperature=0)
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == len(PROMPTS[0])
+    assert answer.choices[0].finish_reason in ("length", "stop")
 
 
 def test_the_server_runs_an_fp8_cache_with_unit_scales_as_the_manifest_says(tmp_path: Path) -> None:
