@@ -43,8 +43,10 @@ def test_blocked_codes_equal_the_textbook_loops(spec: GridSpec, dtype: torch.dty
     scale, zero = (part.to(dtype).T[groups] for part in group_grid(weight.unflatten(1, (-1, 32)), spec))
     codes = gptq_codes(weight.T, scale, zero, factor, spec)
     expected = textbook(weight.T, scale, zero, factor.T.double() @ factor.double(), spec)
-    served, textbooks = ((c.double() - zero) * scale for c in (codes, expected))
-    assert (served - textbooks).norm() / textbooks.norm() < 1e-5
+    off = (codes - expected).abs()
+    # In float32 a weight half-way between two codes may take the other, and the rest of its row makes up for it.
+    assert off.any(dim=0).sum() <= (dtype == torch.float32)
+    assert off.max() <= 1
 
 
 def test_remaining_variance_is_what_later_columns_cannot_make_up_for() -> None:
