@@ -26,6 +26,7 @@ ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # each engine in this process, which then frees it
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_INT4_W4A8": "0",  # as `lowbit serve`: activations are not rounded
     "VLLM_LOGGING_LEVEL": "ERROR",
     "HF_HUB_OFFLINE": "1",
     "OMP_WAIT_POLICY": "PASSIVE",
@@ -76,6 +77,8 @@ def engine(directory: Path, prompts: torch.Tensor = PROMPTS, tokens: int = NEW_T
     from vllm import LLM, SamplingParams
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
+    if torch.cpu._is_amx_tile_supported():
+        torch.cpu._init_amx()  # as the server's workers do; this engine runs in this process
     began = time.monotonic()
     longest = prompts.shape[1] + tokens + 1
     llm = LLM(str(directory), enforce_eager=True, max_model_len=longest, max_num_seqs=len(prompts))

@@ -94,11 +94,21 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
     return Served(ask("engine", directories), ask("reference", directories))
 
 
+def equal_up_to_near_ties(theirs: dict[str, Any], ours: dict[str, Any]) -> int:
+    """Tokens before the reference's first near tie in each text, which must be the same in both."""
+    tokens = 0
+    for text, same, gaps in zip(theirs["texts"], ours["texts"], ours["gaps"], strict=True):
+        clear = next((i for i, gap in enumerate(gaps) if gap < TIE), len(gaps))
+        assert text[:clear] == same[:clear]
+        tokens += clear
+    return tokens
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_stock_vllm_answers_as_the_reloaded_checkpoint_does(served: Served, case: str) -> None:
     ours, theirs = served.reference[case], served.engine[case]
     pairs = list(zip(theirs["texts"], ours["texts"], strict=True))
-    clear = [next((i for i, gap in enumerate(gaps) if gap < TIE), len(gaps)) for gaps in ours["gaps"]]
+    clear = equal_up_to_near_ties(theirs, ours)
     apart = [
         abs(a - b)
         for (text, same), rows in zip(
@@ -108,14 +118,12 @@ def test_stock_vllm_answers_as_the_reloaded_checkpoint_does(served: Served, case
         if text == same
     ]
     print(
-        f"{case}: {sum(a == b for a, b in pairs)} of {len(pairs)} texts equal, {sum(clear)} of "
+        f"{case}: {sum(a == b for a, b in pairs)} of {len(pairs)} texts equal, {clear} of "
         f"{sum(map(len, ours['texts']))} tokens before a near tie, "
         f"log p {statistics.median(apart):.4f} apart (median), cache {theirs['kv_cache_dtype']}, "
         f"{theirs['seconds']:.1f} s"
     )
-    for (text, same), length in zip(pairs, clear, strict=True):
-        assert text[:length] == same[:length]
-    assert sum(clear) >= (0.5 if "pruned" in case else 0.8) * sum(map(len, ours["texts"]))
+    assert clear >= (0.5 if "pruned" in case else 0.8) * sum(map(len, ours["texts"]))
     assert statistics.median(apart) < NOISE
 
 
@@ -153,10 +161,11 @@ def test_int4_experts_run_where_the_engine_has_a_kernel_and_are_refused_in_one_l
     quantize(str(base), load_recipe("awq-gptq-g64", SMALL), int4, torch.device("cpu"))
     asked = subprocess.run([sys.executable, "-c", CAN_RUN], stdout=subprocess.PIPE, text=True, check=True)
     if asked.stdout.strip().endswith("True"):
-        theirs, ours = (greedy(what, [int4])[str(int4)]["texts"] for what in ("engine", "reference"))
-        equal = sum(text == same for text, same in zip(theirs, ours, strict=True))
-        print(f"4-bit experts on this processor: {equal} of {len(ours)} texts equal")
-        assert equal >= len(ours) - 1
+        theirs, ours = (greedy(what, [int4])[str(int4)] for what in ("engine", "reference"))
+        clear = equal_up_to_near_ties(theirs, ours)
+        tokens = sum(map(len, ours["texts"]))
+        print(f"4-bit experts on this processor: {clear} of {tokens} tokens before a near tie, all equal")
+        assert clear >= 0.5 * tokens
         return
     done = subprocess.run([*LOWBIT, "serve", str(int4)], capture_output=True, text=True, check=False)
     assert done.returncode == 2
