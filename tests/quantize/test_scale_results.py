@@ -26,6 +26,13 @@ def test_the_large_run_kept_its_bound_and_its_pace() -> None:
     assert runs[-1]["growth"] < 1.15
 
 
+def test_gptq_kept_the_bound_on_a_wide_network() -> None:
+    """Its covariances are the largest matrices of a run: 8,192 inputs are 268 MB each."""
+    (run,) = json.loads((RESULTS / "gptq-11-layers.json").read_text())["runs"]
+    assert run["method"].startswith("gptq")
+    assert run["peak_rss_bytes"] < run["bound_bytes"]
+
+
 def test_every_killed_run_ended_with_the_same_files() -> None:
     result = json.loads((RESULTS / "kills.json").read_text())
     assert len(result["runs"]) >= 20
