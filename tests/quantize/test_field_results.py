@@ -31,7 +31,7 @@ def test_the_readmes_show_what_the_result_says() -> None:
 
 def test_every_run_had_the_same_model_ids_and_judge() -> None:
     runs: list[dict[str, Any]] = json.loads(RESULT.read_text())["runs"]
-    assert {"lowbit", "llmcompressor", "gptqmodel"} <= {run["case"]["tool"] for run in runs}
+    assert {"lowbit", "llmcompressor", "gptqmodel", "autoawq"} == {run["case"]["tool"] for run in runs}
     assert len({(run["quality"]["predictions"], run["quality"]["base_perplexity"]) for run in runs}) == 1
     assert all(run["cpu_s"] > 0 and run["quality"]["mean_kl_standard_error"] > 0 for run in runs)
 
