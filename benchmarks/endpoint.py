@@ -93,16 +93,19 @@ def pinned(servers: Iterable[Running]) -> Iterator[None]:
     vLLM's engine spins while its worker computes; where the kernel puts it decides how fast a small machine is.
     """
     own = os.sched_getaffinity(0)
-    if os.cpu_count() != 1:
+    others = own - {min(own)}
+    if others:
         for server in servers:
             parent = psutil.Process(server.process.pid)
             for process in (parent, *parent.children(recursive=True)):
                 if not process.name().startswith("VLLM::Worker"):
                     for thread in process.threads():
-                        os.sched_setaffinity(thread.id, {1})
-        os.sched_setaffinity(0, {1})
-    yield
-    os.sched_setaffinity(0, own)
+                        os.sched_setaffinity(thread.id, others)
+        os.sched_setaffinity(0, others)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, own)
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:

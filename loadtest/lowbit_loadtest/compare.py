@@ -9,7 +9,6 @@ A difference is a verdict only when its interval excludes zero *and* it is large
 whole interval inside the tolerance; everything else is undecided, and more repetitions would help.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -150,31 +149,35 @@ def _throughput(a: Row, b: Row, paired: bool, tolerance: float) -> list[Differen
 
 
 def _quality(a: dict[str, Any], b: dict[str, Any], tolerance: float) -> list[Difference]:
-    """Right answers, and perplexity of the texts, under load; only items that both were asked."""
+    """Right answers, and perplexity of the texts, under load; only items that both answered."""
     of_a, of_b = map(_answers, (a, b))
     found, differences = changes(of_a, of_b), []
-    right = [(of_a[key].right, of_b[key].right) for key in of_a if key in of_b]
-    before, after = (sum(map(bool, one)) for one in zip(*right, strict=True)) if right else (0, 0)
+    pairs = [(of_a[key].right, of_b[key].right) for key in of_a if key in of_b]
+    before = sum(bool(one) for one, other in pairs if one is not None and other is not None)
     if found.accuracy_change and before:
-        low, high = (end * found.items / before for end in _ends(found.accuracy_change))
-        shares = before / found.items, after / found.items
-        differences.append(_judged("accuracy", None, *shares, Bounds(low, high), tolerance, False))
+        share, after = before / found.items, (before + found.gained - found.lost) / found.items
+        bounds = _bounds(found.accuracy_change, 0.0, share)
+        differences.append(_judged("accuracy", None, share, after, bounds, tolerance, False))
     if found.perplexity_ratio:
-        low, high = _ends(found.perplexity_ratio)
-        ratio = found.perplexity_ratio.value
         value = perplexity(one for key, one in of_a.items() if key in of_b and one.kind == "text").value
-        bounds = Bounds(low - 1, high - 1)
+        bounds = _bounds(found.perplexity_ratio, 1.0, 1.0)
+        ratio = found.perplexity_ratio.value
         differences.append(_judged("perplexity", None, value, value * ratio, bounds, tolerance, True))
     return differences
 
 
 def _answers(document: dict[str, Any]) -> dict[ItemKey, Answer]:
-    return from_rows(((document.get("quality") or {}).get("answers") or {}).get("loaded", []))
+    try:
+        return from_rows(((document.get("quality") or {}).get("answers") or {}).get("loaded", []))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"the answers in a result's quality section cannot be read: {error!r}") from error
 
 
-def _ends(one: Estimate) -> tuple[float, float]:
-    """An interval; one without ends reaches as far as it can."""
-    return (-math.inf if one.low is None else one.low), (math.inf if one.high is None else one.high)
+def _bounds(one: Estimate, nothing: float, unit: float) -> Bounds | None:
+    """The interval relative to what no change is; None where nothing is known of the spread."""
+    if one.low is None or one.high is None:
+        return None
+    return Bounds((one.low - nothing) / unit, (one.high - nothing) / unit)
 
 
 def _samples(

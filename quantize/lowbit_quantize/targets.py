@@ -62,9 +62,8 @@ class Drift:
         """Take the base model's inputs, (tokens, features)."""
         if self._divisor is not None:
             inputs = torch.div(inputs, self._divisor)
-        self._expected = (
-            inputs.clone() if self.attended else inputs
-        )  # what waits may be written to before it is read
+        # Some models attend to the hidden states themselves, which may have moved on before what waits is read.
+        self._expected = inputs.clone() if self.attended else inputs
 
     def expect_residual(self, residual: Tensor) -> None:
         """Take the base model's residual stream, (tokens, hidden)."""

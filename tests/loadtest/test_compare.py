@@ -120,6 +120,14 @@ def test_quality_under_load_is_judged_item_by_item() -> None:
     assert (worse["accuracy"].verdict, worse["perplexity"].verdict) == ("worse", "worse")
     assert worse["accuracy"].change == pytest.approx(-0.2)
     assert worse["perplexity"].change == pytest.approx(np.exp(0.6 * (1 + 9.5 / 99)) - 1, rel=1e-3)
+    unanswered = judged_items(160, -100.0)
+    for row in unanswered["quality"]["answers"]["loaded"][:100]:
+        row["right"] = row["chosen"] = None  # they were right in A and count in neither
+    found = {one.metric: one for one in compare(judged_items(200, -100.0), unanswered, 0.05).differences}
+    assert found["accuracy"].a == pytest.approx(100 / 200)
+    assert found["accuracy"].b == pytest.approx(60 / 200)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        compare(judged_items(1, -1.0), document() | {"quality": {"answers": {"loaded": [{}]}}}, 0.05)
     same = judged(200, -100.0)
     assert (same["accuracy"].verdict, same["perplexity"].verdict) == ("same", "same")
 

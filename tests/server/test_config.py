@@ -1,13 +1,14 @@
 """Refusals before the engine starts, and the engine arguments that follow from a checkpoint and the flags."""
 
 import argparse
+import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from lowbit_core.errors import CheckpointError, ConfigError
 from lowbit_core.manifest import MANIFEST_NAME, PROGRESS_NAME
-from lowbit_server.cli import config_from, run
+from lowbit_server.cli import config_from, prepare_environment, run
 from lowbit_server.config import (
     DEFAULT_CPU_KV_CACHE_BYTES,
     Device,
@@ -244,3 +245,15 @@ def test_parsers_adapters_and_traces_reach_the_engine(make_checkpoint: "MakeChec
     assert found["enable_auto_tool_choice"]
     assert (found["enable_lora"], found["max_loras"], found["max_lora_rank"]) == (True, 4, 64)
     assert found["override_generation_config"] == {"max_new_tokens": 9}
+
+
+@pytest.mark.parametrize(("given", "warned"), [(None, False), ("0", False), ("1", True)])
+def test_activations_are_not_rounded_unless_the_user_says_so_and_is_warned(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, given: str | None, warned: bool
+) -> None:
+    """On CPUs with AMX vLLM's default rounds them to 8 bits, which no proof covers."""
+    monkeypatch.setattr(os, "environ", {} if given is None else {"VLLM_CPU_INT4_W4A8": given})
+    monkeypatch.setattr("lowbit_server.cli.log.propagate", True)
+    prepare_environment("INFO")
+    assert os.environ["VLLM_CPU_INT4_W4A8"] == (given or "0")
+    assert any("was not measured" in record.getMessage() for record in caplog.records) == warned
