@@ -6,7 +6,8 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,9 @@ class Stream:
         self._url, self._key, self._body = f"{url}/v1/chat/completions", key, body | STREAMED
         self.events: list[str] = []
         self.failure: str | None = None  # of the transport
+        self.started_at = time.monotonic()
+        self.answered_at: float | None = None  # its status has arrived
+        self.begun_at: float | None = None  # more than the opening event, which has no text yet
         self.ended_at: float | None = None
         self.left = False  # set by the reader to go away at the next event
         self._thread = threading.Thread(target=self._read, daemon=True)
@@ -52,19 +56,27 @@ class Stream:
         headers = {"authorization": f"Bearer {self._key}"}
         try:
             with httpx.stream("POST", self._url, json=self._body, headers=headers, timeout=LOAD_S) as answer:
+                self.answered_at = time.monotonic()
                 for line in answer.iter_lines():
                     if self.left:
                         break
                     if line.startswith("data: "):
                         self.events.append(line.removeprefix("data: "))
+                    if self.begun_at is None and len(self.events) > 1:
+                        self.begun_at = time.monotonic()
         except httpx.HTTPError as error:
             self.failure = repr(error)
         self.ended_at = time.monotonic()
 
     @property
-    def begun(self) -> bool:
-        """Whether more than the opening event, which has no text yet, has arrived."""
-        return len(self.events) > 1
+    def is_open(self) -> bool:
+        return self.begun_at is not None and self.ended_at is None
+
+    def story(self) -> str:
+        """When it was answered, begun and ended, in seconds from its start."""
+        times = {"answered": self.answered_at, "begun": self.begun_at, "ended": self.ended_at}
+        told = (f"{word} {at - self.started_at:.1f}" for word, at in times.items() if at is not None)
+        return f"{', '.join(told)} s; {len(self.events)} events, {self.failure or 'no failure'}"
 
     def join(self, seconds: float = LOAD_S) -> list[str]:
         """All events, once the stream has ended."""
@@ -97,9 +109,7 @@ class Endpoint:
 
     def open_streams(self, count: int, max_tokens: int) -> list[Stream]:
         """Streams that have all begun and of which none has ended."""
-        streams = [self.stream(LONG | {"max_tokens": max_tokens}) for _ in range(count)]
-        wait_until_open(streams)
-        return streams
+        return open_streams(lambda: self.stream(LONG | {"max_tokens": max_tokens}), count)
 
 
 @contextmanager
@@ -143,11 +153,21 @@ def until(condition: Any, seconds: float = SOON_S) -> float:
     return time.monotonic() - start
 
 
-def wait_until_open(streams: list[Stream]) -> None:
-    """Wait until all streams have begun; fails, with what was sent, if one has ended by then."""
-    until(lambda: all(stream.begun or stream.ended_at for stream in streams), LOAD_S)
-    ended = [(stream.failure, len(stream.events), stream.events[:3]) for stream in streams if stream.ended_at]
-    assert not ended, f"{len(ended)} of {len(streams)} streams ended before all had begun: {ended[0]}"
+def open_streams(start: Callable[[], Stream], count: int) -> list[Stream]:
+    """`count` streams that are open at the same time. One that ends before the last has begun is replaced.
+
+    On some machines one of four has begun after the others had ended, rarely; the warning says when each did.
+    """
+    streams: list[Stream] = []
+    while sum(stream.is_open for stream in streams) < count:
+        assert len(streams) < 3 * count, [stream.story() for stream in streams]
+        streams += [start() for _ in range(count - sum(stream.is_open for stream in streams))]
+        until(lambda: all(stream.begun_at or stream.ended_at for stream in streams), LOAD_S)
+    ended = [stream for stream in streams if not stream.is_open]
+    assert all(stream.events[-1:] == ["[DONE]"] for stream in ended), [stream.story() for stream in ended]
+    if ended:
+        warnings.warn(f"some began late: {[stream.story() for stream in streams]}", stacklevel=2)
+    return [stream for stream in streams if stream.is_open]
 
 
 def test_keys_open_the_api_up_to_their_limits(endpoint: Endpoint) -> None:

@@ -23,7 +23,7 @@ import yaml
 from scripts.demo import MODEL, free_port
 from tests.e2e.conftest import Demo
 from tests.e2e.pods import LOOPBACK, helm_test, running
-from tests.e2e.test_endpoint import Stream, until, wait_until_open
+from tests.e2e.test_endpoint import LONG, Stream, open_streams, until
 from tests.e2e.test_families import SMALL
 from tests.helm.chart import Resource, render, templates
 from tests.helm.expressions import ELSEWHERE, every_expression, hpa_metrics, named_metrics, recorded_series
@@ -76,9 +76,8 @@ def test_a_rendered_pod_starts_in_its_budget_answers_helm_test_and_drains_in_its
         (tmp_path / "test").mkdir()
         result = json.loads(helm_test(resources, pod, tmp_path / "test").strip().splitlines()[-1])
         assert result["outcomes"]["completed"] == result["requests"] == REQUESTS
-        story = {"model": MODEL, "messages": [{"role": "user", "content": "A story."}], "max_tokens": 400}
-        streams = [Stream(pod.url, "none", story | {"ignore_eos": True}) for _ in range(STREAMS)]
-        wait_until_open(streams)
+        story = LONG | {"max_tokens": 400}
+        streams = open_streams(lambda: Stream(pod.url, "none", story), STREAMS)
         pod.terminate()
         ended_s = pod.wait_until_ended(pod.grace_s)
         assert [stream.join()[-1] for stream in streams] == ["[DONE]"] * STREAMS
