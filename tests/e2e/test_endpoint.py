@@ -159,10 +159,11 @@ def open_streams(start: Callable[[], Stream], count: int) -> list[Stream]:
     On some machines one of four has begun after the others had ended, rarely; the warning says when each did.
     """
     streams: list[Stream] = []
-    while sum(stream.is_open for stream in streams) < count:
+    while missing := count - sum(stream.is_open for stream in streams):
         assert len(streams) < 3 * count, [stream.story() for stream in streams]
-        streams += [start() for _ in range(count - sum(stream.is_open for stream in streams))]
-        until(lambda: all(stream.begun_at or stream.ended_at for stream in streams), LOAD_S)
+        streams += [start() for _ in range(missing)]
+        for stream in streams:
+            until(lambda stream=stream: stream.begun_at or stream.ended_at, LOAD_S)
     ended = [stream for stream in streams if not stream.is_open]
     assert all(stream.events[-1:] == ["[DONE]"] for stream in ended), [stream.story() for stream in ended]
     if ended:
