@@ -14,7 +14,7 @@ from lowbit_core.log import get_logger
 from lowbit_quantize.calibration import TokenText
 from lowbit_quantize.evaluate_items import encode, score_items
 from lowbit_quantize.evaluate_text import TextPass, against_riding, compare_text, heldout_text, run_text
-from lowbit_quantize.memory import return_freed_memory
+from lowbit_quantize.memory import keep_no_freed_memory
 from lowbit_quantize.source import ModelReference, find_model
 from lowbit_quantize.whole_model import check_whole, manifest_of, open_whole
 
@@ -63,7 +63,7 @@ def judge(
     )
     del model
     gc.collect()
-    return_freed_memory()
+    keep_no_freed_memory()
     return judged
 
 

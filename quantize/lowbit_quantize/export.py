@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 from torch import Tensor, nn
 
 from lowbit_core.errors import NumericsError
@@ -21,8 +19,13 @@ from lowbit_quantize.durable import write_tensors
 from lowbit_quantize.grid import SCALE_DTYPE, Rounded
 from lowbit_quantize.journal import ShardRecord, recorded
 from lowbit_quantize.kv_scales import KVScales
+from lowbit_quantize.memory import without_compiler
 from lowbit_quantize.recipe import Recipe
 from lowbit_quantize.source import INDEX_NAME, is_finite
+
+with without_compiler():  # the library compiles a function for 4-bit floats, which is not called here
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -1,4 +1,4 @@
-"""Memory that a process has freed and the C library still holds.
+"""Memory that a process does not need: what it has freed and the C library still holds, and a compiler.
 
 glibc raises its threshold for blocks of their own as large tensors are freed (up to 32 MiB), and keeps what it frees in
 a heap with holes. Between two phases with different sizes of tensors that costs hundreds of MB of peak memory. Within
@@ -7,6 +7,9 @@ one phase, where the next layer wants what the last one freed, giving it back co
 
 import ctypes
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 KEPT_BYTES = 128 << 20
@@ -20,9 +23,24 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Give freed memory back to the system, and from now on each large block as soon as it is freed (glibc only)."""
-    _call("mallopt", M_MMAP_THRESHOLD, OWN_BLOCK_BYTES)
+    """Give back to the system what is freed now, holes and all (glibc only)."""
     _call("malloc_trim", 0)
+
+
+def keep_no_freed_memory() -> None:
+    """Give freed memory back, and from now on each large block as soon as it is freed (glibc only)."""
+    _call("mallopt", M_MMAP_THRESHOLD, OWN_BLOCK_BYTES)
+    return_freed_memory()
+
+
+@contextmanager
+def without_compiler() -> Iterator[None]:
+    """While the block imports a library, `@torch.compile` there does nothing.
+
+    At the first such decorator torch loads its whole compiler: 44 MB and 0.7 s of CPU time.
+    """
+    with patch("torch.compile", lambda function: function):
+        yield
 
 
 def _call(name: str, *arguments: int) -> None:

@@ -43,7 +43,7 @@ from lowbit_quantize.grid import GridSpec
 from lowbit_quantize.identity import identity_of
 from lowbit_quantize.journal import Conclusion, Journal, LayerRecord
 from lowbit_quantize.kv_scales import KVScales
-from lowbit_quantize.memory import keep_freed_memory, return_freed_memory
+from lowbit_quantize.memory import keep_freed_memory, keep_no_freed_memory, return_freed_memory
 from lowbit_quantize.observe import Sample
 from lowbit_quantize.output import RunDirectory, check_disk, finished_before, refuse_foreign, run_in
 from lowbit_quantize.plan import Plan, check_weights, make_plan
@@ -187,6 +187,7 @@ class Walk:
         for index in track(range(finished, depth), depth, "layers", done=finished):
             self._step(index)
             self.streams.release()
+            return_freed_memory()
 
     def _embed(self) -> None:
         texts = {
@@ -245,7 +246,7 @@ class Walk:
         """Compare both streams at the end of the walk."""
         if self.journal and self.journal.conclusion:
             return self.journal.conclusion.quality
-        return_freed_memory()  # layers are small and many, logits are large
+        keep_no_freed_memory()  # layers are small and many, logits are large
         norm, head = self.decoder.head()
         predictions = quality.compare(
             self.heldout_base, self.heldout, norm, norm, head, self.heldout_text.ids
