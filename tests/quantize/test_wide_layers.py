@@ -8,9 +8,9 @@ from tests.tiny_models import write_tiny_model
 
 WIDE, NARROW = 4096, 192  # inputs of the last linear
 COVARIANCE_BYTES = 4 * WIDE**2
-COVARIANCES = (
-    5  # 4.2 were seen: the mean, two steps of its factor, one batch in float32, and what the library packs
-)
+# 4.6 to 5.5 were seen over a narrow layer's run: the mean, two steps of its factor, one batch in float32, and what the
+# library packs. Factors held as they were made took 9.3.
+COVARIANCES = 6
 SMALL = ("calibration.sequences=4", "quality.sequences=2", "quality.isolate=false")
 
 
