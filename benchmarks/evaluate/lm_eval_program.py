@@ -1,6 +1,6 @@
 """lm-evaluation-harness on local tasks, in its own environment: every item's acc and acc_norm as JSON.
 
-python lm_eval_program.py TASKS_DIR hf|local-completions '{"pretrained": …}' NAME...
+python lm_eval_program.py TASKS_DIR hf|local-completions '{"pretrained": …}' BATCH NAME...
 """
 
 import json
@@ -13,10 +13,8 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_WAIT_POLI
 import lm_eval
 from lm_eval.tasks import TaskManager
 
-BATCH_SIZE = {"hf": 8, "local-completions": 1}
 
-
-def main(folder: str, kind: str, model_args: dict[str, Any], names: list[str]) -> None:
+def main(folder: str, kind: str, model_args: dict[str, Any], batch: int, names: list[str]) -> None:
     if kind == "hf":
         model_args["device"] = "cpu"
     found = lm_eval.simple_evaluate(
@@ -24,7 +22,7 @@ def main(folder: str, kind: str, model_args: dict[str, Any], names: list[str]) -
         model_args=model_args,
         tasks=[f"lowbit_{name}" for name in names],
         task_manager=TaskManager(include_path=folder, include_defaults=False),
-        batch_size=BATCH_SIZE[kind],
+        batch_size=batch,
         log_samples=True,
         bootstrap_iters=0,
     )
@@ -40,4 +38,4 @@ def main(folder: str, kind: str, model_args: dict[str, Any], names: list[str]) -
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), sys.argv[4:])
+    main(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), int(sys.argv[4]), sys.argv[5:])
