@@ -31,9 +31,10 @@ BLOCK_ROWS = 4096
 
 
 class GgufFile:
-    """The tensors that `skeleton`, a model without weights, has a name for, as bfloat16.
+    """Its tensors as bfloat16, by the names of `skeleton`, the model without weights.
 
-    Raises ModelError where the file cannot be read.
+    Raises ModelError where the file cannot be read, or has tensors or stretched positions that the model does not know
+    (transformers leaves those out, as Llama 3.1's `rope_freqs`).
     """
 
     def __init__(self, reference: ModelReference, skeleton: nn.Module) -> None:
@@ -43,10 +44,17 @@ class GgufFile:
         )
         names = get_gguf_hf_weights_map(skeleton, self._processor)
         try:
-            tensors = GGUFReader(reference.path).tensors
+            reader = GGUFReader(reference.path)
         except (ValueError, OSError, IndexError) as error:
             raise ModelError(f"{reference.path} cannot be read: {error}; fetch it again") from error
-        self._tensors = {names[tensor.name]: tensor for tensor in tensors if tensor.name in names}
+        unread = [tensor.name for tensor in reader.tensors if tensor.name not in names]
+        unread += [name for name in reader.fields if ".rope.scaling." in name]
+        if unread:
+            raise ModelError(
+                f"{reference.path} has {unread[0]}, which transformers does not read, so that another model would "
+                "come out; give the model as a directory of safetensors"
+            )
+        self._tensors = {names[tensor.name]: tensor for tensor in reader.tensors}
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors

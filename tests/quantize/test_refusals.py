@@ -75,9 +75,16 @@ def test_a_gguf_file_that_was_cut_off_or_lacks_a_tensor(refused: Callable[..., s
     file.write_bytes(whole[: len(whole) // 2])
     assert "is not a readable GGUF file" in refused(file)
     assert whole.count(b"blk.1.ffn_up.weight") == 1
-    file.write_bytes(whole.replace(b"blk.1.ffn_up.weight", b"blk.1.ffn_xx.weight"))
+    file.write_bytes(whole.replace(b"blk.1.ffn_up.weight", b"blk.1.ffn_up.weighs"))
+    assert "has blk.1.ffn_up.weighs, which transformers does not read" in refused(file)
+    file = write_tiny_gguf(tmp_path / "shallow", left_out="blk.1.ffn_up.weight")
     assert "lacks the tensor model.layers.1.mlp.up_proj.weight" in refused(file)
     assert "lacks the tensor" in refused(file, "--check")
+
+
+def test_a_gguf_file_with_stretched_positions(refused: Callable[..., str], tmp_path: Path) -> None:
+    file = write_tiny_gguf(tmp_path / "model", yarn_factor=4.0)
+    assert "has llama.rope.scaling.type, which transformers does not read" in refused(file)
 
 
 def test_a_group_size_that_does_not_divide_a_layers_input(

@@ -30,9 +30,17 @@ NAMES = {
 
 
 def write_tiny_gguf(
-    directory: Path, family: str = "llama", kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32
+    directory: Path,
+    family: str = "llama",
+    kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+    *,
+    left_out: str = "",
+    yarn_factor: float | None = None,
 ) -> Path:
-    """Write the tiny model and the same as `tiny.gguf` beside it, matrices as `kind`; returns the file."""
+    """Write the tiny model and the same as `tiny.gguf` beside it, matrices as `kind`; returns the file.
+
+    `left_out` is a tensor that the file lacks, `yarn_factor` what it says its positions are stretched by.
+    """
     model = write_tiny_model(directory, family)
     config = json.loads((model / "config.json").read_text())
     writer = gguf.GGUFWriter(directory / "tiny.gguf", family)
@@ -47,8 +55,12 @@ def write_tiny_gguf(
     writer.add_rope_dimension_count(config["head_dim"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
+    if yarn_factor is not None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(yarn_factor)
     _add_tokenizer(writer, json.loads((model / "tokenizer.json").read_text()))
-    for name, tensor in load_file(model / "model.safetensors").items():
+    tensors = load_file(model / "model.safetensors").items()
+    for name, tensor in ((name, tensor) for name, tensor in tensors if _renamed(name) != left_out):
         heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
         rows = next((count for leaf, count in heads.items() if family == "llama" and leaf in name), 0)
         values = _interleaved(tensor.float(), rows).numpy()
