@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DEPTH = 3
 RUN_FIGURES = ("created", "run")
 PHASES = {
-    "unpack": Point("open", "scratch/base/config.json"),
+    "unpack": Point("open", "scratch/base/model.safetensors.index.json"),
     "first layer": Point("open", "scratch/model-00001"),
     "between shard and record": renaming("layer-00001.json"),
     "middle": renaming("model-00003-of-00004"),

@@ -10,7 +10,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -46,15 +46,18 @@ from lowbit_quantize.kv_scales import KVScales
 from lowbit_quantize.memory import keep_freed_memory, keep_no_freed_memory, return_freed_memory
 from lowbit_quantize.observe import Sample
 from lowbit_quantize.output import RunDirectory, check_disk, finished_before, refuse_foreign, run_in
-from lowbit_quantize.plan import Plan, check_weights, make_plan
+from lowbit_quantize.plan import Plan, check_weights, make_plan, stored_weights
 from lowbit_quantize.progress import track
 from lowbit_quantize.recipe import Recipe
 from lowbit_quantize.record import Clock, manifest_of
 from lowbit_quantize.router_distillation import SAMPLE_TOKENS, bounded, distill_router
-from lowbit_quantize.source import ModelReference, WeightFiles, fetch_weights, find_model, unpack_gguf
+from lowbit_quantize.source import WeightFiles, fetch_weights, find_model
 from lowbit_quantize.stages import Stages
 from lowbit_quantize.stream import Decoder
 from lowbit_quantize.streams import MEMORY_BYTES, Streams
+
+if TYPE_CHECKING:
+    from lowbit_quantize.gguf_file import GgufFile
 
 log = get_logger("quantize")
 
@@ -79,15 +82,15 @@ def quantize(
     refuse_foreign(out)
     texts = load_texts(recipe.calibration, recipe.quality, reference.tokenizer(), reference.config.vocab_size)
     fetch_weights(reference)
-    if reference.kind != "gguf":
-        check_weights(plan, WeightFiles(reference.path))
+    stored = stored_weights(plan)
+    check_weights(plan, stored)
     identity = identity_of(plan, *texts, device)
     if not fresh and (finished := finished_before(out, identity)):
         log.info("%s already holds this very checkpoint; nothing to do", out)
         return finished
     check_disk(out, run_disk_bytes(plan, streams_bytes(plan, *texts)))
     with run_in(out, identity, fresh=fresh) as run:
-        weights = WeightFiles(_unpacked(reference, run) if reference.kind == "gguf" else reference.path)
+        weights = stored if isinstance(stored, WeightFiles) else WeightFiles(_unpacked(stored, run))
         decoder = Decoder(reference.config, plan.architecture, weights, device, plan.skeleton)
         walk, measured = _walk(decoder, plan, texts, run, stream_memory_bytes)
         walk.write_rest()
@@ -348,11 +351,12 @@ class Walk:
         )
 
 
-def _unpacked(reference: ModelReference, run: RunDirectory) -> Path:
+def _unpacked(stored: "GgufFile", run: RunDirectory) -> Path:
     """The GGUF file as a directory; one that is whole is used again."""
     if not run.base.is_dir():
-        log.info("unpacking %s", reference.path.name)
-        unpack_gguf(reference, run.scratch / run.base.name)
+        log.info("unpacking %s", stored.path.name)
+        stored.unpack(run.scratch / run.base.name)
+        return_freed_memory()
         move(run.scratch / run.base.name, run.base)
     return run.base
 

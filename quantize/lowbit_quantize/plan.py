@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,6 +16,9 @@ from lowbit_quantize.formats import DEFAULT, check_format
 from lowbit_quantize.recipe import KVCache, Recipe
 from lowbit_quantize.source import ModelReference, WeightFiles
 from lowbit_quantize.stream import build_skeleton
+
+if TYPE_CHECKING:
+    from lowbit_quantize.gguf_file import GgufFile
 
 log = get_logger("quantize")
 
@@ -91,7 +94,16 @@ def make_plan(reference: ModelReference, recipe: Recipe) -> Plan:
     )
 
 
-def check_weights(plan: Plan, weights: WeightFiles) -> None:
+def stored_weights(plan: Plan) -> "WeightFiles | GgufFile":
+    """The weights as they were given."""
+    if plan.reference.kind == "gguf":
+        from lowbit_quantize.gguf_file import GgufFile  # other models do without its imports
+
+        return GgufFile(plan.reference, plan.skeleton)
+    return WeightFiles(plan.reference.path)
+
+
+def check_weights(plan: Plan, weights: "WeightFiles | GgufFile") -> None:
     """Check, from the headers alone, that every weight is there in its shape; raises ModelError.
 
     A head that is tied may be absent; if it is stored, it must equal the embedding.
@@ -103,11 +115,11 @@ def check_weights(plan: Plan, weights: WeightFiles) -> None:
         if weight not in weights:
             if weight == head and tied:
                 continue
-            raise ModelError(f"{name} lacks the tensor {weight}, which its config.json asks for")
+            raise ModelError(f"{name} lacks the tensor {weight}, which its configuration asks for")
         shape, dtype = weights.shape(weight), weights.dtype(weight)
         if shape != tuple(parameter.shape):
             raise ModelError(
-                f"{name}: {weight} has shape {shape}, its config.json asks for {tuple(parameter.shape)}"
+                f"{name}: {weight} has shape {shape}, its configuration asks for {tuple(parameter.shape)}"
             )
         if dtype not in FLOATS:
             raise ModelError(

@@ -12,10 +12,10 @@ from rich.table import Table
 from lowbit_quantize import forecast
 from lowbit_quantize.calibration import load_texts
 from lowbit_quantize.output import check_disk, refuse_foreign
-from lowbit_quantize.plan import Plan, check_weights, make_plan
+from lowbit_quantize.plan import Plan, check_weights, make_plan, stored_weights
 from lowbit_quantize.recipe import Recipe
 from lowbit_quantize.sharding import KERNELS, PARALLEL_SIZES, experts_kept, obstacles
-from lowbit_quantize.source import WeightFiles, find_model
+from lowbit_quantize.source import find_model
 
 GIB = 1 << 30
 KERNEL_NAMES = {"marlin": "GPU (Marlin)", "cpu": "CPU"}
@@ -28,8 +28,8 @@ def check(model: str, recipe: Recipe, gpu_gib: float, out: Path | None = None) -
     if out is not None:
         refuse_foreign(out)
     texts = load_texts(recipe.calibration, recipe.quality, reference.tokenizer(), reference.config.vocab_size)
-    if reference.kind == "directory":  # a hub model's weights are not fetched for this
-        check_weights(plan, WeightFiles(reference.path))
+    if reference.kind != "hub":  # whose weights are not fetched for this
+        check_weights(plan, stored_weights(plan))
     streams = forecast.streams_bytes(plan, *texts)
     run_disk = forecast.run_disk_bytes(plan, streams)
     if out is not None:
@@ -42,7 +42,6 @@ def check(model: str, recipe: Recipe, gpu_gib: float, out: Path | None = None) -
         "run_disk_bytes": run_disk,
         "streams_bytes": streams,
         "memory_bound_bytes": forecast.memory_bound_bytes(plan, streams),
-        "gguf_unpacks_whole": reference.kind == "gguf",
         "gpu_gib": gpu_gib,
         "experts": experts_kept(plan),
         "tensor_parallel": [_serving(plan, size, gpu_gib) for size in PARALLEL_SIZES],
@@ -69,8 +68,7 @@ def table(report: dict[str, Any]) -> Group:
     facts = Table(show_header=False, title=report["model"])
     facts.add_row("checkpoint", f"{report['checkpoint_bytes'] / GIB:.2f} GiB")
     facts.add_row("disk during the run", f"{report['run_disk_bytes'] / GIB:.2f} GiB")
-    unpacked = "; the GGUF file is unpacked as a whole before" if report["gguf_unpacks_whole"] else ""
-    facts.add_row("memory of the run", f"below {report['memory_bound_bytes'] / GIB:.2f} GiB{unpacked}")
+    facts.add_row("memory of the run", f"below {report['memory_bound_bytes'] / GIB:.2f} GiB")
     if report["experts"]:
         facts.add_row("experts a layer", str(report["experts"]))
         facts.add_row("experts on a CPU", "need AMX, or zentorch on AMD")

@@ -15,12 +15,10 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
-from transformers.utils.logging import disable_progress_bar
+from transformers import AutoConfig, AutoTokenizer
 
 from lowbit_core.errors import ModelError, NumericsError
 from lowbit_core.manifest import file_sha256
-from lowbit_quantize.durable import disk_errors
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -141,21 +139,6 @@ def _model_type(reference: ModelReference) -> str | None:
     except (ValueError, OSError) as error:
         raise ModelError(f"{reference.path / 'config.json'} is not readable JSON: {error}") from error
     return str(data["model_type"]) if "model_type" in data else None
-
-
-def unpack_gguf(reference: ModelReference, directory: Path) -> None:
-    """Dequantize a GGUF file into a bfloat16 safetensors directory with its tokenizer."""
-    disable_progress_bar()  # ours is enough
-    folder, file = reference.path.parent, reference.path.name
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        gguf_file=file,
-        dtype=torch.bfloat16,
-        quantization_config=GgufConfig(gguf_file=file, dequantize=True),
-    )
-    with disk_errors():
-        model.save_pretrained(directory)
-        reference.tokenizer().save_pretrained(directory)
 
 
 class WeightFiles:

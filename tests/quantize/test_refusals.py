@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.quantize.tiny_gguf import write_tiny_gguf
 from tests.tiny_models import write_tiny_model
 
 from lowbit_core.cli import main
@@ -66,6 +67,24 @@ def test_an_unknown_architecture(refused: Callable[..., str], tmp_path: Path, mo
 def test_a_file_that_is_not_gguf(refused: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(b"not a model at all" * 10)
     assert "is not a readable GGUF file" in refused(tmp_path / "m.gguf")
+
+
+def test_a_gguf_file_that_was_cut_off_or_lacks_a_tensor(refused: Callable[..., str], tmp_path: Path) -> None:
+    file = write_tiny_gguf(tmp_path / "model")
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    assert "is not a readable GGUF file" in refused(file)
+    assert whole.count(b"blk.1.ffn_up.weight") == 1
+    file.write_bytes(whole.replace(b"blk.1.ffn_up.weight", b"blk.1.ffn_up.weighs"))
+    assert "has blk.1.ffn_up.weighs, which transformers does not read" in refused(file)
+    file = write_tiny_gguf(tmp_path / "shallow", left_out="blk.1.ffn_up.weight")
+    assert "lacks the tensor model.layers.1.mlp.up_proj.weight" in refused(file)
+    assert "lacks the tensor" in refused(file, "--check")
+
+
+def test_a_gguf_file_with_stretched_positions(refused: Callable[..., str], tmp_path: Path) -> None:
+    file = write_tiny_gguf(tmp_path / "model", yarn_factor=4.0)
+    assert "has llama.rope.scaling.type, which transformers does not read" in refused(file)
 
 
 def test_a_group_size_that_does_not_divide_a_layers_input(
@@ -168,7 +187,7 @@ def test_weights_that_are_missing_or_of_another_shape(refused: Callable[..., str
     edit_config(directory, num_hidden_layers=4)
     assert "lacks the tensor model.layers.3" in refused(directory)
     edit_config(directory, num_hidden_layers=3, intermediate_size=256)
-    assert "its config.json asks for (256, 128)" in refused(directory)
+    assert "its configuration asks for (256, 128)" in refused(directory)
     edit_config(directory, intermediate_size=192, tie_word_embeddings=False)
     assert "lacks the tensor lm_head.weight" in refused(directory)
 

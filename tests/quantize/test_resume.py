@@ -94,7 +94,11 @@ def test_a_run_killed_in_every_phase_ends_with_the_files_of_one_that_was_not(
 def test_an_unpacked_base_is_kept_when_it_is_whole(tmp_path: Path) -> None:
     model, out, log = write_tiny_gguf(tmp_path / "model"), tmp_path / "out", tmp_path / "log"
     assert run(command(model, tmp_path / "straight"), log)[0] == 0
-    for point in (Point("open", "scratch/base/config.json"), renaming(f"{STATE}/base"), IN_THE_MIDDLE):
+    for point in (
+        Point("open", "scratch/base/model.safetensors.index.json"),
+        renaming(f"{STATE}/base"),
+        IN_THE_MIDDLE,
+    ):
         status, said = run(command(model, out), log, kill_at=point)
         assert status == -9
         assert "unpacking tiny.gguf" in said

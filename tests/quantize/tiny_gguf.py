@@ -1,4 +1,4 @@
-"""A tiny llama as a GGUF file, so that unpacking can be tested without a download."""
+"""A tiny model as a GGUF file, so that unpacking can be tested without a download."""
 
 import json
 from pathlib import Path
@@ -18,17 +18,32 @@ NAMES = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "self_attn.qkv_proj": "attn_qkv",
+    "mlp.gate_up_proj": "ffn_up",
+    "lm_head": "output",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
 
 
-def write_tiny_gguf(directory: Path) -> Path:
-    """Write the tiny llama and the same as `tiny.gguf` beside it; returns the file."""
-    model = write_tiny_model(directory)
+def write_tiny_gguf(
+    directory: Path,
+    family: str = "llama",
+    kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+    *,
+    left_out: str = "",
+    yarn_factor: float | None = None,
+) -> Path:
+    """Write the tiny model and the same as `tiny.gguf` beside it, matrices as `kind`; returns the file.
+
+    `left_out` is a tensor that the file lacks, `yarn_factor` what it says its positions are stretched by.
+    """
+    model = write_tiny_model(directory, family)
     config = json.loads((model / "config.json").read_text())
-    writer = gguf.GGUFWriter(directory / "tiny.gguf", "llama")
+    writer = gguf.GGUFWriter(directory / "tiny.gguf", family)
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])
@@ -40,11 +55,17 @@ def write_tiny_gguf(directory: Path) -> Path:
     writer.add_rope_dimension_count(config["head_dim"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
+    if yarn_factor is not None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(yarn_factor)
     _add_tokenizer(writer, json.loads((model / "tokenizer.json").read_text()))
-    for name, tensor in load_file(model / "model.safetensors").items():
+    tensors = load_file(model / "model.safetensors").items()
+    for name, tensor in ((name, tensor) for name, tensor in tensors if _renamed(name) != left_out):
         heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
-        rows = next((count for leaf, count in heads.items() if leaf in name), 0)
-        writer.add_tensor(_renamed(name), _interleaved(tensor.float(), rows).numpy())
+        rows = next((count for leaf, count in heads.items() if family == "llama" and leaf in name), 0)
+        values = _interleaved(tensor.float(), rows).numpy()
+        raw = kind if values.ndim > 1 else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(_renamed(name), gguf.quantize(values, raw), raw_dtype=raw)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -63,6 +84,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: dict[str, Any]) -> None:
     writer.add_token_merges(merges)
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
+    writer.add_pad_token_id(0)
 
 
 def _renamed(name: str) -> str:

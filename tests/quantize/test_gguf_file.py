@@ -1,0 +1,49 @@
+"""A GGUF file's tensors, held against transformers' own loading of the whole."""
+
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+from tests.quantize.tiny_gguf import write_tiny_gguf
+from transformers import AutoModelForCausalLM, GgufConfig
+
+from lowbit_quantize import gguf_file
+from lowbit_quantize.gguf_file import GgufFile
+from lowbit_quantize.plan import make_plan, stored_weights
+from lowbit_quantize.recipe import load_recipe
+from lowbit_quantize.source import WeightFiles, find_model
+
+Kind = gguf.GGMLQuantizationType
+
+
+def opened(file: Path) -> GgufFile:
+    stored = stored_weights(make_plan(find_model(str(file)), load_recipe("rtn-g64")))
+    assert isinstance(stored, GgufFile)
+    return stored
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "phi3"])
+@pytest.mark.parametrize("kind", [Kind.F32, Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_1])
+def test_every_tensor_is_what_transformers_makes_of_the_whole_file(
+    family: str, kind: gguf.GGMLQuantizationType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf_file, "BLOCK_ROWS", 100)  # 512 rows: the last block is a shorter one
+    file = write_tiny_gguf(tmp_path / "model", family, kind)
+    stored = opened(file)
+    stored.unpack(tmp_path / "base")
+    weights = WeightFiles(tmp_path / "base")
+    whole = AutoModelForCausalLM.from_pretrained(
+        file.parent,
+        gguf_file=file.name,
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(gguf_file=file.name, dequantize=True),
+    )
+    state = whole.state_dict()
+    if whole.config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    outside = sum(".layers." not in name for name in state)
+    assert len(weights.files) == whole.config.num_hidden_layers + outside
+    for name, tensor in state.items():
+        assert torch.equal(weights.read(name), tensor), name
+        assert stored.shape(name) == tensor.shape
