@@ -15,6 +15,7 @@ import torch
 from gguf import GGUFReader, dequantize
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import GenerationConfig
 from transformers.modeling_gguf_pytorch_utils import (
     TENSOR_PROCESSORS,
     TensorProcessor,
@@ -38,7 +39,7 @@ class GgufFile:
     """
 
     def __init__(self, reference: ModelReference, skeleton: nn.Module) -> None:
-        self.path = reference.path
+        self.path, self._reference = reference.path, reference
         self._processor = TENSOR_PROCESSORS.get(reference.model_type, TensorProcessor)(
             reference.config.to_dict()
         )
@@ -88,7 +89,9 @@ class GgufFile:
         return values
 
     def unpack(self, directory: Path) -> None:
-        """Write a directory of safetensors: a file for each decoder layer and for each tensor outside of them."""
+        """Write a directory of safetensors, a file for each decoder layer and for each tensor outside of them, with the
+        tokenizer and the generation settings that the file has.
+        """
         directory.mkdir(parents=True)
         places: dict[str, str] = {}
         shards = [(shard, list(names)) for shard, names in groupby(sorted(self._tensors, key=_shard), _shard)]
@@ -96,6 +99,9 @@ class GgufFile:
             with disk_errors():
                 save_file({name: self.read(name) for name in names}, directory / shard)
             places |= dict.fromkeys(names, shard)
+        with disk_errors():
+            self._reference.tokenizer().save_pretrained(directory)
+        GenerationConfig.from_model_config(self._reference.config).save_pretrained(directory)
         index = {"metadata": {}, "weight_map": places}
         (directory / INDEX_NAME).write_text(json.dumps(index), encoding="utf-8")
 

@@ -6,7 +6,7 @@ import gguf
 import pytest
 import torch
 from tests.quantize.tiny_gguf import write_tiny_gguf
-from transformers import AutoModelForCausalLM, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 
 from lowbit_quantize import gguf_file
 from lowbit_quantize.gguf_file import GgufFile
@@ -42,6 +42,9 @@ def test_every_tensor_is_what_transformers_makes_of_the_whole_file(
     state = whole.state_dict()
     if whole.config.tie_word_embeddings:
         del state["lm_head.weight"]
+    assert GenerationConfig.from_pretrained(tmp_path / "base") == whole.generation_config
+    words = AutoTokenizer.from_pretrained(tmp_path / "base")("two words").input_ids
+    assert words == AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)("two words").input_ids
     outside = sum(".layers." not in name for name in state)
     assert len(weights.files) == whole.config.num_hidden_layers + outside
     for name, tensor in state.items():
