@@ -63,7 +63,7 @@ def make_plan(reference: ModelReference, recipe: Recipe) -> Plan:
     """Check that the recipe fits the model; raises ModelError or RecipeError."""
     architecture = architecture_of(reference.model_type, reference.name)
     _refuse_quantized(reference)
-    skeleton = _skeleton_of(reference, architecture)
+    skeleton = skeleton_of(reference, architecture)
     pruning = plan_pruning(reference.config, architecture, recipe.experts, reference.name)
     recipe = _without_latent_scales(recipe, architecture)
     _check_positions(reference, recipe)
@@ -139,7 +139,8 @@ def _refuse_quantized(reference: ModelReference) -> None:
         raise ModelError(f"{reference.name} is already quantized ({method}); give the unquantized model")
 
 
-def _skeleton_of(reference: ModelReference, architecture: Architecture) -> nn.Module:
+def skeleton_of(reference: ModelReference, architecture: Architecture) -> nn.Module:
+    """The model without weights; raises ModelError where its configuration makes none."""
     if getattr(reference.config, "final_logit_softcapping", None) is not None:
         raise ModelError(
             f"{reference.name} caps its logits (final_logit_softcapping), which is not supported"

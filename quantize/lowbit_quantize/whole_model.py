@@ -19,6 +19,7 @@ from lowbit_core.errors import ModelError
 from lowbit_core.manifest import Manifest, read_manifest, verify_files
 from lowbit_quantize.architectures import Architecture, architecture_of
 from lowbit_quantize.kv_scales import KVScales
+from lowbit_quantize.plan import skeleton_of
 from lowbit_quantize.source import ModelReference, WeightFiles, fetch_weights
 from lowbit_quantize.stream import SeamCache
 
@@ -77,7 +78,7 @@ def open_whole(
 
 
 def check_whole(reference: ModelReference) -> Architecture:
-    """Whether it can be opened, as far as its configuration says; ModelError names what cannot."""
+    """Whether it can be opened as it is, by its configuration and a GGUF file's header; ModelError says why not."""
     method = quantization_of(reference).get("quant_method")
     reader = READERS.get(str(method))
     if reader and find_spec(reader) is None:
@@ -85,7 +86,12 @@ def check_whole(reference: ModelReference) -> Architecture:
             f"{reference.name} is in the {method} format, which transformers opens with {reader}, and that is not "
             "installed; serve the checkpoint and give --target URL, or evaluate one in the default format"
         )
-    return architecture_of(reference.model_type, reference.name)
+    architecture = architecture_of(reference.model_type, reference.name)
+    if reference.kind == "gguf":
+        from lowbit_quantize.gguf_file import GgufFile  # other models do without its imports
+
+        GgufFile(reference, skeleton_of(reference, architecture))  # refuses what transformers drops
+    return architecture
 
 
 def manifest_of(reference: ModelReference) -> Manifest | None:

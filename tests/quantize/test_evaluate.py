@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.quantize.tiny_gguf import write_tiny_gguf
 from transformers import AutoModelForCausalLM
 
 from lowbit_core.cli import main
@@ -271,6 +272,20 @@ def test_an_unfinished_checkpoint_or_one_that_lacks_tensors_is_refused(
     (cut / "lowbit.json").unlink()
     status, _, error = run(capsys, cut, "--items", own_items)
     assert (status, error.count("lowbit: error:")) == (2, 1)
+
+
+def test_a_gguf_file_is_judged_and_one_that_transformers_reads_in_part_is_refused(
+    own_items: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, stretched = (
+        write_tiny_gguf(tmp_path / name, yarn_factor=factor)
+        for name, factor in (("whole", None), ("part", 4.0))
+    )
+    status, shown, _ = run(capsys, whole, "--items", own_items)
+    assert (status, "own" in shown) == (0, True)
+    status, shown, error = run(capsys, stretched, "--items", own_items)
+    assert (status, shown) == (2, "")
+    assert "has llama.rope.scaling.type, which transformers does not read" in error
 
 
 def test_a_choice_needs_something_before_it(tiny_model: Callable[[str], Path]) -> None:
