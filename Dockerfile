@@ -15,6 +15,7 @@ COPY constraints.txt /wheel/
 COPY pyproject.toml README.md LICENSE ./
 COPY core core
 COPY quantize quantize
+COPY evaluate evaluate
 COPY server server
 COPY loadtest loadtest
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheel .

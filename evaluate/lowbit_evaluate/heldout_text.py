@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from lowbit_core.errors import ConfigError
 from lowbit_core.manifest import Manifest, QualityRecord
+from lowbit_evaluate.loaded_model import WholeModel
 from lowbit_quantize import quality
 from lowbit_quantize.calibration import TokenText, load_texts
 from lowbit_quantize.progress import track
 from lowbit_quantize.recipe import BUNDLED, Recipe, Text, parse_recipe
 from lowbit_quantize.stream import BATCH_TOKENS
-from lowbit_quantize.whole_model import WholeModel
 
 
 @dataclass(frozen=True)

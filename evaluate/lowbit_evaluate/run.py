@@ -11,12 +11,12 @@ from lowbit_core.errors import ConfigError
 from lowbit_core.evals.items import Item, Key
 from lowbit_core.evals.scoring import Answer
 from lowbit_core.log import get_logger
+from lowbit_evaluate.heldout_text import TextPass, against_riding, compare_text, heldout_text, run_text
+from lowbit_evaluate.loaded_model import check_whole, manifest_of, open_whole
+from lowbit_evaluate.loglikelihood import encode, score_items
 from lowbit_quantize.calibration import TokenText
-from lowbit_quantize.evaluate_items import encode, score_items
-from lowbit_quantize.evaluate_text import TextPass, against_riding, compare_text, heldout_text, run_text
 from lowbit_quantize.memory import keep_no_freed_memory
 from lowbit_quantize.source import ModelReference, find_model
-from lowbit_quantize.whole_model import check_whole, manifest_of, open_whole
 
 log = get_logger("evaluate")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

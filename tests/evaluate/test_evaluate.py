@@ -15,12 +15,12 @@ from lowbit_core.cli import main
 from lowbit_core.errors import ConfigError
 from lowbit_core.evals.items import Item, Request
 from lowbit_core.evals.tasks import load_own_items
-from lowbit_quantize.evaluate_items import BATCH_TOKENS, Encoded, batches, encode, score_items
-from lowbit_quantize.evaluate_text import TextPass, compare_text, heldout_text, run_text
+from lowbit_evaluate.heldout_text import TextPass, compare_text, heldout_text, run_text
+from lowbit_evaluate.loaded_model import open_whole
+from lowbit_evaluate.loglikelihood import BATCH_TOKENS, Encoded, batches, encode, score_items
 from lowbit_quantize.pipeline import quantize
 from lowbit_quantize.recipe import Recipe, load_recipe
 from lowbit_quantize.source import find_model
-from lowbit_quantize.whole_model import open_whole
 
 CPU = torch.device("cpu")
 SMALL = (

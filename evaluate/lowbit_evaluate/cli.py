@@ -1,6 +1,6 @@
 """`lowbit evaluate`: flags in; a table on stdout, and with --json everything in a file.
 
-In process it loads each model whole (evaluate.py). With --target the items go to a served endpoint, through the entry
+In process it loads each model whole (run.py). With --target the items go to a served endpoint, through the entry
 point that core looks up, and only the base is loaded here.
 """
 
@@ -27,7 +27,7 @@ from lowbit_core.log import get_logger
 from lowbit_quantize.progress import track
 
 if TYPE_CHECKING:
-    from lowbit_quantize.evaluate import Settings
+    from lowbit_evaluate.run import Settings
     from lowbit_quantize.source import ModelReference
 
 log = get_logger("evaluate")
@@ -136,18 +136,18 @@ def _in_process(
 ) -> tuple[dict[str, Any], Answers, Answers | None]:
     """Everything is found and checked before the first model is loaded."""
     settings = _settings(arguments)
-    from lowbit_quantize import evaluate
+    from lowbit_evaluate import run
 
-    model = evaluate.find(arguments.model)
+    model = run.find(arguments.model)
     reference, known = _base(arguments.base, items)
     if reference and arguments.text is not None:
-        evaluate.check_same_tokens(model, reference)
-    text = evaluate.text_of(arguments.text or None, model) if arguments.text is not None else None
-    base = evaluate.judge(reference, items, text, settings, "base") if reference else None
-    ours = evaluate.judge(model, items, text, settings, "model")
+        run.check_same_tokens(model, reference)
+    text = run.text_of(arguments.text or None, model) if arguments.text is not None else None
+    base = run.judge(reference, items, text, settings, "base") if reference else None
+    ours = run.judge(model, items, text, settings, "model")
     document = _header(arguments, fp8_cache=ours.fp8_cache)
     if text:
-        document["text"] = evaluate.text_document(base, ours, text, model)
+        document["text"] = run.text_document(base, ours, text, model)
     return document, ours.answers, base.answers if base else known
 
 
@@ -159,9 +159,9 @@ def _served(
     reference, known = _base(arguments.base, items)
     ours = _ask(endpoint, items)
     if reference:
-        from lowbit_quantize import evaluate
+        from lowbit_evaluate import run
 
-        known = evaluate.judge(reference, items, None, _settings(arguments), "base").answers
+        known = run.judge(reference, items, None, _settings(arguments), "base").answers
     return _header(arguments, served=endpoint.model), ours, known
 
 
@@ -177,14 +177,14 @@ def _base(name: str | None, items: Sequence[Item]) -> tuple["ModelReference | No
     if name.endswith(".json"):
         return None, report.read_base(Path(name), items)
     _import_torch()
-    from lowbit_quantize import evaluate
+    from lowbit_evaluate import run
 
-    return evaluate.find(name), None
+    return run.find(name), None
 
 
 def _settings(arguments: argparse.Namespace) -> "Settings":
     torch = _import_torch()
-    from lowbit_quantize.evaluate import Settings
+    from lowbit_evaluate.run import Settings
 
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch sees no CUDA device here; allowed: auto, cpu")
