@@ -4,17 +4,17 @@ Paths are relative to the plan's file. Knows nothing of processes and of HTTP.
 """
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from lowbit_core.errors import ConfigError
-from lowbit_core.strict_yaml import strict_load
-from lowbit_loadtest.scenario import PositiveFloat, Quality, Scenario, Section
-from lowbit_loadtest.scenario_file import bundled_scenarios, load_scenario, resolve_quality_paths
+from lowbit_core.documents import SUFFIXES, DocumentPath, Section, document_path, load_document
+from lowbit_loadtest.scenario import PositiveFloat, Quality, Scenario
+from lowbit_loadtest.scenario_file import load_scenario
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+NameOrFile = Annotated[str, document_path(lambda text, path: path.suffix in SUFFIXES)]
+DirectoryOrHubName = Annotated[str, document_path(lambda text, path: path.exists())]
 
 
 class Checkpoint(Section):
@@ -22,9 +22,9 @@ class Checkpoint(Section):
     `lowbit serve` for this one."""
 
     name: Name
-    path: str
-    recipe: str | None = None
-    model: str | None = None
+    path: DocumentPath
+    recipe: NameOrFile | None = None
+    model: DirectoryOrHubName | None = None
     serve: tuple[str, ...] = ()
 
     @model_validator(mode="after")
@@ -38,7 +38,7 @@ class Load(Section):
     """A scenario by name or file, with overrides as `--set` takes them."""
 
     name: Name
-    scenario: str
+    scenario: NameOrFile
     set: tuple[str, ...] = ()
 
 
@@ -98,25 +98,7 @@ class FrontierPlan(Section):
 
 def load_plan(path: Path) -> FrontierPlan:
     """Read a plan; ConfigError names the key that is wrong."""
-    try:
-        data = strict_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"plan {path} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"plan {path} is not YAML: {error}") from error
-    if not isinstance(data, dict):
-        raise ConfigError(
-            f"plan {path} must be a mapping with the keys {', '.join(FrontierPlan.model_fields)}"
-        )
-    _resolve(data, path.parent)
-    try:
-        return FrontierPlan.model_validate(data)
-    except ValidationError as error:
-        first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
-        key = ".".join(map(str, first["loc"]))
-        unknown = first["type"] == "extra_forbidden"
-        message = "unknown key" if unknown else first["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"plan {path}: {f'{key}: ' if key else ''}{message}") from None
+    return load_document("plan", path, FrontierPlan, bundled={})
 
 
 def scenarios_of(plan: FrontierPlan) -> dict[str, Scenario]:
@@ -127,22 +109,3 @@ def scenarios_of(plan: FrontierPlan) -> dict[str, Scenario]:
         )
         for load in plan.scenarios
     }
-
-
-def _resolve(data: dict[str, Any], folder: Path) -> None:
-    for one in data.get("checkpoints") or ():
-        for key in ("path", "model"):
-            if isinstance(one, dict) and isinstance(one.get(key), str) and _is_path(one[key], key, folder):
-                one[key] = str(folder / one[key])
-        if isinstance(one, dict) and str(one.get("recipe", "")).endswith((".yaml", ".yml")):
-            one["recipe"] = str(folder / one["recipe"])
-    for one in data.get("scenarios") or ():
-        if isinstance(one, dict) and isinstance(one.get("scenario"), str):
-            name = one["scenario"]
-            one["scenario"] = name if name in bundled_scenarios() else str(folder / name)
-    resolve_quality_paths(data.get("quality"), folder)
-
-
-def _is_path(text: str, key: str, folder: Path) -> bool:
-    """A model may also be a name on a hub, which stays as it is."""
-    return key == "path" or (folder / text).exists()

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lowbit_core.errors import ConfigError
+from lowbit_core.jsonl import read_jsonl
 from lowbit_loadtest.arrivals import Draw, draw_lengths, generator
 from lowbit_loadtest.client import Message
 from lowbit_loadtest.scenario import Conversations, FilePrompts, SharedPrefix, Synthetic, Text
@@ -69,23 +70,19 @@ def user_turn(text: str) -> tuple[Message, ...]:
 
 def read_prompts(path: Path) -> tuple[Turns, ...]:
     """The file's lines; raises ConfigError with the line's number."""
-    try:
-        rows = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--prompts {path} cannot be read: {error}") from error
-    prompts = tuple(_parse_prompt(path, number, row) for number, row in enumerate(rows, 1) if row.strip())
+    prompts = tuple(_parse_prompt(path, number, row) for number, row in read_jsonl(path, "prompts"))
     if not prompts:
-        raise ConfigError(f'--prompts {path} has no line; write one object a line: {{"prompt": "…"}}')
+        raise ConfigError(f'prompts {path} has no line; write one object a line: {{"prompt": "…"}}')
     return prompts
 
 
-def _parse_prompt(path: Path, number: int, row: str) -> Turns:
+def _parse_prompt(path: Path, number: int, row: dict[str, Any]) -> Turns:
     try:
-        return _PromptLine.model_validate_json(row).as_turns()
+        return _PromptLine.model_validate(row).as_turns()
     except ValidationError as error:
         first: Any = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "line"
-        raise ConfigError(f"--prompts {path}, line {number}: {where}: {first['msg']}") from error
+        raise ConfigError(f"prompts {path}, line {number}: {where}: {first['msg']}") from error
 
 
 @dataclass(frozen=True)

@@ -6,17 +6,13 @@ Unknown keys are refused with their path. Knows nothing of HTTP and of clocks; `
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
+
+from lowbit_core.documents import DocumentPath, Section
 
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 DEFAULT_PROMPT = "Explain in a few paragraphs how a refrigerator moves heat from a cold place to a warm one."
-
-
-class Section(BaseModel):
-    """Every part of a scenario: unknown keys are refused, and nothing changes after it is read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Lengths(Section):
@@ -105,7 +101,7 @@ class Replay(Section):
     """
 
     kind: Literal["replay"]
-    path: str
+    path: DocumentPath
     speed: PositiveFloat = 1.0
     skip_s: NonNegativeFloat = 0.0
     max_prompt_tokens: int | None = Field(default=None, ge=1)
@@ -126,7 +122,7 @@ class FilePrompts(Section):
     """A JSONL file, taken in turn: one prompt, messages or turns object a line."""
 
     kind: Literal["file"]
-    path: str
+    path: DocumentPath
 
 
 class SharedPrefix(Section):
@@ -212,9 +208,9 @@ class Quality(Section):
 
     tasks: tuple[str, ...] = ("arc_easy", "hellaswag", "piqa", "sciq", "lambada")
     items: int = Field(default=50, ge=1)  # of each task
-    tasks_dir: str | None = None
-    own: str | None = None  # JSONL of items
-    text: str | None = None  # JSONL of held-out text
+    tasks_dir: DocumentPath | None = None
+    own: DocumentPath | None = None  # JSONL of items
+    text: DocumentPath | None = None  # JSONL of held-out text
     texts: int = Field(default=4, ge=1)  # of each domain
     text_characters: int = Field(default=1000, ge=50)
     probes: int = Field(default=12, ge=0)  # greedy answers, every third of them JSON

@@ -6,12 +6,12 @@ Qin et al., 2024, arXiv 2407.00079).
 """
 
 import csv
-import json
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
 from lowbit_core.errors import ConfigError
+from lowbit_core.jsonl import read_jsonl
 from lowbit_loadtest.scenario import Replay
 
 MOONCAKE_BLOCK_TOKENS = 512
@@ -39,11 +39,7 @@ def read_trace(replay: Replay) -> Trace:
     readers = {".csv": _azure, ".jsonl": _mooncake}
     if path.suffix not in readers:
         raise ConfigError(f"trace {path}: give Azure's .csv or Mooncake's .jsonl")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"trace {path} cannot be read: {error}") from error
-    rows = sorted(readers[path.suffix](path, text), key=lambda row: row.at_s)
+    rows = sorted(readers[path.suffix](path), key=lambda row: row.at_s)
     first_s = rows[0].at_s + replay.skip_s if rows else 0.0
     played = [row for row in rows if row.at_s >= first_s]
     if not played:
@@ -61,7 +57,11 @@ def _within_limits(row: TraceRow, replay: Replay) -> TraceRow:
     return replace(row, prompt_tokens=prompt, output_tokens=output)
 
 
-def _azure(path: Path, text: str) -> list[TraceRow]:
+def _azure(path: Path) -> list[TraceRow]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"trace {path} cannot be read: {error}") from error
     rows = []
     for number, line in enumerate(csv.DictReader(text.splitlines()), 2):
         try:
@@ -85,13 +85,10 @@ def _azure_time_s(text: str) -> float:
     return datetime.fromisoformat(f"{whole}+00:00").timestamp() + float(f"0.{fraction.rstrip('Z') or 0}")
 
 
-def _mooncake(path: Path, text: str) -> list[TraceRow]:
+def _mooncake(path: Path) -> list[TraceRow]:
     rows = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
+    for number, row in read_jsonl(path, "trace"):
         try:
-            row = json.loads(line)
             rows.append(
                 TraceRow(
                     float(row["timestamp"]) / 1000,

@@ -127,7 +127,7 @@ def test_a_checkpoint_that_does_not_start_is_reported_and_the_others_are_measure
     [
         (("base: base", "base: other"), "base 'other' is none of the checkpoints"),
         (("name: small", "name: base"), "two of the checkpoints are called 'base'"),
-        (("repetitions: 2", "repetition: 2"), "repetition: unknown key"),
+        (("repetitions: 2", "repetition: 2"), "unknown key 'repetition'"),
         (("path: .}", "path: ., recipe: awq}"), "recipe and model belong together"),
         (("ttft_p95_s: 5", "ttft_p95_s: -5"), "constraints.ttft_p95_s"),
         (("base: base", "base: base\nbase: base"), "stands twice"),
@@ -145,7 +145,7 @@ def test_a_missing_scenario_is_refused_before_anything_is_served(
 ) -> None:
     (tmp_path / "plan.yaml").write_text(PLAN)
     serve = FakeServing(fake_server)
-    with pytest.raises(ConfigError, match=r"load\.yaml cannot be read"):
+    with pytest.raises(ConfigError, match=r"load\.yaml does not exist"):
         run_frontier(load_plan(tmp_path / "plan.yaml"), Workplace(tmp_path / "out"), quiet, serve)
     assert serve.flags == []
 

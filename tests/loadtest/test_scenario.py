@@ -83,6 +83,8 @@ def test_files_are_strict_yaml_with_overrides(tmp_path: Path) -> None:
     assert read.slo.ttft_s == 0.5
     assert read.prompts is not None
     assert read.prompts.path == str(tmp_path / "p.jsonl")  # type: ignore[union-attr]
+    given = load_scenario(str(file), ("prompts.path=p.jsonl",))
+    assert given.prompts.path == "p.jsonl"  # type: ignore[union-attr]
     file.write_text("requests: 3\nrequests: 4\n")
     with pytest.raises(ConfigError, match="the key 'requests' stands twice"):
         load_scenario(str(file))
