@@ -1,6 +1,6 @@
 """`lowbit serve`, top to bottom: start the engine, prove it, build the app around it, serve, drain.
 
-It knows the order of things and nothing of vLLM: `engine.py` does that.
+It knows the order of things and nothing of vLLM: `engine/vllm_engine.py` does that.
 """
 
 import contextlib
@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import fields
-from typing import Any, Protocol
+from typing import Any
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
@@ -16,27 +16,26 @@ from starlette.types import ASGIApp
 
 from lowbit_core import __version__
 from lowbit_core.log import get_logger
-from lowbit_server.adapters import open_adapters
-from lowbit_server.config import Checkpoint, ServeConfig, derive_engine_arguments
-from lowbit_server.drain import (
-    DrainState,
-    address,
-    answering_operators,
-    bind,
-    interruptible_start,
-    serve_until_stopped,
-)
-from lowbit_server.exchanges import Exchanges
-from lowbit_server.forecast import refuse_what_does_not_fit
-from lowbit_server.gateway import AdminPort, Gateway, Limits, Models
-from lowbit_server.keys import KeyStore
-from lowbit_server.memory import DeviceMemory, MemoryReader, host_memory_bytes
+from lowbit_server.checkpoint import Checkpoint
+from lowbit_server.config import ServeConfig, address
+from lowbit_server.engine.adapters import open_adapters
+from lowbit_server.engine.arguments import derive_engine_arguments
+from lowbit_server.engine.forecast import refuse_what_does_not_fit
+from lowbit_server.engine.interface import ServingEngine
+from lowbit_server.engine.kv_scales import prove_kv_scales, read_checkpoint_scales
+from lowbit_server.engine.memory import MemoryReader, host_memory_bytes
+from lowbit_server.engine.nvml import GpuMemory, Nvml
+from lowbit_server.engine.preflight import refuse_unfit_machine, refuse_unknown_parsers
+from lowbit_server.engine.throughput import Throughput
+from lowbit_server.gateway.http_server import answering_operators, bind, serve_until_stopped
+from lowbit_server.gateway.keys import KeyStore
+from lowbit_server.gateway.loading import answering_that_it_loads
+from lowbit_server.gateway.middleware import AdminPort, Gateway, Models, ServerLimits
+from lowbit_server.gateway.openapi import describe_answers
+from lowbit_server.gateway.request_tracker import RequestTracker
+from lowbit_server.lifecycle import DrainState, interruptible_start
 from lowbit_server.metrics import LowbitCollector
-from lowbit_server.nvml import GpuMemory, Nvml
-from lowbit_server.openapi import describe_answers
-from lowbit_server.preflight import refuse_unfit_machine, refuse_unknown_parsers
-from lowbit_server.proof import prove_kv_scales, read_checkpoint_scales
-from lowbit_server.report import EngineFacts, Service, checkpoint_document, kv_scales_in_words, model_card
+from lowbit_server.report import Service, checkpoint_document, kv_scales_in_words, model_card
 from lowbit_server.routes import (
     add_checkpoint_route,
     add_health_routes,
@@ -44,29 +43,13 @@ from lowbit_server.routes import (
     add_models_routes,
     keep_allowed_routes,
 )
-from lowbit_server.startup import answering_that_it_loads
-from lowbit_server.throughput import Throughput
 
 log = get_logger("serve")
 
 
-class ServingEngine(Protocol):
-    """What the app needs from the engine; tests hand in one that is not vLLM."""
-
-    @property
-    def lifespan(self) -> Any: ...
-    @property
-    def dead(self) -> bool: ...
-    def metrics_registry(self) -> Any: ...
-    async def attach_openai_api(self, app: FastAPI) -> None: ...
-    async def models(self) -> list[dict[str, Any]]: ...
-    async def memory(self) -> tuple[DeviceMemory, ...]: ...
-    async def facts(self) -> EngineFacts: ...
-
-
 async def serve(config: ServeConfig, checkpoint: Checkpoint) -> None:
     """Serve a checked checkpoint until SIGTERM or SIGINT; raises EngineError when the engine fails it."""
-    from lowbit_server import engine as vllm  # seconds, and only when needed
+    from lowbit_server.engine import vllm_engine as vllm  # takes seconds: only when needed
 
     device = vllm.engine_device()
     refuse_unfit_machine(config, checkpoint, device, vllm.runs_quantized_experts)
@@ -82,8 +65,8 @@ async def serve(config: ServeConfig, checkpoint: Checkpoint) -> None:
     if checkpoint.latent and (checkpoint.declares_fp8_kv or checkpoint.measured_with_fp8_kv):
         log.warning("the engine reads no FP8 cache for latent attention: it caches in the model's own dtype")
     throughput, state, began = Throughput(), DrainState(), time.monotonic()
-    exchanges = Exchanges(write_log=not config.no_request_log)
-    throughput.on_finished = exchanges.engine_finished
+    tracker = RequestTracker(write_log=not config.no_request_log)
+    throughput.on_finished = tracker.engine_finished
     models = Models(model, lambda name: name == model or adapters.path_of(name) is not None)
     async with contextlib.AsyncExitStack() as stack:
         listener = stack.enter_context(bind(config.host, config.port))
@@ -94,9 +77,9 @@ async def serve(config: ServeConfig, checkpoint: Checkpoint) -> None:
             progress.next_stage()
             service = await inspect_engine(engine, config, checkpoint)
             progress.next_stage()
-            app = await build_app(engine, service, throughput, exchanges, nvml.read, lambda: state.draining)
+            app = await build_app(engine, service, throughput, tracker, nvml.read, lambda: state.draining)
             gateway = Gateway(
-                app, _limits(config), keys, exchanges, models,
+                app, _limits(config), keys, tracker, models,
                 is_draining=lambda: state.draining, admin_elsewhere=admin is not None,
             )  # fmt: skip
         log.info("ready in %.1f s", time.monotonic() - began)
@@ -117,8 +100,8 @@ def with_cors(app: ASGIApp, config: ServeConfig) -> ASGIApp:
     )
 
 
-def _limits(config: ServeConfig) -> Limits:
-    return Limits(**{field.name: getattr(config, field.name) for field in fields(Limits)})
+def _limits(config: ServeConfig) -> ServerLimits:
+    return ServerLimits(**{field.name: getattr(config, field.name) for field in fields(ServerLimits)})
 
 
 async def inspect_engine(engine: ServingEngine, config: ServeConfig, checkpoint: Checkpoint) -> Service:
@@ -145,7 +128,7 @@ async def build_app(
     engine: ServingEngine,
     service: Service,
     throughput: Throughput,
-    exchanges: Exchanges,
+    tracker: RequestTracker,
     gpus: Callable[[], Iterable[GpuMemory]],
     is_draining: Callable[[], bool],
 ) -> FastAPI:
@@ -158,7 +141,7 @@ async def build_app(
     describe_answers(app)
     add_models_routes(app, engine.models, model_card(service))
     memory = MemoryReader(engine.memory, await engine.memory())
-    collector = LowbitCollector(service, throughput, exchanges, lambda: memory.devices, gpus, is_draining)
+    collector = LowbitCollector(service, throughput, tracker, lambda: memory.devices, gpus, is_draining)
     add_health_routes(app, engine, is_draining)
     add_metrics_route(app, engine.metrics_registry(), collector, memory)
     add_checkpoint_route(app, lambda: checkpoint_document(service, memory.devices), memory)

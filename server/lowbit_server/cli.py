@@ -10,7 +10,8 @@ from dataclasses import fields
 from lowbit_core.cli import Command
 from lowbit_core.errors import ConfigError, EngineError
 from lowbit_core.log import get_logger
-from lowbit_server.config import ServeConfig, open_checkpoint, refuse_uneven_nodes
+from lowbit_server.checkpoint import open_checkpoint
+from lowbit_server.config import ServeConfig, refuse_uneven_nodes
 from lowbit_server.flags import add_arguments
 
 log = get_logger("serve")
@@ -48,7 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         import uvloop  # as vLLM's own server: cheaper for many streams
 
-        from lowbit_server import app, engine, follower  # noqa: F401  # vLLM: only now, see the module docstring
+        from lowbit_server import app  # vLLM: only now, see the module docstring
+        from lowbit_server.engine import follower, vllm_engine  # noqa: F401
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("lowbit_"):
             raise

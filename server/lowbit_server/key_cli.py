@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from lowbit_core.cli import Command
 from lowbit_core.errors import ConfigError
-from lowbit_server.keys import Key, digest, new_key
+from lowbit_server.gateway.keys import Key, digest, new_key
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -11,11 +11,11 @@ from prometheus_client.registry import Collector
 
 from lowbit_core import __version__
 from lowbit_core.manifest import Manifest
-from lowbit_server.exchanges import Exchanges
-from lowbit_server.memory import DeviceMemory
-from lowbit_server.nvml import GpuMemory
+from lowbit_server.engine.memory import DeviceMemory
+from lowbit_server.engine.nvml import GpuMemory
+from lowbit_server.engine.throughput import Throughput
+from lowbit_server.gateway.request_tracker import RequestTracker
 from lowbit_server.report import Service, weights_summary
-from lowbit_server.throughput import Throughput
 
 
 class LowbitCollector(Collector):
@@ -25,7 +25,7 @@ class LowbitCollector(Collector):
         self,
         service: Service,
         throughput: Throughput,
-        exchanges: Exchanges,
+        tracker: RequestTracker,
         memory: Callable[[], Iterable[DeviceMemory]],
         gpus: Callable[[], Iterable[GpuMemory]],
         is_draining: Callable[[], bool],
@@ -37,7 +37,7 @@ class LowbitCollector(Collector):
         unmeasured = service.proof.scales == "unit" and not service.checkpoint.measured_with_unit_scales
         self._kv_scales = "unmeasured" if unmeasured else service.proof.scales
         self._throughput = throughput
-        self._exchanges = exchanges
+        self._tracker = tracker
         self._memory = memory
         self._is_draining = is_draining
 
@@ -64,7 +64,7 @@ class LowbitCollector(Collector):
         yield from self._quality()
 
     def _requests(self) -> Iterator[Metric]:
-        seen = self._exchanges
+        seen = self._tracker
         yield self._gauge(
             "lowbit_requests_active", "Admitted requests that have not ended.", float(seen.active)
         )

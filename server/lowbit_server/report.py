@@ -10,26 +10,10 @@ from typing import Any
 
 from lowbit_core import __version__
 from lowbit_core.manifest import Manifest
-from lowbit_server.config import Checkpoint
-from lowbit_server.memory import DeviceMemory
-from lowbit_server.proof import KVProof, KVScale
-
-
-@dataclass(frozen=True)
-class EngineFacts:
-    """Read back once from the running engine; `kv_tokens` is the capacity of its KV cache."""
-
-    vllm: str
-    device: str
-    quantization: str | None
-    dtype: str
-    kv_cache_dtype: str
-    kv_tokens: int
-    max_model_len: int
-    max_num_seqs: int
-    kv_scales: tuple[KVScale, ...]
-    layer_methods: dict[str, str]
-    layer_kernels: dict[str, str]
+from lowbit_server.checkpoint import Checkpoint
+from lowbit_server.engine.interface import EngineFacts
+from lowbit_server.engine.kv_scales import KVProof
+from lowbit_server.engine.memory import DeviceMemory
 
 
 @dataclass(frozen=True)

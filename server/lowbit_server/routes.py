@@ -5,13 +5,14 @@ here is taken away, so a new vLLM does not open a route that nobody asked for.
 """
 
 from collections.abc import Awaitable, Callable
-from typing import Any, Protocol
+from typing import Any
 
 from fastapi import FastAPI, HTTPException, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from lowbit_server.memory import MemoryReader
+from lowbit_server.engine.memory import MemoryReader
+from lowbit_server.lifecycle import Liveness
 from lowbit_server.metrics import LowbitCollector, exposition
 
 OPENAI_ROUTES = frozenset(
@@ -59,13 +60,6 @@ CLOSED_ROUTES = frozenset(
         "/v1/systemone",
     }
 )
-
-
-class Liveness(Protocol):
-    """What the health routes need from the engine."""
-
-    @property
-    def dead(self) -> bool: ...
 
 
 def keep_allowed_routes(app: FastAPI) -> None:

@@ -7,8 +7,8 @@ from importlib.util import find_spec
 import pytest
 from fastapi import FastAPI
 
-from lowbit_server.answer import QUEUE_FULL
-from lowbit_server.gateway import WORK_PATHS
+from lowbit_server.gateway.middleware import WORK_PATHS
+from lowbit_server.gateway.response import QUEUE_FULL
 from lowbit_server.routes import CLOSED_ROUTES, OPENAI_ROUTES, OPERATIONS_ROUTES, keep_allowed_routes
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
@@ -91,7 +91,7 @@ PARAMETERS = [
     ),
 ]
 
-# Read by name in the worker process (lowbit_server/worker.py) or from the engine's configuration.
+# Read by name in the worker process (lowbit_server/engine/worker.py) or from the engine's configuration.
 ATTRIBUTES = [
     ("vllm.config.compilation", "static_forward_context"),
     ("vllm.config.cache", "kv_cache_size_tokens"),
@@ -138,7 +138,7 @@ def test_attribute_read_by_name_is_still_set_there(module: str, text: str) -> No
 
 def test_worker_extension_hides_nothing_of_vllms_worker() -> None:
     worker = _resolve("vllm.v1.worker.gpu_worker:Worker")
-    extension = _resolve("lowbit_server.worker:WorkerExtension")
+    extension = _resolve("lowbit_server.engine.worker:WorkerExtension")
     ours = {name for name in vars(extension) if not name.startswith("__")}
     assert ours == {"lowbit_kv_scales", "lowbit_memory", "lowbit_layer_methods", "lowbit_layer_kernels"}
     assert not ours & set(dir(worker))
@@ -181,7 +181,7 @@ def test_every_route_of_vllm_is_decided() -> None:
 
 
 def test_this_machine_is_asked_for_expert_kernels_as_vllm_asks_it() -> None:
-    runs = _resolve("lowbit_server.engine:runs_quantized_experts")
+    runs = _resolve("lowbit_server.engine.vllm_engine:runs_quantized_experts")
     assert callable(runs)
     cpu = _resolve("vllm.platforms:current_platform.is_cpu")
     assert callable(cpu)

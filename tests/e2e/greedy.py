@@ -18,7 +18,7 @@ from tests.tiny_models import CONTEXT, SENTENCES
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from lowbit_quantize.kv_scales import KVScales
-from lowbit_server.proof import KVScale, read_checkpoint_scales
+from lowbit_server.engine.kv_scales import KVScale, read_checkpoint_scales
 
 PROMPTS = SENTENCES[:, :CONTEXT]
 NEW_TOKENS = SENTENCES.shape[1] - CONTEXT

@@ -21,7 +21,7 @@ from openai import APIStatusError, AuthenticationError, OpenAI, RateLimitError
 from scripts.demo import KV_CACHE_GIB, LOWBIT, MODEL, free_port, wait_until_ready
 from tests.e2e.conftest import Demo
 
-from lowbit_server.keys import digest, new_key
+from lowbit_server.gateway.keys import digest, new_key
 
 pytestmark = pytest.mark.engine
 

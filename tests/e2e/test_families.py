@@ -25,7 +25,7 @@ from lowbit_quantize.recipe import load_recipe
 
 pytestmark = pytest.mark.engine
 
-CAN_RUN = "from lowbit_server.engine import runs_quantized_experts as runs; print(runs(4, 64))"
+CAN_RUN = "from lowbit_server.engine.vllm_engine import runs_quantized_experts as runs; print(runs(4, 64))"
 SMALL = (
     "calibration.sequences=4",
     "calibration.sequence_tokens=64",

@@ -21,7 +21,7 @@ from scripts.demo import KV_CACHE_GIB, LOWBIT, MODEL, free_port, wait_until_read
 from tests.e2e.conftest import Demo
 from tests.e2e.test_endpoint import SOON_S, until
 
-from lowbit_server.keys import digest, new_key
+from lowbit_server.gateway.keys import digest, new_key
 
 pytestmark = pytest.mark.engine
 

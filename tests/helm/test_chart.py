@@ -224,7 +224,9 @@ def test_startup_budget_follows_from_the_size_of_the_checkpoint() -> None:
 def test_grace_period_just_long_enough_is_accepted_and_covers_the_engines_end() -> None:
     spec = pod(render(shutdown={"terminationGracePeriodS": 91}))
     assert spec["terminationGracePeriodSeconds"] == 91
-    engine = (ROOT / "server" / "lowbit_server" / "engine.py").read_text()  # importing it would import vLLM
+    engine = (
+        ROOT / "server" / "lowbit_server" / "engine" / "vllm_engine.py"
+    ).read_text()  # importing it would import vLLM
     (stop_s,) = re.findall(r"^PROCESS_STOP_S = (\d+)", engine, re.MULTILINE)
     assert int(stop_s) < 20
 
@@ -256,7 +258,7 @@ def test_scraping_a_server_with_keys_and_tls_uses_an_admin_key_and_https() -> No
 
 
 def test_key_entries_become_a_file_that_the_server_reads(tmp_path: Path) -> None:
-    from lowbit_server.keys import read_keys
+    from lowbit_server.gateway.keys import read_keys
 
     resources = render("one-gpu")
     (tmp_path / "keys.yaml").write_text(resources["Secret"]["stringData"]["keys.yaml"])

@@ -25,9 +25,9 @@ from lowbit_core.manifest import (
     record_files,
     write_manifest,
 )
-from lowbit_server.memory import DeviceMemory
-from lowbit_server.proof import KVScale
-from lowbit_server.report import EngineFacts
+from lowbit_server.engine.interface import EngineFacts
+from lowbit_server.engine.kv_scales import KVScale
+from lowbit_server.engine.memory import DeviceMemory
 
 LAYERS = 2
 SCALES = (KVScale(0, 0.03125, 0.015625), KVScale(1, 0.1, 0.007))
@@ -189,7 +189,7 @@ MEMORY = (
 
 
 class FakeEngine:
-    """Answers like `lowbit_server.engine.Engine`, with routes as vLLM registers them."""
+    """Answers like `lowbit_server.engine.vllm_engine.Engine`, with routes as vLLM registers them."""
 
     def __init__(self, facts: EngineFacts = FACTS) -> None:
         self.dead = False

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from lowbit_core.errors import ConfigError
-from lowbit_server.adapters import Adapters, open_adapters
 from lowbit_server.config import ServeConfig
+from lowbit_server.engine.adapters import Adapters, open_adapters
 
 
 def adapter(path: Path, weights: str = "adapter_model.safetensors", **changes: object) -> Path:

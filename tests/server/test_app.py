@@ -16,13 +16,15 @@ from lowbit_core import __version__
 from lowbit_core.errors import EngineError
 from lowbit_core.manifest import KVLayerRecord
 from lowbit_server.app import build_app, inspect_engine
-from lowbit_server.config import ServeConfig, open_checkpoint
-from lowbit_server.exchanges import Exchange, Exchanges
-from lowbit_server.keys import ANONYMOUS
-from lowbit_server.limits import Usages
-from lowbit_server.nvml import GpuMemory
+from lowbit_server.checkpoint import open_checkpoint
+from lowbit_server.config import ServeConfig
+from lowbit_server.engine.nvml import GpuMemory
+from lowbit_server.engine.throughput import Throughput
+from lowbit_server.gateway.key_limits import KeyUsages
+from lowbit_server.gateway.keys import ANONYMOUS
+from lowbit_server.gateway.request_context import RequestContext
+from lowbit_server.gateway.request_tracker import RequestTracker
 from lowbit_server.report import kv_scales_in_words
-from lowbit_server.throughput import Throughput
 
 if TYPE_CHECKING:
     from tests.server.conftest import Clock, FakeEngine, MakeCheckpoint
@@ -57,15 +59,15 @@ async def start(
     service = await inspect_engine(engine, config, open_checkpoint(config))
     throughput = Throughput(10.0, clock)
     running: Running
-    exchanges = Exchanges(write_log=False)
-    exchange = Exchange("/v1/chat/completions", "", Usages().of(ANONYMOUS))
-    exchanges.open(exchange)
-    exchanges.engine_finished(f"chatcmpl-{exchange.id}", 3, 4)
-    exchange.outcome = "ok"
-    exchanges.close(exchange)
-    exchanges.reject(Exchange("/v1/chat/completions", "", Usages().of(ANONYMOUS)), 401, "key")
+    tracker = RequestTracker(write_log=False)
+    context = RequestContext("/v1/chat/completions", "", KeyUsages().of(ANONYMOUS))
+    tracker.open(context)
+    tracker.engine_finished(f"chatcmpl-{context.id}", 3, 4)
+    context.outcome = "ok"
+    tracker.close(context)
+    tracker.reject(RequestContext("/v1/chat/completions", "", KeyUsages().of(ANONYMOUS)), 401, "key")
     gpus = (GpuMemory(0, "GPU-a", total=80, used=30, free=50),)
-    app = await build_app(engine, service, throughput, exchanges, lambda: gpus, lambda: running.draining)
+    app = await build_app(engine, service, throughput, tracker, lambda: gpus, lambda: running.draining)
     running = Running(app, throughput)
     return running
 

@@ -8,14 +8,10 @@ import pytest
 
 from lowbit_core.errors import CheckpointError, ConfigError
 from lowbit_core.manifest import MANIFEST_NAME, PROGRESS_NAME
+from lowbit_server.checkpoint import open_checkpoint
 from lowbit_server.cli import config_from, prepare_environment, run
-from lowbit_server.config import (
-    DEFAULT_CPU_KV_CACHE_BYTES,
-    Device,
-    ServeConfig,
-    derive_engine_arguments,
-    open_checkpoint,
-)
+from lowbit_server.config import Device, ServeConfig
+from lowbit_server.engine.arguments import DEFAULT_CPU_KV_CACHE_BYTES, derive_engine_arguments
 from lowbit_server.flags import add_arguments
 
 if TYPE_CHECKING:

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from lowbit_core.errors import ConfigError, EngineError
-from lowbit_server.config import ServeConfig, derive_engine_arguments, open_checkpoint, refuse_uneven_nodes
-from lowbit_server.follower import LOST_LOOKS, answers, stay
+from lowbit_server.checkpoint import open_checkpoint
+from lowbit_server.config import ServeConfig, refuse_uneven_nodes
+from lowbit_server.engine.arguments import derive_engine_arguments
+from lowbit_server.engine.follower import LOST_LOOKS, answers, stay
 
 if TYPE_CHECKING:
     from tests.server.conftest import FakeEngine, MakeCheckpoint

@@ -16,10 +16,10 @@ from lowbit_core.cli import main
 from lowbit_core.errors import ConfigError
 from lowbit_server.app import with_cors
 from lowbit_server.config import ServeConfig
-from lowbit_server.exchanges import Exchanges
-from lowbit_server.gateway import AdminPort, Gateway, Limits, Models
-from lowbit_server.keys import KeyStore, digest, read_keys
-from lowbit_server.limits import Bucket
+from lowbit_server.gateway.key_limits import Bucket
+from lowbit_server.gateway.keys import KeyStore, digest, read_keys
+from lowbit_server.gateway.middleware import AdminPort, Gateway, Models, ServerLimits
+from lowbit_server.gateway.request_tracker import RequestTracker
 
 CHAT = "/v1/chat/completions"
 NO_LIMITS: dict[str, Any] = {
@@ -34,7 +34,7 @@ class Served:
 
     def __init__(self, keys: KeyStore | None = None, admin_elsewhere: bool = False, **limits: Any) -> None:
         self.admin_elsewhere = admin_elsewhere
-        self.exchanges, self.draining, self.seen = Exchanges(write_log=True), False, dict[str, Any]()
+        self.tracker, self.draining, self.seen = RequestTracker(write_log=True), False, dict[str, Any]()
         inner = self.inner = FastAPI()
 
         @inner.post(CHAT)
@@ -54,7 +54,7 @@ class Served:
                 return StreamingResponse(events(), media_type="text/event-stream")
             if prompt == "fails":
                 return StreamingResponse(failing(), media_type="text/event-stream")
-            self.exchanges.engine_finished(f"chatcmpl-{self.seen['id']}", 10, 20)
+            self.tracker.engine_finished(f"chatcmpl-{self.seen['id']}", 10, 20)
             return {"choices": []}
 
         async def events() -> AsyncIterator[bytes]:
@@ -89,7 +89,7 @@ class Served:
         settings = NO_LIMITS | limits
         models = Models("tiny", {"tiny", "poet"}.__contains__)
         self.app = Gateway(
-            inner, Limits(**settings), keys, self.exchanges, models,
+            inner, ServerLimits(**settings), keys, self.tracker, models,
             is_draining=lambda: self.draining, admin_elsewhere=self.admin_elsewhere,
         )  # fmt: skip
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
@@ -119,9 +119,9 @@ async def test_without_keys_everybody_is_served_and_counted() -> None:
     answer = await served.client.post(CHAT, json=HELLO, headers={"x-request-id": "mine-7"})
     assert (answer.status_code, answer.headers["x-request-id"]) == (200, "mine-7")
     assert served.seen["id"] != "mine-7"
-    assert served.exchanges.tokens == {("anonymous", "prompt"): 10, ("anonymous", "generated"): 20}
-    assert served.exchanges.outcomes == {("anonymous", "ok"): 1}
-    assert served.exchanges.active == 0
+    assert served.tracker.tokens == {("anonymous", "prompt"): 10, ("anonymous", "generated"): 20}
+    assert served.tracker.outcomes == {("anonymous", "ok"): 1}
+    assert served.tracker.active == 0
 
 
 async def test_the_log_line_holds_no_prompt_and_no_key(
@@ -142,7 +142,7 @@ async def test_a_missing_or_wrong_key_is_401(tmp_path: Path) -> None:
         answer = await served.chat(key=key)
         assert (answer.status_code, error_of(answer)["code"]) == (401, "invalid_api_key")
     assert (await served.chat(key="a-secret")).status_code == 200
-    assert served.exchanges.rejections == {"key": 3}
+    assert served.tracker.rejections == {"key": 3}
     assert served.seen["body"] == HELLO
 
 
@@ -192,7 +192,7 @@ async def test_a_full_queue_is_429_with_a_time_to_come_back() -> None:
     answer = await served.chat("busy")
     assert (answer.status_code, error_of(answer)["code"]) == (429, "rate_limit_exceeded")
     assert int(answer.headers["retry-after"]) >= 1
-    assert served.exchanges.outcomes == {("anonymous", "queue_full"): 1}
+    assert served.tracker.outcomes == {("anonymous", "queue_full"): 1}
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ async def test_a_full_server_refuses_before_it_reads_a_body() -> None:
     answer = await served.chat()
     assert (answer.status_code, error_of(answer)["code"]) == (429, "rate_limit_exceeded")
     assert int(answer.headers["retry-after"]) >= 1
-    assert served.exchanges.rejections == {"queue_full": 1}
+    assert served.tracker.rejections == {"queue_full": 1}
     waiting.cancel()
     await asyncio.gather(waiting, return_exceptions=True)
 
@@ -300,7 +300,7 @@ async def test_the_deadline_ends_an_answer_before_and_within_a_stream() -> None:
     events = stream.text.strip().split("\n\n")
     assert (stream.status_code, events[0]) == (200, 'data: {"n": 1}')
     assert json.loads(events[1].removeprefix("data: "))["error"]["code"] == "deadline_exceeded"
-    assert served.exchanges.outcomes == {("anonymous", "deadline"): 2}
+    assert served.tracker.outcomes == {("anonymous", "deadline"): 2}
     longer = Served(request_timeout_s=60)
     hurried = await longer.client.post(
         CHAT, json=HELLO | {"messages": [{"content": "slow"}]}, headers={"x-request-timeout": "0.1"}
@@ -315,7 +315,7 @@ async def test_a_stream_that_fails_ends_with_an_error_and_never_with_done() -> N
     assert json.loads(last.removeprefix("data: "))["error"] == {
         "message": "dead", "type": "server_error", "param": None, "code": "internal_error",
     }  # fmt: skip
-    assert served.exchanges.outcomes == {("anonymous", "error"): 1}
+    assert served.tracker.outcomes == {("anonymous", "error"): 1}
     broken = (await served.client.post("/v1/responses", json={"input": "x"})).text.strip().split("\n\n")[1]
     event, data = broken.split("\ndata: ")
     assert (event, json.loads(data)["type"]) == ("event: error", "error")

@@ -6,7 +6,13 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from lowbit_server.memory import MAX_AGE_S, DeviceMemory, MemoryReader, host_memory_bytes, merge_workers
+from lowbit_server.engine.memory import (
+    MAX_AGE_S,
+    DeviceMemory,
+    MemoryReader,
+    host_memory_bytes,
+    merge_workers,
+)
 
 if TYPE_CHECKING:
     from tests.server.conftest import Clock

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lowbit_server.nvml import Nvml
+from lowbit_server.engine.nvml import Nvml
 
 SOURCE = r"""
 #include <string.h>
@@ -32,7 +32,7 @@ const char *nvmlErrorString(int code) { return "GPU is lost"; }
 READ = """
 import json
 from dataclasses import asdict
-from lowbit_server.nvml import Nvml
+from lowbit_server.engine.nvml import Nvml
 nvml = Nvml()
 print(json.dumps([[asdict(one) for one in nvml.read()] for _ in range(2)]))
 """

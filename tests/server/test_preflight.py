@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from lowbit_core.errors import CheckpointError, ConfigError
-from lowbit_server.config import Checkpoint, ServeConfig, open_checkpoint
-from lowbit_server.preflight import quantized_experts, refuse_unfit_machine, refuse_unknown_parsers
+from lowbit_server.checkpoint import Checkpoint, open_checkpoint
+from lowbit_server.config import ServeConfig
+from lowbit_server.engine.preflight import quantized_experts, refuse_unfit_machine, refuse_unknown_parsers
 
 if TYPE_CHECKING:
     from tests.server.conftest import MakeCheckpoint

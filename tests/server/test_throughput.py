@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from lowbit_server.throughput import BUCKETS_PER_WINDOW, SlidingWindow, Throughput
+from lowbit_server.engine.throughput import Throughput
+from lowbit_server.sliding_window import BUCKETS_PER_WINDOW, SlidingWindow
 
 if TYPE_CHECKING:
     from tests.server.conftest import Clock

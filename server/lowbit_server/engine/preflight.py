@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowbit_core.errors import CheckpointError, ConfigError
-from lowbit_server.config import Checkpoint, Device, ServeConfig
-from lowbit_server.proof import read_checkpoint_scales, tensor_names
+from lowbit_server.checkpoint import Checkpoint
+from lowbit_server.config import Device, ServeConfig
+from lowbit_server.engine.kv_scales import read_checkpoint_scales, tensor_names
 
 EXPERT_CODES = re.compile(r"\.experts\.(?:.*\.)?(?:weight_packed|qweight)$")
 PLAIN_EXPERTS = "--set \"weights.ignore=['lm_head','re:.*[.]experts[.].*']\""

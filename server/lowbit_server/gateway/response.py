@@ -5,14 +5,20 @@ from collections.abc import Callable, Mapping
 
 from starlette.types import Message, Send
 
-from lowbit_server.exchanges import Exchange
-from lowbit_server.openai_errors import ApiError, normalized, normalized_event, respond, stream_event
+from lowbit_server.gateway.openai_errors import (
+    ApiError,
+    normalized,
+    normalized_event,
+    send_error,
+    stream_event,
+)
+from lowbit_server.gateway.request_context import RequestContext
 
 QUEUE_FULL = (b"currently busy", b"backlog limit")  # how vLLM's two refusals read (tests/contract holds it)
 ERROR_EVENT = b'data: {"error"'  # how vLLM's event of a failed stream begins
 
 
-class Answer:
+class ResponseWriter:
     """Passes an answer on, adds headers, and puts errors in OpenAI's shape.
 
     vLLM says 503 when its queue is full; to a client that is 429 with a time to come back.
@@ -22,10 +28,10 @@ class Answer:
         self,
         send: Send,
         headers: Mapping[str, str],
-        exchange: Exchange | None = None,
+        context: RequestContext | None = None,
         retry_after: Callable[[], int] | None = None,
     ) -> None:
-        self._send, self._headers, self._exchange, self._retry_after = send, headers, exchange, retry_after
+        self._send, self._headers, self._context, self._retry_after = send, headers, context, retry_after
         self._error: tuple[int, list[bytes]] | None = None
         self._begun = self._ended = self._streams = self._failed = False
 
@@ -43,10 +49,10 @@ class Answer:
             await self._end_failed(message["body"])
         else:
             self._ended = not message.get("more_body", False)
-            if self._exchange is not None:
-                self._exchange.answered = self._ended
-            if self._exchange is not None and self._exchange.first_byte is None and message.get("body"):
-                self._exchange.first_byte = time.monotonic()
+            if self._context is not None:
+                self._context.answered = self._ended
+            if self._context is not None and self._context.first_byte is None and message.get("body"):
+                self._context.first_byte = time.monotonic()
             await self._send(message)
 
     async def fail(self, error: ApiError) -> None:
@@ -54,17 +60,17 @@ class Answer:
         self._failed = True
         if not self._begun:
             self._note(error.status)
-            await respond(self._send, error, self._headers)
+            await send_error(self._send, error, self._headers)
         elif self._streams and not self._ended:
-            path = self._exchange.path if self._exchange is not None else ""
+            path = self._context.path if self._context is not None else ""
             await self._send({"type": "http.response.body", "body": stream_event(error, path)})
 
     async def _end_failed(self, event: bytes) -> None:
         """vLLM's error event becomes the last one; the `[DONE]` that it sends after it is dropped."""
         self._failed = self._ended = True
-        if self._exchange is not None:
-            self._exchange.outcome = self._exchange.outcome or "error"
-            self._exchange.answered = True
+        if self._context is not None:
+            self._context.outcome = self._context.outcome or "error"
+            self._context.answered = True
         await self._send({"type": "http.response.body", "body": normalized_event(event)})
 
     async def _start(self, message: Message) -> None:
@@ -94,5 +100,5 @@ class Answer:
         await self._send({"type": "http.response.body", "body": body})
 
     def _note(self, status: int) -> None:
-        if self._exchange is not None:
-            self._exchange.status = status
+        if self._context is not None:
+            self._context.status = status

@@ -47,10 +47,10 @@ class ApiError(Exception):
 
     def body(self) -> bytes:
         """The JSON document."""
-        return document(self.status, self.message, self.code, self.param)
+        return error_document(self.status, self.message, self.code, self.param)
 
 
-def document(status: int, message: str, code: str | None = None, param: str | None = None) -> bytes:
+def error_document(status: int, message: str, code: str | None = None, param: str | None = None) -> bytes:
     """An error document for an HTTP status."""
     kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     error = {"message": message, "type": kind, "param": param, "code": code or CODES.get(status)}
@@ -61,7 +61,9 @@ def normalized(status: int, body: bytes) -> tuple[int, bytes]:
     """Status and document of another component's error answer; 422 becomes 400, as OpenAI answers it."""
     status = 400 if status == 422 else status
     message, param, code = _read(body)
-    return status, document(status, message or CODES.get(status, "error").replace("_", " "), code, param)
+    return status, error_document(
+        status, message or CODES.get(status, "error").replace("_", " "), code, param
+    )
 
 
 def _read(body: bytes) -> tuple[str, str | None, str | None]:
@@ -109,8 +111,8 @@ def _status(body: bytes) -> int:
     return code if isinstance(code, int) and 400 <= code < 600 else 500
 
 
-async def respond(send: Send, error: ApiError, headers: Mapping[str, str]) -> None:
-    """Answer a request with an error."""
+async def send_error(send: Send, error: ApiError, headers: Mapping[str, str]) -> None:
+    """ResponseWriter a request with an error."""
     body = error.body()
     everything = {
         "content-type": "application/json",

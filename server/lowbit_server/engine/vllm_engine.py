@@ -32,14 +32,14 @@ from vllm.v1.metrics.prometheus import get_prometheus_registry
 from vllm.version import __version__ as vllm_version
 
 from lowbit_core.errors import EngineError
-from lowbit_server.adapters import Adapters
 from lowbit_server.config import Device
-from lowbit_server.memory import DeviceMemory, merge_workers
-from lowbit_server.proof import scales_from_workers
-from lowbit_server.report import EngineFacts
-from lowbit_server.throughput import Throughput
+from lowbit_server.engine.adapters import Adapters
+from lowbit_server.engine.interface import EngineFacts
+from lowbit_server.engine.kv_scales import scales_from_workers
+from lowbit_server.engine.memory import DeviceMemory, merge_workers
+from lowbit_server.engine.throughput import Throughput
 
-WORKER_EXTENSION = "lowbit_server.worker.WorkerExtension"
+WORKER_EXTENSION = "lowbit_server.engine.worker.WorkerExtension"
 PROCESS_STOP_S = 15  # after the requests are done: time for the engine's processes to free their memory
 
 __all__ = [

@@ -9,8 +9,8 @@ import math
 import time
 from collections.abc import Callable
 
-from lowbit_server.keys import Key
-from lowbit_server.openai_errors import ApiError
+from lowbit_server.gateway.keys import Key
+from lowbit_server.gateway.openai_errors import ApiError
 
 MINUTE_S = 60.0
 
@@ -86,7 +86,7 @@ class KeyUsage:
         )
 
 
-class Usages:
+class KeyUsages:
     """The usage of every key that was seen; a key whose entry changed starts with fresh buckets."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 
 from lowbit_server.config import ServeConfig
-from lowbit_server.drain import listen
-from lowbit_server.openai_errors import document
+from lowbit_server.gateway.http_server import listen
+from lowbit_server.gateway.openai_errors import error_document
 
 STAGES = ("starting the engine", "reading back what it loaded", "opening the API")
 ACCEPT_S = 0.2  # how often the thread looks whether loading has ended
@@ -38,7 +38,7 @@ class Progress:
 
 @contextlib.contextmanager
 def answering_that_it_loads(listener: socket.socket, config: ServeConfig) -> Iterator[Progress]:
-    """Answer `/livez` 200 and everything else 503 while the block runs; with TLS the port stays closed."""
+    """ResponseWriter `/livez` 200 and everything else 503 while the block runs; with TLS the port stays closed."""
     progress = Progress()
     if config.ssl_certfile is not None:
         yield progress
@@ -76,7 +76,7 @@ def _handler(progress: Progress) -> type[BaseHTTPRequestHandler]:
             elif self.path in ("/readyz", "/startupz", "/health"):
                 self._respond(503, state)
             else:
-                self._respond(503, document(503, "the model is loading; try again soon"))
+                self._respond(503, error_document(503, "the model is loading; try again soon"))
 
         do_POST = do_GET
 

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING
 import pytest
 
 from lowbit_core.errors import CheckpointError, EngineError
-from lowbit_server.proof import KVProof, KVScale, prove_kv_scales, read_checkpoint_scales, scales_from_workers
+from lowbit_server.engine.kv_scales import (
+    KVProof,
+    KVScale,
+    prove_kv_scales,
+    read_checkpoint_scales,
+    scales_from_workers,
+)
 
 if TYPE_CHECKING:
     from tests.server.conftest import MakeCheckpoint

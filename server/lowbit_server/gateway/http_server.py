@@ -6,7 +6,6 @@ timeout, and returns. A second signal ends the wait at once.
 
 import asyncio
 import contextlib
-import signal
 import socket
 from collections.abc import AsyncIterator, Iterator
 from typing import Literal
@@ -17,21 +16,15 @@ from starlette.types import ASGIApp
 
 from lowbit_core.errors import ConfigError, EngineError
 from lowbit_core.log import get_logger
-from lowbit_server.config import ServeConfig
-from lowbit_server.http_limits import bounded_http
-from lowbit_server.routes import Liveness
+from lowbit_server.config import ServeConfig, address
+from lowbit_server.gateway.http_parser import bounded_http
+from lowbit_server.lifecycle import SIGNALS, DrainState, Liveness
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
 WATCH_S = 1.0
 BACKLOG = 2048  # connections that wait for accept(), as uvicorn's default
 KEEP_ALIVE_S = 65  # longer than the 60 s of common load balancers, so that they close idle connections first
 
 log = get_logger("serve")
-
-
-def address(host: str, port: int) -> str:
-    """`host:port` as it stands in a URL."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -63,41 +56,6 @@ def _port_is_taken(host: str, port: int, error: OSError) -> ConfigError:
     return ConfigError(
         f"cannot listen on {address(host, port)}: {error.strerror or error}; choose another --port"
     )
-
-
-@contextlib.contextmanager
-def interruptible_start() -> Iterator[None]:
-    """Turn SIGTERM and SIGINT into KeyboardInterrupt: loading a model blocks the event loop for a minute.
-
-    An interrupt that lands where Python can only report it (a finalizer, a callback from C) is raised again
-    when the block ends, so that no signal is lost.
-    """
-    asked = False
-
-    def interrupt(_number: int, _frame: object) -> None:
-        nonlocal asked
-        asked = True
-        raise KeyboardInterrupt
-
-    previous = {number: signal.signal(number, interrupt) for number in SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    if asked:
-        raise KeyboardInterrupt
-
-
-class DrainState:
-    """Whether a stop has been asked for."""
-
-    def __init__(self) -> None:
-        self.requested = asyncio.Event()
-
-    @property
-    def draining(self) -> bool:
-        return self.requested.is_set()
 
 
 class _Server(uvicorn.Server):
@@ -157,7 +115,7 @@ def _server(app: ASGIApp, config: ServeConfig, lifespan: Literal["on", "off"] = 
 async def answering_operators(
     app: ASGIApp, listener: socket.socket | None, config: ServeConfig
 ) -> AsyncIterator[None]:
-    """Answer what operators ask on a port of its own, also while the other one drains."""
+    """ResponseWriter what operators ask on a port of its own, also while the other one drains."""
     if listener is None:
         yield
         return

@@ -14,12 +14,19 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from lowbit_server.answer import Answer
-from lowbit_server.exchanges import Exchange, Exchanges
-from lowbit_server.incoming import Replay, output_tokens, parse, prompt_characters, read_body
-from lowbit_server.keys import ANONYMOUS, Key, KeyStore
-from lowbit_server.limits import Usages
-from lowbit_server.openai_errors import ApiError, respond
+from lowbit_server.gateway.key_limits import KeyUsages
+from lowbit_server.gateway.keys import ANONYMOUS, Key, KeyStore
+from lowbit_server.gateway.openai_errors import ApiError, send_error
+from lowbit_server.gateway.request_body import (
+    BufferedReceive,
+    output_tokens,
+    parse,
+    prompt_characters,
+    read_body,
+)
+from lowbit_server.gateway.request_context import RequestContext
+from lowbit_server.gateway.request_tracker import RequestTracker
+from lowbit_server.gateway.response import ResponseWriter
 
 OPEN_PATHS = frozenset({"/health", "/livez", "/readyz", "/startupz", "/version"})
 ADMIN_PATHS = frozenset({"/metrics", "/lowbit/checkpoint", "/openapi.json"})
@@ -34,7 +41,7 @@ ABORT_S = 2.0  # how long the app may take to notice that its client is gone
 
 
 @dataclass(frozen=True)
-class Limits:
+class ServerLimits:
     """The server's own limits, whoever asks."""
 
     max_num_queued_reqs: int
@@ -59,16 +66,16 @@ class Gateway:
     def __init__(
         self,
         app: ASGIApp,
-        limits: Limits,
+        limits: ServerLimits,
         keys: KeyStore | None,
-        exchanges: Exchanges,
+        tracker: RequestTracker,
         models: Models,
         is_draining: Callable[[], bool],
         admin_elsewhere: bool = False,
     ) -> None:
         self._app, self._limits, self._keys, self._models = app, limits, keys, models
-        self._exchanges, self._is_draining, self._admin_elsewhere = exchanges, is_draining, admin_elsewhere
-        self._usages = Usages()
+        self._tracker, self._is_draining, self._admin_elsewhere = tracker, is_draining, admin_elsewhere
+        self._usages = KeyUsages()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -76,35 +83,37 @@ class Gateway:
                 await self._app(scope, receive, send)
             return
         if scope["path"] in OPEN_PATHS:
-            await self._app(scope, receive, Answer(send, {}).send)
+            await self._app(scope, receive, ResponseWriter(send, {}).send)
             return
         headers = Headers(scope=scope)
-        exchange = Exchange(scope["path"], _request_id(headers), self._usages.of(ANONYMOUS))
-        exchange.client_id = exchange.client_id or exchange.id
+        context = RequestContext(scope["path"], _request_id(headers), self._usages.of(ANONYMOUS))
+        context.client_id = context.client_id or context.id
         try:
-            body = await self._check(scope, receive, headers, exchange)
+            body = await self._check(scope, receive, headers, context)
         except ApiError as error:
-            self._exchanges.reject(exchange, error.status, error.reason)
-            await respond(send, error, {"x-request-id": exchange.client_id})
+            self._tracker.reject(context, error.status, error.reason)
+            await send_error(send, error, {"x-request-id": context.client_id})
             return
         if body is None:
-            await self._app(scope, receive, Answer(send, {"x-request-id": exchange.client_id}).send)
+            await self._app(scope, receive, ResponseWriter(send, {"x-request-id": context.client_id}).send)
             return
-        self._exchanges.open(exchange)
+        self._tracker.open(context)
         try:
-            await self._forward(_with_id(scope, exchange), Replay(body, receive, exchange), send, exchange)
+            await self._forward(
+                _with_id(scope, context), BufferedReceive(body, receive, context), send, context
+            )
         finally:
-            self._exchanges.close(exchange)
+            self._tracker.close(context)
 
     async def _check(
-        self, scope: Scope, receive: Receive, headers: Headers, exchange: Exchange
+        self, scope: Scope, receive: Receive, headers: Headers, context: RequestContext
     ) -> bytes | None:
         """The body to hand on, or None for a request that the engine does not work on; raises ApiError."""
         if sum(len(name) + len(value) for name, value in headers.raw) > self._limits.max_header_bytes:
             most = self._limits.max_header_bytes
             raise ApiError(431, f"the request head is larger than {most} bytes", "header_size")
         key = self._key_of(headers)
-        exchange.usage = self._usages.of(key)
+        context.usage = self._usages.of(key)
         if scope["path"] in ADMIN_PATHS:
             self._refuse_admin(scope["path"], key)
         if scope["method"] != "POST" or scope["path"] not in WORK_PATHS:
@@ -114,7 +123,7 @@ class Gateway:
                 503, "the server is shutting down; send the request again", "draining",
                 headers={"retry-after": "1", "connection": "close"},
             )  # fmt: skip
-        if self._exchanges.active >= self._limits.max_num_queued_reqs:  # cheaper here than in the engine
+        if self._tracker.active >= self._limits.max_num_queued_reqs:  # cheaper here than in the engine
             raise ApiError(
                 429, "the server is busy; try again later", "queue_full",
                 headers={"retry-after": str(self._retry_after())},
@@ -124,8 +133,8 @@ class Gateway:
         except TimeoutError:
             raise ApiError(408, f"the body did not arrive within {BODY_S:g} s", "incomplete") from None
         document = parse(body, headers)
-        changed = self._apply(document, key, exchange)
-        exchange.usage.admit(exchange.reserved_tokens)
+        changed = self._apply(document, key, context)
+        context.usage.admit(context.reserved_tokens)
         return json.dumps(document, ensure_ascii=False).encode() if changed else body
 
     def _key_of(self, headers: Headers) -> Key:
@@ -148,10 +157,10 @@ class Gateway:
         if not key.admin:
             raise ApiError(403, f"the key {key.name!r} may not read {path}", "not_admin")
 
-    def _apply(self, document: dict[str, Any], key: Key, exchange: Exchange) -> bool:
+    def _apply(self, document: dict[str, Any], key: Key, context: RequestContext) -> bool:
         """Check what a request asks for and estimate its tokens; returns whether the document was changed."""
-        exchange.stream = document.get("stream") is True
-        exchange.model = self._model_of(document, key)
+        context.stream = document.get("stream") is True
+        context.model = self._model_of(document, key)
         wanted, size = output_tokens(document), prompt_characters(document)
         most = self._limits.max_output_tokens
         if most is not None and wanted > most:
@@ -161,7 +170,7 @@ class Gateway:
         if longest is not None and size > longest:
             message = f"the prompt has {size} characters; this server allows {longest}"
             raise ApiError(400, message, "prompt_size", code="context_length_exceeded")
-        exchange.reserved_tokens = size // CHARACTERS_PER_TOKEN + wanted
+        context.reserved_tokens = size // CHARACTERS_PER_TOKEN + wanted
         if self._keys is None or not self._keys.uses_priorities:
             return False
         document["priority"] = key.priority  # the key's, whatever the client says
@@ -178,37 +187,44 @@ class Gateway:
             raise ApiError(403, message, "model", code="model_not_found", param="model")
         return model
 
-    async def _forward(self, scope: Scope, receive: Replay, send: Send, exchange: Exchange) -> None:
-        headers = {"x-request-id": exchange.client_id, **exchange.usage.headers()}
-        answer = Answer(send, headers, exchange, self._retry_after)
+    async def _forward(
+        self, scope: Scope, receive: BufferedReceive, send: Send, context: RequestContext
+    ) -> None:
+        headers = {"x-request-id": context.client_id, **context.usage.headers()}
+        answer = ResponseWriter(send, headers, context, self._retry_after)
         timeout_s = _deadline(Headers(scope=scope), self._limits.request_timeout_s)
         try:
             if timeout_s is None:
                 await self._app(scope, receive, answer.send)
             else:
-                await self._run_until(timeout_s, scope, receive, answer, exchange)
+                await self._run_until(timeout_s, scope, receive, answer, context)
         except asyncio.CancelledError:
-            exchange.outcome = exchange.outcome or "client_gone"
+            context.outcome = context.outcome or "client_gone"
             raise
         except Exception:
-            exchange.outcome = "error"
+            context.outcome = "error"
             await answer.fail(ApiError(500, "the server failed on this request", "error"))
             raise
-        exchange.outcome = exchange.outcome or _outcome(exchange)
+        context.outcome = context.outcome or _outcome(context)
 
     async def _run_until(
-        self, timeout_s: float, scope: Scope, receive: Replay, answer: Answer, exchange: Exchange
+        self,
+        timeout_s: float,
+        scope: Scope,
+        receive: BufferedReceive,
+        answer: ResponseWriter,
+        context: RequestContext,
     ) -> None:
         """Run the app for at most `timeout_s`; then it is told that the client has gone, on which vLLM aborts."""
         app = asyncio.ensure_future(self._app(scope, receive, answer.send))
         try:
             done, _ = await asyncio.wait({app}, timeout=timeout_s)
             if not done:
-                exchange.outcome = "deadline"
+                context.outcome = "deadline"
                 await answer.fail(ApiError(504, f"not finished within {timeout_s:g} s", "deadline"))
                 receive.pretend_gone.set()
                 done, _ = await asyncio.wait({app}, timeout=ABORT_S)
-            if done and exchange.outcome != "deadline":
+            if done and context.outcome != "deadline":
                 await app
         finally:
             app.cancel()
@@ -216,7 +232,7 @@ class Gateway:
 
     def _retry_after(self) -> int:
         """Seconds until a place in the queue should be free, by the rate at which requests ended of late."""
-        rate = self._exchanges.finished.per_second()
+        rate = self._tracker.finished.per_second()
         return min(LONGEST_WAIT_S, max(1, math.ceil(1 / rate))) if rate > 0 else 5
 
 
@@ -230,13 +246,13 @@ class AdminPort:
         if scope["type"] == "http" and scope["path"] in OPEN_PATHS | ADMIN_PATHS:
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
-            await respond(send, ApiError(404, "this port answers operators only", "admin_port"), {})
+            await send_error(send, ApiError(404, "this port answers operators only", "admin_port"), {})
 
 
-def _outcome(exchange: Exchange) -> str:
-    if exchange.status == 429:
+def _outcome(context: RequestContext) -> str:
+    if context.status == 429:
         return "queue_full"
-    return "ok" if exchange.status < 400 else "refused" if exchange.status < 500 else "error"
+    return "ok" if context.status < 400 else "refused" if context.status < 500 else "error"
 
 
 def _request_id(headers: Headers) -> str:
@@ -245,10 +261,10 @@ def _request_id(headers: Headers) -> str:
     return "".join(c for c in given if c.isascii() and c.isprintable())[:REQUEST_ID_CHARACTERS]
 
 
-def _with_id(scope: Scope, exchange: Exchange) -> Scope:
+def _with_id(scope: Scope, context: RequestContext) -> Scope:
     """The engine knows a request by our id: a client's could be used twice."""
     headers = [(name, value) for name, value in scope["headers"] if name != b"x-request-id"]
-    return {**scope, "headers": [*headers, (b"x-request-id", exchange.id.encode())]}
+    return {**scope, "headers": [*headers, (b"x-request-id", context.id.encode())]}
 
 
 def _deadline(headers: Headers, default_s: float | None) -> float | None:

@@ -13,13 +13,14 @@ from collections.abc import Awaitable, Callable
 
 from lowbit_core.errors import EngineError
 from lowbit_core.log import get_logger
-from lowbit_server.config import Checkpoint, ServeConfig, derive_engine_arguments
-from lowbit_server.drain import SIGNALS, address, interruptible_start
-from lowbit_server.forecast import refuse_what_does_not_fit
-from lowbit_server.memory import host_memory_bytes
-from lowbit_server.nvml import Nvml
-from lowbit_server.preflight import refuse_unfit_machine
-from lowbit_server.routes import Liveness
+from lowbit_server.checkpoint import Checkpoint
+from lowbit_server.config import ServeConfig, address
+from lowbit_server.engine.arguments import derive_engine_arguments
+from lowbit_server.engine.forecast import refuse_what_does_not_fit
+from lowbit_server.engine.memory import host_memory_bytes
+from lowbit_server.engine.nvml import Nvml
+from lowbit_server.engine.preflight import refuse_unfit_machine
+from lowbit_server.lifecycle import SIGNALS, Liveness, interruptible_start
 
 WATCH_S = 1.0
 CONNECT_S = 5.0
@@ -30,7 +31,11 @@ log = get_logger("serve")
 
 async def follow(config: ServeConfig, checkpoint: Checkpoint) -> None:
     """Be one node of several until the leader or a signal ends it; raises EngineError when the engine fails it."""
-    from lowbit_server.engine import engine_device, runs_quantized_experts, start_follower  # vLLM: seconds
+    from lowbit_server.engine.vllm_engine import (
+        engine_device,
+        runs_quantized_experts,
+        start_follower,
+    )  # vLLM: seconds
 
     device = engine_device()
     refuse_unfit_machine(config, checkpoint, device, runs_quantized_experts)

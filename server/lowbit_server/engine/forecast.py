@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lowbit_core.errors import ConfigError
-from lowbit_server.config import DEFAULT_CPU_KV_CACHE_BYTES, GIB, Checkpoint, Device, ServeConfig
-from lowbit_server.nvml import GpuMemory
+from lowbit_server.checkpoint import Checkpoint
+from lowbit_server.config import GIB, Device, ServeConfig
+from lowbit_server.engine.arguments import DEFAULT_CPU_KV_CACHE_BYTES
+from lowbit_server.engine.nvml import GpuMemory
 
 CPU_RUNTIME_BYTES = GIB
 ENGINE_UTILIZATION = 0.9  # what the engine takes of a GPU where no flag says

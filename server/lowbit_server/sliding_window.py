@@ -1,7 +1,4 @@
-"""Tokens per second over the last ten seconds, computed when asked, so that an idle server reads zero.
-
-vLLM counts tokens and leaves the rate to Prometheus; an autoscaler or a person with curl wants the rate now.
-"""
+"""Events per second over the last seconds, computed when asked, so that an idle server reads zero."""
 
 import time
 from collections import deque
@@ -42,17 +39,3 @@ class SlidingWindow:
         oldest = self._now() - BUCKETS_PER_WINDOW
         while self._buckets and self._buckets[0][0] <= oldest:
             self._buckets.popleft()
-
-
-class Throughput:
-    """Prompt and generated tokens per second, fed once for each engine step."""
-
-    def __init__(self, window_s: float = WINDOW_S, clock: Callable[[], float] = time.monotonic) -> None:
-        self.prompt = SlidingWindow(window_s, clock)
-        self.generation = SlidingWindow(window_s, clock)
-        self.on_finished: Callable[[str, int, int], None] = lambda *_: None  # engine's id, prompt, generated
-
-    def record(self, *, prompt_tokens: int, generation_tokens: int) -> None:
-        """Count the tokens of one step; cached prompt tokens count, as in `vllm:prompt_tokens_total`."""
-        self.prompt.add(prompt_tokens)
-        self.generation.add(generation_tokens)

@@ -4,7 +4,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from lowbit_server.openai_errors import CODES
+from lowbit_server.gateway.openai_errors import CODES
 
 METHODS = frozenset({"get", "post", "put", "delete", "patch"})
 EVERYWHERE = (401, 403, 404, 431, 500)

@@ -1,7 +1,7 @@
 """uvicorn's HTTP parser with a bound on the request head: its size, and the time a client may take to send it.
 
 llhttp, the parser, refuses what smuggles requests past a proxy: two lengths, a length beside chunks, spaces before a
-colon, folded headers (tests/server/test_http_limits.py). It has no bound on headers of its own.
+colon, folded headers (tests/server/test_http_parser.py). It has no bound on headers of its own.
 """
 
 from asyncio import Transport
@@ -9,7 +9,7 @@ from asyncio.events import TimerHandle
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from lowbit_server.openai_errors import document
+from lowbit_server.gateway.openai_errors import error_document
 
 HEAD_S = 30.0
 
@@ -58,7 +58,7 @@ class BoundedHttp(HttpToolsProtocol):
             self._head_timer.cancel()
 
     def _refuse(self, status: int, message: str) -> None:
-        body = document(status, message)
+        body = error_document(status, message)
         head = (
             f"HTTP/1.1 {status} \r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
             "connection: close\r\n\r\n"

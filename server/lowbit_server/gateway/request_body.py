@@ -7,19 +7,19 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.types import Message, Receive
 
-from lowbit_server.exchanges import Exchange
-from lowbit_server.openai_errors import ApiError
+from lowbit_server.gateway.openai_errors import ApiError
+from lowbit_server.gateway.request_context import RequestContext
 
 OUTPUT_FIELDS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 PROMPT_FIELDS = ("messages", "prompt", "input", "instructions", "tools", "suffix")
 
 
-class Replay:
+class BufferedReceive:
     """A `receive` that gives the body at once and then what the connection says, or that the client has gone."""
 
-    def __init__(self, body: bytes, receive: Receive, exchange: Exchange) -> None:
+    def __init__(self, body: bytes, receive: Receive, context: RequestContext) -> None:
         self._body: bytes | None = body
-        self._receive, self._exchange = receive, exchange
+        self._receive, self._context = receive, context
         self.pretend_gone = asyncio.Event()
 
     async def __call__(self) -> Message:
@@ -36,12 +36,8 @@ class Replay:
         finally:
             connection.cancel()
             pretended.cancel()
-        if (
-            message["type"] == "http.disconnect"
-            and not self._exchange.outcome
-            and not self._exchange.answered
-        ):
-            self._exchange.outcome = "client_gone"
+        if message["type"] == "http.disconnect" and not self._context.outcome and not self._context.answered:
+            self._context.outcome = "client_gone"
         return message
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from vllm.utils.mem_utils import MemorySnapshot
 
-from lowbit_server.memory import host_memory_bytes
+from lowbit_server.engine.memory import host_memory_bytes
 
 if torch.cpu._is_amx_tile_supported():
     torch.cpu._init_amx()

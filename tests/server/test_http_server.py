@@ -15,9 +15,10 @@ from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
 
 from lowbit_core.errors import ConfigError, EngineError
-from lowbit_server.config import ServeConfig
-from lowbit_server.drain import DrainState, address, bind, interruptible_start, serve_until_stopped
-from lowbit_server.startup import answering_that_it_loads
+from lowbit_server.config import ServeConfig, address
+from lowbit_server.gateway.http_server import bind, serve_until_stopped
+from lowbit_server.gateway.loading import answering_that_it_loads
+from lowbit_server.lifecycle import DrainState, interruptible_start
 
 if TYPE_CHECKING:
     from tests.server.conftest import FakeEngine

@@ -1,0 +1,39 @@
+"""What the rest of the server needs from a running engine; tests hand in one that is not vLLM."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from fastapi import FastAPI
+
+from lowbit_server.engine.kv_scales import KVScale
+from lowbit_server.engine.memory import DeviceMemory
+from lowbit_server.lifecycle import Liveness
+
+
+@dataclass(frozen=True)
+class EngineFacts:
+    """Read back once from the running engine; `kv_tokens` is the capacity of its KV cache."""
+
+    vllm: str
+    device: str
+    quantization: str | None
+    dtype: str
+    kv_cache_dtype: str
+    kv_tokens: int
+    max_model_len: int
+    max_num_seqs: int
+    kv_scales: tuple[KVScale, ...]
+    layer_methods: dict[str, str]
+    layer_kernels: dict[str, str]
+
+
+class ServingEngine(Liveness, Protocol):
+    """A running engine: its OpenAI routes, its metrics, and what its workers say about themselves."""
+
+    @property
+    def lifespan(self) -> Any: ...
+    def metrics_registry(self) -> Any: ...
+    async def attach_openai_api(self, app: FastAPI) -> None: ...
+    async def models(self) -> list[dict[str, Any]]: ...
+    async def memory(self) -> tuple[DeviceMemory, ...]: ...
+    async def facts(self) -> EngineFacts: ...
