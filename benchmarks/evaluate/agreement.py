@@ -207,7 +207,7 @@ def run_lowbit(
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     found: dict[str, dict[str, dict[str, float]]] = {}
     for row in json.loads(file.read_text())["answers"]["model"]:
-        scores = {"acc": float(row["right_raw"]), "acc_norm": float(row["right"])}
+        scores = {"acc": float(row["acc"]), "acc_norm": float(row["acc_norm"])}
         found.setdefault(row["task"], {})[row["id"]] = scores
     return found
 

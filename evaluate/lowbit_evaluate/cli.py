@@ -97,7 +97,7 @@ def _run(arguments: argparse.Namespace) -> int:
     _show(arguments, document, ours, base)
     if arguments.json:
         arguments.json.write_text(json.dumps(document) + "\n", encoding="utf-8")
-    if lost := sum(one.chosen is None and one.right is not None for one in ours.values()):
+    if lost := sum(one.chosen is None and one.acc is not None for one in ours.values()):
         raise EngineError(
             f"{lost} of {len(ours)} items got no answer and count as wrong; see the server's log"
         )

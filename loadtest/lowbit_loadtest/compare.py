@@ -152,12 +152,12 @@ def _quality(a: dict[str, Any], b: dict[str, Any], tolerance: float) -> list[Dif
     """Right answers, and perplexity of the texts, under load; only items that both answered."""
     of_a, of_b = map(_answers, (a, b))
     found, differences = changes(of_a, of_b), []
-    pairs = [(of_a[key].right, of_b[key].right) for key in of_a if key in of_b]
+    pairs = [(of_a[key].acc_norm, of_b[key].acc_norm) for key in of_a if key in of_b]
     before = sum(bool(one) for one, other in pairs if one is not None and other is not None)
-    if found.accuracy_change and before:
+    if found.acc_norm_change and before:
         share, after = before / found.items, (before + found.gained - found.lost) / found.items
-        bounds = _bounds(found.accuracy_change, 0.0, share)
-        differences.append(_judged("accuracy", None, share, after, bounds, tolerance, False))
+        bounds = _bounds(found.acc_norm_change, 0.0, share)
+        differences.append(_judged("acc_norm", None, share, after, bounds, tolerance, False))
     if found.perplexity_ratio:
         value = perplexity(one for key, one in of_a.items() if key in of_b and one.kind == "text").value
         bounds = _bounds(found.perplexity_ratio, 1.0, 1.0)

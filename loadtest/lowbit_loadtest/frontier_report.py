@@ -217,20 +217,20 @@ def _milliseconds(one: Document) -> tuple[float | None, float | None]:
 
 
 def _domains(document: Document, colors: dict[str, str]) -> list[str]:
-    """Accuracy by task, and perplexity of held-out text by domain; both under load."""
-    found: dict[str, dict[str, list[tuple[str, str, Estimate]]]] = {"accuracy": {}, "perplexity": {}}
+    """acc_norm by task, and perplexity of held-out text by domain; both under load."""
+    found: dict[str, dict[str, list[tuple[str, str, Estimate]]]] = {"acc_norm": {}, "perplexity": {}}
     for visit in document["visits"]:
         for result in visit["scenarios"].values():
             for task, both in (result.get("quality") or {}).get("tasks", {}).items():
                 for kind, groups in found.items():
-                    is_shown = kind == "accuracy" or task.startswith("text:")
+                    is_shown = kind == "acc_norm" or task.startswith("text:")
                     if task != "all" and is_shown and both["loaded"] and both["loaded"][kind]:
                         name = visit["checkpoint"]
                         one = (name, colors[name], Estimate(**both["loaded"][kind]))
                         groups.setdefault(task.removeprefix("text:"), []).append(one)
     parts = ["<h2>Quality by domain</h2>" + legend(colors)] if any(found.values()) else []
-    if found["accuracy"]:
-        parts.append(dots_by_group(_in_order(found["accuracy"], colors), "accuracy under load", percent=True))
+    if found["acc_norm"]:
+        parts.append(dots_by_group(_in_order(found["acc_norm"], colors), "acc_norm under load", percent=True))
     if found["perplexity"]:
         parts.append(
             dots_by_group(_in_order(found["perplexity"], colors), "perplexity of held-out text, under load")

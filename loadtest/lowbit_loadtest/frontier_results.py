@@ -60,9 +60,9 @@ def stand(
     against = None
     if quality and base and "answers" in quality and "answers" in base:
         against = changes(from_rows(base["answers"]["loaded"]), from_rows(quality["answers"]["loaded"]))
-    accuracy = _pooled(quality, "accuracy")
-    base_accuracy = _pooled(base, "accuracy")
-    of_base = _share_of(against.accuracy_change, base_accuracy) if against and base_accuracy else None
+    accuracy = _pooled(quality, "acc_norm")
+    base_accuracy = _pooled(base, "acc_norm")
+    of_base = _share_of(against.acc_norm_change, base_accuracy) if against and base_accuracy else None
     perplexity_of_base = against.perplexity_ratio if against else None
     if name == plan.base:  # it is what it is compared with
         of_base, perplexity_of_base = Estimate(1.0, 1.0, 1.0), Estimate(1.0, 1.0, 1.0)

@@ -102,8 +102,8 @@ def _quality(quality: Document) -> str:
 def _task(result: Document | None) -> str:
     if result is None:
         return "–"
-    accuracy, perplexity = result["accuracy"], result["perplexity"]
-    parts = [span(Estimate(**accuracy), "{:.1%}")] if accuracy else []
+    acc_norm, perplexity = result["acc_norm"], result["perplexity"]
+    parts = [span(Estimate(**acc_norm), "{:.1%}")] if acc_norm else []
     parts += [f"perplexity {span(Estimate(**perplexity), '{:.2f}')}"] if perplexity else []
     return ", ".join(parts) or "–"
 

@@ -106,9 +106,9 @@ def _form(idle: Mapping[str, Reply], loaded: Mapping[str, Reply]) -> Form:
 
 def _held(idle: Sitting, loaded: Sitting, tolerance: float) -> Held | None:
     pairs = [
-        (bool(one.right), bool(loaded.answers[key].right))
+        (bool(one.acc_norm), bool(loaded.answers[key].acc_norm))
         for key, one in idle.answers.items()
-        if one.right is not None and key in loaded.answers
+        if one.acc_norm is not None and key in loaded.answers
     ]
     pairs += [
         (not one.failure, not loaded.replies[id_].failure)

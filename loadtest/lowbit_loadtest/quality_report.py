@@ -63,8 +63,8 @@ def _task(result: TaskResult) -> str:
         if result.unanswered
         else [str(result.items)]
     )
-    if result.accuracy:
-        parts.append(f"accuracy {span(result.accuracy, '{:.1%}')}")
+    if result.acc_norm:
+        parts.append(f"acc_norm {span(result.acc_norm, '{:.1%}')}")
     if result.perplexity:
         parts.append(f"perplexity {span(result.perplexity, '{:.2f}')}")
     return ", ".join(parts)
@@ -72,10 +72,10 @@ def _task(result: TaskResult) -> str:
 
 def _changes(title: str, found: Changes) -> list[str]:
     parts = []
-    if found.flip_share and found.accuracy_change:
+    if found.flip_share and found.acc_norm_change:
         parts.append(
             f"{found.flips} of {found.items} choices flipped ({found.lost} lost, {found.gained} gained, "
-            f"accuracy {points_text(found.accuracy_change)}, McNemar p {found.mcnemar_p:.2g})"
+            f"acc_norm {points_text(found.acc_norm_change)}, McNemar p {found.mcnemar_p:.2g})"
         )
     if found.mean_logprob_shift is not None:
         parts.append(f"mean shift of log p {found.mean_logprob_shift:.4f}")

@@ -28,26 +28,26 @@ def scored(*logprobs: float, greedy: bool = False) -> Scored:
     return Scored(logprobs, greedy)
 
 
-def choice(*continuations: str, gold: int = 0, normalised: bool = True) -> Item:
-    return Item("t", "1", "choice", tuple(Request("Q:", one) for one in continuations), gold, normalised)
+def choice(*continuations: str, gold: int = 0, normalized: bool = True) -> Item:
+    return Item("t", "1", "choice", tuple(Request("Q:", one) for one in continuations), gold, normalized)
 
 
-def test_a_choice_is_judged_by_likelihood_per_character_and_raw_beside_it() -> None:
+def test_acc_norm_takes_the_likeliest_choice_per_character_and_acc_the_likeliest() -> None:
     item = choice(" yes", " certainly")
     judged = answer(item, [scored(-3.0), scored(-4.0, -2.0)])  # -1.0 and -0.67 a character
-    assert (judged.chosen, judged.right, judged.right_raw) == (1, False, True)
-    assert answer(choice(" yes", " certainly", normalised=False), [scored(-3.0), scored(-6.0)]).right
+    assert (judged.chosen, judged.acc, judged.acc_norm) == (1, True, False)
+    assert answer(choice(" yes", " certainly", normalized=False), [scored(-3.0), scored(-6.0)]).acc_norm
 
 
 def test_a_cloze_is_right_when_every_token_is_the_likeliest() -> None:
     item = Item("lambada", "1", "cloze", (Request("a b", " c"),), 0)
-    assert answer(item, [scored(-0.1, -0.2, greedy=True)]).right
-    assert answer(item, [scored(-0.1, -0.2)]).right is False
+    assert answer(item, [scored(-0.1, -0.2, greedy=True)]).acc_norm
+    assert answer(item, [scored(-0.1, -0.2)]).acc_norm is False
 
 
 def test_what_got_no_answer_is_wrong_and_counted() -> None:
     judged = answer(choice(" a", " b"), None)
-    assert judged.right is False
+    assert judged.acc_norm is False
     assert summarize({judged.key: judged})["all"].unanswered == 1
 
 
@@ -138,6 +138,12 @@ def test_answers_survive_json() -> None:
     question = answer(choice(" a", " b"), [scored(-1.0), scored(-2.0)])
     answers = {one.key: one for one in (text, question)}
     assert from_rows(json.loads(json.dumps(as_rows(answers)))) == answers
+
+
+def test_answers_by_their_old_keys_are_refused_with_the_new_ones() -> None:
+    old = {"task": "t", "id": "1", "kind": "choice", "right": True, "right_raw": True, "chosen": 0}
+    with pytest.raises(ConfigError, match="are called 'acc_norm' and 'acc' now"):
+        from_rows([old])
 
 
 @pytest.fixture

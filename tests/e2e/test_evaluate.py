@@ -48,7 +48,7 @@ def test_the_endpoint_and_the_process_choose_alike(demo: Demo, server: str, tmp_
     served = tmp_path / "served.json"
     whole = evaluate(served, demo.checkpoint, "--target", server, "--items", items)["tasks"]["all"]["model"]
     assert whole["unanswered"] == 0
-    assert whole["accuracy"]["value"] > 0.5
+    assert whole["acc_norm"]["value"] > 0.5
     beside = evaluate(tmp_path / "own.json", demo.checkpoint, "--base", served, "--items", items)
     assert beside["tasks"]["all"]["changes"]["flips"] <= 2
     assert beside["tasks"]["all"]["changes"]["mean_logprob_shift"] < 1.0

@@ -145,9 +145,9 @@ def test_scores_are_those_of_one_request_at_a_time(
         judged = answers[item.key]
         assert judged.logprob == pytest.approx(totals[item.gold or 0], rel=1e-4, abs=1e-3)
         if item.kind == "cloze":
-            assert judged.right is greedy[0]
+            assert judged.acc_norm is greedy[0]
         else:
-            assert judged.right_raw is (totals.index(max(totals)) == item.gold)
+            assert judged.acc is (totals.index(max(totals)) == item.gold)
 
 
 def test_every_request_is_in_one_batch_and_no_batch_is_too_large() -> None:
@@ -175,7 +175,7 @@ def test_a_model_against_itself_changes_nothing_and_its_result_can_be_a_base(
     changed = document["tasks"]["all"]["changes"]
     assert (changed["items"], changed["flips"], changed["lost"], changed["gained"]) == (21, 0, 0, 0)
     assert changed["mcnemar_p"] == 1
-    assert changed["accuracy_change"]["low"] < 0 < changed["accuracy_change"]["high"]
+    assert changed["acc_norm_change"]["low"] < 0 < changed["acc_norm_change"]["high"]
     assert set(document["tasks"]) == {"own", "cloze", "all"}
     assert "0 of 21" in shown
     both = tmp_path / "both.json", tmp_path / "file.json"
@@ -185,7 +185,7 @@ def test_a_model_against_itself_changes_nothing_and_its_result_can_be_a_base(
     one, other = (each["all"]["changes"] for each in (by_model, by_file))
     assert one["mean_logprob_shift"] == pytest.approx(other["mean_logprob_shift"], abs=1e-5)
     assert one["mean_logprob_shift"] > 0
-    same = ("items", "flips", "lost", "gained", "mcnemar_p", "accuracy_change")
+    same = ("items", "flips", "lost", "gained", "mcnemar_p", "acc_norm_change")
     assert [one[name] for name in same] == [other[name] for name in same]
     assert by_model["own"]["base"] == by_file["own"]["base"]
 
@@ -198,7 +198,7 @@ def test_without_a_base_there_are_accuracies_alone(
     document = json.loads(file.read_text())
     assert status == 0
     assert document["tasks"]["own"]["changes"] is None
-    assert document["tasks"]["own"]["model"]["accuracy"]["low"] is not None
+    assert document["tasks"]["own"]["model"]["acc_norm"]["low"] is not None
     assert set(document["text"]) == {"heldout", "predictions", "perplexity", "kv_cache_included"}
     assert "flips" not in shown
     assert "s left" in error
@@ -254,6 +254,10 @@ def test_what_is_wrong_is_said_in_one_line(
         assert (status, shown) == (2, ""), message
         assert message in error
         assert error.count("lowbit: error:") == error.count("\n") == 1, error
+    older = tmp_path / "older.json"
+    older.write_text(json.dumps(json.loads(other.read_text()) | {"format_version": 1}))
+    status, _, error = run(capsys, base, "--items", own_items, "--base", older)
+    assert (status, "has format version 1, this lowbit reads 2; make the file anew" in error) == (2, True)
     more = tmp_path / "more.jsonl"
     more.write_text(own_items.read_text() + line.replace('"1"', '"another"'))
     status, _, error = run(capsys, base, "--items", more, "--base", other)

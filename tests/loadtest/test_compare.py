@@ -100,7 +100,7 @@ def test_throughput_of_a_closed_loop_is_judged_over_repetitions() -> None:
 def judged_items(right: int, logprob: float) -> dict[str, Any]:
     """300 questions of which the first `right` are answered rightly, and 20 texts of 50 tokens."""
     answers = [
-        Answer(("arc", str(number)), "choice", number < right, None, int(number >= right), None, 0)
+        Answer(("arc", str(number)), "choice", None, number < right, int(number >= right), None, 0)
         for number in range(300)
     ]
     answers += [
@@ -114,22 +114,22 @@ def judged_items(right: int, logprob: float) -> dict[str, Any]:
 def test_quality_under_load_is_judged_item_by_item() -> None:
     def judged(right: int, logprob: float) -> dict[str, Any]:
         found = compare(judged_items(200, -100.0), judged_items(right, logprob), 0.05).differences
-        return {one.metric: one for one in found if one.metric in ("accuracy", "perplexity")}
+        return {one.metric: one for one in found if one.metric in ("acc_norm", "perplexity")}
 
     worse = judged(160, -130.0)
-    assert (worse["accuracy"].verdict, worse["perplexity"].verdict) == ("worse", "worse")
-    assert worse["accuracy"].change == pytest.approx(-0.2)
+    assert (worse["acc_norm"].verdict, worse["perplexity"].verdict) == ("worse", "worse")
+    assert worse["acc_norm"].change == pytest.approx(-0.2)
     assert worse["perplexity"].change == pytest.approx(np.exp(0.6 * (1 + 9.5 / 99)) - 1, rel=1e-3)
     unanswered = judged_items(160, -100.0)
     for row in unanswered["quality"]["answers"]["loaded"][:100]:
-        row["right"] = row["chosen"] = None  # they were right in A and count in neither
+        row["acc_norm"] = row["chosen"] = None  # they were right in A and count in neither
     found = {one.metric: one for one in compare(judged_items(200, -100.0), unanswered, 0.05).differences}
-    assert found["accuracy"].a == pytest.approx(100 / 200)
-    assert found["accuracy"].b == pytest.approx(60 / 200)
+    assert found["acc_norm"].a == pytest.approx(100 / 200)
+    assert found["acc_norm"].b == pytest.approx(60 / 200)
     with pytest.raises(ConfigError, match="cannot be read"):
         compare(judged_items(1, -1.0), document() | {"quality": {"answers": {"loaded": [{}]}}}, 0.05)
     same = judged(200, -100.0)
-    assert (same["accuracy"].verdict, same["perplexity"].verdict) == ("same", "same")
+    assert (same["acc_norm"].verdict, same["perplexity"].verdict) == ("same", "same")
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def test_every_item_is_answered_once(server: ScoringServer) -> None:
     asked = items(30)
     answers = list(connect(server.url, "fake-model").answers(asked))
     assert sorted(one.key for one in answers) == sorted(item.key for item in asked)
-    assert all(one.right for one in answers if one.kind == "choice")
+    assert all(one.acc_norm for one in answers if one.kind == "choice")
 
 
 def test_what_the_server_loses_has_no_answer_and_ends_the_command_with_1(
@@ -50,7 +50,7 @@ def test_what_the_server_loses_has_no_answer_and_ends_the_command_with_1(
     arguments = ["evaluate", "fake-model", "--target", server.url, "--items", str(file), "--json", str(out)]
     assert main(arguments) == 0
     whole = json.loads(out.read_text())
-    assert whole["tasks"]["all"]["model"]["accuracy"]["value"] == 1
+    assert whole["tasks"]["all"]["model"]["acc_norm"]["value"] == 1
     assert (whole["target"], whole["settings"]["served"]) == (server.url, "fake-model")
     server.loses = (server.scored + 3,)  # one of them is the preflight's
     assert main(arguments) == 1

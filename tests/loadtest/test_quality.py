@@ -156,7 +156,7 @@ def test_quality_holds_where_the_server_answers_the_same_under_load(
     assert quality is not None
     assert quality.held is not None
     assert (quality.held.verdict, quality.held.change.value, quality.held.judged) == ("held", 0.0, 36)
-    own, cloze = (quality.tasks[task][0].accuracy for task in ("own", "cloze"))
+    own, cloze = (quality.tasks[task][0].acc_norm for task in ("own", "cloze"))
     assert own is not None
     assert cloze is not None
     assert (own.value, cloze.value) == (30 / 32, 1.0)

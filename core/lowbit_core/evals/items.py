@@ -28,7 +28,7 @@ class Item:
     kind: Kind
     requests: tuple[Request, ...]
     gold: int | None = None
-    normalised: bool = True  # log-probabilities are divided by the length of the continuation
+    normalized: bool = True  # log-probabilities are divided by the length of the continuation
 
     @property
     def key(self) -> Key:

@@ -24,7 +24,7 @@ from lowbit_core.evals.results import (
 )
 from lowbit_core.evals.scoring import Answer
 
-KIND, FORMAT_VERSION = "lowbit.evaluate", 1
+KIND, FORMAT_VERSION = "lowbit.evaluate", 2
 
 
 def fingerprint(items: Sequence[Item]) -> str:
@@ -54,8 +54,13 @@ def read_base(path: Path, items: Sequence[Item]) -> dict[Key, Answer]:
     """The answers of the model of an earlier `lowbit evaluate --json`; ConfigError if it was asked something else."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        if document["kind"] != KIND or document["format_version"] != FORMAT_VERSION:
+        if document["kind"] != KIND:
             raise KeyError("kind")
+        if document["format_version"] != FORMAT_VERSION:
+            raise ConfigError(
+                f"--base {path} has format version {document['format_version']}, this lowbit reads {FORMAT_VERSION}; "
+                "make the file anew"
+            )
         asked, answers = document["items_sha256"], from_rows(document["answers"]["model"])
     except OSError as error:
         raise ConfigError(f"--base {path} cannot be read: {error.strerror}") from error
@@ -101,8 +106,8 @@ def _row(result: TaskResult) -> list[str]:
     lost = f" ({result.unanswered} unanswered)" if result.unanswered else ""
     return [
         f"{result.items}{lost}",
-        _percent(result.accuracy),
-        _percent(result.accuracy_raw),
+        _percent(result.acc_norm),
+        _percent(result.acc),
         _span(result.perplexity, 1, ".2f"),
     ]
 
@@ -111,8 +116,8 @@ def _compared(base: TaskResult | None, changed: Changes | None) -> list[str]:
     if base is None or changed is None or changed.mcnemar_p is None:
         return ["", "", "", "", ""]
     return [
-        _percent(base.accuracy),
-        _span(changed.accuracy_change, 100, "+.1f"),
+        _percent(base.acc_norm),
+        _span(changed.acc_norm_change, 100, "+.1f"),
         f"{changed.flips} of {changed.items}",
         f"{changed.lost}/{changed.gained}",
         f"{changed.mcnemar_p:.2g}",

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lowbit_core.errors import ConfigError
 from lowbit_core.evals.arithmetic import (
     Estimate,
     exponential,
@@ -22,12 +23,12 @@ Answers = Mapping[Key, Answer]
 
 @dataclass(frozen=True)
 class TaskResult:
-    """One task; `accuracy` divides by length where the task does (acc_norm), `accuracy_raw` never (acc)."""
+    """One task. `acc` and `acc_norm` are lm-eval's; of a task that it does not normalize both are `acc`."""
 
     items: int
     unanswered: int
-    accuracy: Estimate | None = None
-    accuracy_raw: Estimate | None = None
+    acc: Estimate | None = None
+    acc_norm: Estimate | None = None
     perplexity: Estimate | None = None  # of texts; of a cloze: of its last words
     tokens: int = 0
 
@@ -44,19 +45,22 @@ def summarize(answers: Answers) -> dict[str, TaskResult]:
 
 
 def _task(found: Sequence[Answer]) -> TaskResult:
-    questions = [one for one in found if one.right is not None]
+    questions = [one for one in found if one.acc_norm is not None]
     texts = [one for one in found if one.kind == "text" and one.tokens]
     rated = texts or [one for one in found if one.kind == "cloze" and one.tokens]
     return TaskResult(
         items=len(found),
         unanswered=sum(one.logprob is None for one in found),
-        accuracy=wilson(sum(bool(one.right) for one in questions), len(questions)) if questions else None,
-        accuracy_raw=wilson(sum(bool(one.right_raw) for one in questions), len(questions))
-        if questions
-        else None,
+        acc=_share(one.acc for one in questions),
+        acc_norm=_share(one.acc_norm for one in questions),
         perplexity=perplexity(rated) if rated else None,
         tokens=sum(one.tokens for one in rated),
     )
+
+
+def _share(found: Iterable[bool | None]) -> Estimate | None:
+    right = list(found)
+    return wilson(sum(map(bool, right)), len(right)) if right else None
 
 
 def perplexity(found: Iterable[Answer]) -> Estimate:
@@ -72,10 +76,10 @@ class Changes:
 
     items: int  # questions in both
     flips: int  # another choice than before, right or wrong
-    lost: int  # right in a, wrong in b
+    lost: int  # right in a, wrong in b, by acc_norm
     gained: int
     flip_share: Estimate | None
-    accuracy_change: Estimate | None  # in shares of the items, paired
+    acc_norm_change: Estimate | None  # in shares of the items, paired
     mcnemar_p: float | None
     mean_logprob_shift: float | None  # mean |Δ log p| of a token of the right continuation or text
     perplexity_ratio: Estimate | None
@@ -86,10 +90,10 @@ class Changes:
 def changes(a: Answers, b: Answers) -> Changes:
     """What differs in b; only items in both count."""
     pairs = [(a[key], b[key]) for key in a if key in b]
-    asked = [(one, other) for one, other in pairs if one.right is not None and other.right is not None]
+    asked = [(one, other) for one, other in pairs if one.acc_norm is not None and other.acc_norm is not None]
     flips = sum(one.chosen != other.chosen for one, other in asked)
-    lost = sum(bool(one.right) and not other.right for one, other in asked)
-    gained = sum(not one.right and bool(other.right) for one, other in asked)
+    lost = sum(bool(one.acc_norm) and not other.acc_norm for one, other in asked)
+    gained = sum(not one.acc_norm and bool(other.acc_norm) for one, other in asked)
     texts = [
         (one, other)
         for one, other in pairs
@@ -102,7 +106,7 @@ def changes(a: Answers, b: Answers) -> Changes:
         lost=lost,
         gained=gained,
         flip_share=wilson(flips, len(asked)) if asked else None,
-        accuracy_change=paired_change(lost, gained, len(asked)) if asked else None,
+        acc_norm_change=paired_change(lost, gained, len(asked)) if asked else None,
         mcnemar_p=mcnemar(lost, gained) if asked else None,
         mean_logprob_shift=_shift(pairs),
         perplexity_ratio=_ratio(texts) if texts else None,
@@ -155,8 +159,8 @@ def as_rows(answers: Answers) -> list[dict[str, Any]]:
             "task": one.key[0],
             "id": one.key[1],
             "kind": one.kind,
-            "right": one.right,
-            "right_raw": one.right_raw,
+            "acc": one.acc,
+            "acc_norm": one.acc_norm,
             "chosen": one.chosen,
             "logprob": None if one.logprob is None else round(one.logprob, 5),
             "tokens": one.tokens,
@@ -171,16 +175,21 @@ def as_rows(answers: Answers) -> list[dict[str, Any]]:
 
 
 def from_rows(rows: Iterable[Mapping[str, Any]]) -> dict[Key, Answer]:
-    """The inverse of `as_rows`; raises KeyError or TypeError on other JSON."""
+    """The inverse of `as_rows`; raises KeyError or TypeError on other JSON, ConfigError on an older one."""
     found = {}
     for row in rows:
+        if "right" in row:
+            raise ConfigError(
+                "answers have the keys 'right' and 'right_raw'; they are called 'acc_norm' and 'acc' now: "
+                "make the file anew"
+            )
         key = (str(row["task"]), str(row["id"]))
         top = tuple(dict(one) for one in row.get("top", ()))
         found[key] = Answer(
             key,
             row["kind"],
-            row["right"],
-            row["right_raw"],
+            row["acc"],
+            row["acc_norm"],
             row["chosen"],
             row["logprob"],
             row["tokens"],

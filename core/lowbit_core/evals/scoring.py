@@ -25,14 +25,15 @@ class Scored:
 class Answer:
     """What came of one item. `chosen` is the request that won; None of an item that got no answer.
 
-    `right_raw` is `right` without dividing by length (lm-eval's acc; `right` is its acc_norm). A text has no right:
-    it has the log-probability of its `tokens`.
+    `acc` and `acc_norm` say whether it is right, as in lm-eval: by log-probability, and by log-probability divided by
+    the continuation's length. They are equal where lm-eval has only acc. A text has neither, only the log-probability
+    of its `tokens`.
     """
 
     key: Key
     kind: str
-    right: bool | None
-    right_raw: bool | None
+    acc: bool | None
+    acc_norm: bool | None
     chosen: int | None
     logprob: float | None  # of the right continuation, or of the text
     tokens: int
@@ -42,8 +43,8 @@ class Answer:
 def answer(item: Item, scored: Sequence[Scored] | None) -> Answer:
     """Judge one item; without scores (the server lost it) a question is wrong and a text is empty."""
     if scored is None:
-        right = None if item.kind == "text" else False
-        return Answer(item.key, item.kind, right, right, None, None, 0)
+        lost = None if item.kind == "text" else False
+        return Answer(item.key, item.kind, lost, lost, None, None, 0)
     if item.kind == "text":
         (one,) = scored
         return Answer(item.key, item.kind, None, None, None, one.logprob, len(one.token_logprobs), one.top)
@@ -54,13 +55,13 @@ def answer(item: Item, scored: Sequence[Scored] | None) -> Answer:
         return Answer(
             item.key, item.kind, one.greedy, one.greedy, chosen, one.logprob, len(one.token_logprobs)
         )
-    raw = [one.logprob for one in scored]
+    logprobs = [one.logprob for one in scored]
     lengths = [max(1, len(request.continuation.removeprefix(" "))) for request in item.requests]
-    normed = [value / length for value, length in zip(raw, lengths, strict=True)]
-    best_raw, best_normed = _argmax(raw), _argmax(normed)
-    chosen = best_normed if item.normalised else best_raw
+    normalized = [value / length for value, length in zip(logprobs, lengths, strict=True)]
+    likeliest = _argmax(logprobs)
+    chosen = _argmax(normalized) if item.normalized else likeliest
     tokens = len(scored[gold].token_logprobs)
-    return Answer(item.key, item.kind, chosen == gold, best_raw == gold, chosen, raw[gold], tokens)
+    return Answer(item.key, item.kind, likeliest == gold, chosen == gold, chosen, logprobs[gold], tokens)
 
 
 def _argmax(values: Sequence[float]) -> int:

@@ -32,7 +32,7 @@ TASKS = {  # our name: its folder in the package
 }
 CLOZE = ("lambada",)
 UNCONDITIONAL = 1_000_000  # documents from here on ask the same continuations after an empty question
-NOT_NORMALISED = ("boolq",)  # " yes" and " no" are one token each
+NOT_NORMALIZED = ("boolq",)  # " yes" and " no" are one token each
 
 
 def find_tasks_dir(given: Path | None = None, find: Callable[[str], Any] = find_spec) -> Path:
@@ -70,7 +70,7 @@ def _read_task(name: str, folder: Path) -> list[Item]:
             kind,
             tuple(Request(row["request"]["context"], row["request"]["continuation"]) for row in rows),
             0 if kind == "cloze" else int(rows[0]["label"]),
-            name not in NOT_NORMALISED,
+            name not in NOT_NORMALIZED,
         )
         for id_, rows in questions.items()
         if kind == "cloze" or len(rows) > int(rows[0]["label"])
