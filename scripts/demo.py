@@ -5,19 +5,17 @@ Everything goes through the same commands and HTTP that a user has. `scripts/dem
 
 import argparse
 import json
-import os
-import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from lowbit_core.errors import LowbitError
+from lowbit_core.server_process import describe_status, free_port, start_server
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / ".demo"
@@ -26,7 +24,6 @@ QUESTION = "What is the capital of France?"
 MODEL = "smollm2"
 KV_CACHE_GIB = "1"
 STREAMS = 8
-START_TIMEOUT_S = 300.0
 LOWBIT = (str(Path(sys.executable).with_name("lowbit")),)
 
 
@@ -107,48 +104,19 @@ def serving(checkpoint: Path, port: int, *flags: str, keep: bool = False) -> Ite
         "--enforce-eager",
     ]
     command += ["--kv-cache-gib", KV_CACHE_GIB, *flags]
-    log_path = WORK / "serve.log"
-    with log_path.open("w") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    server = start_server(command, f"http://127.0.0.1:{port}", WORK / "serve.log", name="lowbit serve")
     try:
-        wait_until_ready(server, f"http://127.0.0.1:{port}", log_path)
-        yield f"http://127.0.0.1:{port}"
+        print(f"    ready after {server.wait_until_ready():.0f} s", file=sys.stderr)
+        yield server.url
     except BaseException:
-        keep = False
+        server.stop()
         raise
-    finally:
-        if keep:
-            print(f"\nthe server stays up as process {server.pid}; stop it with: kill {server.pid}")
-        else:
-            stop(server, log_path)
-
-
-def wait_until_ready(server: subprocess.Popen[bytes], url: str, log_path: Path) -> None:
-    """Poll /readyz; raises SystemExit with the end of the log when the server dies or takes too long."""
-    start = time.monotonic()
-    while time.monotonic() - start < START_TIMEOUT_S:
-        if server.poll() is not None:
-            raise SystemExit(f"demo: the server ended with status {server.returncode}:\n{tail(log_path)}")
-        try:
-            with urllib.request.urlopen(f"{url}/readyz", timeout=5):
-                print(f"    ready after {time.monotonic() - start:.0f} s", file=sys.stderr)
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(1)
-    raise SystemExit(f"demo: the server was not ready after {START_TIMEOUT_S:.0f} s:\n{tail(log_path)}")
-
-
-def stop(server: subprocess.Popen[bytes], log_path: Path) -> None:
-    """SIGTERM, and the server's own drain; a server that does not end cleanly fails the demo."""
-    if server.poll() is None:
-        server.send_signal(signal.SIGTERM)
-    try:
-        status = server.wait(timeout=60)
-    except subprocess.TimeoutExpired:
-        os.killpg(server.pid, signal.SIGKILL)
-        raise SystemExit(f"demo: the server did not stop within 60 s:\n{tail(log_path)}") from None
-    if status != 0:
-        raise SystemExit(f"demo: the server ended with status {status}:\n{tail(log_path)}")
+    if keep:
+        print(
+            f"\nthe server stays up as process {server.process.pid}; stop it with: kill {server.process.pid}"
+        )
+    elif status := server.stop():
+        raise SystemExit(f"demo: lowbit serve ended {describe_status(status)}; its log is {server.log}")
 
 
 def ask(url: str) -> dict[str, Any]:
@@ -242,19 +210,12 @@ def get(url: str) -> Any:
         return json.load(response)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def tail(path: Path, lines: int = 15) -> str:
-    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
-
-
 def say(text: str) -> None:
     print(f"\n==> {text}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except LowbitError as error:
+        sys.exit(f"demo: {error}")

@@ -24,10 +24,11 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks" / "quantizers"), str(ROOT)]
 from provenance import hardware, revision, versions  # noqa: E402
-from scripts.demo import LOWBIT, MODEL, WORK, free_port, serving  # noqa: E402
+from scripts.demo import LOWBIT, MODEL, WORK, serving  # noqa: E402
 
 from lowbit_core.evals.items import Item  # noqa: E402
 from lowbit_core.evals.tasks import load_items  # noqa: E402
+from lowbit_core.server_process import free_port  # noqa: E402
 
 PEER = (
     "torch==2.13.0+cpu",

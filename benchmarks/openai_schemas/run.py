@@ -23,7 +23,9 @@ from jsonschema.exceptions import ValidationError
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.endpoint import Running, lowbit_serve, write_result  # noqa: E402
+from benchmarks.endpoint import lowbit_serve, write_result  # noqa: E402
+
+from lowbit_core.server_process import ServerProcess  # noqa: E402
 
 MODEL = "smollm2"
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
@@ -88,7 +90,7 @@ def main() -> int:
     return 0
 
 
-def exchanges(server: Running) -> Iterator[Exchange]:
+def exchanges(server: ServerProcess) -> Iterator[Exchange]:
     """Everything that is asked, and what came back."""
     for name, changes in CHATS.items():
         body = CHAT | changes
@@ -115,7 +117,7 @@ def exchanges(server: Running) -> Iterator[Exchange]:
         yield f"error, {name}", "ErrorResponse", ask(server, path, body)
 
 
-def call(server: Running, path: str, body: Any) -> bytes:
+def call(server: ServerProcess, path: str, body: Any) -> bytes:
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(server.url + path, data, {"content-type": "application/json"})
     try:
@@ -125,11 +127,11 @@ def call(server: Running, path: str, body: Any) -> bytes:
         return bytes(error.read())
 
 
-def ask(server: Running, path: str, body: Any) -> Any:
+def ask(server: ServerProcess, path: str, body: Any) -> Any:
     return json.loads(call(server, path, body))
 
 
-def stream(server: Running, path: str, body: Any) -> Iterator[Any]:
+def stream(server: ServerProcess, path: str, body: Any) -> Iterator[Any]:
     """The events of a stream, without its `[DONE]`."""
     lines = call(server, path, body).decode().splitlines()
     data = [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]

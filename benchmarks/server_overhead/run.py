@@ -34,8 +34,10 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.endpoint import LOWBIT, PYTHON, Running, lowbit_serve, pinned, running, write_result  # noqa: E402
+from benchmarks.endpoint import LOWBIT, PYTHON, lowbit_serve, pinned, running, write_result  # noqa: E402
 from benchmarks.http_load import Answer, post  # noqa: E402
+
+from lowbit_core.server_process import ServerProcess  # noqa: E402
 
 MODEL = "smollm2"
 KEYS = 1000
@@ -132,7 +134,7 @@ def bare(checkpoint: Path) -> list[str]:
 
 
 def measure(
-    servers: dict[str, Running], arguments: argparse.Namespace, key: str, cells: Cells, done: int
+    servers: dict[str, ServerProcess], arguments: argparse.Namespace, key: str, cells: Cells, done: int
 ) -> None:
     """One set of rounds; `done` rounds were before it."""
     names = list(servers)
@@ -146,7 +148,7 @@ def measure(
         print(f"round {number + 1} of {arguments.sets * arguments.rounds}", file=sys.stderr)
 
 
-def turn(server: Running, streams: int, seed: str, tokens: int, key: str) -> Turn:
+def turn(server: ServerProcess, streams: int, seed: str, tokens: int, key: str) -> Turn:
     """Every stream asks its questions one after the other; timed until the last has its last answer."""
     api = psutil.Process(server.process.pid)
     before, began = sum(api.cpu_times()[:2]), time.monotonic()

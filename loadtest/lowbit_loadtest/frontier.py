@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 
-from lowbit_core.errors import ConfigError, LowbitError
+from lowbit_core.errors import ConfigError, EngineError, LowbitError
 from lowbit_core.log import get_logger
 from lowbit_core.manifest import MANIFEST_NAME
 from lowbit_loadtest.frontier_plan import Checkpoint, FrontierPlan, scenarios_of
@@ -23,7 +23,7 @@ from lowbit_loadtest.report import as_document
 from lowbit_loadtest.runner import run_load_test
 from lowbit_loadtest.scenario import Scenario
 from lowbit_loadtest.scenario_file import parse_scenario
-from lowbit_loadtest.serving import Served, ServeError, quantize, serving
+from lowbit_loadtest.serving import Served, quantize, serving
 from lowbit_loadtest.sitting import read_items
 
 log = get_logger("frontier")
@@ -110,7 +110,7 @@ def run_frontier(
             flags = (*plan.serve, *checkpoint.serve)
             with serve(Path(checkpoint.path), flags, log_file, plan.start_timeout_s) as served:
                 visit = _visit(plan, scenarios, checkpoint, repetition, served, on_run)
-        except ServeError as error:
+        except EngineError as error:
             failures[checkpoint.name] = str(error)
             log.error("%s: %s", checkpoint.name, error)
             continue

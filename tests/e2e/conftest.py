@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scripts.demo import ROOT, free_port, serving
+from scripts.demo import ROOT, serving
+
+from lowbit_core.server_process import free_port
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from scripts.demo import LOWBIT, tail
+from scripts.demo import LOWBIT
 from tests.helm.chart import Resource
+
+from lowbit_core.server_process import last_words
 
 LOOPBACK = "127.0.0.1"
 
@@ -60,8 +62,8 @@ class Pod:
         seen: set[int] = set()
         deadline = time.monotonic() + self.budget_s
         while (status := self.probe("startup")) != 200:
-            assert self.process.poll() is None, f"it ended:\n{tail(self.log)}"
-            assert time.monotonic() < deadline, f"not ready within {self.budget_s} s:\n{tail(self.log)}"
+            assert self.process.poll() is None, f"it ended:\n{last_words(self.log)}"
+            assert time.monotonic() < deadline, f"not ready within {self.budget_s} s:\n{last_words(self.log)}"
             seen.add(status)
             time.sleep(0.2)
         return seen
@@ -72,7 +74,7 @@ class Pod:
     def wait_until_ended(self, seconds: float) -> float:
         """Seconds until the process ended; its status is 0."""
         start = time.monotonic()
-        assert self.process.wait(seconds) == 0, tail(self.log)
+        assert self.process.wait(seconds) == 0, last_words(self.log)
         return time.monotonic() - start
 
 

@@ -18,9 +18,10 @@ import psutil
 import pytest
 import yaml
 from openai import APIStatusError, AuthenticationError, OpenAI, RateLimitError
-from scripts.demo import KV_CACHE_GIB, LOWBIT, MODEL, free_port, wait_until_ready
+from scripts.demo import KV_CACHE_GIB, LOWBIT, MODEL
 from tests.e2e.conftest import Demo
 
+from lowbit_core.server_process import ServerProcess, free_port
 from lowbit_server.gateway.keys import digest, new_key
 
 pytestmark = pytest.mark.engine
@@ -130,7 +131,9 @@ def serve(checkpoint: Path, folder: Path) -> Iterator[Endpoint]:
     with (folder / "serve.log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     try:
-        wait_until_ready(process, f"http://127.0.0.1:{port}", folder / "serve.log")
+        ServerProcess(
+            process, f"http://127.0.0.1:{port}", folder / "serve.log", "lowbit serve"
+        ).wait_until_ready()
         yield Endpoint(process, f"http://127.0.0.1:{port}", user, admin)
     finally:
         if process.poll() is None:

@@ -17,10 +17,11 @@ import torch
 import yaml
 from openai import NotFoundError, OpenAI, PermissionDeniedError
 from safetensors.torch import save_file
-from scripts.demo import KV_CACHE_GIB, LOWBIT, MODEL, free_port, wait_until_ready
+from scripts.demo import KV_CACHE_GIB, LOWBIT, MODEL
 from tests.e2e.conftest import Demo
 from tests.e2e.test_endpoint import SOON_S, until
 
+from lowbit_core.server_process import ServerProcess, free_port
 from lowbit_server.gateway.keys import digest, new_key
 
 pytestmark = pytest.mark.engine
@@ -129,7 +130,7 @@ def served(demo: Demo, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
         )
     url = f"http://127.0.0.1:{port}"
     try:
-        wait_until_ready(process, url, folder / "serve.log")
+        ServerProcess(process, url, folder / "serve.log", "lowbit serve").wait_until_ready()
         yield Served(url, f"http://127.0.0.1:{admin_port}", key, poets_key, collector)
         process.send_signal(signal.SIGTERM)
         assert process.wait(SOON_S * 3) == 0

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from openai import OpenAI
-from scripts.demo import MODEL, free_port, get, serving
+from scripts.demo import MODEL, get, serving
 from tests.e2e.test_main_job import quantize_demo_model
 from tests.tiny_models import write_tiny_model
 
+from lowbit_core.server_process import free_port
 from lowbit_quantize.pipeline import quantize
 from lowbit_quantize.recipe import load_recipe
 

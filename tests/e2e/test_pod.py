@@ -20,7 +20,7 @@ import psutil
 import pytest
 import torch
 import yaml
-from scripts.demo import MODEL, free_port
+from scripts.demo import MODEL
 from tests.e2e.conftest import Demo
 from tests.e2e.pods import LOOPBACK, helm_test, running
 from tests.e2e.test_endpoint import LONG, Stream, open_streams, until
@@ -29,6 +29,7 @@ from tests.helm.chart import Resource, render, templates
 from tests.helm.expressions import ELSEWHERE, every_expression, hpa_metrics, named_metrics, recorded_series
 from tests.tiny_models import CONTEXT, SENTENCES, write_tiny_model
 
+from lowbit_core.server_process import free_port
 from lowbit_quantize.pipeline import quantize
 from lowbit_quantize.recipe import load_recipe
 

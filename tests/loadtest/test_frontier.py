@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from tests.loadtest.conftest import FakeServer
 
-from lowbit_core.errors import ConfigError
+from lowbit_core.errors import ConfigError, EngineError
 from lowbit_core.evals.arithmetic import Estimate
 from lowbit_loadtest.frontier import Workplace, order_of_visits, run_frontier
 from lowbit_loadtest.frontier_charts import Spot, scatter
@@ -21,7 +21,7 @@ from lowbit_loadtest.frontier_report import as_html, as_markdown
 from lowbit_loadtest.frontier_results import as_document, over_visits, pareto, status
 from lowbit_loadtest.quality_run import OnTally
 from lowbit_loadtest.recommendation import Standing, Status, recommend
-from lowbit_loadtest.serving import Served, ServeError
+from lowbit_loadtest.serving import Served
 
 PLAN = """
 description: two fakes
@@ -68,7 +68,7 @@ class FakeServing:
         self, directory: Path, flags: tuple[str, ...], log: Path, timeout_s: float
     ) -> Iterator[Served]:
         if set(self.broken) & set(flags):
-            raise ServeError("lowbit serve ended with status 2: no such flag")
+            raise EngineError("lowbit serve ended with status 2: no such flag")
         self.flags.append(flags)
         yield Served(self.server.url, 1.0)
 

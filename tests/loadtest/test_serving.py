@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from lowbit_core.errors import LowbitError
-from lowbit_loadtest.serving import ServeError, last_line, quantize, serving
+from lowbit_core.errors import EngineError, LowbitError
+from lowbit_loadtest.serving import quantize, serving
 
 
 def test_a_server_that_refuses_its_directory_is_an_error_with_its_reason(tmp_path: Path) -> None:
     log = tmp_path / "serve.log"
     with (
-        pytest.raises(ServeError, match=r"ended with status 2: .*nothing-here"),
+        pytest.raises(EngineError, match=r"ended with status 2: .*nothing-here"),
         serving(tmp_path / "nothing-here", (), log, 120.0),
     ):
         pytest.fail("it cannot be ready")
@@ -30,17 +30,9 @@ def test_a_checkpoint_that_is_there_is_not_made_again(tmp_path: Path) -> None:
     assert not (tmp_path / "log").exists()
 
 
-def test_the_last_error_is_told_rather_than_the_last_line(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    log.write_text("loading\nValueError: too small\n\nbye\n")
-    assert last_line(log) == "ValueError: too small"
-    log.write_text("")
-    assert last_line(log) == "it said nothing"
-
-
 def test_the_frontier_command_refuses_a_plan_that_is_not_there() -> None:
     code = "import sys; from lowbit_core.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", code, "frontier", "nowhere.yaml"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "plan nowhere.yaml cannot be read" in done.stderr
+    assert "plan file nowhere.yaml does not exist" in done.stderr
