@@ -1,6 +1,6 @@
 """`lowbit serve`, top to bottom: start the engine, prove it, build the app around it, serve, drain.
 
-It knows the order of things and nothing of vLLM: `engine/vllm_engine.py` does that.
+The order of things only: what concerns vLLM is in `engine/vllm_engine.py`.
 """
 
 import contextlib
@@ -27,11 +27,12 @@ from lowbit_server.engine.memory import MemoryReader, host_memory_bytes
 from lowbit_server.engine.nvml import GpuMemory, Nvml
 from lowbit_server.engine.preflight import refuse_unfit_machine, refuse_unknown_parsers
 from lowbit_server.engine.throughput import Throughput
-from lowbit_server.gateway.http_server import answering_operators, bind, serve_until_stopped
+from lowbit_server.gateway.http_server import bind, serve_until_stopped, serving_operators
 from lowbit_server.gateway.keys import KeyStore
 from lowbit_server.gateway.loading import answering_that_it_loads
-from lowbit_server.gateway.middleware import AdminPort, Gateway, Models, ServerLimits
+from lowbit_server.gateway.middleware import AdminPort, Gateway
 from lowbit_server.gateway.openapi import describe_answers
+from lowbit_server.gateway.request_limits import Models, ServerLimits
 from lowbit_server.gateway.request_tracker import RequestTracker
 from lowbit_server.lifecycle import DrainState, interruptible_start
 from lowbit_server.metrics import LowbitCollector
@@ -63,7 +64,7 @@ async def serve(config: ServeConfig, checkpoint: Checkpoint) -> None:
     if keys is not None and keys.uses_priorities:
         arguments["scheduling_policy"] = "priority"
     if checkpoint.latent and (checkpoint.declares_fp8_kv or checkpoint.measured_with_fp8_kv):
-        log.warning("the engine reads no FP8 cache for latent attention: it caches in the model's own dtype")
+        log.warning("the engine has no FP8 cache for latent attention: it caches in the model's own dtype")
     throughput, state, began = Throughput(), DrainState(), time.monotonic()
     tracker = RequestTracker(write_log=not config.no_request_log)
     throughput.on_finished = tracker.engine_finished
@@ -85,13 +86,13 @@ async def serve(config: ServeConfig, checkpoint: Checkpoint) -> None:
         log.info("ready in %.1f s", time.monotonic() - began)
         scheme = "https" if config.ssl_certfile else "http"
         log.info("serving %s at %s://%s/v1", model, scheme, address(config.host, config.port))
-        async with answering_operators(AdminPort(app), admin, config):
+        async with serving_operators(AdminPort(app), admin, config):
             await serve_until_stopped(app, listener, engine, state, config, with_cors(gateway, config))
     log.info("stopped")
 
 
 def with_cors(app: ASGIApp, config: ServeConfig) -> ASGIApp:
-    """Before the gateway: a browser asks without a key first, and must be able to read refusals too."""
+    """CORS goes before the gateway: browsers send a preflight without a key, and must be able to read refusals."""
     origins = [origin for origin in config.cors_origins.split(",") if origin]
     if not origins:
         return app
@@ -105,7 +106,7 @@ def _limits(config: ServeConfig) -> ServerLimits:
 
 
 async def inspect_engine(engine: ServingEngine, config: ServeConfig, checkpoint: Checkpoint) -> Service:
-    """Read back what the engine runs with and prove that the checkpoint's KV scales are in force."""
+    """Read back what the engine runs with, and check that the checkpoint's KV scales are in force."""
     facts = await engine.facts()
     log.info(
         "KV cache: %s tokens in %s, context %d",
@@ -132,7 +133,7 @@ async def build_app(
     gpus: Callable[[], Iterable[GpuMemory]],
     is_draining: Callable[[], bool],
 ) -> FastAPI:
-    """Our app: vLLM's OpenAI routes, health, one exposition of metrics, and the checkpoint's facts."""
+    """The whole app: vLLM's OpenAI routes, health, one page of metrics, and the checkpoint's facts."""
     app = FastAPI(
         title="Lowbit", version=__version__, lifespan=engine.lifespan, docs_url=None, redoc_url=None
     )

@@ -14,7 +14,7 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A directory that may be served: its config, its shape, and its manifest where it has one."""
+    """A directory that may be served: its config, its shape, and its manifest if it has one."""
 
     directory: Path
     config: dict[str, Any]
@@ -45,13 +45,13 @@ class Checkpoint:
 
     @property
     def measured_with_fp8_kv(self) -> bool:
-        """Whether the manifest says that the model was measured with an FP8 cache."""
+        """Whether the manifest says that the model's quality was measured with an FP8 cache."""
         kv_cache = self.manifest.kv_cache if self.manifest else None
         return kv_cache is not None and kv_cache.dtype.startswith(("fp8", "float8"))
 
     @property
     def measured_with_unit_scales(self) -> bool:
-        """Whether that FP8 cache had scales of 1: the checkpoint's format carries none."""
+        """Whether that FP8 cache had scales of 1, as with formats that store none."""
         layers = self.manifest.kv_cache.layers if self.manifest and self.manifest.kv_cache else []
         return bool(layers) and all(layer.k_scale == layer.v_scale == 1.0 for layer in layers)
 
@@ -81,7 +81,7 @@ def _refuse_rejected(config: ServeConfig, manifest: Manifest) -> None:
 
 
 def _refuse_unlisted_weights(directory: Path, manifest: Manifest) -> None:
-    """The engine loads every weight file that it finds: one that is not listed was added later."""
+    """The engine loads every weight file that it finds; one that the manifest does not list was added later."""
     found = (path.name for path in sorted(directory.iterdir()) if path.suffix in WEIGHT_SUFFIXES)
     if unlisted := [name for name in found if name not in manifest.files]:
         raise CheckpointError(

@@ -18,7 +18,7 @@ log = get_logger("serve")
 
 
 def config_from(arguments: argparse.Namespace) -> ServeConfig:
-    """The checked flags as one object; raises ConfigError for flags that contradict each other."""
+    """The flags as one checked object; raises ConfigError for flags that contradict each other."""
     if arguments.directory is None:
         raise ConfigError("give the checkpoint directory: lowbit serve DIR (or LOWBIT_DIR)")
     if arguments.kv_cache_gib is not None:
@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
         log.warning("serving a checkpoint that its quality gate rejected, as --allow-rejected asks")
     prepare_environment(arguments.log_level)
     if config.lora_dir is not None:
-        os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"  # its routes for that stay closed
+        os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"  # vLLM's own routes for that stay closed
     try:
         import uvloop  # as vLLM's own server: cheaper for many streams
 
@@ -62,9 +62,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def prepare_environment(log_level: str) -> None:
-    """Set what vLLM reads when it is imported, where the user has not: offline, no telemetry, quiet, as measured.
+    """Set what vLLM reads from the environment at import, where the user has not: offline, no telemetry, few log lines.
 
-    On CPUs with AMX vLLM's 4-bit linears round activations to 8 bits unless told otherwise. No proof covers that.
+    `VLLM_CPU_INT4_W4A8` too: on CPUs with AMX vLLM's 4-bit linears quantize activations to 8 bits by default, and the
+    checkpoint's quality was measured without that.
     """
     defaults = {
         "HF_HUB_OFFLINE": "1",  # the checkpoint is a directory; nothing is to be downloaded
@@ -76,7 +77,7 @@ def prepare_environment(log_level: str) -> None:
         os.environ.setdefault(name, setting)
     if os.environ["VLLM_CPU_INT4_W4A8"] != "0":
         log.warning(
-            "VLLM_CPU_INT4_W4A8 is set: on a CPU with AMX, 4-bit linears round activations to 8 bits, "
+            "VLLM_CPU_INT4_W4A8 is set: on a CPU with AMX, 4-bit linears quantize activations to 8 bits, "
             "which was not measured"
         )
 

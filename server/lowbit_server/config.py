@@ -14,7 +14,7 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class ServeConfig:
-    """The flags of `lowbit serve`, checked one by one; None means: derive it."""
+    """The flags of `lowbit serve`, each checked; None means that the value is derived."""
 
     directory: Path
     host: str = "127.0.0.1"
@@ -59,7 +59,7 @@ class ServeConfig:
 
 
 def refuse_uneven_nodes(config: ServeConfig) -> None:
-    """Raise ConfigError where the nodes cannot share the devices evenly, or this node is none of them."""
+    """Raise ConfigError where the devices do not divide evenly among the nodes, or `node_rank` is out of range."""
     devices = config.tensor_parallel_size * config.pipeline_parallel_size
     if devices % config.nnodes:
         raise ConfigError(

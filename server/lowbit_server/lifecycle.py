@@ -20,7 +20,7 @@ class Liveness(Protocol):
 def interruptible_start() -> Iterator[None]:
     """Turn SIGTERM and SIGINT into KeyboardInterrupt: loading a model blocks the event loop for a minute.
 
-    An interrupt that lands where Python can only report it (a finalizer, a callback from C) is raised again
+    An interrupt that arrives where Python cannot raise it (in a finalizer or a callback from C) is raised
     when the block ends, so that no signal is lost.
     """
     asked = False

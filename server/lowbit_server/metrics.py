@@ -19,7 +19,7 @@ from lowbit_server.report import Service, weights_summary
 
 
 class LowbitCollector(Collector):
-    """Yields each of our metric families from the current state."""
+    """Yields each `lowbit_` metric from the current state."""
 
     def __init__(
         self,
@@ -163,7 +163,7 @@ class LowbitCollector(Collector):
 
 
 def _quality_labels(manifest: Manifest | None) -> dict[str, str]:
-    """To three digits: a label is read by people; the values are metrics of their own."""
+    """To three digits, for people; the exact values are metrics of their own."""
     if manifest is None:
         return {"accepted": "", "mean_kld": "", "top1_agreement": ""}
     return {
@@ -174,7 +174,7 @@ def _quality_labels(manifest: Manifest | None) -> dict[str, str]:
 
 
 def exposition(engine_registry: CollectorRegistry, collector: LowbitCollector) -> bytes:
-    """One text exposition: the engine's metrics, then ours."""
+    """One page of text: the engine's metrics, then Lowbit's."""
     ours = CollectorRegistry()
     ours.register(collector)
     return generate_latest(engine_registry) + generate_latest(ours)

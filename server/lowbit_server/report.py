@@ -1,6 +1,6 @@
-"""What the server says about itself: the checkpoint as measured beside the engine as it runs.
+"""What the server says about itself: the checkpoint as it was measured, and the engine as it runs.
 
-It is the document behind `GET /lowbit/checkpoint` (docs/metrics.md has its shape).
+`GET /lowbit/checkpoint` answers with the document (docs/metrics.md has its shape).
 """
 
 import json
@@ -18,7 +18,7 @@ from lowbit_server.engine.memory import DeviceMemory
 
 @dataclass(frozen=True)
 class Service:
-    """One checkpoint in service: what was measured, what runs, and what was proven about it."""
+    """One checkpoint being served: what was measured, what runs, and which KV scales are in force."""
 
     model: str
     checkpoint: Checkpoint
@@ -42,7 +42,7 @@ def checkpoint_document(service: Service, memory: Iterable[DeviceMemory]) -> dic
 
 
 def model_card(service: Service) -> dict[str, Any]:
-    """What `/v1/models` says of the checkpoint beside OpenAI's fields; quality is null where it is unknown."""
+    """The checkpoint in `/v1/models`, beside OpenAI's fields; quality is null where it is unknown."""
     manifest, facts = service.checkpoint.manifest, service.facts
     measured = json.loads(manifest.quality.model_dump_json()) if manifest else {}
     quality = manifest and {
@@ -67,7 +67,7 @@ def model_card(service: Service) -> dict[str, Any]:
 
 
 def kv_scales_in_words(service: Service) -> str:
-    """Which KV scales are in force, in one line for the log."""
+    """One line for the log: which KV scales are in force."""
     checkpoint, proof = service.checkpoint, service.proof
     if proof.scales == "checkpoint":
         return f"KV scales: all {proof.layers} layers run with the checkpoint's"
@@ -82,9 +82,9 @@ def kv_scales_in_words(service: Service) -> str:
 
 
 def manifest_document(manifest: Manifest) -> dict[str, Any]:
-    """The manifest without what a client has no use for: each module, each file, the whole recipe.
+    """The manifest without its longest parts: each module, each file, the whole recipe.
 
-    Numbers that are not finite are strings, as in the file: JSON has none.
+    Numbers that are not finite are strings, as in the file, because JSON has none.
     """
     parts = {"format_version", "created", "size", "kv_cache", "quality", "gate", "versions"}
     document = json.loads(manifest.model_dump_json(include=parts))

@@ -1,7 +1,7 @@
-"""The routes that the server answers: OpenAI's, which are vLLM's code, and a few of our own.
+"""The routes that the server answers: OpenAI's, which are vLLM's code, and a few of its own.
 
-vLLM registers many more (elastic expert parallelism, other vendors' protocols, profiling). What is not named
-here is taken away, so a new vLLM does not open a route that nobody asked for.
+vLLM registers many more (elastic expert parallelism, other vendors' protocols, profiling). Routes that are not named
+here are removed, so that a new vLLM does not open one that nobody asked for.
 """
 
 from collections.abc import Awaitable, Callable
@@ -28,7 +28,7 @@ OPENAI_ROUTES = frozenset(
     }
 )
 OPERATIONS_ROUTES = frozenset({"/health", "/version", "/openapi.json"})
-# What vLLM 0.32 registers besides and is not answered; a test fails when a new vLLM adds one that is on no list.
+# Routes of vLLM 0.32 that are removed; a test fails when a new vLLM adds one that is on no list.
 CLOSED_ROUTES = frozenset(
     {
         "/docs",
@@ -63,7 +63,7 @@ CLOSED_ROUTES = frozenset(
 
 
 def keep_allowed_routes(app: FastAPI) -> None:
-    """Take every route away that is not in the two lists above."""
+    """Remove every route that is not in OPENAI_ROUTES or OPERATIONS_ROUTES."""
     allowed = OPENAI_ROUTES | OPERATIONS_ROUTES
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in allowed]
 
@@ -91,7 +91,7 @@ def _status(status: str, code: int) -> JSONResponse:
 
 
 def add_metrics_route(app: FastAPI, registry: Any, collector: LowbitCollector, memory: MemoryReader) -> None:
-    """`/metrics`: vLLM's metrics and ours in one exposition."""
+    """`/metrics`: vLLM's metrics and Lowbit's on one page."""
 
     @app.get("/metrics", tags=["lowbit"])
     async def metrics() -> Response:
@@ -103,7 +103,7 @@ Models = Callable[[], Awaitable[list[dict[str, Any]]]]
 
 
 def add_models_routes(app: FastAPI, models: Models, facts: dict[str, Any]) -> None:
-    """`/v1/models`: vLLM's list without paths of this machine, and with the checkpoint's facts."""
+    """`/v1/models`: vLLM's list without this machine's paths, and with the checkpoint's facts."""
 
     async def listed() -> list[dict[str, Any]]:
         cards = await models()
@@ -124,7 +124,7 @@ def add_models_routes(app: FastAPI, models: Models, facts: dict[str, Any]) -> No
 
 
 def add_checkpoint_route(app: FastAPI, document: Callable[[], dict[str, Any]], memory: MemoryReader) -> None:
-    """`/lowbit/checkpoint`: the checkpoint as measured and the engine as it runs."""
+    """`/lowbit/checkpoint`: the checkpoint as it was measured, and the engine as it runs."""
 
     @app.get("/lowbit/checkpoint", tags=["lowbit"])
     async def checkpoint() -> JSONResponse:

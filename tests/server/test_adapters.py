@@ -52,7 +52,7 @@ def test_named_adapters_are_checked_before_the_engine_starts(tmp_path: Path) -> 
         ("big", "adapter_model.safetensors", {"r": 64}, "rank 64; raise --max-lora-rank"),
         ("pickle", "adapter_model.bin", {}, "adapter_model.safetensors"),
         ("ia3", "adapter_model.safetensors", {"peft_type": "IA3"}, "needs peft_type LORA"),
-        ("rankless", "adapter_model.safetensors", {"r": None}, "is no adapter's"),
+        ("rankless", "adapter_model.safetensors", {"r": None}, "is not an adapter's"),
     ],
 )
 def test_an_adapter_that_cannot_be_served_is_refused(

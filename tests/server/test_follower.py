@@ -11,7 +11,7 @@ from lowbit_core.errors import ConfigError, EngineError
 from lowbit_server.checkpoint import open_checkpoint
 from lowbit_server.config import ServeConfig, refuse_uneven_nodes
 from lowbit_server.engine.arguments import derive_engine_arguments
-from lowbit_server.engine.follower import LOST_LOOKS, answers, stay
+from lowbit_server.engine.follower import MISSED_CHECKS, answers, stay
 
 if TYPE_CHECKING:
     from tests.server.conftest import FakeEngine, MakeCheckpoint
@@ -50,7 +50,7 @@ async def test_a_node_stays_no_longer_than_the_drain(engine: "FakeEngine") -> No
 
 
 async def test_a_leader_that_is_gone_unasked_ends_the_node(engine: "FakeEngine") -> None:
-    missed_once = (*[False] * (LOST_LOOKS - 1), True)
+    missed_once = (*[False] * (MISSED_CHECKS - 1), True)
     with pytest.raises(EngineError, match="the leader is gone"):
         await asyncio.wait_for(stay(engine, leader(*missed_once, False), asyncio.Event(), LONG_S, QUICK_S), 5)
 

@@ -18,7 +18,8 @@ from lowbit_server.app import with_cors
 from lowbit_server.config import ServeConfig
 from lowbit_server.gateway.key_limits import Bucket
 from lowbit_server.gateway.keys import KeyStore, digest, read_keys
-from lowbit_server.gateway.middleware import AdminPort, Gateway, Models, ServerLimits
+from lowbit_server.gateway.middleware import AdminPort, Gateway
+from lowbit_server.gateway.request_limits import Models, ServerLimits
 from lowbit_server.gateway.request_tracker import RequestTracker
 
 CHAT = "/v1/chat/completions"

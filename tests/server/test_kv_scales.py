@@ -61,7 +61,7 @@ def test_dropped_scale_names_layer_and_both_values(scales: dict[int, KVScale]) -
         prove_kv_scales(scales, running, kv_dtype="fp8", quant_method="compressed-tensors")
     assert str(raised.value) == (
         "layer 1: the engine runs with k_scale 1, the checkpoint says 0.1; "
-        "it would answer with less quality than was measured and is not served"
+        "its quality would be lower than was measured, so it is not served"
     )
 
 

@@ -1,7 +1,7 @@
-"""LoRA adapters: named ones from the start, and those of one directory when a request names one as its model.
+"""LoRA adapters: those named at the start, and those of one directory, each loaded when a request names it.
 
-Only a directory with `adapter_config.json` and `adapter_model.safetensors` is an adapter: no pickle is read, and a
-name never leads out of the directory.
+An adapter is a directory with `adapter_config.json` and `adapter_model.safetensors`: no pickle is read, and no name
+leads out of the directory.
 """
 
 import json
@@ -18,13 +18,13 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 @dataclass(frozen=True)
 class Adapters:
-    """Which adapters there are; `modules` by name, and every one in `directory` by its folder's name."""
+    """The adapters that can be served: `modules` by name, and each in `directory` by its folder's name."""
 
     modules: tuple[tuple[str, Path], ...] = ()
     directory: Path | None = None
 
     def path_of(self, name: str) -> Path | None:
-        """The directory of an adapter; None where there is none of this name."""
+        """The directory of an adapter; None where none has this name."""
         given = dict(self.modules).get(name)
         if given is not None or self.directory is None or NAME.fullmatch(name) is None:
             return given
@@ -34,7 +34,7 @@ class Adapters:
 
 
 def open_adapters(config: ServeConfig, model: str) -> Adapters:
-    """The adapters of the flags, checked; raises ConfigError for one that cannot be served."""
+    """The adapters that the flags name, checked; raises ConfigError for one that cannot be served."""
     names = [name for name, _ in config.lora_modules]
     for name, path in config.lora_modules:
         if NAME.fullmatch(name) is None or name == model or names.count(name) > 1:
@@ -51,7 +51,7 @@ def _check(name: str, path: Path, most: int) -> None:
         found = json.loads((path / CONFIG).read_text(encoding="utf-8"))
         kind, rank = found["peft_type"], int(found["r"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"--lora-modules {name}: {path / CONFIG} is no adapter's: {error!r}") from None
+        raise ConfigError(f"--lora-modules {name}: {path / CONFIG} is not an adapter's: {error!r}") from None
     if kind != "LORA" or not (path / WEIGHTS).is_file():
         raise ConfigError(f"--lora-modules {name}: {path} needs peft_type LORA (it has {kind}) and {WEIGHTS}")
     if rank > most:

@@ -63,7 +63,7 @@ def derive_engine_arguments(config: ServeConfig, checkpoint: Checkpoint, device:
 
 
 def _node_arguments(config: ServeConfig) -> dict[str, Any]:
-    """Several nodes run on vLLM's own processes: Ray would be one more thing to install and to watch."""
+    """Several nodes run on vLLM's own processes, so that Ray need not be installed and operated."""
     if config.nnodes == 1:
         return {}
     return {
@@ -82,7 +82,7 @@ def _lora_arguments(config: ServeConfig) -> dict[str, Any]:
 
 
 def effective_kv_dtype(config: ServeConfig, checkpoint: Checkpoint) -> str:
-    """The number format that keys and values will be stored in: fp8, or the model's own."""
+    """The dtype of stored keys and values: fp8, or the model's own."""
     if config.kv_cache_dtype != "auto":
         return config.kv_cache_dtype
     if not checkpoint.latent and (checkpoint.declares_fp8_kv or checkpoint.measured_with_fp8_kv):
@@ -92,7 +92,7 @@ def effective_kv_dtype(config: ServeConfig, checkpoint: Checkpoint) -> str:
 
 
 def _kv_cache_dtype(config: ServeConfig, checkpoint: Checkpoint) -> str:
-    # AutoAWQ's and AutoGPTQ's formats have no place for a KV scheme: ask for what the manifest says.
+    # AutoAWQ's and AutoGPTQ's formats cannot declare a KV scheme: ask for what the manifest says.
     if config.kv_cache_dtype == "auto" and not checkpoint.declares_fp8_kv:
         return "fp8" if effective_kv_dtype(config, checkpoint) == "fp8" else "auto"
     return config.kv_cache_dtype
@@ -109,7 +109,7 @@ def _kv_cache_bytes(config: ServeConfig, device: Device) -> int | None:
 
 
 def _max_model_len(config: ServeConfig, checkpoint: Checkpoint, kv_bytes: int | None) -> int | None:
-    """None leaves it to the engine, which reads the same config.json; -1 asks it to fit the GPU's memory."""
+    """None leaves it to the engine, which reads the same config.json; -1 tells it to fit the GPU's memory."""
     shape = checkpoint.shape
     if (
         config.max_model_len is not None
@@ -134,7 +134,7 @@ def _max_model_len(config: ServeConfig, checkpoint: Checkpoint, kv_bytes: int | 
 
 def _tokens_that_fit(config: ServeConfig, checkpoint: Checkpoint, kv_bytes: int) -> int:
     per_token = _kv_bytes_per_token_and_device(config, checkpoint)
-    # One block stays back as the engine's null block.
+    # The engine keeps one block for itself, its null block.
     blocks = kv_bytes // (per_token * KV_BLOCK_TOKENS) - 1
     if blocks < 1:
         raise ConfigError(
@@ -145,9 +145,9 @@ def _tokens_that_fit(config: ServeConfig, checkpoint: Checkpoint, kv_bytes: int)
 
 
 def _kv_bytes_per_token_and_device(config: ServeConfig, checkpoint: Checkpoint) -> int:
-    """Of a token, what the fullest device caches: its stage's layers, and its part of the KV heads.
+    """Bytes that one token takes on the fullest device: its pipeline stage's layers and its share of the KV heads.
 
-    More devices than KV heads hold copies; a latent is never split.
+    With more devices than KV heads some hold copies; a latent is never split.
     """
     shape = checkpoint.shape
     all_layers = shape.kv_bytes_per_token(effective_kv_dtype(config, checkpoint))

@@ -1,9 +1,9 @@
-"""`lowbit serve --node-rank N`, N above 0: a node that holds a part of the model and answers nobody.
+"""`lowbit serve --node-rank N` with N above 0: a node that holds a part of the model and answers no requests.
 
-Node 0, the leader, has the API and the scheduler; this node's workers do what it says. Nothing tells them when
-the leader is gone, so this looks at the port where the workers of all nodes met (`--master-port`): it closes with
-the leader's last process. At SIGTERM the leader may still be answering and needs this node for every token, so
-the node stays until the leader is gone, at most for the drain timeout.
+Node 0, the leader, has the API and the scheduler and directs this node's workers. They are not told when the leader
+ends, so this module watches the port where the workers of all nodes met (`--master-port`), which closes with the
+leader's last process. At SIGTERM the leader may still be answering and needs this node for every token, so the node
+stays until the leader has ended, at most for the drain timeout.
 """
 
 import asyncio
@@ -24,13 +24,13 @@ from lowbit_server.lifecycle import SIGNALS, Liveness, interruptible_start
 
 WATCH_S = 1.0
 CONNECT_S = 5.0
-LOST_LOOKS = 5  # in a row without an answer: the leader is gone, not busy
+MISSED_CHECKS = 5  # in a row without an answer: the leader is gone, not busy
 
 log = get_logger("serve")
 
 
 async def follow(config: ServeConfig, checkpoint: Checkpoint) -> None:
-    """Be one node of several until the leader or a signal ends it; raises EngineError when the engine fails it."""
+    """Run this node until the leader ends or a signal comes; raises EngineError when the engine or the leader fails."""
     from lowbit_server.engine.vllm_engine import (
         engine_device,
         runs_quantized_experts,
@@ -62,13 +62,13 @@ async def stay(
     drain_timeout_s: float,
     watch_s: float = WATCH_S,
 ) -> None:
-    """Return when, after `stop`, the leader is gone or the drain is over; raises EngineError where one dies unasked."""
+    """Return once `stop` is set and the leader is gone or the drain is over; raises EngineError if one dies before."""
     missed = 0
     while not stop.is_set():
         if workers.dead:
             raise EngineError("a worker of this node died; its log above says why")
         missed = 0 if await leader_answers() else missed + 1
-        if missed == LOST_LOOKS:
+        if missed == MISSED_CHECKS:
             raise EngineError("the leader is gone: its --master-port does not answer any more")
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(stop.wait(), watch_s)
@@ -80,7 +80,7 @@ async def stay(
 
 
 async def answers(host: str, port: int) -> bool:
-    """Whether somebody listens there."""
+    """Whether a process listens at this address."""
     try:
         async with asyncio.timeout(CONNECT_S):
             _, writer = await asyncio.open_connection(host, port)

@@ -1,7 +1,7 @@
-"""Whether weights and KV cache fit into memory, before a byte is loaded, and which flag to change where they do not.
+"""Whether weights and KV cache fit into memory, before anything is loaded, and which flag to change if they do not.
 
-The weights are the sizes of the checkpoint's files, shared evenly among the devices. What the runtime and activations
-take on a GPU is the engine's to measure; on the CPU the two processes take about a GiB beside them.
+The weights are the sizes of the checkpoint's files, divided evenly among the devices. What the runtime and activations
+take on a GPU the engine measures itself; on the CPU the server's two processes take about a GiB in addition.
 """
 
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ from lowbit_server.engine.arguments import DEFAULT_CPU_KV_CACHE_BYTES
 from lowbit_server.engine.nvml import GpuMemory
 
 CPU_RUNTIME_BYTES = GIB
-ENGINE_UTILIZATION = 0.9  # what the engine takes of a GPU where no flag says
+ENGINE_UTILIZATION = 0.9  # the engine's default of --gpu-memory-utilization
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Bytes that one device will hold, and what it has."""
+    """Bytes that one device will hold, and bytes that it has."""
 
     weights: int
     kv_cache: int
@@ -39,7 +39,7 @@ def refuse_what_does_not_fit(
     weights = sum(path.stat().st_size for path in checkpoint.directory.glob("*.safetensors"))
     devices = config.tensor_parallel_size * config.pipeline_parallel_size
     kv_cache = config.kv_cache_memory_bytes
-    if device == "cpu":  # all devices of this node are the one host
+    if device == "cpu":  # all devices of this node share the host's memory
         here = max(1, devices // config.nnodes)
         kv_bytes = (DEFAULT_CPU_KV_CACHE_BYTES if kv_cache is None else kv_cache) * here
         _refuse(Forecast(weights * here // devices, kv_bytes, CPU_RUNTIME_BYTES, *host), cpu=True)

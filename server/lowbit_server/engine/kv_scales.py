@@ -1,10 +1,10 @@
-"""Proof that the running engine uses the KV-cache scales of the checkpoint.
+"""Proof that the running engine uses the checkpoint's KV-cache scales.
 
-Engines have been seen to drop such scales without a word and to run an FP8 cache with a scale of 1, which
-costs quality that no log line shows. So the server reads the scales twice, from the safetensors files and
-from the attention layers of the running engine, and serves only if they are the same float32 numbers.
+Engines have been seen to ignore such scales silently and to run an FP8 cache with a scale of 1, which costs
+quality without any line in the log. So the server reads the scales twice, from the safetensors files and from
+the attention layers of the running engine, and serves only if they are the same float32 numbers.
 
-It reads safetensors itself (8 bytes of length, JSON, raw tensors): a few scalars need no tensor library.
+The safetensors format is read here (8 bytes of length, JSON, raw tensors): a few scalars need no tensor library.
 """
 
 import json
@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, Literal
 from lowbit_core.errors import CheckpointError, EngineError
 
 SCALE_NAME = re.compile(r"\blayers\.(\d+)\..*\b([kv])_scale$")
-# AutoAWQ's and AutoGPTQ's loaders in vLLM have no KV-cache method: the cache runs with a scale of 1.
+# vLLM's loaders for AutoAWQ and AutoGPTQ have no KV-cache method: the cache runs with a scale of 1.
 METHODS_WITHOUT_KV_SCALES = ("awq", "awq_marlin", "gptq", "gptq_marlin")
 
 
@@ -33,14 +33,14 @@ class KVScale:
 
 @dataclass(frozen=True)
 class KVProof:
-    """What was proven: `checkpoint` scales in force, `unit` scales by design, or `unused` (no FP8 cache)."""
+    """Scales in force: the `checkpoint`'s, `unit` where the format has none, `unused` without an FP8 cache."""
 
     scales: Literal["checkpoint", "unit", "unused"]
     layers: int
 
 
 def read_checkpoint_scales(directory: Path) -> dict[int, KVScale]:
-    """The KV scales in a checkpoint's safetensors files by layer; empty where it has none."""
+    """The KV scales in a checkpoint's safetensors files by layer; empty where there are none."""
     found: dict[int, dict[str, float]] = {}
     for path in sorted(directory.glob("*.safetensors")):
         with path.open("rb") as file:
@@ -62,7 +62,7 @@ def tensor_names(directory: Path) -> Iterator[str]:
 
 
 def _header(file: BinaryIO, path: Path) -> tuple[dict[str, Any], int]:
-    """The entries of a safetensors file, and where its tensors begin."""
+    """The header of a safetensors file, and the offset at which its tensors begin."""
     try:
         (header_bytes,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(header_bytes))
@@ -116,7 +116,7 @@ def _require_equal(expected: KVScale, running: KVScale) -> None:
         if _float32(in_file) != _float32(in_engine):
             raise EngineError(
                 f"layer {running.layer}: the engine runs with {side}_scale {in_engine:.9g}, the checkpoint "
-                f"says {in_file:.9g}; it would answer with less quality than was measured and is not served"
+                f"says {in_file:.9g}; its quality would be lower than was measured, so it is not served"
             )
 
 
@@ -125,7 +125,7 @@ def _float32(value: float) -> float:
 
 
 def scales_from_workers(reports: Sequence[Sequence[Mapping[str, Any]]]) -> tuple[KVScale, ...]:
-    """The layers of all workers by number; raises EngineError when two workers disagree on a layer."""
+    """The scales of all workers' layers in order; raises EngineError where two workers disagree on a layer."""
     layers: dict[int, KVScale] = {}
     for layer in (layer for report in reports for layer in report):
         scale = KVScale(layer["layer"], layer["k_scale"], layer["v_scale"])

@@ -1,7 +1,7 @@
-"""Memory by component for each device: weights, KV cache, graphs, activations, the rest, free, total.
+"""Memory of each device by component: weights, KV cache, graphs, activations, other, free, total.
 
-On a GPU that is VRAM. The CPU engine allocates from the host, so there it is host memory under the same names
-with `device="cpu"`, bounded by the control group where the process runs in one.
+On a GPU these are bytes of VRAM. The CPU engine allocates from the host: there they are bytes of host memory with
+`device="cpu"`, limited by the control group if the process runs in one.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from lowbit_core.log import get_logger
 
 COMPONENTS = ("weights", "kv_cache", "graphs", "activation_peak", "other", "free", "total")
 MAX_AGE_S = 5.0  # a scrape older than this asks the workers again
-TIMEOUT_S = 2.0  # a busy engine answers between two steps; a scrape must not wait for a hung one
+TIMEOUT_S = 2.0  # a busy engine answers between two steps; a scrape does not wait for one that hangs
 CGROUP = Path("/sys/fs/cgroup")
 
 log = get_logger("serve.memory")
@@ -24,7 +24,7 @@ log = get_logger("serve.memory")
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """Bytes on one device; None where nothing counts them (activations and graphs on the CPU)."""
+    """Bytes on one device; None where they are not counted (activations and graphs on the CPU)."""
 
     device: str
     weights_bytes: int
@@ -36,18 +36,18 @@ class DeviceMemory:
 
     @property
     def other_bytes(self) -> int:
-        """In use and none of the above: the runtime, activations of now, other processes."""
+        """In use by anything else: the runtime, current activations, other processes."""
         held = self.weights_bytes + self.kv_cache_bytes + (self.graphs_bytes or 0)
         return max(0, self.total_bytes - self.free_bytes - held)
 
     def by_component(self) -> dict[str, int]:
-        """Bytes under the names of the metric's label `component`."""
+        """Bytes by the value of the metric's label `component`."""
         values = {name: getattr(self, f"{name}_bytes") for name in COMPONENTS}
         return {name: value for name, value in values.items() if value is not None}
 
 
 def merge_workers(reports: Iterable[Mapping[str, object]]) -> tuple[DeviceMemory, ...]:
-    """One entry for each device: workers that share a device add up what they hold."""
+    """One entry for each device; what workers on the same device hold is added up."""
     merged: dict[str, DeviceMemory] = {}
     for report in reports:
         one = _from_worker(report)
@@ -79,7 +79,7 @@ def _sum(first: int | None, second: int | None) -> int | None:
 
 
 def host_memory_bytes(cgroup: Path = CGROUP) -> tuple[int, int]:
-    """Free and total bytes of this host, or of the control group (v2) that bounds this process."""
+    """Free and total bytes of this host, or of the control group (v2) that limits this process."""
     host = psutil.virtual_memory()
     limit = _read_bytes(cgroup / "memory.max")
     used = _read_bytes(cgroup / "memory.current")
@@ -106,7 +106,7 @@ def _read_stat(path: Path, name: str) -> int:
 
 
 class MemoryReader:
-    """Asks the workers at most every `MAX_AGE_S`; a late answer leaves the last one standing."""
+    """The workers' last report, renewed at most every `MAX_AGE_S` and kept if they do not answer in time."""
 
     def __init__(
         self,
@@ -122,7 +122,7 @@ class MemoryReader:
         self.devices = first
 
     async def refresh(self) -> tuple[DeviceMemory, ...]:
-        """The devices' memory, not older than `MAX_AGE_S` unless the engine does not answer."""
+        """The devices' memory, at most `MAX_AGE_S` old unless the engine does not answer."""
         if self._clock() - self._read_at < MAX_AGE_S:
             return self.devices
         self._read_at = self._clock()

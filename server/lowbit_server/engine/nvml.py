@@ -1,6 +1,6 @@
-"""What NVIDIA's driver says of each GPU's memory, through nvidia-ml-py: the totals of the device, whoever uses it.
+"""Each GPU's memory as NVIDIA's driver reports it, through nvidia-ml-py: the whole device, whoever uses it.
 
-Without the package, the driver or the right to ask there is nothing to say, and that is said once.
+Without the package, the driver or the permission there are no GPUs to report, and the log says so once.
 """
 
 from dataclasses import dataclass
@@ -29,14 +29,14 @@ class Nvml:
         self._library = _initialized()
 
     def read(self) -> tuple[GpuMemory, ...]:
-        """Every GPU's memory now; empty where NVML does not answer."""
+        """Every GPU's memory now; empty without NVML."""
         library = self._library
         if library is None:
             return ()
         try:
             return tuple(_memory(library, index) for index in range(library.nvmlDeviceGetCount()))
         except library.NVMLError as error:
-            log.warning("NVML has stopped to answer: %s", error)
+            log.warning("NVML has stopped answering: %s", error)
             self._library = None
             return ()
 

@@ -1,8 +1,8 @@
-"""What the engine on this machine cannot run, or would run wrong, said in one line before anything is loaded.
+"""Refuses, before anything is loaded, what the engine cannot run on this machine or would compute wrong.
 
 vLLM's own message for quantized experts on an unfit CPU is `No WNA16 MoE backend supports the deployment
-configuration`, at the end of a worker's traceback. What the machine can do is asked of vLLM itself; what the
-checkpoint needs is read from its config.json and tensor names, so it holds for checkpoints of other tools too.
+configuration`, at the end of a worker's traceback. vLLM itself says what this machine can do; what the checkpoint
+needs is read from config.json and its tensor names, so this works for checkpoints of other tools too.
 """
 
 import re
@@ -21,7 +21,7 @@ PLAIN_EXPERTS = "--set \"weights.ignore=['lm_head','re:.*[.]experts[.].*']\""
 
 @dataclass(frozen=True)
 class QuantizedExperts:
-    """Bits and group size of a checkpoint's routed experts, and the tensor that shows them."""
+    """Bits and group size of a checkpoint's routed experts, and one of their tensors as evidence."""
 
     bits: int
     group_size: int
@@ -52,18 +52,18 @@ def refuse_unknown_parsers(config: ServeConfig, known: Mapping[str, Sequence[str
 
 
 def quantized_experts(checkpoint: Checkpoint) -> QuantizedExperts | None:
-    """The checkpoint's quantized experts; None where it has none or they are not quantized."""
+    """The checkpoint's quantized experts; None where it has no experts or they are not quantized."""
     if not checkpoint.quantization:
         return None
     tensor = next((name for name in tensor_names(checkpoint.directory) if EXPERT_CODES.search(name)), None)
     if tensor is None:
         return None
-    bits, group_size = _grid(checkpoint.quantization)
+    bits, group_size = _weight_format(checkpoint.quantization)
     return QuantizedExperts(bits, group_size, tensor)
 
 
-def _grid(quantization: dict[str, Any]) -> tuple[int, int]:
-    """Bits and group size of the integer weights; -1 for a scale per channel, as vLLM says it."""
+def _weight_format(quantization: dict[str, Any]) -> tuple[int, int]:
+    """Bits and group size of the integer weights; -1 means one scale per channel, as in vLLM."""
     groups = quantization.get("config_groups", {}).values()
     weights = [group.get("weights") or {} for group in groups]
     found = next((given for given in weights if given.get("type") == "int"), quantization)
@@ -83,7 +83,7 @@ def _refuse_quantized_experts(checkpoint: Checkpoint, runs_experts: RunsExperts)
 
 
 def _refuse_plain_positions(checkpoint: Checkpoint) -> None:
-    """vLLM 0.32's CPU kernel for plain rotary embeddings rotates other numbers than latent attention's (log.md)."""
+    """vLLM 0.32's CPU kernel for plain rotary embeddings rotates the wrong numbers of a latent (log.md)."""
     given = checkpoint.config.get("rope_parameters") or checkpoint.config.get("rope_scaling") or {}
     kind = given.get("rope_type", given.get("type", "default"))
     if checkpoint.latent and kind == "default":

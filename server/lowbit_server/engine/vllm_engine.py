@@ -1,7 +1,7 @@
-"""The only module that knows vLLM (with `worker.py`, which vLLM loads into its workers).
+"""The only module that imports vLLM, beside `worker.py`, which vLLM loads into its workers.
 
-vLLM is pinned, and tests/contract/test_vllm_symbols.py imports every symbol named here. It is imported late,
-after all that can be checked without it and after `cli.py` has set the environment that it reads at import.
+vLLM is pinned, and tests/contract/test_vllm_symbols.py imports every symbol named here. This module is imported late:
+after everything that can be checked without vLLM, and after `cli.py` has set the variables that vLLM reads at import.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ from lowbit_server.engine.memory import DeviceMemory, merge_workers
 from lowbit_server.engine.throughput import Throughput
 
 WORKER_EXTENSION = "lowbit_server.engine.worker.WorkerExtension"
-PROCESS_STOP_S = 15  # after the requests are done: time for the engine's processes to free their memory
+PROCESS_STOP_S = 15  # time for the engine's processes to free their memory once all requests have ended
 
 __all__ = [
     "Engine",
@@ -53,12 +53,12 @@ __all__ = [
 
 
 def engine_device() -> Device:
-    """What the installed build of vLLM runs on."""
+    """The kind of device that the installed build of vLLM runs on."""
     return "cpu" if current_platform.is_cpu() else "gpu"
 
 
 def known_parsers() -> dict[str, list[str]]:
-    """What the flags that name a parser may say."""
+    """The parsers that vLLM has, by the flag that names one."""
     return {
         "--tool-call-parser": ToolParserManager.list_registered(),
         "--reasoning-parser": ReasoningParserManager.list_registered(),
@@ -68,7 +68,7 @@ def known_parsers() -> dict[str, list[str]]:
 def runs_quantized_experts(bits: int, group_size: int) -> bool:
     """Whether vLLM has a kernel on this machine for symmetric integer experts of these bits and this group size.
 
-    The same questions that vLLM asks when it builds such a layer; the layer's own (routing, activation) stay its.
+    The checks that vLLM makes when it builds such a layer, without those on the layer itself (routing, activation).
     """
     from vllm.model_executor.layers.fused_moe.oracle import int_wna16  # seconds: only for such checkpoints
     from vllm.model_executor.layers.quantization.utils import quant_utils
@@ -83,7 +83,7 @@ def runs_quantized_experts(bits: int, group_size: int) -> bool:
 
 
 class _ThroughputLogger(StatLoggerBase):  # type: ignore[misc]  # vLLM has no type information here
-    """Hands each step's token counts to our sliding window."""
+    """Hands each step's token counts to `Throughput`."""
 
     def __init__(self, throughput: Throughput) -> None:
         self._throughput = throughput
@@ -106,7 +106,7 @@ class _ThroughputLogger(StatLoggerBase):  # type: ignore[misc]  # vLLM has no ty
                     self._throughput.on_finished(request.request_id, *counts)
 
     def log_engine_initialized(self) -> None:
-        """Nothing to say: cli.py reports the start."""
+        """No log line: app.py reports the start."""
 
 
 class _AdapterResolver(LoRAResolver):  # type: ignore[misc]  # vLLM has no type information here
@@ -123,7 +123,7 @@ class _AdapterResolver(LoRAResolver):  # type: ignore[misc]  # vLLM has no type 
 
 
 class Engine:
-    """A running vLLM engine: its OpenAI routes, its metrics, and what its workers say about themselves."""
+    """A running vLLM engine; the `ServingEngine` of interface.py."""
 
     def __init__(self, client: AsyncLLM, arguments: Namespace) -> None:
         self._client = client
@@ -133,7 +133,7 @@ class Engine:
 
     @property
     def dead(self) -> bool:
-        """Whether the engine's processes are gone or its output loop has ended."""
+        """Whether the engine's processes or its output loop have ended."""
         return bool(self._client.errored)
 
     async def attach_openai_api(self, app: FastAPI) -> None:
@@ -155,7 +155,7 @@ class Engine:
         return get_prometheus_registry()
 
     async def memory(self) -> tuple[DeviceMemory, ...]:
-        """Memory by device, asked from every worker now."""
+        """Memory by device, as every worker reports it now."""
         return merge_workers(await self._client.collective_rpc("lowbit_memory"))
 
     async def facts(self) -> EngineFacts:
@@ -180,14 +180,14 @@ class Engine:
 
 
 def _kv_dtype(workers: list[list[dict[str, Any]]], model_dtype: Any) -> str:
-    """The cache dtype of the layers, which resolve `auto` themselves; mixed caches are named together."""
+    """The layers' cache dtype, which each layer resolves from `auto` itself; several are joined by `+`."""
     own = str(model_dtype).removeprefix("torch.")
     found = sorted({own if layer["kv_dtype"] == "auto" else layer["kv_dtype"] for layer in workers[0]})
     return "+".join(found) or own
 
 
 def _namespace(arguments: Mapping[str, Any]) -> Namespace:
-    """vLLM's own defaults with our arguments on top; an unknown name is a programming error."""
+    """vLLM's defaults with `arguments` on top; an unknown name is a programming error."""
     namespace: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args([])
     for name, value in arguments.items():
         if not hasattr(namespace, name):
@@ -202,7 +202,7 @@ async def start_engine(
 ) -> AsyncIterator[Engine]:
     """Start vLLM, and stop it and its processes when the block ends.
 
-    Raises EngineError when it does not start; vLLM has then logged the cause above.
+    Raises EngineError when it does not start; vLLM has then logged the cause.
     """
     modules = [LoRAModulePath(name, str(path)) for name, path in adapters.modules]
     namespace = _namespace(
@@ -215,27 +215,27 @@ async def start_engine(
     except Exception as error:
         raise EngineError(f"vLLM {vllm_version} did not start: {_one_line(error)}") from error
     try:
-        await client.reset_mm_cache()  # as vLLM's own server does: drops its start-up dummy data
+        await client.reset_mm_cache()  # as vLLM's own server does, to drop start-up dummy data
         yield Engine(client, namespace)
     finally:
         client.shutdown(timeout=PROCESS_STOP_S)
 
 
 class Follower:
-    """This node's workers of an engine that another node leads."""
+    """This node's workers, of an engine that another node leads."""
 
     def __init__(self, executor: MultiprocExecutor) -> None:
         self._executor = executor
 
     @property
     def dead(self) -> bool:
-        """Whether a worker of this node has ended by itself."""
+        """Whether one of this node's workers has ended by itself."""
         return bool(self._executor.is_failed)
 
 
 @contextlib.contextmanager
 def start_follower(arguments: Mapping[str, Any]) -> Iterator[Follower]:
-    """Start this node's workers and join the leader, which this waits for; stop them when the block ends.
+    """Start this node's workers, wait until the leader has joined, and stop them when the block ends.
 
     What `vllm serve --headless` does. Raises EngineError when they do not start or the leader does not come.
     """

@@ -1,11 +1,11 @@
-"""What the server asks inside vLLM's worker processes, by name through `collective_rpc`.
+"""Methods that run inside vLLM's worker processes, called by name through `collective_rpc`.
 
 vLLM mixes this class into its own worker (`worker_extension_cls`), so every name starts with `lowbit_` and
-every answer is plain JSON. It looks and never changes anything. Attributes of layers are read by name: their
-classes differ between backends, `_k_scale` does not.
+every result is plain JSON. They read and change nothing. Attributes of layers are read by name, because the classes
+differ between backends and `_k_scale` does not.
 
-Importing it asks the system for AMX where there is any: vLLM's 4-bit product uses its tiles without having asked, and a
-worker in which nothing else has asked ends with the first of them (SIGILL).
+Importing this module requests AMX from the system on CPUs that have it: vLLM's 4-bit matrix product uses AMX tiles
+without requesting them, and a worker in which nothing else has done so ends with SIGILL at the first tile.
 """
 
 import re
@@ -24,10 +24,10 @@ LAYER_NUMBER = re.compile(r"\blayers\.(\d+)\b")
 
 
 class WorkerExtension:
-    """Methods that vLLM's worker gains."""
+    """Methods added to vLLM's worker."""
 
     def lowbit_kv_scales(self) -> list[dict[str, Any]]:
-        """The scales and the cache dtype of each attention layer as its kernels read them."""
+        """Each attention layer's KV scales and cache dtype, as its kernels read them."""
         layers = self.vllm_config.compilation_config.static_forward_context  # type: ignore[attr-defined]
         return [_kv_scales(name, layer) for name, layer in layers.items() if hasattr(layer, "_k_scale_float")]
 
@@ -55,7 +55,7 @@ class WorkerExtension:
         return methods
 
     def lowbit_layer_kernels(self) -> dict[str, str]:
-        """What computes each type of layer: the kernel of its quantization, or its attention backend."""
+        """By type of layer, the kernel that computes it, or the attention backend."""
         model = self.model_runner.get_model()  # type: ignore[attr-defined]
         found = ((type(module).__name__, _kernel(module)) for module in model.modules())
         return {name: kernel for name, kernel in found if kernel is not None}
@@ -82,7 +82,7 @@ def _kv_scales(name: str, layer: Any) -> dict[str, Any]:
 
 
 def _scale_in_force(name: str, layer: Any, attribute: str) -> float:
-    """GPU kernels read the tensor and the CPU's the float: a layer where the two differ has no one scale."""
+    """GPU kernels read the tensor and CPU kernels the float: where the two differ, no one scale is in force."""
     tensor, number = float(getattr(layer, attribute).max()), float(getattr(layer, f"{attribute}_float"))
     if tensor != number:
         raise RuntimeError(f"{name}: {attribute} is {tensor} on the device and {number} on the host")
@@ -90,12 +90,12 @@ def _scale_in_force(name: str, layer: Any, attribute: str) -> float:
 
 
 def _device_name(device: Any, parallel: Any) -> str:
-    """`cuda:0`, and `node1/cuda:0` where there are several nodes: each counts its devices from 0."""
+    """`cuda:0`, or `node1/cuda:0` with several nodes, each of which counts its devices from 0."""
     return f"node{parallel.node_rank}/{device}" if parallel.nnodes > 1 else str(device)
 
 
-def _device_memory(worker: Any, held: int) -> dict[str, int | None]:
-    """On a GPU the allocator's peak above what is held for good counts as activations, without the graphs' pool."""
+def _device_memory(worker: Any, weights_and_cache: int) -> dict[str, int | None]:
+    """Free and total bytes. On a GPU activations are the allocator's peak less weights, cache and graphs."""
     if worker.device.type == "cpu":
         free, total = host_memory_bytes()
         return {"free": free, "total": total, "graphs": None, "activation_peak": None}
@@ -105,7 +105,7 @@ def _device_memory(worker: Any, held: int) -> dict[str, int | None]:
         "free": int(snapshot.free_memory),
         "total": int(snapshot.total_memory),
         "graphs": graphs,
-        "activation_peak": max(0, int(snapshot.torch_peak) - held - graphs),
+        "activation_peak": max(0, int(snapshot.torch_peak) - weights_and_cache - graphs),
     }
 
 

@@ -1,7 +1,7 @@
-"""uvicorn's HTTP parser with a bound on the request head: its size, and the time a client may take to send it.
+"""uvicorn's HTTP parser with limits on the request head: its size, and how long a client may take to send it.
 
-llhttp, the parser, refuses what smuggles requests past a proxy: two lengths, a length beside chunks, spaces before a
-colon, folded headers (tests/server/test_http_parser.py). It has no bound on headers of its own.
+llhttp, the parser, refuses what could smuggle a request past a proxy: two lengths, a length together with chunks, a
+space before a colon, folded headers (tests/server/test_http_parser.py). It has no limit on headers of its own.
 """
 
 from asyncio import Transport
@@ -15,7 +15,7 @@ HEAD_S = 30.0
 
 
 class BoundedHttp(HttpToolsProtocol):
-    """One connection."""
+    """One connection. `head_s` are the seconds in which its first head must have arrived."""
 
     max_header_bytes = 64 << 10
     head_s = HEAD_S
@@ -68,5 +68,5 @@ class BoundedHttp(HttpToolsProtocol):
 
 
 def bounded_http(max_header_bytes: int) -> type[BoundedHttp]:
-    """The protocol class with this bound, as uvicorn's configuration takes it."""
+    """The protocol class with this limit, as uvicorn's configuration takes it."""
     return type("BoundedHttp", (BoundedHttp,), {"max_header_bytes": max_header_bytes})

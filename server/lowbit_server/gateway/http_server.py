@@ -1,4 +1,4 @@
-"""The HTTP server process: one socket, bound early, and a stop that lets running requests finish.
+"""The HTTP server: one socket, bound early, and a stop that lets running requests finish.
 
 SIGTERM or SIGINT closes the listening socket, waits for the responses in flight for at most the drain
 timeout, and returns. A second signal ends the wait at once.
@@ -28,9 +28,9 @@ log = get_logger("serve")
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Bind the port before the engine starts; raises ConfigError when it is taken or not ours.
+    """Bind the port before the engine starts; raises ConfigError when it is taken or not allowed.
 
-    Listening comes when the app is ready: until then a client is refused at once and does not hang.
+    `listen` comes later: until then a client is refused at once instead of waiting.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
@@ -44,7 +44,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def listen(listener: socket.socket) -> None:
-    """Open the port; raises ConfigError when another program that was starting too was faster."""
+    """Open the port; raises ConfigError when another program opened it since it was bound."""
     try:
         listener.listen(BACKLOG)
     except OSError as error:
@@ -59,7 +59,7 @@ def _port_is_taken(host: str, port: int, error: OSError) -> ConfigError:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn without its signal handlers, which would end the process by the signal instead of exit 0."""
+    """uvicorn without its signal handlers, with which the process would end by the signal instead of with status 0."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -112,10 +112,10 @@ def _server(app: ASGIApp, config: ServeConfig, lifespan: Literal["on", "off"] = 
 
 
 @contextlib.asynccontextmanager
-async def answering_operators(
+async def serving_operators(
     app: ASGIApp, listener: socket.socket | None, config: ServeConfig
 ) -> AsyncIterator[None]:
-    """ResponseWriter what operators ask on a port of its own, also while the other one drains."""
+    """Serve `app` on the operators' own port, also while the other port drains."""
     if listener is None:
         yield
         return

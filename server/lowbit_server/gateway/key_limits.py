@@ -1,8 +1,8 @@
-"""Requests and tokens per minute and concurrent requests of each key, as token buckets.
+"""Each key's limits: requests and tokens per minute, as token buckets, and concurrent requests.
 
-A bucket holds one minute's worth and fills steadily, so a key may burst and may not exceed its rate for long.
-Tokens are reserved by an estimate when a request comes in and settled by the engine's own counts when it ends; a
-bucket may fall below zero by that, and the key then waits.
+A bucket holds one minute's worth and fills steadily, so a key may burst but cannot exceed its rate for long.
+An estimate of a request's tokens is reserved when it comes in and corrected to the engine's count when it ends. That
+can take a bucket below zero; the key then waits until it has filled again.
 """
 
 import math
@@ -35,12 +35,12 @@ class Bucket:
         return max(0.0, missing * MINUTE_S / self.per_minute)
 
     def take(self, amount: float) -> None:
-        """Take (or, below zero, give back) without asking."""
+        """Take `amount`, or give back where it is negative, whatever the level is."""
         self._level = self.level() - amount
 
 
 class KeyUsage:
-    """How much of its limits one key has used."""
+    """How much one key has used of its limits."""
 
     def __init__(self, key: Key, clock: Callable[[], float]) -> None:
         self.key = key
@@ -49,7 +49,7 @@ class KeyUsage:
         self.tokens = Bucket(key.tokens_per_minute, clock) if key.tokens_per_minute else None
 
     def admit(self, tokens: int) -> None:
-        """Count one request with an estimate of its tokens; raises ApiError 429 when a limit is reached."""
+        """Count one request and an estimate of its tokens; raises ApiError 429 when a limit is reached."""
         limit = self.key.concurrent_requests
         if limit is not None and self.active >= limit:
             raise self._refusal("concurrent", f"{limit} concurrent requests", 1.0)
@@ -87,7 +87,7 @@ class KeyUsage:
 
 
 class KeyUsages:
-    """The usage of every key that was seen; a key whose entry changed starts with fresh buckets."""
+    """The usage of every key seen so far; a key whose entry in the file changed starts with full buckets."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock

@@ -31,11 +31,11 @@ from lowbit_core.strict_yaml import strict_load
 log = get_logger("serve")
 
 PREFIX = "lb-"
-RELOAD_S = 2.0  # how often the file is looked at, at most
+RELOAD_S = 2.0  # the file is looked at no more often than this
 
 
 class Key(BaseModel):
-    """What one key may do; None is without limit."""
+    """What one key may do; None means no limit."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -55,7 +55,7 @@ class _File(BaseModel):
     keys: tuple[Key, ...] = Field(min_length=1)
 
 
-ANONYMOUS = Key(name="anonymous", sha256="0" * 64, admin=True)  # everybody, where no keys are configured
+ANONYMOUS = Key(name="anonymous", sha256="0" * 64, admin=True)  # everyone, where no keys are configured
 
 
 def digest(key: str) -> str:
@@ -69,7 +69,7 @@ def new_key() -> str:
 
 
 class KeyStore:
-    """The keys of a file, by hash; a changed file is read again, and a broken one leaves the old keys in force."""
+    """The keys of a file by their hash. A changed file is read again; if it is wrong, the old keys stay in force."""
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self._path, self._clock = path, clock
@@ -77,15 +77,11 @@ class KeyStore:
         self._stamp, self._looked_at = _stamp(path), clock()
 
     def find(self, presented: str) -> Key | None:
-        """The key that a client presented, if it is one of ours."""
+        """The key that a client presented; None where the file does not have it."""
         self._reload_if_changed()
         hashed = digest(presented)
         key = self._keys.get(hashed)
         return key if key is not None and hmac.compare_digest(key.sha256, hashed) else None
-
-    @property
-    def names(self) -> list[str]:
-        return [key.name for key in self._keys.values()]
 
     @property
     def uses_priorities(self) -> bool:

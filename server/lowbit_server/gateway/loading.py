@@ -1,6 +1,6 @@
-"""What the port answers while the engine loads: alive, not ready, come back.
+"""What the port answers while the engine loads: alive, not ready, try again.
 
-Loading blocks the event loop for a minute or more; a thread answers on the same socket until the app takes over.
+Loading blocks the event loop for a minute or more, so a thread answers on the same socket until the app takes over.
 """
 
 import contextlib
@@ -17,17 +17,17 @@ from lowbit_server.gateway.openai_errors import error_document
 
 STAGES = ("starting the engine", "reading back what it loaded", "opening the API")
 ACCEPT_S = 0.2  # how often the thread looks whether loading has ended
-CLIENT_S = 2.0  # how long one client may take to ask
+CLIENT_S = 2.0  # the longest that one client may take to send its request
 
 
 class Progress:
-    """How far a start is: the engine takes nearly all of its time and does not say more."""
+    """How far the start has come. Nearly all of its time is the engine's, which reports nothing in between."""
 
     def __init__(self) -> None:
         self._began, self._number = time.monotonic(), 0
 
     def next_stage(self) -> None:
-        """The stage that was going on has ended."""
+        """The current stage has ended."""
         self._number += 1
 
     def document(self) -> bytes:
@@ -38,7 +38,7 @@ class Progress:
 
 @contextlib.contextmanager
 def answering_that_it_loads(listener: socket.socket, config: ServeConfig) -> Iterator[Progress]:
-    """ResponseWriter `/livez` 200 and everything else 503 while the block runs; with TLS the port stays closed."""
+    """Answer `/livez` 200 and everything else 503 while the block runs; with TLS the port stays closed."""
     progress = Progress()
     if config.ssl_certfile is not None:
         yield progress
@@ -93,6 +93,6 @@ def _handler(progress: Progress) -> type[BaseHTTPRequestHandler]:
             self.wfile.write(body)
 
         def log_message(self, *_: object) -> None:
-            """Probes are not worth a line."""
+            """No log line for a probe."""
 
     return Handler

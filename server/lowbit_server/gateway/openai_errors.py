@@ -1,4 +1,4 @@
-"""Errors in the one shape that OpenAI clients understand, whoever found them: we, FastAPI, or vLLM.
+"""Errors in the one shape that OpenAI clients understand, whether the gateway, FastAPI or vLLM raised them.
 
 `{"error": {"message": str, "type": str, "param": str | null, "code": str | null}}`
 """
@@ -36,7 +36,7 @@ CODES = {
 
 @dataclass(frozen=True)
 class ApiError(Exception):
-    """An answer that is an error. `reason` names it in metrics and logs."""
+    """An error response. `reason` names it in metrics and logs."""
 
     status: int
     message: str
@@ -58,7 +58,7 @@ def error_document(status: int, message: str, code: str | None = None, param: st
 
 
 def normalized(status: int, body: bytes) -> tuple[int, bytes]:
-    """Status and document of another component's error answer; 422 becomes 400, as OpenAI answers it."""
+    """Status and document for another component's error response; 422 becomes 400, which is what OpenAI sends."""
     status = 400 if status == 422 else status
     message, param, code = _read(body)
     return status, error_document(
@@ -86,7 +86,7 @@ def _read(body: bytes) -> tuple[str, str | None, str | None]:
 
 
 def stream_event(error: ApiError, path: str) -> bytes:
-    """The same as the last event of a stream that has begun; the Responses API has a shape of its own."""
+    """An error as the last event of a stream that has begun; the Responses API has a shape of its own."""
     if not path.startswith("/v1/responses"):
         return b"data: " + error.body() + b"\n\n"
     data = {
@@ -97,7 +97,7 @@ def stream_event(error: ApiError, path: str) -> bytes:
 
 
 def normalized_event(event: bytes) -> bytes:
-    """Another component's error event of a stream in the one shape."""
+    """Another component's error event in a stream, in the one shape."""
     body = event.removeprefix(b"data: ")
     status = _status(body)
     return b"data: " + normalized(status, body)[1] + b"\n\n"
@@ -112,7 +112,7 @@ def _status(body: bytes) -> int:
 
 
 async def send_error(send: Send, error: ApiError, headers: Mapping[str, str]) -> None:
-    """ResponseWriter a request with an error."""
+    """Send an error as the whole response."""
     body = error.body()
     everything = {
         "content-type": "application/json",

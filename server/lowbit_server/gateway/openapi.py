@@ -1,4 +1,4 @@
-"""The served OpenAPI document: vLLM's routes as FastAPI describes them, with the answers that the gateway adds."""
+"""The OpenAPI document that is served: vLLM's routes as FastAPI describes them, and the gateway's responses."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ ERROR_SCHEMA: dict[str, Any] = {
 
 
 def describe_answers(app: FastAPI) -> None:
-    """Replace the app's OpenAPI document by one that names every status which a request can get."""
+    """Replace the app's OpenAPI document by one that names every status that a request can get."""
     make = app.openapi
 
     def openapi() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A request's body: read once within its bound, parsed, measured, and handed on."""
+"""A request's body: read once, up to a limit, parsed, measured, and handed on."""
 
 import asyncio
 import json
@@ -15,19 +15,19 @@ PROMPT_FIELDS = ("messages", "prompt", "input", "instructions", "tools", "suffix
 
 
 class BufferedReceive:
-    """A `receive` that gives the body at once and then what the connection says, or that the client has gone."""
+    """An ASGI `receive` that first gives the body that was read, then the connection's messages or a disconnect."""
 
     def __init__(self, body: bytes, receive: Receive, context: RequestContext) -> None:
         self._body: bytes | None = body
         self._receive, self._context = receive, context
-        self.pretend_gone = asyncio.Event()
+        self.pretend_disconnect = asyncio.Event()
 
     async def __call__(self) -> Message:
         if self._body is not None:
             body, self._body = self._body, None
             return {"type": "http.request", "body": body, "more_body": False}
         connection = asyncio.ensure_future(self._receive())
-        pretended = asyncio.ensure_future(self.pretend_gone.wait())
+        pretended = asyncio.ensure_future(self.pretend_disconnect.wait())
         try:
             await asyncio.wait({connection, pretended}, return_when=asyncio.FIRST_COMPLETED)
             if not connection.done():
@@ -36,12 +36,17 @@ class BufferedReceive:
         finally:
             connection.cancel()
             pretended.cancel()
-        if message["type"] == "http.disconnect" and not self._context.outcome and not self._context.answered:
+        if (
+            message["type"] == "http.disconnect"
+            and not self._context.outcome
+            and not self._context.response_ended
+        ):
             self._context.outcome = "client_gone"
         return message
 
 
 async def read_body(receive: Receive, headers: Headers, most: int) -> bytes:
+    """The whole body, of at most `most` bytes; raises ApiError 413, or 400 where the connection closes."""
     declared = headers.get("content-length", "")
     too_large = ApiError(413, f"the request body is larger than {most} bytes", "body_size")
     if declared.isdigit() and int(declared) > most:
@@ -62,6 +67,7 @@ async def read_body(receive: Receive, headers: Headers, most: int) -> bytes:
 
 
 def parse(body: bytes, headers: Headers) -> dict[str, Any]:
+    """The JSON object in a body; raises ApiError 415 or 400 for anything else."""
     content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":
         message = f"the content type is {content_type or 'not given'!r}; send application/json"
@@ -76,13 +82,13 @@ def parse(body: bytes, headers: Headers) -> dict[str, Any]:
 
 
 def output_tokens(document: dict[str, Any]) -> int:
-    """How many tokens a request wants at most, over all its answers; 0 where it does not say."""
+    """Most output tokens that a request asks for, over all its choices; 0 where it does not say."""
     asked = max(_number(document.get(name)) for name in OUTPUT_FIELDS)
     return asked * max(1, _number(document.get("n")))
 
 
 def prompt_characters(document: dict[str, Any]) -> int:
-    """The length of all that becomes the prompt: text as it is, anything else as JSON."""
+    """Length of everything that becomes the prompt: text as it is, anything else as JSON."""
     parts = (document[name] for name in PROMPT_FIELDS if name in document)
     return sum(len(part) if isinstance(part, str) else len(_json(part)) for part in parts)
 
@@ -92,7 +98,7 @@ def _json(part: Any) -> str:
 
 
 def _number(given: Any) -> int:
-    """A number as vLLM will read it: `"5"` and `5.0` are 5 to it; what is none, it refuses."""
+    """A number as vLLM reads it: `"5"` and `5.0` are 5. What is no number counts 0, and vLLM refuses it."""
     try:
         return int(float(given))
     except (TypeError, ValueError, OverflowError):

@@ -9,7 +9,7 @@ from lowbit_server.gateway.key_limits import KeyUsage
 
 @dataclass
 class RequestContext:
-    """One request. Times are of the monotonic clock; `usage` belongs to its key."""
+    """One request. Times are readings of the monotonic clock; `usage` is that of its key."""
 
     path: str
     client_id: str
@@ -25,5 +25,5 @@ class RequestContext:
     outcome: str = ""
     prompt_tokens: int = 0
     generated_tokens: int = 0
-    answered: bool = False
-    counted: bool = False
+    response_ended: bool = False
+    tokens_counted: bool = False

@@ -1,6 +1,6 @@
-"""Each request from its first byte to its last, and what is counted of it: for metrics, the log and the key's limits.
+"""Which requests are running and what was counted of those that ended: for metrics, the log and the keys' limits.
 
-The engine reports the tokens of a request when it finishes, under an id that we gave it.
+The engine reports a request's tokens when it finishes it, under the id that the gateway gave it.
 """
 
 import asyncio
@@ -15,13 +15,13 @@ from lowbit_server.gateway.request_context import RequestContext
 from lowbit_server.sliding_window import SlidingWindow
 
 ID = re.compile(r"lb[0-9a-f]{32}")
-LATE_S = 10.0  # how long the engine's count of a request is waited for after its answer has ended
-KEY_WINDOW_S = 60.0  # a key's tokens are counted when a request ends: a shorter window would flicker
+LATE_S = 10.0  # how long to wait for the engine's count after the response has ended
+KEY_WINDOW_S = 60.0  # tokens are counted when a request ends: over a shorter window the rate would flicker
 MOST_KEY_LABELS = 200  # further keys share the label "other"
 
 
 class RequestTracker:
-    """What is going on and what has been; read by `/metrics`."""
+    """Running requests and counters of ended ones, as `/metrics` shows them."""
 
     def __init__(self, *, write_log: bool) -> None:
         self._write_log = write_log
@@ -37,7 +37,7 @@ class RequestTracker:
         self.active = 0
 
     def open(self, context: RequestContext) -> None:
-        """An admitted request goes to the engine."""
+        """A request was admitted and goes to the engine."""
         self._open[context.id] = context
         self.active += 1
 
@@ -47,13 +47,15 @@ class RequestTracker:
         context = self._open.get(found.group()) if found else None
         if context is None:
             return
-        context.prompt_tokens = max(context.prompt_tokens, prompt_tokens)  # once, however many answers
+        context.prompt_tokens = max(
+            context.prompt_tokens, prompt_tokens
+        )  # the prompt counts once, however many choices
         context.generated_tokens += generated_tokens
         if context.ended is not None:
             self._count(context)
 
     def close(self, context: RequestContext) -> None:
-        """The answer of an admitted request has ended, one way or another."""
+        """The response to an admitted request has ended, in whatever way."""
         context.ended = time.monotonic()
         context.usage.active -= 1
         self.active -= 1
@@ -67,16 +69,16 @@ class RequestTracker:
         self._log(context)
 
     def reject(self, context: RequestContext, status: int, reason: str) -> None:
-        """A request was answered with an error before the engine saw it."""
+        """A request was refused before the engine saw it."""
         context.ended, context.status, context.outcome = time.monotonic(), status, f"rejected:{reason}"
         self.rejections[reason] += 1
         self.outcomes[self._label(context), "rejected"] += 1
         self._log(context)
 
     def _count(self, context: RequestContext) -> None:
-        if context.counted:
+        if context.tokens_counted:
             return
-        context.counted = True
+        context.tokens_counted = True
         label = self._label(context)
         for kind, count in (("prompt", context.prompt_tokens), ("generated", context.generated_tokens)):
             self.tokens[label, kind] += count
@@ -91,7 +93,7 @@ class RequestTracker:
         return "other"
 
     def _log(self, context: RequestContext) -> None:
-        """One JSON line, without prompt, answer or key."""
+        """One JSON line, without the prompt, the output or the key."""
         if not self._write_log:
             return
         ended = context.ended or time.monotonic()

@@ -1,4 +1,4 @@
-"""An answer on its way out: headers added, errors in OpenAI's shape, and an end that says whether it is one."""
+"""A response on its way to the client: headers added, errors in OpenAI's shape, a failed stream marked as failed."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -14,14 +14,14 @@ from lowbit_server.gateway.openai_errors import (
 )
 from lowbit_server.gateway.request_context import RequestContext
 
-QUEUE_FULL = (b"currently busy", b"backlog limit")  # how vLLM's two refusals read (tests/contract holds it)
-ERROR_EVENT = b'data: {"error"'  # how vLLM's event of a failed stream begins
+QUEUE_FULL = (b"currently busy", b"backlog limit")  # in vLLM's two refusals (tests/contract checks them)
+ERROR_EVENT = b'data: {"error"'  # the start of vLLM's event when a stream fails
 
 
 class ResponseWriter:
-    """Passes an answer on, adds headers, and puts errors in OpenAI's shape.
+    """Passes the app's response on, adds headers, and puts errors in OpenAI's shape.
 
-    vLLM says 503 when its queue is full; to a client that is 429 with a time to come back.
+    vLLM answers 503 when its queue is full; the client gets 429 with a `Retry-After`.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class ResponseWriter:
         self._begun = self._ended = self._streams = self._failed = False
 
     async def send(self, message: Message) -> None:
-        """The `send` that the app is given."""
+        """The ASGI `send` that the app is given."""
         if self._failed:
             return
         if message["type"] == "http.response.start":
@@ -50,13 +50,13 @@ class ResponseWriter:
         else:
             self._ended = not message.get("more_body", False)
             if self._context is not None:
-                self._context.answered = self._ended
+                self._context.response_ended = self._ended
             if self._context is not None and self._context.first_byte is None and message.get("body"):
                 self._context.first_byte = time.monotonic()
             await self._send(message)
 
     async def fail(self, error: ApiError) -> None:
-        """End the answer with an error, in whatever state it is; what the app still sends is dropped."""
+        """End the response with an error, whatever was sent so far; what the app still sends is dropped."""
         self._failed = True
         if not self._begun:
             self._note(error.status)
@@ -66,11 +66,11 @@ class ResponseWriter:
             await self._send({"type": "http.response.body", "body": stream_event(error, path)})
 
     async def _end_failed(self, event: bytes) -> None:
-        """vLLM's error event becomes the last one; the `[DONE]` that it sends after it is dropped."""
+        """Make vLLM's error event the last one: the `[DONE]` that it sends afterwards is dropped."""
         self._failed = self._ended = True
         if self._context is not None:
             self._context.outcome = self._context.outcome or "error"
-            self._context.answered = True
+            self._context.response_ended = True
         await self._send({"type": "http.response.body", "body": normalized_event(event)})
 
     async def _start(self, message: Message) -> None:
@@ -90,7 +90,7 @@ class ResponseWriter:
         if status == 503 and self._retry_after is not None and any(mark in body for mark in QUEUE_FULL):
             status = 429
             headers["retry-after"] = str(self._retry_after())
-        if self._headers:  # a health answer has none and keeps its own shape
+        if self._headers:  # health responses have none and keep their own shape
             status, body = normalized(status, body)
         headers |= {"content-type": "application/json", "content-length": str(len(body))}
         self._note(status)

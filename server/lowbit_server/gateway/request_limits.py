@@ -1,0 +1,57 @@
+"""What one request may ask for, whoever asks: a model that there is, so much output, so long a prompt."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from lowbit_server.gateway.keys import Key
+from lowbit_server.gateway.openai_errors import ApiError
+from lowbit_server.gateway.request_body import output_tokens, prompt_characters
+
+CHARACTERS_PER_TOKEN = 4  # for the estimate that stands until the engine has counted
+MODEL_CHARACTERS = 128
+
+
+@dataclass(frozen=True)
+class ServerLimits:
+    """The server's own limits; None is without limit."""
+
+    max_num_queued_reqs: int
+    max_header_bytes: int
+    max_body_bytes: int
+    max_prompt_characters: int | None
+    max_output_tokens: int | None
+    request_timeout_s: float | None
+
+
+@dataclass(frozen=True)
+class Models:
+    """Which names `model` may hold; a request without one gets `default`."""
+
+    default: str
+    known: Callable[[str], bool]
+
+    def name_in(self, document: dict[str, Any], key: Key) -> str:
+        """The model that a request asks for; raises ApiError where there is none or the key may not use it."""
+        given = document.get("model")
+        model = given if isinstance(given, str) and given else self.default
+        if not self.known(model):
+            message = f"there is no model {model[:MODEL_CHARACTERS]!r} here; /v1/models lists those there are"
+            raise ApiError(404, message, "no_such_model", code="model_not_found", param="model")
+        if key.models is not None and model not in key.models:
+            message = f"the key {key.name!r} may not use the model {model!r}"
+            raise ApiError(403, message, "model", code="model_not_found", param="model")
+        return model
+
+
+def estimated_tokens(document: dict[str, Any], limits: ServerLimits) -> int:
+    """Tokens that a request may take, prompt and output; raises ApiError where it asks for more than is allowed."""
+    wanted, size = output_tokens(document), prompt_characters(document)
+    most, longest = limits.max_output_tokens, limits.max_prompt_characters
+    if most is not None and wanted > most:
+        message = f"{wanted} output tokens are asked for; this server allows {most}"
+        raise ApiError(400, message, "max_tokens", code="max_tokens_too_large", param="max_tokens")
+    if longest is not None and size > longest:
+        message = f"the prompt has {size} characters; this server allows {longest}"
+        raise ApiError(400, message, "prompt_size", code="context_length_exceeded")
+    return size // CHARACTERS_PER_TOKEN + wanted
