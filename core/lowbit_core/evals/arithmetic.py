@@ -1,8 +1,9 @@
-"""Statistics of right and wrong, of paired changes, and of log-probabilities; standard library only.
+"""Statistics of accuracy, of paired changes and of log-probabilities.
 
-Intervals are 95 %. Wilson (1927) for shares, because it keeps inside 0..1 and does not collapse at 0 or 1; Bonett and
-Price (2012) for paired differences, for the same reasons: no change seen in n items is not certainty; McNemar's exact
-test (1947) for whether two sets of right answers differ.
+Intervals are 95 %. A share has Wilson's (1927): it stays within 0..1 and has a width at 0 and at 1 too. A paired
+difference has Bonett and Price's (2012) for the same reasons: no change in n items does not prove that there is none.
+McNemar's exact test (1947) says whether two models differ in accuracy. scipy is imported when it is first used, because
+that takes a second.
 """
 
 import math
@@ -17,7 +18,7 @@ Token = TypeVar("Token", bound=Hashable)
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number and the ends of its interval, None where one unit was measured and nothing is known of its spread."""
+    """A number and the ends of its interval; None where only one unit was measured and its spread is unknown."""
 
     value: float
     low: float | None
@@ -25,17 +26,17 @@ class Estimate:
 
 
 def wilson(right: int, n: int) -> Estimate:
-    """A share of n; (0, 1) without any."""
+    """The share right / n; 0..1 where n is 0."""
     if n == 0:
         return Estimate(0.0, 0.0, 1.0)
-    share = right / n
-    middle = (share + Z * Z / (2 * n)) / (1 + Z * Z / n)
-    half = Z * math.sqrt(share * (1 - share) / n + Z * Z / (4 * n * n)) / (1 + Z * Z / n)
-    return Estimate(share, max(0.0, middle - half), min(1.0, middle + half))
+    from scipy.stats import binomtest
+
+    interval = binomtest(right, n).proportion_ci(method="wilson")
+    return Estimate(right / n, float(interval.low), float(interval.high))
 
 
 def paired_change(lost: int, gained: int, n: int) -> Estimate:
-    """(gained − lost) / n, of n items that were each judged twice (Bonett and Price 2012)."""
+    """(gained − lost) / n, of n items that both models answered (Bonett and Price 2012)."""
     if n == 0:
         return Estimate(0.0, -1.0, 1.0)
     up, down = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
@@ -44,10 +45,12 @@ def paired_change(lost: int, gained: int, n: int) -> Estimate:
 
 
 def mcnemar(lost: int, gained: int) -> float:
-    """Two-sided exact p that `lost` and `gained` come from a fair coin; 1 without changes."""
-    n = lost + gained
-    tail = sum(math.comb(n, k) for k in range(min(lost, gained) + 1))
-    return min(1.0, tail / float(2 ** (n - 1))) if n else 1.0
+    """Two-sided exact p of McNemar's test; 1 without changes."""
+    if lost + gained == 0:
+        return 1.0
+    from scipy.stats import binomtest
+
+    return float(binomtest(lost, lost + gained, 0.5).pvalue)
 
 
 def exponential(one: Estimate) -> Estimate:
@@ -57,7 +60,7 @@ def exponential(one: Estimate) -> Estimate:
 
 
 def mean_with_interval(values: Sequence[float], weights: Sequence[float] | None = None) -> Estimate:
-    """The mean of sum(values)/sum(weights) over independent units (texts), by the ratio's linearisation."""
+    """sum(values) / sum(weights) over independent units, such as texts; the interval by linearizing the ratio."""
     counts = weights or [1.0] * len(values)
     total = sum(counts)
     if not values or total == 0:
@@ -74,8 +77,8 @@ def mean_with_interval(values: Sequence[float], weights: Sequence[float] | None 
 def kl_lower_bound(p: Mapping[Token, float], q: Mapping[Token, float]) -> float:
     """A lower bound of KL(p‖q) in nats from the top log-probabilities of both.
 
-    Tokens that stand in both lists are compared one by one, everything else as one heap: merging outcomes never raises
-    a KL divergence (data processing inequality). It is exact where the lists hold all the mass.
+    Tokens that are in both lists are compared one by one, all others as one outcome: merging outcomes never raises a KL
+    divergence (data processing inequality). It is exact where the lists hold all the mass.
     """
     both = [token for token in p if token in q]
     mass_p = [math.exp(p[token]) for token in both]
