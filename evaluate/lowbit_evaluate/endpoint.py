@@ -1,6 +1,6 @@
-"""Scoring through a served endpoint: whoever speaks HTTP offers it as the entry point `endpoint` of `lowbit.scorers`.
+"""Finds the program that asks a served endpoint: the entry point `endpoint` in the group `lowbit.scorers`.
 
-`lowbit evaluate --target` thus needs no import of the program that does it, as `lowbit` needs none of its commands.
+It is the load test's, which speaks HTTP. Through the entry point, `lowbit evaluate --target` does not import it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,21 +15,21 @@ GROUP, NAME = "lowbit.scorers", "endpoint"
 
 
 class Endpoint(Protocol):
-    """A server that was found to serve the model and to score continuations."""
+    """A server that serves the model and scores continuations."""
 
     @property
     def model(self) -> str:
         """The model's name there."""
 
     def answers(self, items: Sequence[Item]) -> Iterator[Answer]:
-        """Each item's answer, as they come; those of items that the server lost have no `chosen`."""
+        """Each item's answer, as they come; an item that the server did not answer has no `chosen`."""
 
 
 Connect = Callable[[str, str], Endpoint]  # URL; the served name, or a checkpoint directory that is served
 
 
 def find_connect(entries: Iterable[EntryPoint] | None = None) -> Connect:
-    """What connects to an endpoint; ConfigError with the pip command where this installation has nothing."""
+    """The function that connects to an endpoint; ConfigError with the pip command where none is installed."""
     found = entry_points(group=GROUP) if entries is None else entries
     entry = next((one for one in found if one.name == NAME), None)
     if entry is None:

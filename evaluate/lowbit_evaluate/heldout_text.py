@@ -1,6 +1,7 @@
-"""Held-out text through models that were loaded whole: the figures that rode along with the walk, measured again.
+"""Quality on held-out text, measured on models loaded whole: the figures of the manifest a second time.
 
-Nothing of the walk takes part but the rules of `quality.py`: plain transformers runs each model from its files.
+Plain transformers runs each model from its files, independently of the walk; only the arithmetic of `quality.py` is
+shared with it.
 """
 
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from lowbit_core.errors import ConfigError
 from lowbit_core.manifest import Manifest, QualityRecord
-from lowbit_evaluate.loaded_model import WholeModel
+from lowbit_evaluate.loaded_model import LoadedModel
 from lowbit_quantize import quality
 from lowbit_quantize.calibration import TokenText, load_texts
 from lowbit_quantize.progress import track
@@ -21,18 +22,18 @@ from lowbit_quantize.stream import BATCH_TOKENS
 
 
 @dataclass(frozen=True)
-class TextPass:
-    """What one model made of a text: hidden states before the head, (sequences, tokens, hidden), and the head."""
+class TextStates:
+    """One model on a text: hidden states before the head, (sequences, tokens, hidden), and the head."""
 
     hidden: Tensor
     head: Tensor
 
 
-def heldout_text(source: str | None, manifest: Manifest | None, tokenizer: Any, vocabulary: int) -> TokenText:
-    """The text of the manifest's recipe, bundled text without one, or `source` in as many sequences.
+def load_heldout(source: str | None, manifest: Manifest | None, tokenizer: Any, vocabulary: int) -> TokenText:
+    """The text that the manifest's recipe names, or without a manifest the bundled one; `source` replaces either.
 
-    A source that ends in .json is token ids. Documents that overlap with the calibration text are left out, as the
-    walk does.
+    A source that ends in .json holds token ids. Documents that overlap with the calibration text are left out, as in
+    a run of `lowbit quantize`.
     """
     recipe = parse_recipe(manifest.recipe, "of the manifest") if manifest else Recipe()
     heldout: Text = recipe.quality
@@ -44,30 +45,28 @@ def heldout_text(source: str | None, manifest: Manifest | None, tokenizer: Any, 
     return load_texts(recipe.calibration, heldout, tokenizer, vocabulary)[1]
 
 
-def run_text(model: WholeModel, text: TokenText, what: str) -> TextPass:
-    """Every sequence through the model, with progress."""
+def run_text(model: LoadedModel, text: TokenText, what: str) -> TextStates:
+    """Run the model on every sequence, with progress."""
     hidden = torch.cat([*_hidden(model, text, what)])
-    return TextPass(hidden, model.head.cpu().clone())
+    return TextStates(hidden, model.head.cpu().clone())
 
 
-def _hidden(model: WholeModel, text: TokenText, what: str) -> Iterator[Tensor]:
+def _hidden(model: LoadedModel, text: TokenText, what: str) -> Iterator[Tensor]:
     rows = text.ids.split(max(1, BATCH_TOKENS // text.ids.shape[1]))
     for batch in track(rows, len(rows), what):
         yield model.hidden(batch).cpu()
 
 
-def compare_text(base: TextPass, ours: TextPass, text: TokenText, *, fp8_cache: bool) -> QualityRecord:
-    """The quality section of a manifest, from whole models."""
+def compare_text(base: TextStates, ours: TextStates, text: TokenText, *, fp8_cache: bool) -> QualityRecord:
+    """The `quality` section of a manifest, from two models' hidden states."""
     same, p, q = nn.Identity(), base.hidden, ours.hidden
     head = base.head
     if head.shape[0] != ours.head.shape[0]:
         raise ConfigError(
-            f"MODEL's vocabulary has {ours.head.shape[0]} words, that of --base {head.shape[0]}: their "
+            f"MODEL's vocabulary has {ours.head.shape[0]} tokens, that of --base {head.shape[0]}: their "
             "distributions cannot be compared"
         )
-    if head.shape != ours.head.shape or not torch.equal(
-        head, ours.head
-    ):  # one head that reads both, side by side
+    if head.shape != ours.head.shape or not torch.equal(head, ours.head):  # one head for both, side by side
         head = torch.cat([base.head.float(), ours.head.float()], dim=1)
         p = torch.cat([p.float(), p.new_zeros(*p.shape[:2], ours.head.shape[1]).float()], dim=-1)
         q = torch.cat([q.new_zeros(*q.shape[:2], base.head.shape[1]).float(), q.float()], dim=-1)
@@ -75,19 +74,19 @@ def compare_text(base: TextPass, ours: TextPass, text: TokenText, *, fp8_cache: 
     return quality.summarize(predictions, text, kv_cache_included=fp8_cache)
 
 
-def against_riding(measured: QualityRecord, manifest: Manifest | None) -> dict[str, Any] | None:
-    """The manifest's mean KL beside this one, where both are of the same tokens; None elsewhere.
+def beside_manifest(measured: QualityRecord, manifest: Manifest | None) -> dict[str, Any] | None:
+    """The manifest's mean KL beside this one, where both are on the same tokens; otherwise None.
 
-    They agree where they differ by less than the standard error.
+    They agree where they differ by no more than the standard error.
     """
     if manifest is None or manifest.quality.heldout.sha256 != measured.heldout.sha256:
         return None
-    riding = manifest.quality
+    recorded = manifest.quality
     return {
-        "mean_kld": riding.mean_kld,
-        "kld_stderr": riding.kld_stderr,
-        "difference": measured.mean_kld - riding.mean_kld,
-        "agrees": abs(measured.mean_kld - riding.mean_kld) <= riding.kld_stderr,
-        "top1_agreement": riding.top1_agreement,
-        "perplexity_ratio": riding.perplexity_ratio,
+        "mean_kld": recorded.mean_kld,
+        "kld_stderr": recorded.kld_stderr,
+        "difference": measured.mean_kld - recorded.mean_kld,
+        "agrees": abs(measured.mean_kld - recorded.mean_kld) <= recorded.kld_stderr,
+        "top1_agreement": recorded.top1_agreement,
+        "perplexity_ratio": recorded.perplexity_ratio,
     }

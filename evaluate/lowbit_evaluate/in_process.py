@@ -1,4 +1,4 @@
-"""An evaluation in process: the base model is judged, then the compressed one; only one of them is in memory."""
+"""Evaluates models in process. Each is loaded whole; only one is in memory at a time."""
 
 import gc
 from collections.abc import Sequence
@@ -11,9 +11,10 @@ from lowbit_core.errors import ConfigError
 from lowbit_core.evals.items import Item, Key
 from lowbit_core.evals.scoring import Answer
 from lowbit_core.log import get_logger
-from lowbit_evaluate.heldout_text import TextPass, against_riding, compare_text, heldout_text, run_text
-from lowbit_evaluate.loaded_model import check_whole, manifest_of, open_whole
+from lowbit_evaluate.heldout_text import TextStates, beside_manifest, compare_text, load_heldout, run_text
+from lowbit_evaluate.loaded_model import check_loadable, load_model, manifest_of
 from lowbit_evaluate.loglikelihood import encode, score_items
+from lowbit_evaluate.settings import Settings
 from lowbit_quantize.calibration import TokenText
 from lowbit_quantize.memory import keep_no_freed_memory
 from lowbit_quantize.source import ModelReference, find_model
@@ -23,63 +24,67 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How models are run. `dtype` is the served one where it is "auto"; without `fp8_cache` no cache is rounded."""
-
-    device: torch.device
-    dtype: str = "auto"
-    fp8_cache: bool = True
-
-
-@dataclass(frozen=True)
-class Judged:
-    """What came of one model."""
+class ModelResult:
+    """What one model gave."""
 
     answers: dict[Key, Answer] = field(default_factory=dict)
-    text: TextPass | None = None
+    text: TextStates | None = None
     fp8_cache: bool = False
 
 
 def find(name: str) -> ModelReference:
-    """A model that can be judged in process; ModelError where there is none."""
+    """A model that can be loaded in process; ModelError where there is none."""
     reference = find_model(name)
-    check_whole(reference)
+    check_loadable(reference)
     manifest_of(reference)
     return reference
 
 
-def judge(
-    reference: ModelReference, items: Sequence[Item], text: TokenText | None, settings: Settings, what: str
-) -> Judged:
-    """Ask one model everything; its memory is free again afterwards."""
+def check_device(settings: Settings) -> torch.device:
+    """The device that models run on; ConfigError where it is not there."""
+    available = torch.cuda.is_available()
+    if settings.device == "cuda" and not available:
+        raise ConfigError("--device cuda: torch sees no CUDA device here; allowed: auto, cpu")
+    return torch.device("cuda" if settings.device != "cpu" and available else "cpu")
+
+
+def run_model(
+    reference: ModelReference, items: Sequence[Item], text: TokenText | None, settings: Settings, role: str
+) -> ModelResult:
+    """Put all items and the text through one model; its memory is free again afterwards.
+
+    `role` is what progress calls it: "base" or "model".
+    """
     encoded = encode(reference, items)
-    model = open_whole(reference, settings.device, DTYPES.get(settings.dtype), fp8_cache=settings.fp8_cache)
-    rounded = f", FP8 cache in {len(model.scales)} layers" if model.scales else ""
-    log.info("%s: %s in %s%s", what, reference.name, str(model.dtype).removeprefix("torch."), rounded)
-    judged = Judged(
-        score_items(model, items, encoded, f"{what}: requests") if items else {},
-        run_text(model, text, f"{what}: held-out text") if text else None,
+    model = load_model(
+        reference, check_device(settings), DTYPES.get(settings.dtype), fp8_cache=settings.fp8_cache
+    )
+    cache = f", FP8 cache in {len(model.scales)} layers" if model.scales else ""
+    log.info("%s: %s in %s%s", role, reference.name, str(model.dtype).removeprefix("torch."), cache)
+    result = ModelResult(
+        score_items(model, items, encoded, f"{role}: requests") if items else {},
+        run_text(model, text, f"{role}: held-out text") if text else None,
         bool(model.scales),
     )
     del model
     gc.collect()
     keep_no_freed_memory()
-    return judged
+    return result
 
 
 def text_of(source: str | None, reference: ModelReference) -> TokenText:
-    """The held-out text that MODEL is judged by."""
-    return heldout_text(
+    """The held-out text for MODEL."""
+    return load_heldout(
         source, manifest_of(reference), reference.tokenizer(), int(reference.config.vocab_size)
     )
 
 
 def text_document(
-    base: Judged | None, ours: Judged, text: TokenText, reference: ModelReference
+    base: ModelResult | None, ours: ModelResult, text: TokenText, reference: ModelReference
 ) -> dict[str, Any]:
-    """The manifest's quality section from whole models, and how it compares with the one that rode along.
+    """The `quality` section of a manifest from models loaded whole, and the manifest's own figures beside it.
 
-    Without a base there is nothing but the perplexity.
+    Without a base there is only the perplexity.
     """
     assert ours.text is not None
     other = base.text if base and base.text else ours.text
@@ -88,14 +93,14 @@ def text_document(
     if not base:
         keep = ("heldout", "predictions", "perplexity", "kv_cache_included")
         return {name: found[name] for name in keep}
-    return {**found, "riding": against_riding(measured, manifest_of(reference))}
+    return {**found, "manifest": beside_manifest(measured, manifest_of(reference))}
 
 
 def check_same_tokens(model: ModelReference, base: ModelReference) -> None:
-    """Whether both read the same token ids; ConfigError elsewhere."""
+    """ConfigError where the two read different token ids."""
     sizes = [int(one.config.vocab_size) for one in (model, base)]
     if sizes[0] != sizes[1]:
         raise ConfigError(
-            f"{model.name} has {sizes[0]} words and --base {base.name} {sizes[1]}: distributions over different "
-            "vocabularies cannot be compared; leave out --text"
+            f"{model.name} has {sizes[0]} tokens in its vocabulary and --base {base.name} {sizes[1]}: distributions "
+            "over different vocabularies cannot be compared; leave out --text"
         )

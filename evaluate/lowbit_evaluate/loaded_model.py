@@ -1,7 +1,7 @@
-"""A model loaded whole by plain transformers, to be judged: a base model, or a checkpoint of any format that opens.
+"""Loads a whole model with plain transformers: a base model, or a checkpoint in any format that transformers opens.
 
-Where the checkpoint has an FP8 cache, keys and values are rounded with its scales, as they will be when it is served.
-The compressed-tensors package would do that by itself, with scales that it rounds to bfloat16; it is told not to.
+Where the checkpoint has an FP8 KV cache, keys and values are rounded with its scales, as when it is served. The
+compressed-tensors package would do this itself, but it rounds the scales to bfloat16 first; it is switched off.
 """
 
 from collections.abc import Mapping
@@ -23,13 +23,16 @@ from lowbit_quantize.plan import skeleton_of
 from lowbit_quantize.source import ModelReference, WeightFiles, fetch_weights
 from lowbit_quantize.stream import SeamCache
 
-READERS = {"awq": "gptqmodel", "gptq": "gptqmodel"}  # what transformers opens each older format with
+READERS = {
+    "awq": "gptqmodel",
+    "gptq": "gptqmodel",
+}  # the package that transformers needs for each older format
 Scales = Mapping[int, KVScales]
 
 
 @dataclass(frozen=True)
-class WholeModel:
-    """A model with all its weights. `scales` round its cache, by layer; none where it is not quantized."""
+class LoadedModel:
+    """A model with all its weights. `scales` quantize its KV cache, by layer; empty where it is not quantized."""
 
     name: str
     model: Any
@@ -48,7 +51,7 @@ class WholeModel:
         return matrix
 
     def hidden(self, ids: Tensor) -> Tensor:
-        """What the head reads, (sequences, tokens, hidden), of token ids, (sequences, tokens)."""
+        """Hidden states before the head, (sequences, tokens, hidden), of token ids, (sequences, tokens)."""
         with torch.inference_mode():
             states: Tensor = self.model.get_decoder()(
                 input_ids=ids.to(self.model.device), use_cache=False
@@ -56,29 +59,29 @@ class WholeModel:
         return states
 
 
-def open_whole(
+def load_model(
     reference: ModelReference,
     device: torch.device,
     dtype: torch.dtype | None = None,
     *,
     fp8_cache: bool = True,
-) -> WholeModel:
-    """Load a model that was found; ModelError or CheckpointError where that is not possible.
+) -> LoadedModel:
+    """Load a model; ModelError or CheckpointError where that is not possible.
 
-    `dtype` is by default the one that it is served in. Without `fp8_cache` a checkpoint's scales are left out.
+    `dtype` is by default the one that it is served in. Without `fp8_cache` the checkpoint's scales are not used.
     """
-    architecture, manifest = check_whole(reference), manifest_of(reference)
+    architecture, manifest = check_loadable(reference), manifest_of(reference)
     fetch_weights(reference)
     scales = _scales(reference, architecture, manifest) if fp8_cache else {}
     model = _load(reference, dtype or _served_dtype(reference)).to(device).eval()
     _round_caches(model, architecture, scales)
     with torch.no_grad():  # compressed-tensors unpacks when the model as a whole is first called
         model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=False)
-    return WholeModel(reference.name, model, reference.tokenizer(), scales)
+    return LoadedModel(reference.name, model, reference.tokenizer(), scales)
 
 
-def check_whole(reference: ModelReference) -> Architecture:
-    """Whether it can be opened as it is, by its configuration and a GGUF file's header; ModelError says why not."""
+def check_loadable(reference: ModelReference) -> Architecture:
+    """ModelError where the model cannot be loaded, judging by its configuration and a GGUF file's header."""
     method = quantization_of(reference).get("quant_method")
     reader = READERS.get(str(method))
     if reader and find_spec(reader) is None:
@@ -88,14 +91,14 @@ def check_whole(reference: ModelReference) -> Architecture:
         )
     architecture = architecture_of(reference.model_type, reference.name)
     if reference.kind == "gguf":
-        from lowbit_quantize.gguf_file import GgufFile  # other models do without its imports
+        from lowbit_quantize.gguf_file import GgufFile  # imported for GGUF files only
 
         GgufFile(reference, skeleton_of(reference, architecture))  # refuses what transformers drops
     return architecture
 
 
 def manifest_of(reference: ModelReference) -> Manifest | None:
-    """What `lowbit quantize` says of a checkpoint whose files are all there; None of any other model."""
+    """The manifest of a checkpoint, once its files are all there; None of any other model."""
     if reference.kind != "directory":
         return None
     manifest = read_manifest(reference.path)
@@ -110,7 +113,7 @@ def _served_dtype(reference: ModelReference) -> torch.dtype:
 
 
 def quantization_of(reference: ModelReference) -> dict[str, Any]:
-    """The configuration's `quantization_config`; empty of a model that is not quantized."""
+    """The configuration's `quantization_config`; empty where the model is not quantized."""
     if reference.kind == "gguf":
         return {}
     found = getattr(reference.config, "quantization_config", None) or {}
@@ -136,7 +139,7 @@ def _load(reference: ModelReference, dtype: torch.dtype) -> Any:
 
 
 def _scales(reference: ModelReference, architecture: Architecture, manifest: Manifest | None) -> Scales:
-    """The manifest's; without one, those that the files hold."""
+    """The manifest's scales; without a manifest, those in the weight files."""
     if manifest:
         layers = manifest.kv_cache.layers if manifest.kv_cache else []
         return {one.layer: KVScales(one.k_scale, one.v_scale) for one in layers}
@@ -157,7 +160,7 @@ def _stored_scales(weights: WeightFiles, architecture: Architecture, depth: int)
 
 
 def _round_caches(model: Any, architecture: Architecture, scales: Scales) -> None:
-    """Have each layer hand its keys and values to a cache that rounds them, and compressed-tensors leave them alone."""
+    """Give each layer a cache that rounds keys and values, and switch off that of compressed-tensors."""
     layers: Any = model.get_submodule(architecture.layers)
     for index, layer in enumerate(layers):
         layer.get_submodule(architecture.attention).quantization_enabled = False

@@ -1,7 +1,7 @@
-"""Items scored in process: the log-probability of each continuation, in batches of about equal work.
+"""Log-probabilities of continuations in process, in batches of requests of about the same length.
 
-Tokens are split where core's evals split them. Padding stands to the right, where a causal model does not look, so
-there is no mask. Logits are float32, of hidden states in the model's dtype, as in `quality.py`.
+Context and continuation are encoded as in lm-evaluation-harness (core's `encode_pair`). Padding is on the right, where
+a causal model does not look, so no mask is needed. Logits are float32, from hidden states in the model's dtype.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from lowbit_core.errors import ConfigError
-from lowbit_core.evals.items import Item, Key, split
+from lowbit_core.evals.items import Item, Key, encode_pair
 from lowbit_core.evals.scoring import Answer, Scored, answer
-from lowbit_evaluate.loaded_model import WholeModel
+from lowbit_evaluate.loaded_model import LoadedModel
 from lowbit_quantize.precision import exact_products
 from lowbit_quantize.progress import track
 from lowbit_quantize.source import ModelReference
@@ -24,21 +24,21 @@ BATCH_LOGITS = 1 << 25  # float32 logits at a time: 128 MiB
 
 @dataclass(frozen=True)
 class Encoded:
-    """A request as token ids; those from `begins` on are scored."""
+    """A request as token ids; those from `continuation_start` on are scored."""
 
     ids: list[int]
-    begins: int
+    continuation_start: int
 
     @property
     def scored(self) -> range:
-        """The positions that are scored: the first token of all has nothing before it."""
-        return range(max(1, self.begins), len(self.ids))
+        """The positions that are scored; the first token of the whole sequence never is, as nothing predicts it."""
+        return range(max(1, self.continuation_start), len(self.ids))
 
 
 def encode(reference: ModelReference, items: Sequence[Item]) -> list[list[Encoded]]:
-    """The requests of each item, as the tokenizer gives them with the special tokens that it adds by itself.
+    """The token ids of each item's requests, with the special tokens that the tokenizer adds.
 
-    Raises ConfigError on one that the model has no positions for, before any weight is loaded.
+    Raises ConfigError on a request longer than the model's positions, before any weight is loaded.
     """
     tokenizer, known = reference.tokenizer(), dict[str, list[int]]()  # choices share their context
     most_tokens = getattr(reference.config, "max_position_embeddings", None)
@@ -48,7 +48,7 @@ def encode(reference: ModelReference, items: Sequence[Item]) -> list[list[Encode
             known[text] = list(tokenizer(text, verbose=False)["input_ids"])
         return known[text]
 
-    encoded = [[Encoded(*split(request, ids_of)) for request in item.requests] for item in items]
+    encoded = [[Encoded(*encode_pair(request, ids_of)) for request in item.requests] for item in items]
     for item, requests in zip(items, encoded, strict=True):
         longest = max(len(one.ids) for one in requests)
         if most_tokens and longest > most_tokens:
@@ -64,7 +64,7 @@ def encode(reference: ModelReference, items: Sequence[Item]) -> list[list[Encode
 
 
 def score_items(
-    model: WholeModel, items: Sequence[Item], encoded: Sequence[Sequence[Encoded]], what: str
+    model: LoadedModel, items: Sequence[Item], encoded: Sequence[Sequence[Encoded]], what: str
 ) -> dict[Key, Answer]:
     """Every item's answer, with progress."""
     flat = [one for requests in encoded for one in requests]
@@ -76,7 +76,7 @@ def score_items(
     }
 
 
-def _score(model: WholeModel, requests: Sequence[Encoded]) -> Iterator[tuple[int, Scored]]:
+def _score(model: LoadedModel, requests: Sequence[Encoded]) -> Iterator[tuple[int, Scored]]:
     head = model.head.float()
     for batch in batches(requests):
         chosen = [requests[place] for place in batch]
@@ -100,7 +100,7 @@ def _score(model: WholeModel, requests: Sequence[Encoded]) -> Iterator[tuple[int
 
 
 def batches(requests: Sequence[Encoded]) -> list[list[int]]:
-    """Places of requests of like length, the longest first, up to `BATCH_TOKENS` together."""
+    """Indices of requests of about the same length, the longest first, up to `BATCH_TOKENS` tokens together."""
     found: list[list[int]] = []
     for place in sorted(range(len(requests)), key=lambda place: -len(requests[place].ids)):
         longest = len(requests[found[-1][0]].ids) if found else BATCH_TOKENS

@@ -1,4 +1,4 @@
-"""An evaluation for programs (JSON, which a later one can take as its base) and for people (a table)."""
+"""An evaluation as JSON, which a later one can take as its base, and as tables."""
 
 import hashlib
 import json
@@ -33,7 +33,7 @@ def fingerprint(items: Sequence[Item]) -> str:
 
 
 def tasks_document(items: Sequence[Item], ours: Answers, base: Answers | None) -> dict[str, Any]:
-    """Accuracies of both and what changed, by task and for `all`; and every answer."""
+    """Results of both models and the changes, by task and for `all`; and every answer."""
     results, of_base = summarize(ours), summarize(base) if base else {}
     changed = changes_by_task(base, ours) if base else {}
     return {
@@ -51,7 +51,7 @@ def tasks_document(items: Sequence[Item], ours: Answers, base: Answers | None) -
 
 
 def read_base(path: Path, items: Sequence[Item]) -> dict[Key, Answer]:
-    """The answers of the model of an earlier `lowbit evaluate --json`; ConfigError if it was asked something else."""
+    """The model's answers in the file of an earlier `lowbit evaluate --json`; ConfigError if its items were others."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         if document["kind"] != KIND:
@@ -86,8 +86,8 @@ def header(model: str, base: str | None, target: str | None, settings: Mapping[s
     }
 
 
-def table(title: str, ours: Answers, base: Answers | None) -> Table:
-    """One row a task; shares in per cent with 95 % intervals."""
+def tasks_table(title: str, ours: Answers, base: Answers | None) -> Table:
+    """One row per task; shares in per cent with 95 % intervals."""
     results, of_base = summarize(ours), summarize(base) if base else {}
     changed = changes_by_task(base, ours) if base else {}
     columns = ["task", "items", "acc_norm", "acc", "perplexity"]
@@ -99,6 +99,28 @@ def table(title: str, ours: Answers, base: Answers | None) -> Table:
     for task, result in results.items():
         compared = _compared(of_base.get(task), changed.get(task)) if base else []
         shown.add_row(task, *_row(result), *compared, end_section=task in [*results][-2:-1])
+    return shown
+
+
+def text_table(text: dict[str, Any]) -> Table:
+    """Quality on held-out text, and the manifest's mean KL beside it."""
+    heldout = text["heldout"]
+    shown = Table(
+        show_header=False, title=f"held-out text: {heldout['source']}, {text['predictions']:,} predictions"
+    )
+    if "mean_kld" in text:
+        shown.add_row(
+            "mean KL to the base", f"{text['mean_kld']:.5f} ± {text['kld_stderr']:.5f} nats per token"
+        )
+        shown.add_row("top-1 agreement", f"{text['top1_agreement']:.2%} ± {text['top1_stderr']:.2%}")
+        shown.add_row("perplexity of the base", f"{text['perplexity_base']:.4f}")
+    shown.add_row("perplexity", f"{text['perplexity']:.4f}")
+    shown.add_row("FP8 cache", "included" if text["kv_cache_included"] else "not included")
+    if manifest := text.get("manifest"):
+        verdict = "agrees" if manifest["agrees"] else "DIFFERS by more than the standard error"
+        shown.add_row(
+            "mean KL of the manifest", f"{manifest['mean_kld']:.5f} ± {manifest['kld_stderr']:.5f}: {verdict}"
+        )
     return shown
 
 

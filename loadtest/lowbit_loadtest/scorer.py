@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 
 from lowbit_core.errors import LowbitError
-from lowbit_core.evals.items import Request, split
+from lowbit_core.evals.items import Request, encode_pair
 from lowbit_core.evals.scoring import Scored, Top
 from lowbit_loadtest.client import REJECTED_STATUSES, error_message
 
@@ -58,7 +58,7 @@ class Scorer:
         if not self.sends_ids:
             return Prompt(request.context + request.continuation, len(request.context))
         seen = {text: await self._encode(text) for text in _texts(request)}
-        return Prompt(*split(request, seen.__getitem__))
+        return Prompt(*encode_pair(request, seen.__getitem__))
 
     async def score(self, prompt: Prompt, top: int = 1) -> Scored | None:
         """The continuation's log-probabilities; None when the server did not give them, even asked again."""

@@ -4,7 +4,6 @@ import gzip
 import json
 import math
 import random
-from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -17,8 +16,7 @@ from lowbit_core.evals.arithmetic import (
     paired_change,
     wilson,
 )
-from lowbit_core.evals.endpoint import GROUP, find_connect
-from lowbit_core.evals.items import Item, Request, split, take
+from lowbit_core.evals.items import Item, Request, encode_pair, sample_items
 from lowbit_core.evals.results import as_rows, changes, changes_by_task, from_rows, summarize
 from lowbit_core.evals.scoring import Answer, Scored, answer
 from lowbit_core.evals.tasks import TASKS, find_tasks_dir, load_items, load_own_items, load_text
@@ -53,13 +51,13 @@ def test_what_got_no_answer_is_wrong_and_counted() -> None:
 
 def test_trailing_spaces_of_a_context_belong_to_the_continuation() -> None:
     words = {"Q:": [1], "Q:  yes": [1, 2, 3]}
-    assert split(Request("Q: ", " yes"), words.__getitem__) == ([1, 2, 3], 1)
-    assert split(Request("", "Q:  yes"), words.__getitem__) == ([1, 2, 3], 0)
+    assert encode_pair(Request("Q: ", " yes"), words.__getitem__) == ([1, 2, 3], 1)
+    assert encode_pair(Request("", "Q:  yes"), words.__getitem__) == ([1, 2, 3], 0)
 
 
 def test_a_token_across_the_seam_is_scored_with_the_continuation() -> None:
     merged = {"ab": [1, 2], "abc": [1, 9]}
-    assert split(Request("ab", "c"), merged.__getitem__) == ([1, 9], 1)
+    assert encode_pair(Request("ab", "c"), merged.__getitem__) == ([1, 9], 1)
 
 
 def test_wilson_holds_the_true_share_as_often_as_it_says() -> None:
@@ -180,7 +178,7 @@ def test_tasks_are_read_without_their_unconditional_twins(tasks_dir: Path) -> No
 
 def test_the_same_seed_draws_the_same_items() -> None:
     items = [Item("t", str(number), "choice", ()) for number in range(100)]
-    assert take(items, 5, 1) == take(items, 5, 1) != take(items, 5, 2)
+    assert sample_items(items, 5, 1) == sample_items(items, 5, 1) != sample_items(items, 5, 2)
 
 
 def test_every_promised_task_is_there() -> None:
@@ -240,12 +238,3 @@ def test_changes_are_counted_by_task_and_for_all() -> None:
     assert {task: (each.items, each.lost, each.gained) for task, each in found.items()} == {
         "a": (2, 1, 0), "b": (1, 0, 1), "all": (3, 1, 1),
     }  # fmt: skip
-
-
-def test_an_installation_without_an_endpoint_names_the_command() -> None:
-    with pytest.raises(ConfigError, match="pip install"):
-        find_connect([])
-    missing = EntryPoint("endpoint", "no_such_package:connect", GROUP)
-    with pytest.raises(ConfigError, match="needs no_such_package; run: pip install no_such_package"):
-        find_connect([missing])
-    assert callable(find_connect())

@@ -25,9 +25,9 @@ def evaluate(file: Path, *arguments: object) -> dict[str, Any]:
     return document
 
 
-def test_whole_models_give_the_quality_that_rode_along(demo: Demo, tmp_path: Path) -> None:
+def test_models_loaded_whole_give_the_manifests_quality(demo: Demo, tmp_path: Path) -> None:
     found = evaluate(tmp_path / "text.json", demo.checkpoint, "--base", find_demo_model(), "--text")["text"]
-    assert found["riding"]["agrees"]
+    assert found["manifest"]["agrees"]
     assert found["mean_kld"] == pytest.approx(demo.report["mean_kld"], abs=2e-3)
     assert found["kv_cache_included"]
 

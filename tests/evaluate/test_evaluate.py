@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from lowbit_core.cli import main
 from lowbit_core.errors import ConfigError
 from lowbit_core.evals.items import Item, Request
 from lowbit_core.evals.tasks import load_own_items
-from lowbit_evaluate.heldout_text import TextPass, compare_text, heldout_text, run_text
-from lowbit_evaluate.loaded_model import open_whole
+from lowbit_evaluate.endpoint import GROUP, find_connect
+from lowbit_evaluate.heldout_text import TextStates, compare_text, load_heldout, run_text
+from lowbit_evaluate.loaded_model import load_model
 from lowbit_evaluate.loglikelihood import BATCH_TOKENS, Encoded, batches, encode, score_items
 from lowbit_quantize.pipeline import quantize
 from lowbit_quantize.recipe import Recipe, load_recipe
@@ -75,7 +77,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
     ],
     ids=["llama", "sliding", "experts", "pruned"],
 )
-def test_the_riding_quality_is_what_whole_models_give(
+def test_the_manifests_quality_is_what_models_loaded_whole_give(
     tiny_model: Callable[[str], Path],
     family: str,
     overrides: tuple[str, ...],
@@ -88,7 +90,7 @@ def test_the_riding_quality_is_what_whole_models_give(
     status, shown, _ = run(capsys, out, "--base", base, "--text", "--json", tmp_path / "out.json")
     text = json.loads((tmp_path / "out.json").read_text())["text"]
     assert status == 0
-    assert text["riding"]["agrees"]
+    assert text["manifest"]["agrees"]
     assert text["mean_kld"] == pytest.approx(manifest.quality.mean_kld, rel=0.02)
     assert text["perplexity"] == pytest.approx(manifest.quality.perplexity, rel=0.005)
     assert text["kv_cache_included"]
@@ -111,14 +113,14 @@ def test_the_fp8_cache_counts_and_can_be_left_out(
     """Its scales are the manifest's; a copy without a manifest has the same from its tensors."""
     bare = checkpoint.parent / "bare"
     shutil.copytree(checkpoint, bare, ignore=shutil.ignore_patterns("lowbit.json"))
-    with_manifest, without = (open_whole(find_model(str(path)), CPU) for path in (checkpoint, bare))
+    with_manifest, without = (load_model(find_model(str(path)), CPU) for path in (checkpoint, bare))
     assert len(with_manifest.scales) == 3
     pairs = [
         [(one.k_scale, one.v_scale) for one in each.scales.values()] for each in (with_manifest, without)
     ]
     assert pairs[0] == pairs[1]
-    unrounded = open_whole(find_model(str(checkpoint)), CPU, fp8_cache=False)
-    base = open_whole(find_model(str(tiny_model("llama"))), CPU)
+    unrounded = load_model(find_model(str(checkpoint)), CPU, fp8_cache=False)
+    base = load_model(find_model(str(tiny_model("llama"))), CPU)
     assert (unrounded.scales, base.scales) == ({}, {})
     ids = torch.arange(64)[None] % 500
     assert torch.equal(with_manifest.hidden(ids), without.hidden(ids))
@@ -131,7 +133,7 @@ def test_scores_are_those_of_one_request_at_a_time(
     """Batched and padded against the plain logits of each request by itself, in float32."""
     items = load_own_items(own_items)
     reference = find_model(str(tiny_model("llama")))
-    model, encoded = open_whole(reference, CPU, torch.float32), encode(reference, items)
+    model, encoded = load_model(reference, CPU, torch.float32), encode(reference, items)
     answers = score_items(model, items, encoded, "test")
     plain = AutoModelForCausalLM.from_pretrained(tiny_model("llama"), dtype=torch.float32).eval()
     for item, requests in zip(items, encoded, strict=True):
@@ -139,15 +141,18 @@ def test_scores_are_those_of_one_request_at_a_time(
         for one in requests:
             with torch.inference_mode():
                 logps = plain(torch.tensor([one.ids])).logits[0].log_softmax(-1)
-            rows, targets = logps[one.begins - 1 : -1], torch.tensor(one.ids[one.begins :])
+            rows, targets = (
+                logps[one.continuation_start - 1 : -1],
+                torch.tensor(one.ids[one.continuation_start :]),
+            )
             totals.append(float(rows.gather(-1, targets[:, None]).sum()))
             greedy.append(bool((rows.argmax(-1) == targets).all()))
-        judged = answers[item.key]
-        assert judged.logprob == pytest.approx(totals[item.gold or 0], rel=1e-4, abs=1e-3)
+        given = answers[item.key]
+        assert given.logprob == pytest.approx(totals[item.gold or 0], rel=1e-4, abs=1e-3)
         if item.kind == "cloze":
-            assert judged.acc_norm is greedy[0]
+            assert given.acc_norm is greedy[0]
         else:
-            assert judged.acc is (totals.index(max(totals)) == item.gold)
+            assert given.acc is (totals.index(max(totals)) == item.gold)
 
 
 def test_every_request_is_in_one_batch_and_no_batch_is_too_large() -> None:
@@ -205,13 +210,13 @@ def test_without_a_base_there_are_accuracies_alone(
 
 
 def test_models_with_other_heads_are_compared_each_through_its_own(tiny_model: Callable[[str], Path]) -> None:
-    one, other = (open_whole(find_model(str(tiny_model(name))), CPU) for name in ("llama", "qwen2"))
-    text = heldout_text(None, None, one.tokenizer, 512)
+    one, other = (load_model(find_model(str(tiny_model(name))), CPU) for name in ("llama", "qwen2"))
+    text = load_heldout(None, None, one.tokenizer, 512)
     few = type(text)(text.ids[:3, :40], text.domains[:3], text.record)
     p, q = run_text(one, few, "one"), run_text(other, few, "other")
     measured = compare_text(p, q, few, fp8_cache=False)
 
-    def log_p(each: TextPass) -> torch.Tensor:
+    def log_p(each: TextStates) -> torch.Tensor:
         return (each.hidden[:, :-1].float() @ each.head.float().T).double().log_softmax(-1)
 
     apart = (log_p(p).exp() * (log_p(p) - log_p(q))).sum(-1).mean()
@@ -278,7 +283,7 @@ def test_an_unfinished_checkpoint_or_one_that_lacks_tensors_is_refused(
     assert (status, error.count("lowbit: error:")) == (2, 1)
 
 
-def test_a_gguf_file_is_judged_and_one_that_transformers_reads_in_part_is_refused(
+def test_a_gguf_file_is_evaluated_and_one_that_transformers_reads_in_part_is_refused(
     own_items: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole, stretched = (
@@ -296,3 +301,12 @@ def test_a_choice_needs_something_before_it(tiny_model: Callable[[str], Path]) -
     item = Item("t", "1", "choice", (Request(" ", "a"), Request(" ", "b")), 0)
     with pytest.raises(ConfigError, match="item 1 of t has a choice with nothing before it"):
         encode(find_model(str(tiny_model("llama"))), [item])
+
+
+def test_an_installation_without_an_endpoint_names_the_command() -> None:
+    with pytest.raises(ConfigError, match="pip install"):
+        find_connect([])
+    missing = EntryPoint("endpoint", "no_such_package:connect", GROUP)
+    with pytest.raises(ConfigError, match="needs no_such_package; run: pip install no_such_package"):
+        find_connect([missing])
+    assert callable(find_connect())

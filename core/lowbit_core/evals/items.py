@@ -1,4 +1,4 @@
-"""What is asked: an item is one question, with one request for each of its continuations."""
+"""What is asked: an item is one question with a request for each of its continuations, or a text."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -20,34 +20,37 @@ class Request:
 
 @dataclass(frozen=True)
 class Item:
-    """`choice`: which request is likeliest, `gold` is right. `cloze`: is the one request what greedy decoding gives.
-    `text`: held-out text, one request without context."""
+    """One question or text.
+
+    `choice`: the model chooses the likeliest request; `gold` is the right one. `cloze`: right where greedy decoding
+    gives the continuation. `text`: held-out text, one request without context.
+    """
 
     task: str
     id: str
     kind: Kind
     requests: tuple[Request, ...]
     gold: int | None = None
-    normalized: bool = True  # log-probabilities are divided by the length of the continuation
+    normalized: bool = True  # the choice is made by acc_norm, not by acc
 
     @property
     def key(self) -> Key:
         return self.task, self.id
 
 
-def take(items: Sequence[Item], count: int, seed: int) -> list[Item]:
-    """`count` items drawn by the seed, in their own order; all where there are no more."""
+def sample_items(items: Sequence[Item], count: int, seed: int) -> list[Item]:
+    """`count` items drawn by the seed, in their original order; all where there are no more."""
     if count >= len(items):
         return list(items)
     chosen = sorted(random.Random(seed).sample(range(len(items)), count))
     return [items[index] for index in chosen]
 
 
-def split(request: Request, encode: Encode) -> tuple[list[int], int]:
+def encode_pair(request: Request, encode: Encode) -> tuple[list[int], int]:
     """The token ids of the whole request, and how many of them are context.
 
-    Spaces at the context's end belong to the continuation, and the whole is encoded at once, as in
-    lm-evaluation-harness: tokens at the seam are those that the model would see.
+    Spaces at the context's end are moved to the continuation, and both are encoded together, as in
+    lm-evaluation-harness (`_encode_pair`): a token may then span the boundary, as it does in running text.
     """
     stripped = request.context.rstrip(" ")
     continuation = request.context[len(stripped) :] + request.continuation

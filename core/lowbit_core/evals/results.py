@@ -1,4 +1,4 @@
-"""From answers to results: accuracy and perplexity by task, and what changed between two sets of answers."""
+"""From answers to results: accuracy and perplexity by task, and the changes between two models' answers."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,12 +29,12 @@ class TaskResult:
     unanswered: int
     acc: Estimate | None = None
     acc_norm: Estimate | None = None
-    perplexity: Estimate | None = None  # of texts; of a cloze: of its last words
+    perplexity: Estimate | None = None  # of texts; of a cloze, of its continuation
     tokens: int = 0
 
 
 def summarize(answers: Answers) -> dict[str, TaskResult]:
-    """By task, and `all`: every question as one of a pool, every text as one of a pool."""
+    """By task, and `all`: the questions of every task together, the texts of every task together."""
     by_task: defaultdict[str, list[Answer]] = defaultdict(list)
     for one in answers.values():
         by_task[one.key[0]].append(one)
@@ -72,23 +72,23 @@ def perplexity(found: Iterable[Answer]) -> Estimate:
 
 @dataclass(frozen=True)
 class Changes:
-    """Two sets of answers to the same items: `b` against `a`."""
+    """Answers `b` compared with answers `a` to the same items."""
 
     items: int  # questions in both
-    flips: int  # another choice than before, right or wrong
+    flips: int  # other choices than in a, right or wrong
     lost: int  # right in a, wrong in b, by acc_norm
     gained: int
     flip_share: Estimate | None
-    acc_norm_change: Estimate | None  # in shares of the items, paired
+    acc_norm_change: Estimate | None  # a share of the items, paired
     mcnemar_p: float | None
     mean_logprob_shift: float | None  # mean |Δ log p| of a token of the right continuation or text
     perplexity_ratio: Estimate | None
-    kl_lower_bound: Estimate | None  # KL(a‖b) a token of text, in nats
+    kl_lower_bound: Estimate | None  # KL(a‖b) in nats per token of text
     kl_tokens: int
 
 
 def changes(a: Answers, b: Answers) -> Changes:
-    """What differs in b; only items in both count."""
+    """What differs in b; items that only one has are left out."""
     pairs = [(a[key], b[key]) for key in a if key in b]
     asked = [(one, other) for one, other in pairs if one.acc_norm is not None and other.acc_norm is not None]
     flips = sum(one.chosen != other.chosen for one, other in asked)
@@ -116,7 +116,7 @@ def changes(a: Answers, b: Answers) -> Changes:
 
 
 def changes_by_task(a: Answers, b: Answers) -> dict[str, Changes]:
-    """`changes` of each task, and of `all` as one pool."""
+    """`changes` of each task, and of `all` together."""
     tasks = sorted({task for task, _ in a.keys() & b.keys()})
     found = {
         task: changes(*({key: one[key] for key in one if key[0] == task} for one in (a, b))) for task in tasks

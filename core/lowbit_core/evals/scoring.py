@@ -10,7 +10,7 @@ Top = dict[str, float]  # token (its text or id) to log-probability
 
 @dataclass(frozen=True)
 class Scored:
-    """What a model says of one request. `top` is of each scored token, where it was asked for."""
+    """What a model gives for one request. `top` has the likeliest tokens at each position, if asked for."""
 
     token_logprobs: tuple[float, ...]
     greedy: bool  # every token of the continuation is the likeliest
@@ -23,7 +23,7 @@ class Scored:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of one item. `chosen` is the request that won; None of an item that got no answer.
+    """A model's answer to one item. `chosen` is the number of the request; None of an item that got no answer.
 
     `acc` and `acc_norm` say whether it is right, as in lm-eval: by log-probability, and by log-probability divided by
     the continuation's length. They are equal where lm-eval has only acc. A text has neither, only the log-probability
@@ -41,7 +41,7 @@ class Answer:
 
 
 def answer(item: Item, scored: Sequence[Scored] | None) -> Answer:
-    """Judge one item; without scores (the server lost it) a question is wrong and a text is empty."""
+    """The answer to one item; without scores (the server gave none) a question is wrong and a text is empty."""
     if scored is None:
         lost = None if item.kind == "text" else False
         return Answer(item.key, item.kind, lost, lost, None, None, 0)

