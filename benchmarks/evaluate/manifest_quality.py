@@ -1,10 +1,10 @@
-"""The quality that rode along with the walk, against `lowbit evaluate` on the same text with both models loaded whole.
+"""The manifest's quality, measured during the walk, against `lowbit evaluate` on the same text.
 
-    python benchmarks/evaluate/riding.py --out benchmarks/evaluate/results/riding.json [--moe DIR]
+    python benchmarks/evaluate/manifest_quality.py --out benchmarks/evaluate/results/manifest_quality.json [--moe DIR]
 
 Run it with Lowbit's Python. It quantizes SmolLM2-135M-Instruct with `awq-g64`, and the mixture of experts in `--moe`
 (a directory with a model and `held.json`, token ids by domain) dense and pruned: the first half of each domain
-calibrates, of the second half the rows count that share no run of tokens with it. Exit 1 where a mean KL differs by
+calibrates; of the second half, rows that share no run of tokens with it are held out. Exit 1 where a mean KL differs by
 more than its standard error.
 """
 
@@ -33,7 +33,7 @@ MOE_RECIPES = ("awq-g64", "reap25-awq-g64")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Riding quality against lowbit evaluate --text.")
+    parser = argparse.ArgumentParser(description="The manifest's quality against lowbit evaluate --text.")
     parser.add_argument("--moe", type=Path, help="a mixture of experts with held.json")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
@@ -53,14 +53,16 @@ def main() -> int:
         for model, recipe, flags in runs:
             result["runs"].append(run(model, recipe, flags, work / f"{len(result['runs'])}"))
             arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print("| model, recipe | riding mean KL | whole models | difference | agrees |\n|---|---|---|---|---|")
+    print(
+        "| model, recipe | manifest's mean KL | lowbit evaluate | difference | agrees |\n|---|---|---|---|---|"
+    )
     for one in result["runs"]:
-        riding, whole = one["riding"], one["whole"]
+        manifest, again = one["manifest"], one["evaluate"]
         print(
-            f"| {one['model']}, {one['recipe']} | {riding['mean_kld']:.5f} ± {riding['kld_stderr']:.5f} | "
-            f"{whole['mean_kld']:.5f} | {riding['difference']:+.6f} | {'yes' if riding['agrees'] else 'NO'} |"
+            f"| {one['model']}, {one['recipe']} | {manifest['mean_kld']:.5f} ± {manifest['kld_stderr']:.5f} | "
+            f"{again['mean_kld']:.5f} | {manifest['difference']:+.6f} | {'yes' if manifest['agrees'] else 'NO'} |"
         )
-    return 0 if all(one["riding"]["agrees"] for one in result["runs"]) else 1
+    return 0 if all(one["manifest"]["agrees"] for one in result["runs"]) else 1
 
 
 def texts_of(moe: Path, work: Path) -> tuple[str, ...]:
@@ -102,8 +104,8 @@ def run(model: Path, recipe: str, flags: tuple[str, ...], out: Path) -> dict[str
         "perplexity_ratio",
         "kv_cache_included",
     )
-    whole = {name: text[name] for name in names}
-    return {"model": model.stem, "recipe": recipe, "riding": text["riding"], "whole": whole}
+    again = {name: text[name] for name in names}
+    return {"model": model.stem, "recipe": recipe, "manifest": text["manifest"], "evaluate": again}
 
 
 if __name__ == "__main__":
