@@ -5,7 +5,9 @@ Nothing of vLLM or torch is imported before the checkpoint has been checked.
 
 import argparse
 import os
+from collections.abc import Mapping
 from dataclasses import fields
+from pathlib import Path
 
 from lowbit_core.cli import Command
 from lowbit_core.errors import ConfigError, EngineError
@@ -15,6 +17,15 @@ from lowbit_server.config import ServeConfig, refuse_uneven_nodes
 from lowbit_server.flags import add_arguments
 
 log = get_logger("serve")
+
+
+def add_serve_arguments(parser: argparse.ArgumentParser, environment: Mapping[str, str] = os.environ) -> None:
+    """Declare the directory and the flags of ServeConfig."""
+    parser.add_argument(
+        "directory", metavar="DIR", type=Path, nargs="?", default=environment.get("LOWBIT_DIR"),
+        help="checkpoint directory that `lowbit quantize` wrote, or any Hugging Face model directory",
+    )  # fmt: skip
+    add_arguments(parser, ServeConfig, environment)
 
 
 def config_from(arguments: argparse.Namespace) -> ServeConfig:
@@ -84,6 +95,6 @@ def prepare_environment(log_level: str) -> None:
 
 command = Command(
     help="serve a checkpoint on vLLM behind an OpenAI-compatible endpoint",
-    add_arguments=add_arguments,
+    add_arguments=add_serve_arguments,
     run=run,
 )

@@ -1,15 +1,23 @@
-"""What `lowbit serve` is asked to do: its flags, checked, as one object."""
+"""What `lowbit serve` is asked to do: one table of its flags, their environment variables and their defaults."""
+
+# ruff: noqa: RUF009  # `flag` is dataclasses.field
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
 from lowbit_core.errors import ConfigError
+from lowbit_server.flags import between, flag, fraction, gib, named_paths, one_of
 
 Device = Literal["cpu", "gpu"]
 KVDtype = Literal["auto", "fp8", "bfloat16"]
 KV_DTYPES: tuple[str, ...] = get_args(KVDtype)
-GIB = 1 << 30
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what the engine has kernels for
+
+_model, _engine, _nodes = partial(flag, "model"), partial(flag, "engine"), partial(flag, "several nodes")
+_limit, _http = partial(flag, "limits"), partial(flag, "HTTP and operation")
+_port, _tokens = between(1, 65535), between(1, 1 << 30)
 
 
 @dataclass(frozen=True)
@@ -17,45 +25,78 @@ class ServeConfig:
     """The flags of `lowbit serve`, each checked; None means that the value is derived."""
 
     directory: Path
-    host: str = "127.0.0.1"
-    port: int = 8000
-    served_model_name: str | None = None
-    max_model_len: int | None = None
-    kv_cache_memory_bytes: int | None = None
-    kv_cache_dtype: KVDtype = "auto"
-    gpu_memory_utilization: float | None = None
-    tensor_parallel_size: int = 1
-    pipeline_parallel_size: int = 1
-    nnodes: int = 1
-    node_rank: int = 0
-    master_addr: str = "127.0.0.1"
-    master_port: int = 29501
-    max_num_seqs: int | None = None
-    tool_call_parser: str | None = None
-    reasoning_parser: str | None = None
-    lora_modules: tuple[tuple[str, Path], ...] = ()
-    lora_dir: Path | None = None
-    max_loras: int = 4
-    max_lora_rank: int = 16
-    max_num_queued_reqs: int = 1024
-    max_num_queued_tokens: int | None = None
-    api_keys: Path | None = None
-    request_timeout_s: int | None = None
-    max_header_bytes: int = 64 << 10
-    max_body_bytes: int = 32 << 20
-    max_prompt_characters: int | None = None
-    max_output_tokens: int | None = None
-    admin_port: int | None = None
-    cors_origins: str = ""
-    ssl_certfile: Path | None = None
-    ssl_keyfile: Path | None = None
-    otlp_traces_endpoint: str | None = None
-    no_request_log: bool = False
-    enforce_eager: bool = False
-    allow_rejected: bool = False
-    skip_hash_check: bool = False
-    trust_remote_code: bool = False
-    drain_timeout_s: int = 30
+
+    served_model_name: str | None = _model("name in the API (default: the base model's name)", str)
+    max_model_len: int | None = _model("context length (default: the model's, if it fits)", _tokens)
+    tool_call_parser: str | None = _model("how the model writes tool calls (hermes, llama3_json, …)", str)
+    reasoning_parser: str | None = _model("how the model marks its reasoning (qwen3, deepseek_r1, …)", str)
+    lora_modules: tuple[tuple[str, Path], ...] = _model(
+        "LoRA adapters to load at the start: NAME=DIR, several by comma", named_paths, ()
+    )
+    lora_dir: Path | None = _model(
+        "directory of LoRA adapters, each loaded when a request names it as its model", Path
+    )
+    max_loras: int = _model("most adapters in one batch", between(1, 1024), 4)
+    max_lora_rank: int = _model("largest rank of an adapter", one_of(*LORA_RANKS), 16)
+    allow_rejected: bool = _model("serve a checkpoint that its quality gate rejected")
+    skip_hash_check: bool = _model("check names and sizes of the checkpoint's files, not their SHA-256")
+    trust_remote_code: bool = _model("run Python code that the checkpoint directory contains")
+
+    kv_cache_memory_bytes: int | None = _engine(
+        "the same in bytes", between(1, 1 << 50),
+        kv_cache_gib=("GiB of KV cache on each device (default: 2 on the CPU, derived on a GPU)", gib),
+    )  # fmt: skip
+    kv_cache_dtype: KVDtype = _engine(
+        "auto (what the checkpoint says), fp8, bfloat16", one_of(*KV_DTYPES), "auto"
+    )
+    gpu_memory_utilization: float | None = _engine(
+        "share of each GPU's memory (default: the engine's)", fraction
+    )
+    tensor_parallel_size: int = _engine("devices that share the weights", between(1, 64), 1)
+    max_num_seqs: int | None = _engine(
+        "most sequences in one batch (default: the engine's)", between(1, 65536)
+    )
+    enforce_eager: bool = _engine("skip torch.compile: starts sooner, runs slower")
+
+    pipeline_parallel_size: int = _nodes(
+        "groups of devices that each hold a part of the layers", between(1, 64), 1
+    )
+    nnodes: int = _nodes("machines that hold one model together", between(1, 64), 1)
+    node_rank: int = _nodes("which of them this is; 0 leads and answers requests", between(0, 63), 0)
+    master_addr: str = _nodes("address at which the others reach node 0", str, "127.0.0.1")
+    master_port: int = _nodes("a free port of node 0 where all nodes meet", _port, 29501)
+
+    api_keys: Path | None = _limit(
+        "file of named API keys and their limits (`lowbit key` makes entries)", Path
+    )
+    max_num_queued_reqs: int = _limit(
+        "most requests at once, running or waiting; more are answered 429", between(1, 1 << 20), 1024
+    )
+    max_num_queued_tokens: int | None = _limit(
+        "most prompt tokens that wait to be read (default: no limit)", _tokens
+    )
+    request_timeout_s: int | None = _limit(
+        "longest time for a request; a client may ask for less with x-request-timeout (default: no limit)",
+        between(1, 86400),
+    )
+    max_header_bytes: int = _limit("largest request head", between(1024, 1 << 20), 64 << 10)
+    max_body_bytes: int = _limit("largest request body", between(1024, 1 << 30), 32 << 20)
+    max_prompt_characters: int | None = _limit("longest text of a prompt (default: no limit)", _tokens)
+    max_output_tokens: int | None = _limit(
+        "largest max_tokens of a request (default: the context length)", _tokens
+    )
+
+    host: str = _http("address to listen on", str, "127.0.0.1")
+    port: int = _http("port to listen on", _port, 8000)
+    admin_port: int | None = _http(
+        "own port for /metrics and admin, without keys (default: on --port)", _port
+    )
+    cors_origins: str = _http("origins that browsers may call from, by comma (default: none)", str, "")
+    ssl_certfile: Path | None = _http("certificate for HTTPS, with --ssl-keyfile", Path)
+    ssl_keyfile: Path | None = _http("private key for HTTPS", Path)
+    drain_timeout_s: int = _http("longest wait at SIGTERM for running requests", between(0, 3600), 30)
+    otlp_traces_endpoint: str | None = _http("OpenTelemetry collector to send traces to (default: none)", str)
+    no_request_log: bool = _http("do not write a line for each request")
 
 
 def refuse_uneven_nodes(config: ServeConfig) -> None:

@@ -1,83 +1,103 @@
-"""The flags of `lowbit serve` by group, and how the text of each becomes a value.
+"""Command-line flags and environment variables from the fields of one dataclass.
 
-Each flag `--some-flag` may also come from `LOWBIT_SOME_FLAG`; the flag wins.
+A field `some_field` made by `flag` is the flag `--some-field` and the variable `LOWBIT_SOME_FIELD`; the flag wins over
+the variable, and the variable over the field's default.
 """
 
 import argparse
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from lowbit_core.errors import ConfigError
-from lowbit_server.config import GIB, KV_DTYPES, ServeConfig
 
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what the engine has kernels for
+GIB = 1 << 30
 TRUE, FALSE = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
+
+Parse = Callable[[str], object]  # raises ValueError, whose text completes "it must be …"
 
 
 @dataclass(frozen=True)
 class Flag:
-    """`--name VALUE`; the default is ServeConfig's unless one is given. `parse` None makes it a switch."""
+    """`--name VALUE`; without `parse` it is a switch."""
 
     name: str
-    parse: Callable[[str], object] | None
+    group: str
     help: str
+    parse: Parse | None = None
+    default: object = None
 
     @property
-    def default(self) -> object:
-        return getattr(ServeConfig, self.name.removeprefix("--").replace("-", "_"), None)
+    def variable(self) -> str:
+        return "LOWBIT_" + self.name.removeprefix("--").replace("-", "_").upper()
 
 
-def add_arguments(parser: argparse.ArgumentParser, environment: Mapping[str, str] = os.environ) -> None:
-    """Declare the flags; their defaults come from the environment, then from ServeConfig."""
-    parser.add_argument(
-        "directory", metavar="DIR", type=Path, nargs="?", default=environment.get("LOWBIT_DIR"),
-        help="checkpoint directory that `lowbit quantize` wrote, or any Hugging Face model directory",
-    )  # fmt: skip
-    for title, flags in GROUPS.items():
-        group = parser.add_argument_group(title)
-        for flag in flags:
-            _add(group, flag, environment)
+def flag(
+    group: str, help: str, parse: Parse | None = None, default: object = None, **also: tuple[str, Parse]
+) -> Any:
+    """A dataclass field that is a flag; `also`: flags that set the same field in another unit."""
+    return field(
+        default=False if parse is None else default,
+        metadata={"group": group, "help": help, "parse": parse, "also": also},
+    )
 
 
-def _add(group: argparse._ArgumentGroup, flag: Flag, environment: Mapping[str, str]) -> None:
-    if flag.parse is None:
-        group.add_argument(
-            flag.name, action="store_true", default=_switched_on(flag.name, environment), help=flag.help
-        )
-        return
-    given = environment.get(variable(flag.name), flag.default)
-    if str(given).startswith("tcp://"):  # Kubernetes' own LOWBIT_PORT, for a Service named "lowbit"
-        given = flag.default
-    group.add_argument(flag.name, type=_named(flag.name, flag.parse), default=given, help=flag.help)
+def flags_of(config: type) -> list[Flag]:
+    """Every flag that the fields of a dataclass declare."""
+    found = []
+    for one in fields(config):
+        if data := one.metadata:
+            name = "--" + one.name.replace("_", "-")
+            for other, (help, parse) in data["also"].items():
+                found.append(Flag("--" + other.replace("_", "-"), data["group"], help, parse))
+            found.append(Flag(name, data["group"], data["help"], data["parse"], one.default))
+    return found
 
 
-def variable(flag: str) -> str:
-    return "LOWBIT_" + flag.removeprefix("--").replace("-", "_").upper()
+def add_arguments(
+    parser: argparse.ArgumentParser, config: type, environment: Mapping[str, str] = os.environ
+) -> None:
+    """Declare a dataclass's flags, by group; their defaults come from the environment, then from the fields."""
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for one in flags_of(config):
+        group = groups.get(one.group) or groups.setdefault(one.group, parser.add_argument_group(one.group))
+        if one.parse is None:
+            group.add_argument(
+                one.name, action="store_true", default=_switched_on(one, environment), help=one.help
+            )
+            continue
+        given = environment.get(one.variable, one.default)
+        if str(given).startswith("tcp://"):  # Kubernetes' own LOWBIT_PORT, for a Service named "lowbit"
+            given = one.default
+        shown = "" if one.default in (None, "", ()) else f" (default: {one.default})"
+        group.add_argument(one.name, type=_named(one, one.parse), default=given, help=one.help + shown)
 
 
-def _switched_on(flag: str, environment: Mapping[str, str]) -> bool:
-    text = environment.get(variable(flag), "").lower()
+def _switched_on(one: Flag, environment: Mapping[str, str]) -> bool:
+    text = environment.get(one.variable, "").lower()
     if text not in TRUE + FALSE:
-        raise ConfigError(f"{variable(flag)}={text}: give 1 or 0")
+        raise ConfigError(f"{one.variable}={text}: give 1 or 0")
     return text in TRUE
 
 
-def _named(flag: str, parse: Callable[[str], object]) -> Callable[[str], object]:
+def _named(one: Flag, parse: Parse) -> Parse:
     """Turn a ValueError of `parse` into one line that names the flag."""
 
     def convert(text: str) -> object:
         try:
             return parse(text)
         except ValueError as error:
-            raise ConfigError(f"{flag} (or {variable(flag)}) is {text!r}; it must be {error}") from None
+            raise ConfigError(f"{one.name} (or {one.variable}) is {text!r}; it must be {error}") from None
 
     return convert
 
 
-def _between(low: int, high: int) -> Callable[[str], int]:
+def between(low: int, high: int) -> Parse:
+    """A whole number in this range, both ends included."""
+
     def parse(text: str) -> int:
         if not text.isascii() or not text.isdigit() or not low <= int(text) <= high:
             raise ValueError(f"a whole number from {low} to {high}")
@@ -86,14 +106,28 @@ def _between(low: int, high: int) -> Callable[[str], int]:
     return parse
 
 
-def _gib(text: str) -> int:
+def one_of(*choices: object) -> Parse:
+    """One of these, written as `str` writes it."""
+
+    def parse(text: str) -> object:
+        found = {str(choice): choice for choice in choices}
+        if text not in found:
+            raise ValueError(f"one of {', '.join(found)}")
+        return found[text]
+
+    return parse
+
+
+def gib(text: str) -> int:
+    """Bytes of a number of GiB."""
     number = _float(text)
     if not 0 < number <= 1 << 20:
         raise ValueError("a number of GiB above 0")
     return int(number * GIB)
 
 
-def _fraction(text: str) -> float:
+def fraction(text: str) -> float:
+    """A number above 0 and at most 1."""
     number = _float(text)
     if not 0 < number <= 1:
         raise ValueError("a number above 0 and at most 1")
@@ -104,110 +138,12 @@ def _float(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        return math.nan  # fails the caller's range check, which knows what to say
+        return math.nan  # fails the caller's range check, which has the right message
 
 
-def _one_of(choices: tuple[str, ...]) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        if text not in choices:
-            raise ValueError(f"one of {', '.join(choices)}")
-        return text
-
-    return parse
-
-
-def _adapters(text: str) -> tuple[tuple[str, Path], ...]:
+def named_paths(text: str) -> tuple[tuple[str, Path], ...]:
+    """`NAME=DIR,NAME=DIR` as pairs."""
     pairs = [pair.partition("=") for pair in text.split(",") if pair]
     if not pairs or not all(name and path for name, _, path in pairs):
         raise ValueError("NAME=DIR, several by comma")
     return tuple((name, Path(path)) for name, _, path in pairs)
-
-
-def _rank(text: str) -> int:
-    if text not in map(str, LORA_RANKS):
-        raise ValueError(f"one of {', '.join(map(str, LORA_RANKS))}")
-    return int(text)
-
-
-_PORT, _TOKENS, _SECONDS = _between(1, 65535), _between(1, 1 << 30), _between(0, 3600)
-
-GROUPS: dict[str, tuple[Flag, ...]] = {
-    "model": (
-        Flag("--served-model-name", str, "name in the API (default: the base model's name)"),
-        Flag("--max-model-len", _TOKENS, "context length (default: the model's, if it fits)"),
-        Flag(
-            "--tool-call-parser", str, "how the model writes tool calls, for `tools` (hermes, llama3_json, …)"
-        ),
-        Flag("--reasoning-parser", str, "how the model marks its reasoning (qwen3, deepseek_r1, …)"),
-        Flag("--lora-modules", _adapters, "LoRA adapters to load at the start: NAME=DIR, several by comma"),
-        Flag(
-            "--lora-dir",
-            Path,
-            "directory whose LoRA adapters are loaded when a request names one as its model",
-        ),
-        Flag("--max-loras", _between(1, 1024), "most adapters in one batch (default: %(default)s)"),
-        Flag("--max-lora-rank", _rank, "largest rank of an adapter (default: %(default)s)"),
-        Flag("--allow-rejected", None, "serve a checkpoint that its quality gate rejected"),
-        Flag("--skip-hash-check", None, "check names and sizes of the checkpoint's files, not their SHA-256"),
-        Flag("--trust-remote-code", None, "run Python code that the checkpoint directory contains"),
-    ),
-    "engine": (
-        Flag(
-            "--kv-cache-gib", _gib, "GiB of KV cache on each device (default: 2 on the CPU, derived on a GPU)"
-        ),
-        Flag("--kv-cache-memory-bytes", _between(1, 1 << 50), "the same in bytes"),
-        Flag("--kv-cache-dtype", _one_of(KV_DTYPES), "auto (what the checkpoint says), fp8, bfloat16"),
-        Flag("--gpu-memory-utilization", _fraction, "share of each GPU's memory (default: the engine's)"),
-        Flag(
-            "--tensor-parallel-size", _between(1, 64), "devices that share the weights (default: %(default)s)"
-        ),
-        Flag("--max-num-seqs", _between(1, 65536), "most sequences in one batch (default: the engine's)"),
-        Flag("--enforce-eager", None, "skip torch.compile: starts sooner, runs slower"),
-    ),
-    "several nodes": (
-        Flag(
-            "--pipeline-parallel-size",
-            _between(1, 64),
-            "groups of devices that hold one part of the layers each (default: %(default)s)",
-        ),
-        Flag("--nnodes", _between(1, 64), "machines that hold one model together (default: %(default)s)"),
-        Flag(
-            "--node-rank",
-            _between(0, 63),
-            "which of them this is; 0 leads and answers requests (default: %(default)s)",
-        ),
-        Flag("--master-addr", str, "where the others reach node 0 (default: %(default)s)"),
-        Flag("--master-port", _PORT, "a free port of node 0 where all nodes meet (default: %(default)s)"),
-    ),
-    "limits": (
-        Flag("--api-keys", Path, "file of named API keys and their limits (`lowbit key` makes entries)"),
-        Flag(
-            "--max-num-queued-reqs",
-            _between(1, 1 << 20),
-            "most requests at once, running or waiting; more are answered 429 (default: %(default)s)",
-        ),
-        Flag(
-            "--max-num-queued-tokens", _TOKENS, "most prompt tokens that wait to be read (default: no limit)"
-        ),
-        Flag(
-            "--request-timeout-s",
-            _between(1, 86400),
-            "longest time for a request; a client may ask for less with x-request-timeout (default: no limit)",
-        ),
-        Flag("--max-header-bytes", _between(1024, 1 << 20), "largest request head (default: %(default)s)"),
-        Flag("--max-body-bytes", _between(1024, 1 << 30), "largest request body (default: %(default)s)"),
-        Flag("--max-prompt-characters", _TOKENS, "longest text of a prompt (default: no limit)"),
-        Flag("--max-output-tokens", _TOKENS, "largest max_tokens of a request (default: the context length)"),
-    ),
-    "HTTP and operation": (
-        Flag("--host", str, "address to listen on (default: %(default)s)"),
-        Flag("--port", _PORT, "port to listen on (default: %(default)s)"),
-        Flag("--admin-port", _PORT, "own port for /metrics and admin, without keys (default: on --port)"),
-        Flag("--cors-origins", str, "origins that browsers may call from, by comma (default: none)"),
-        Flag("--ssl-certfile", Path, "certificate for HTTPS, with --ssl-keyfile"),
-        Flag("--ssl-keyfile", Path, "private key for HTTPS"),
-        Flag("--drain-timeout-s", _SECONDS, "longest wait at SIGTERM for what runs (default: %(default)s)"),
-        Flag("--otlp-traces-endpoint", str, "OpenTelemetry collector to send traces to (default: none)"),
-        Flag("--no-request-log", None, "do not write a line for each request"),
-    ),
-}

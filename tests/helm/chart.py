@@ -8,9 +8,8 @@ from typing import Any
 import helm_python
 import yaml
 
-from lowbit_server.cli import config_from
+from lowbit_server.cli import add_serve_arguments, config_from
 from lowbit_server.config import ServeConfig
-from lowbit_server.flags import add_arguments
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "helm"
@@ -79,5 +78,5 @@ def settings(resources: dict[str, Resource]) -> dict[str, str]:
 def parsed(environment: dict[str, str]) -> ServeConfig:
     """The server's settings out of a pod's environment."""
     parser = argparse.ArgumentParser()
-    add_arguments(parser, environment)
+    add_serve_arguments(parser, environment)
     return config_from(parser.parse_args([]))

@@ -28,8 +28,8 @@ from lowbit_core.cli import Command
 from lowbit_loadtest.cli import command as loadtest
 from lowbit_quantize.cli import command as quantize
 from lowbit_quantize.recipe import bundled_recipes
-from lowbit_server.config import GIB, ServeConfig
-from lowbit_server.flags import GROUPS, variable
+from lowbit_server.config import ServeConfig
+from lowbit_server.flags import GIB, flags_of
 
 EVERY_FLAG: Resource = {
     "servedModelName": "a name",
@@ -65,7 +65,7 @@ UNSET = {"LOWBIT_KV_CACHE_MEMORY_BYTES", "LOWBIT_ADMIN_PORT"}
 
 
 def test_chart_sets_exactly_the_variables_that_the_server_reads() -> None:
-    read = {"LOWBIT_DIR", *(variable(flag.name) for group in GROUPS.values() for flag in group)}
+    read = {"LOWBIT_DIR", *(flag.variable for flag in flags_of(ServeConfig))}
     secrets = {"apiKeys": {"existingSecret": "keys"}, "tls": {"existingSecret": "tls"}}
     monitoring = {"serviceMonitor": {"enabled": False}}
     everything = render("multi-node", server=EVERY_FLAG, **secrets, monitoring=monitoring)

@@ -9,10 +9,9 @@ import pytest
 from lowbit_core.errors import CheckpointError, ConfigError
 from lowbit_core.manifest import MANIFEST_NAME, PROGRESS_NAME
 from lowbit_server.checkpoint import open_checkpoint
-from lowbit_server.cli import config_from, prepare_environment, run
+from lowbit_server.cli import add_serve_arguments, config_from, prepare_environment, run
 from lowbit_server.config import Device, ServeConfig
 from lowbit_server.engine.arguments import DEFAULT_CPU_KV_CACHE_BYTES, derive_engine_arguments
-from lowbit_server.flags import add_arguments
 
 if TYPE_CHECKING:
     from tests.server.conftest import MakeCheckpoint
@@ -23,7 +22,7 @@ NO_KV_SCHEME = {"quantization_config": {"quant_method": "awq"}}
 
 def _parse(words: list[str], environment: dict[str, str] | None = None) -> ServeConfig:
     parser = argparse.ArgumentParser()
-    add_arguments(parser, environment or {})
+    add_serve_arguments(parser, environment or {})
     return config_from(parser.parse_args(words))
 
 
@@ -130,7 +129,7 @@ def test_directory_without_manifest_opens_with_unknown_quality(make_checkpoint: 
 def test_refusal_comes_before_vllm_is_imported(make_checkpoint: "MakeCheckpoint") -> None:
     directory = make_checkpoint(accepted=False)
     parser = argparse.ArgumentParser()
-    add_arguments(parser, {})
+    add_serve_arguments(parser, {})
     with pytest.raises(CheckpointError):
         run(parser.parse_args([str(directory)]))
 

@@ -6,9 +6,10 @@ import pytest
 
 from lowbit_core.errors import ConfigError
 from lowbit_server.checkpoint import open_checkpoint
-from lowbit_server.config import GIB, Device, ServeConfig
+from lowbit_server.config import Device, ServeConfig
 from lowbit_server.engine.forecast import refuse_what_does_not_fit
 from lowbit_server.engine.nvml import GpuMemory
+from lowbit_server.flags import GIB
 
 if TYPE_CHECKING:
     from tests.server.conftest import MakeCheckpoint

@@ -9,7 +9,8 @@ from typing import Any
 
 from lowbit_core.errors import ConfigError
 from lowbit_server.checkpoint import Checkpoint
-from lowbit_server.config import GIB, Device, ServeConfig
+from lowbit_server.config import Device, ServeConfig
+from lowbit_server.flags import GIB
 
 DEFAULT_CPU_KV_CACHE_BYTES = 2 * GIB  # the host's memory is shared with everything else that runs there
 KV_BLOCK_TOKENS = 128  # the CPU engine's block; a multiple of every GPU block size
