@@ -29,9 +29,9 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 from tests.loadtest.fake_openai import Reply, settings_of  # noqa: E402
 
-from lowbit_loadtest.drive import Share, Target  # noqa: E402
-from lowbit_loadtest.plan import Job, Plan, Turn  # noqa: E402
-from lowbit_loadtest.workers import run_workers, shares_of  # noqa: E402
+from lowbit_loadtest.generate.driver import Share, Target  # noqa: E402
+from lowbit_loadtest.generate.schedule import Job, Plan, Turn  # noqa: E402
+from lowbit_loadtest.generate.workers import run_workers, shares_of  # noqa: E402
 
 RAMP_S = 2.0
 LIMIT_MS = 5.0

@@ -19,16 +19,24 @@ from urllib.parse import urlsplit
 from lowbit_core.cli import Command
 from lowbit_core.errors import ConfigError
 from lowbit_core.log import get_logger
-from lowbit_loadtest.html_report import as_html
-from lowbit_loadtest.progress import progress
-from lowbit_loadtest.prompts import read_prompts
-from lowbit_loadtest.quality import base_answers
-from lowbit_loadtest.quality_run import Answers
-from lowbit_loadtest.records import Outcome
-from lowbit_loadtest.report import as_document, lines, record_lines
-from lowbit_loadtest.runner import Result, run_load_test
-from lowbit_loadtest.scenario import DEFAULT_PROMPT, FilePrompts, Scenario
-from lowbit_loadtest.scenario_file import bundled_scenarios, load_scenario, parse_scenario
+from lowbit_loadtest.generate.prompts import read_prompts
+from lowbit_loadtest.generate.records import Outcome
+from lowbit_loadtest.quality.run import Answers
+from lowbit_loadtest.quality.verdict import base_answers
+from lowbit_loadtest.report.document import as_document, record_lines
+from lowbit_loadtest.report.page import as_html
+from lowbit_loadtest.report.progress import progress
+from lowbit_loadtest.report.result import Result
+from lowbit_loadtest.report.text import lines
+from lowbit_loadtest.runner import run_load_test
+from lowbit_loadtest.scenario import (
+    DEFAULT_PROMPT,
+    FilePrompts,
+    Scenario,
+    bundled_scenarios,
+    load_scenario,
+    parse_scenario,
+)
 
 log = get_logger("loadtest")
 

@@ -20,7 +20,7 @@ from lowbit_core.evals.arithmetic import Estimate
 from lowbit_core.evals.items import Key as ItemKey
 from lowbit_core.evals.results import changes, from_rows, perplexity
 from lowbit_core.evals.scoring import Answer
-from lowbit_loadtest.statistics import (
+from lowbit_loadtest.report.statistics import (
     Bounds,
     Sample,
     bounds_of,

@@ -15,7 +15,7 @@ from lowbit_core.cli import Command
 from lowbit_core.errors import ConfigError
 from lowbit_core.log import get_logger
 from lowbit_loadtest.compare import Comparison, Difference, compare
-from lowbit_loadtest.report import FORMAT_VERSION
+from lowbit_loadtest.report.document import FORMAT_VERSION
 
 log = get_logger("compare")
 

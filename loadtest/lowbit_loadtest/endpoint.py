@@ -16,9 +16,9 @@ from lowbit_core.errors import ConfigError
 from lowbit_core.evals.items import Item
 from lowbit_core.evals.scoring import Answer, answer
 from lowbit_core.manifest import read_manifest
-from lowbit_loadtest.client import PREFLIGHT_TIMEOUT_S
-from lowbit_loadtest.drive import Target, open_http
-from lowbit_loadtest.scorer import Scorer, Unsupported, find_scorer
+from lowbit_loadtest.generate.client import PREFLIGHT_TIMEOUT_S
+from lowbit_loadtest.generate.driver import Target, open_http
+from lowbit_loadtest.quality.scorer import Scorer, Unsupported, find_scorer
 
 CONCURRENCY = 8
 API_KEY = "LOWBIT_API_KEY"

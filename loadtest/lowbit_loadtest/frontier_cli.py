@@ -15,11 +15,11 @@ from typing import Any
 from lowbit_core.cli import Command
 from lowbit_core.errors import ConfigError
 from lowbit_core.log import get_logger
-from lowbit_loadtest.frontier import Interrupted, Workplace, run_frontier
-from lowbit_loadtest.frontier_plan import FrontierPlan, load_plan
-from lowbit_loadtest.frontier_report import as_html, as_markdown
-from lowbit_loadtest.frontier_results import as_document
-from lowbit_loadtest.progress import progress
+from lowbit_loadtest.frontier.page import as_html, as_markdown
+from lowbit_loadtest.frontier.plan import FrontierPlan, load_plan
+from lowbit_loadtest.frontier.results import as_document
+from lowbit_loadtest.frontier.run import Interrupted, Workplace, run_frontier
+from lowbit_loadtest.report.progress import progress
 
 log = get_logger("frontier")
 

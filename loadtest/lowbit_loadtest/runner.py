@@ -5,52 +5,21 @@ sends its next request when its last one has ended, so the server sets the pace,
 """
 
 import asyncio
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
-from lowbit_loadtest.client import ChatClient
-from lowbit_loadtest.drive import Share, Target, open_http
-from lowbit_loadtest.metrics import Run, Summary, arrival_window, steady_interval, summarize
-from lowbit_loadtest.plan import Plan, make_plan
-from lowbit_loadtest.quality import Quality
-from lowbit_loadtest.quality_run import Answers, OnRun, OnTally, measure_quality
-from lowbit_loadtest.scenario import Conversations, Ramp, Scenario
-from lowbit_loadtest.scrape import Scraper, UsageCheck, check_usage
-from lowbit_loadtest.search import next_search_rate
-from lowbit_loadtest.sitting import read_items
-from lowbit_loadtest.tokens import find_counter
-from lowbit_loadtest.workers import Ran, default_workers, run_workers, shares_of
-
-
-@dataclass(frozen=True)
-class Point:
-    """One rate, all its repetitions. `valid` is False when the generator was too late to be believed."""
-
-    offered_rps: float | None
-    runs: tuple[Run, ...]
-    summary: Summary
-    valid: bool
-    invalid_because: tuple[str, ...]
-    server: tuple[dict[str, Any], ...]  # the server's own metrics, one a repetition
-    usage: tuple[UsageCheck, ...]
-
-    def meets(self, scenario: Scenario) -> bool:
-        """Whether enough requests met the SLOs."""
-        attained = self.summary.slo_attainment
-        return attained is not None and attained >= scenario.slo.attainment
-
-
-@dataclass(frozen=True)
-class Result:
-    """A whole load test."""
-
-    target: Target
-    points: tuple[Point, ...]
-    workers: int
-    counted_by: str  # who counted prompt tokens: server or words
-    interrupted: bool
-    quality: Quality | None = None
+from lowbit_loadtest.generate.client import ChatClient
+from lowbit_loadtest.generate.driver import Share, Target, open_http
+from lowbit_loadtest.generate.schedule import Plan, make_plan
+from lowbit_loadtest.generate.tokens import find_counter
+from lowbit_loadtest.generate.workers import OnRun, OnTally, Ran, default_workers, run_workers, shares_of
+from lowbit_loadtest.quality.questions import read_items
+from lowbit_loadtest.quality.run import Answers, measure_quality
+from lowbit_loadtest.rates import rate_for_quality, rates_to_measure
+from lowbit_loadtest.report.result import Point, Result
+from lowbit_loadtest.report.server_metrics import Scraper, UsageCheck, check_usage
+from lowbit_loadtest.report.summary import Run, Summary, arrival_window, steady_interval, summarize
+from lowbit_loadtest.scenario import Conversations, Scenario
 
 
 def run_load_test(
@@ -66,7 +35,7 @@ def run_load_test(
     workers = scenario.generator.workers or default_workers()
     points: list[Point] = []
     counted_by, interrupted = "server", False
-    for stage, rate_rps in enumerate(_rates(scenario, points)):
+    for stage, rate_rps in enumerate(rates_to_measure(scenario, points)):
         plans, counted_by = asyncio.run(_plans(scenario, target, rate_rps, stage))
         runs, extras, reasons = [], [], []
         for repetition, plan in enumerate(plans, 1):
@@ -86,51 +55,6 @@ def run_load_test(
         quality = measure_quality(scenario, items, target, workers, rate_rps, on_run, base)
         interrupted = quality is None
     return Result(target, tuple(points), workers, counted_by, interrupted, quality)
-
-
-def rate_for_quality(scenario: Scenario, points: Sequence[Point]) -> float | None:
-    """Of several rates, the highest that met the SLOs, or the lowest; otherwise the scenario's own."""
-    if len(points) < 2:
-        return points[0].offered_rps if isinstance(scenario.arrivals, Ramp) or scenario.search else None
-    rates = [
-        point.offered_rps or 0.0 for point in points if not scenario.slo.limits_s or point.meets(scenario)
-    ]
-    return max(rates, default=min(point.offered_rps or 0.0 for point in points))
-
-
-def _rates(scenario: Scenario, points: Sequence[Point]) -> Iterator[float | None]:
-    """The rates to measure, each chosen after the last was; None stands for the scenario's own."""
-    if isinstance(scenario.arrivals, Ramp):
-        rate_rps = scenario.arrivals.start_rps
-        while rate_rps <= scenario.arrivals.max_rps:
-            yield rate_rps
-            if is_saturated(points[-1], scenario):
-                return
-            rate_rps *= scenario.arrivals.growth
-    elif scenario.search is not None:
-        while True:
-            seen = [(point.offered_rps or 0.0, point.meets(scenario) and point.valid) for point in points]
-            next_rps = next_search_rate(scenario.search, seen)
-            if next_rps is None:
-                return
-            yield next_rps
-    else:
-        yield None
-
-
-def is_saturated(point: Point, scenario: Scenario) -> bool:
-    """Whether a ramp's stage was the last that is worth its time."""
-    assert isinstance(scenario.arrivals, Ramp)
-    done_rps, offered_rps = point.summary.requests_per_s or 0.0, point.offered_rps or 0.0
-    too_slow = done_rps < scenario.arrivals.saturation * _arrived_rps(point, offered_rps)
-    return too_slow or not point.valid or (bool(scenario.slo.limits_s) and not point.meets(scenario))
-
-
-def _arrived_rps(point: Point, offered_rps: float) -> float:
-    """What really arrived in the windows: a short Poisson stage differs from its rate by chance."""
-    seconds = sum(run.window.length_s for run in point.runs if run.window)
-    arrived = sum(len(run.measured) for run in point.runs if run.window)
-    return arrived / seconds if seconds else offered_rps
 
 
 def _run_once(

@@ -4,11 +4,14 @@ Unknown keys are refused with their path. Knows nothing of HTTP and of clocks; `
 `arrivals` into send times, `prompts.py` turns `prompts` and `output` into requests. `scenario_file.py` reads files.
 """
 
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from lowbit_core.documents import DocumentPath, Section
+from lowbit_core.documents import DocumentPath, Section, load_document, parse_document
 
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -285,3 +288,20 @@ class Scenario(Section):
             raise ValueError("search needs a limit in slo: ttft_s, tpot_s or e2e_s")
         if self.search.low_rps >= self.search.high_rps:
             raise ValueError("search.low_rps must be below search.high_rps")
+
+
+def bundled_scenarios() -> dict[str, Path]:
+    """Scenarios that ship with Lowbit, by name."""
+    package = Path(str(files("lowbit_loadtest")))
+    folder = next(path for path in (package / "scenarios", package.parent / "scenarios") if path.is_dir())
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"), key=lambda path: path.stem)}
+
+
+def load_scenario(name_or_path: str, overrides: tuple[str, ...] = ()) -> Scenario:
+    """Read a scenario by bundled name or path and apply `key.path=value` overrides; raises ConfigError."""
+    return load_document("scenario", name_or_path, Scenario, bundled=bundled_scenarios(), overrides=overrides)
+
+
+def parse_scenario(data: Mapping[str, Any], origin: str) -> Scenario:
+    """Validate scenario data; paths in it are relative to the working directory. Raises ConfigError."""
+    return parse_document("scenario", data, origin, Scenario)

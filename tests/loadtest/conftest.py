@@ -19,9 +19,9 @@ import uvicorn
 from tests.loadtest.fake_openai import Reply as TimedReply
 from tests.loadtest.fake_openai import settings_of
 
-from lowbit_loadtest.client import ChatClient, Message
-from lowbit_loadtest.drive import Driven, Driver, Share, Tally, Target, open_http
-from lowbit_loadtest.plan import Job, Turn
+from lowbit_loadtest.generate.client import ChatClient, Message
+from lowbit_loadtest.generate.driver import Driven, Driver, Share, Tally, Target, open_http
+from lowbit_loadtest.generate.schedule import Job, Turn
 
 ASGIMessage = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[ASGIMessage]]

@@ -13,8 +13,8 @@ from lowbit_core.evals.results import as_rows
 from lowbit_core.evals.scoring import Answer
 from lowbit_loadtest.compare import compare, judge
 from lowbit_loadtest.compare_cli import command
-from lowbit_loadtest.report import REQUEST_COLUMNS
-from lowbit_loadtest.statistics import Bounds
+from lowbit_loadtest.report.document import REQUEST_COLUMNS
+from lowbit_loadtest.report.statistics import Bounds
 
 
 def document(

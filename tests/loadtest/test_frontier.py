@@ -14,14 +14,14 @@ from tests.loadtest.conftest import FakeServer
 
 from lowbit_core.errors import ConfigError, EngineError
 from lowbit_core.evals.arithmetic import Estimate
-from lowbit_loadtest.frontier import Workplace, order_of_visits, run_frontier
-from lowbit_loadtest.frontier_charts import Spot, scatter
-from lowbit_loadtest.frontier_plan import FrontierPlan, load_plan
-from lowbit_loadtest.frontier_report import as_html, as_markdown
-from lowbit_loadtest.frontier_results import as_document, over_visits, pareto, status
-from lowbit_loadtest.quality_run import OnTally
-from lowbit_loadtest.recommendation import Standing, Status, recommend
-from lowbit_loadtest.serving import Served
+from lowbit_loadtest.frontier.charts import Spot, scatter
+from lowbit_loadtest.frontier.page import as_html, as_markdown
+from lowbit_loadtest.frontier.plan import FrontierPlan, load_plan
+from lowbit_loadtest.frontier.processes import Served
+from lowbit_loadtest.frontier.recommendation import Standing, Status, recommend
+from lowbit_loadtest.frontier.results import as_document, over_visits, pareto, status
+from lowbit_loadtest.frontier.run import Workplace, order_of_visits, run_frontier
+from lowbit_loadtest.generate.workers import OnTally
 
 PLAN = """
 description: two fakes

@@ -7,11 +7,11 @@ from html.parser import HTMLParser
 import pytest
 from tests.loadtest.fake_openai import Reply
 
-from lowbit_loadtest.html_report import as_html
-from lowbit_loadtest.report import as_document
+from lowbit_loadtest.report.document import as_document
+from lowbit_loadtest.report.page import as_html
+from lowbit_loadtest.report.svg import Chart, Mark, Series, ticks
 from lowbit_loadtest.runner import run_load_test
-from lowbit_loadtest.scenario_file import parse_scenario
-from lowbit_loadtest.svg import Chart, Mark, Series, ticks
+from lowbit_loadtest.scenario import parse_scenario
 
 VOID = {"meta", "br"}
 

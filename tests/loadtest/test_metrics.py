@@ -5,11 +5,11 @@ import random
 
 import pytest
 
-from lowbit_loadtest.metrics import Run, Summary, arrival_window, is_good, lag, steady_interval
-from lowbit_loadtest.metrics import summarize as summarize_runs
-from lowbit_loadtest.records import Interval, Outcome, RequestRecord
+from lowbit_loadtest.generate.records import Interval, Outcome, RequestRecord
+from lowbit_loadtest.report.statistics import Sample, distribution
+from lowbit_loadtest.report.summary import Run, Summary, arrival_window, is_good, lag, steady_interval
+from lowbit_loadtest.report.summary import summarize as summarize_runs
 from lowbit_loadtest.scenario import SLO
-from lowbit_loadtest.statistics import Sample, distribution
 
 
 def record(

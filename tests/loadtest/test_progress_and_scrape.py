@@ -6,10 +6,10 @@ import logging
 import pytest
 from rich.console import Console
 
-from lowbit_loadtest.drive import Tally
-from lowbit_loadtest.progress import describe, progress
-from lowbit_loadtest.records import Outcome, RequestRecord
-from lowbit_loadtest.scrape import check_usage, parse_metrics
+from lowbit_loadtest.generate.driver import Tally
+from lowbit_loadtest.generate.records import Outcome, RequestRecord
+from lowbit_loadtest.report.progress import describe, progress
+from lowbit_loadtest.report.server_metrics import check_usage, parse_metrics
 
 TALLY = Tally(in_flight=3, outcomes={"completed": 11, "rejected": 1}, output_tokens=480)
 

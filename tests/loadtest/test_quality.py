@@ -14,18 +14,19 @@ from tests.loadtest.conftest import FakeServer, Receive, Send, serve_fake
 from lowbit_core.errors import ConfigError
 from lowbit_core.evals.arithmetic import Estimate
 from lowbit_core.evals.items import Request
-from lowbit_loadtest.drive import Target, open_http
-from lowbit_loadtest.html_report import as_html
-from lowbit_loadtest.probes import fits, judge, make_probes, repeats
-from lowbit_loadtest.quality import Quality, base_answers, judge_change, share_under_load
-from lowbit_loadtest.quality_run import OnTally, measure_quality
-from lowbit_loadtest.records import Interval, Outcome, RequestRecord
-from lowbit_loadtest.report import as_document, lines
+from lowbit_loadtest.generate.driver import Target, open_http
+from lowbit_loadtest.generate.records import Interval, Outcome, RequestRecord
+from lowbit_loadtest.generate.workers import OnTally
+from lowbit_loadtest.quality.probes import fits, judge, make_probes, repeats
+from lowbit_loadtest.quality.questions import read_items
+from lowbit_loadtest.quality.run import measure_quality
+from lowbit_loadtest.quality.scorer import Scorer, Unsupported, find_scorer
+from lowbit_loadtest.quality.verdict import Quality, base_answers, judge_change, share_under_load
+from lowbit_loadtest.report.document import as_document
+from lowbit_loadtest.report.page import as_html
+from lowbit_loadtest.report.text import lines
 from lowbit_loadtest.runner import run_load_test
-from lowbit_loadtest.scenario import Scenario
-from lowbit_loadtest.scenario_file import parse_scenario
-from lowbit_loadtest.scorer import Scorer, Unsupported, find_scorer
-from lowbit_loadtest.sitting import read_items
+from lowbit_loadtest.scenario import Scenario, parse_scenario
 
 LIKELY = -0.5  # of words that the stand-in knows, others are at -3
 KNOWN = ("right", "known", "words")

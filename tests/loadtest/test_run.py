@@ -8,10 +8,10 @@ import pytest
 from tests.loadtest.conftest import drive, jobs
 
 from lowbit_core.errors import ConfigError
-from lowbit_loadtest.client import ChatClient, sse_data
-from lowbit_loadtest.drive import Target, open_http
-from lowbit_loadtest.metrics import Run, Summary, steady_interval, summarize
-from lowbit_loadtest.records import Outcome, RequestRecord
+from lowbit_loadtest.generate.client import ChatClient, sse_data
+from lowbit_loadtest.generate.driver import Target, open_http
+from lowbit_loadtest.generate.records import Outcome, RequestRecord
+from lowbit_loadtest.report.summary import Run, Summary, steady_interval, summarize
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -9,13 +9,23 @@ import numpy as np
 import pytest
 
 from lowbit_core.errors import ConfigError
-from lowbit_loadtest.arrivals import Draw, draw_lengths, generator, send_times_s
-from lowbit_loadtest.plan import Plan, make_plan
-from lowbit_loadtest.prompts import PromptMaker
-from lowbit_loadtest.scenario import Constant, Conversations, Gamma, Lengths, Poisson, Replay, Scenario
-from lowbit_loadtest.scenario_file import bundled_scenarios, load_scenario, parse_scenario
-from lowbit_loadtest.tokens import ServerTokens, WordTokens, find_counter, fit_to_tokens
-from lowbit_loadtest.traces import read_trace
+from lowbit_loadtest.generate.arrivals import Draw, draw_lengths, generator, send_times_s
+from lowbit_loadtest.generate.prompts import PromptMaker
+from lowbit_loadtest.generate.schedule import Plan, make_plan
+from lowbit_loadtest.generate.tokens import ServerTokens, WordTokens, find_counter, fit_to_tokens
+from lowbit_loadtest.generate.traces import read_trace
+from lowbit_loadtest.scenario import (
+    Constant,
+    Conversations,
+    Gamma,
+    Lengths,
+    Poisson,
+    Replay,
+    Scenario,
+    bundled_scenarios,
+    load_scenario,
+    parse_scenario,
+)
 
 POISSON = {"kind": "poisson", "rate_rps": 2}
 TEXT = {"kind": "text"}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lowbit_core.errors import EngineError, LowbitError
-from lowbit_loadtest.serving import quantize, serving
+from lowbit_loadtest.frontier.processes import quantize, serving
 
 
 def test_a_server_that_refuses_its_directory_is_an_error_with_its_reason(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lowbit_loadtest.statistics import (
+from lowbit_loadtest.report.statistics import (
     PERCENTILES,
     Sample,
     block_weights,

@@ -18,16 +18,16 @@ import pytest
 from tests.loadtest.conftest import jobs
 from tests.loadtest.fake_openai import Reply
 
-from lowbit_loadtest.drive import Share, Tally, Target
-from lowbit_loadtest.metrics import Run, lag
-from lowbit_loadtest.plan import Plan
-from lowbit_loadtest.records import Outcome
-from lowbit_loadtest.report import as_document
-from lowbit_loadtest.runner import Result, run_load_test
-from lowbit_loadtest.scenario import Search
-from lowbit_loadtest.scenario_file import parse_scenario
-from lowbit_loadtest.search import bracket, next_search_rate
-from lowbit_loadtest.workers import run_workers, shares_of
+from lowbit_loadtest.generate.driver import Share, Tally, Target
+from lowbit_loadtest.generate.records import Outcome
+from lowbit_loadtest.generate.schedule import Plan
+from lowbit_loadtest.generate.workers import run_workers, shares_of
+from lowbit_loadtest.rates import next_search_rate
+from lowbit_loadtest.report.document import as_document
+from lowbit_loadtest.report.result import Result, bracket
+from lowbit_loadtest.report.summary import Run, lag
+from lowbit_loadtest.runner import run_load_test
+from lowbit_loadtest.scenario import Search, parse_scenario
 
 Start = Callable[..., str]
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import httpx
 
-from lowbit_loadtest.client import ChatClient
-from lowbit_loadtest.drive import Driven, Driver, Share, Tally, Target, open_http
-from lowbit_loadtest.plan import Job
+from lowbit_loadtest.generate.client import ChatClient
+from lowbit_loadtest.generate.driver import Driven, Driver, Share, Tally, Target, open_http
+from lowbit_loadtest.generate.schedule import Job
 
 POLL_S = 1e-4  # what one turn of the loop costs
 

@@ -16,8 +16,8 @@ from lowbit_core.evals.arithmetic import Estimate, paired_change
 from lowbit_core.evals.items import Key
 from lowbit_core.evals.results import Changes, TaskResult, changes, from_rows, summarize
 from lowbit_core.evals.scoring import Answer
-from lowbit_loadtest.probes import Reply
-from lowbit_loadtest.records import Interval
+from lowbit_loadtest.generate.records import Interval
+from lowbit_loadtest.quality.probes import Reply
 
 Verdict = Literal["held", "fell", "undecided"]
 

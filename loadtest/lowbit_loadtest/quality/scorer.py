@@ -15,7 +15,7 @@ import httpx
 from lowbit_core.errors import LowbitError
 from lowbit_core.evals.items import Request, encode_pair
 from lowbit_core.evals.scoring import Scored, Top
-from lowbit_loadtest.client import REJECTED_STATUSES, error_message
+from lowbit_loadtest.generate.client import REJECTED_STATUSES, error_message
 
 TRIED_TOPS = (20, 5, 1)  # how many of the likeliest tokens; servers limit it
 RETRIES = 5

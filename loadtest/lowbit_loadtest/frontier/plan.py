@@ -9,8 +9,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from lowbit_core.documents import SUFFIXES, DocumentPath, Section, document_path, load_document
-from lowbit_loadtest.scenario import PositiveFloat, Quality, Scenario
-from lowbit_loadtest.scenario_file import load_scenario
+from lowbit_loadtest.scenario import PositiveFloat, Quality, Scenario, load_scenario
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 NameOrFile = Annotated[str, document_path(lambda text, path: path.suffix in SUFFIXES)]

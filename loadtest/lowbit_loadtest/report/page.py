@@ -4,11 +4,10 @@ from html import escape
 from typing import Any
 
 from lowbit_core.evals.arithmetic import Estimate, span
-from lowbit_loadtest.quality_report import VERDICTS, points_text
-from lowbit_loadtest.report import highest_rate_text
-from lowbit_loadtest.svg import Chart, Mark, Series
+from lowbit_loadtest.report.statistics import PERCENTILES
+from lowbit_loadtest.report.svg import Chart, Mark, Series
+from lowbit_loadtest.report.text import VERDICTS, highest_rate_text, points_text
 
-PERCENTILES = {"p50": 50.0, "p90": 90.0, "p95": 95.0, "p99": 99.0, "p999": 99.9}
 LATENCIES = {
     "ttft_s": "time to first token",
     "inter_token_latency_s": "inter-token latency",

@@ -17,14 +17,13 @@ import httpx
 from lowbit_core.errors import ConfigError, EngineError, LowbitError
 from lowbit_core.log import get_logger
 from lowbit_core.manifest import MANIFEST_NAME
-from lowbit_loadtest.frontier_plan import Checkpoint, FrontierPlan, scenarios_of
-from lowbit_loadtest.quality_run import OnRun
-from lowbit_loadtest.report import as_document
+from lowbit_loadtest.frontier.plan import Checkpoint, FrontierPlan, scenarios_of
+from lowbit_loadtest.frontier.processes import Served, quantize, serving
+from lowbit_loadtest.generate.workers import OnRun
+from lowbit_loadtest.quality.questions import read_items
+from lowbit_loadtest.report.document import as_document
 from lowbit_loadtest.runner import run_load_test
-from lowbit_loadtest.scenario import Scenario
-from lowbit_loadtest.scenario_file import parse_scenario
-from lowbit_loadtest.serving import Served, quantize, serving
-from lowbit_loadtest.sitting import read_items
+from lowbit_loadtest.scenario import Scenario, parse_scenario
 
 log = get_logger("frontier")
 

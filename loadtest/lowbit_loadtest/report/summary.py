@@ -14,9 +14,9 @@ from itertools import pairwise
 
 import numpy as np
 
-from lowbit_loadtest.records import Interval, Outcome, RequestRecord
+from lowbit_loadtest.generate.records import Interval, Outcome, RequestRecord
+from lowbit_loadtest.report.statistics import Bounds, Distribution, Sample, bootstrap_mean, distribution
 from lowbit_loadtest.scenario import SLO
-from lowbit_loadtest.statistics import Bounds, Distribution, Sample, bootstrap_mean, distribution
 
 
 @dataclass(frozen=True)

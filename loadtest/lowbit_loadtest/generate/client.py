@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 
 from lowbit_core.errors import ConfigError
-from lowbit_loadtest.records import Outcome, RequestRecord
+from lowbit_loadtest.generate.records import Outcome, RequestRecord
 
 REJECTED_STATUSES = (429, 503)
 FAILED_FINISH_REASONS = ("abort", "error")  # vLLM ends a request that it lost with these

@@ -13,9 +13,9 @@ from typing import Any
 from lowbit_core import __version__
 from lowbit_core.evals.arithmetic import Estimate
 from lowbit_core.evals.results import changes, from_rows
-from lowbit_loadtest.frontier_plan import Constraints, FrontierPlan
-from lowbit_loadtest.recommendation import Standing, Status, recommend
-from lowbit_loadtest.statistics import student_mean
+from lowbit_loadtest.frontier.plan import Constraints, FrontierPlan
+from lowbit_loadtest.frontier.recommendation import Standing, Status, recommend
+from lowbit_loadtest.report.statistics import student_mean
 
 Document = dict[str, Any]
 FORMAT_VERSION = 1

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lowbit_loadtest.client import ChatRequest
-from lowbit_loadtest.records import Outcome, RequestRecord
+from lowbit_loadtest.generate.client import ChatRequest
+from lowbit_loadtest.generate.records import Outcome, RequestRecord
 
 PROSE = (
     "Explain in a few sentences why the sky is blue.",

@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lowbit_core.log import get_logger
-from lowbit_loadtest.drive import Tally
-from lowbit_loadtest.quality_run import OnRun, OnTally
-from lowbit_loadtest.records import Outcome
+from lowbit_loadtest.generate.driver import Tally
+from lowbit_loadtest.generate.records import Outcome
+from lowbit_loadtest.generate.workers import OnRun, OnTally
 
 log = get_logger("loadtest")
 

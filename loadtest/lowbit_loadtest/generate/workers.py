@@ -20,9 +20,9 @@ from threading import Event
 from typing import Any
 
 from lowbit_core.errors import LowbitError
-from lowbit_loadtest.client import ChatClient
-from lowbit_loadtest.drive import Driven, Driver, Share, Tally, open_http
-from lowbit_loadtest.plan import Plan
+from lowbit_loadtest.generate.client import ChatClient
+from lowbit_loadtest.generate.driver import Driven, Driver, Share, Tally, open_http
+from lowbit_loadtest.generate.schedule import Plan
 
 TALLY_EVERY_S = 0.25
 START_TIMEOUT_S = 120.0
@@ -30,6 +30,7 @@ STARTS_IN_S = 0.1
 STOP_TIMEOUT_S = 15.0
 
 OnTally = Callable[[Tally], None]
+OnRun = Callable[[str, int | None], OnTally]  # a run begins: its title, and how many requests it has
 
 
 @dataclass(frozen=True)

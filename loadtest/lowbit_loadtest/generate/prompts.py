@@ -14,11 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from lowbit_core.errors import ConfigError
 from lowbit_core.jsonl import read_jsonl
-from lowbit_loadtest.arrivals import Draw, draw_lengths, generator
-from lowbit_loadtest.client import Message
+from lowbit_loadtest.generate.arrivals import Draw, draw_lengths, generator
+from lowbit_loadtest.generate.client import Message
+from lowbit_loadtest.generate.tokens import Counter, fit_to_tokens
+from lowbit_loadtest.generate.traces import MOONCAKE_BLOCK_TOKENS, TraceRow
 from lowbit_loadtest.scenario import Conversations, FilePrompts, SharedPrefix, Synthetic, Text
-from lowbit_loadtest.tokens import Counter, fit_to_tokens
-from lowbit_loadtest.traces import MOONCAKE_BLOCK_TOKENS, TraceRow
 
 # Short and common, so that most tokenizers give each one token after a space.
 _WORDS = """

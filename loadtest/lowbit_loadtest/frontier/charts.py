@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 
 from lowbit_core.evals.arithmetic import Estimate
-from lowbit_loadtest.svg import COLORS, ticks
+from lowbit_loadtest.report.svg import COLORS, ticks
 
 WIDTH = 720
 LEFT, RIGHT, TOP, BOTTOM = 72, 24, 16, 48

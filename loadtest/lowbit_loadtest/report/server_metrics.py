@@ -14,8 +14,8 @@ from typing import Any
 import httpx
 import numpy as np
 
-from lowbit_loadtest.drive import Target
-from lowbit_loadtest.records import Outcome, RequestRecord
+from lowbit_loadtest.generate.driver import Target
+from lowbit_loadtest.generate.records import Outcome, RequestRecord
 
 COUNTERS = {
     "vllm:prompt_tokens_total": "prompt_tokens",

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lowbit_core.errors import ConfigError
-from lowbit_loadtest.arrivals import Draw, OpenArrivals, draw_lengths, generator, send_times_s
-from lowbit_loadtest.client import Message
-from lowbit_loadtest.prompts import PromptMaker, Turns
+from lowbit_loadtest.generate.arrivals import Draw, OpenArrivals, draw_lengths, generator, send_times_s
+from lowbit_loadtest.generate.client import Message
+from lowbit_loadtest.generate.prompts import PromptMaker, Turns
+from lowbit_loadtest.generate.tokens import Counter
+from lowbit_loadtest.generate.traces import read_trace
 from lowbit_loadtest.scenario import Closed, Conversations, Output, Poisson, Ramp, Replay, Scenario, Text
-from lowbit_loadtest.tokens import Counter
-from lowbit_loadtest.traces import read_trace
 
 POOL_REQUESTS = 512  # distinct prompts of a closed loop that runs for a time and not for a count
 

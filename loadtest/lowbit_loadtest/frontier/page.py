@@ -5,8 +5,8 @@ from html import escape
 from typing import Any
 
 from lowbit_core.evals.arithmetic import Estimate, span
-from lowbit_loadtest.frontier_charts import Spot, color, dots_by_group, legend, scatter, stacked_bars
-from lowbit_loadtest.svg import Chart, Mark, Series
+from lowbit_loadtest.frontier.charts import Spot, color, dots_by_group, legend, scatter, stacked_bars
+from lowbit_loadtest.report.svg import Chart, Mark, Series
 
 Document = dict[str, Any]
 MIB = 1 << 20

@@ -18,13 +18,13 @@ from lowbit_core.errors import ConfigError
 from lowbit_core.evals.items import Item, Key
 from lowbit_core.evals.scoring import Answer, Scored, answer
 from lowbit_core.evals.tasks import load_items, load_own_items, load_text
-from lowbit_loadtest.client import ChatClient
-from lowbit_loadtest.drive import Target, open_http
-from lowbit_loadtest.probes import Probe, Reply, judge, make_probes
-from lowbit_loadtest.quality import Sitting
-from lowbit_loadtest.records import Interval, Outcome
+from lowbit_loadtest.generate.client import ChatClient
+from lowbit_loadtest.generate.driver import Target, open_http
+from lowbit_loadtest.generate.records import Interval, Outcome
+from lowbit_loadtest.quality.probes import Probe, Reply, judge, make_probes
+from lowbit_loadtest.quality.scorer import Prompt, Scorer, Unsupported, find_scorer
+from lowbit_loadtest.quality.verdict import Sitting
 from lowbit_loadtest.scenario import Quality
-from lowbit_loadtest.scorer import Prompt, Scorer, Unsupported, find_scorer
 
 TOKENIZED_AT_ONCE = 8
 Question = tuple[Item, tuple[Prompt, ...]]

@@ -11,7 +11,7 @@ from typing import Literal
 
 from lowbit_core.evals.arithmetic import Estimate, span
 from lowbit_core.evals.results import Changes
-from lowbit_loadtest.frontier_plan import Constraints, FrontierPlan
+from lowbit_loadtest.frontier.plan import Constraints, FrontierPlan
 
 Status = Literal["met", "missed", "open"]
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field, replace
 
 import httpx
 
-from lowbit_loadtest.client import ChatClient, ChatRequest, Clock, Message
-from lowbit_loadtest.plan import Job
-from lowbit_loadtest.records import Outcome, RequestRecord
-from lowbit_loadtest.transport import StreamTransport
+from lowbit_loadtest.generate.client import ChatClient, ChatRequest, Clock, Message
+from lowbit_loadtest.generate.records import Outcome, RequestRecord
+from lowbit_loadtest.generate.schedule import Job
+from lowbit_loadtest.generate.transport import StreamTransport
 
 HEARTBEAT_S = 0.01
 TIMER_SLACK_S = 0.0012  # epoll rounds up to whole milliseconds

@@ -7,24 +7,22 @@ measured before: these runs' times are not reported.
 
 import asyncio
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lowbit_core.evals.items import Item, Key
 from lowbit_core.evals.scoring import Answer
-from lowbit_loadtest.drive import Share, Tally, Target, open_http
-from lowbit_loadtest.plan import Plan, make_plan
-from lowbit_loadtest.quality import Quality, examine
-from lowbit_loadtest.records import Interval, Outcome, RequestRecord
+from lowbit_loadtest.generate.driver import Share, Tally, Target, open_http
+from lowbit_loadtest.generate.records import Interval, Outcome, RequestRecord
+from lowbit_loadtest.generate.schedule import Plan, make_plan
+from lowbit_loadtest.generate.tokens import find_counter
+from lowbit_loadtest.generate.workers import OnRun, OnTally, run_workers, shares_of
+from lowbit_loadtest.quality.questions import Exam, prepare, sit
+from lowbit_loadtest.quality.verdict import Quality, examine
 from lowbit_loadtest.scenario import Scenario
-from lowbit_loadtest.sitting import Exam, prepare, sit
-from lowbit_loadtest.tokens import find_counter
-from lowbit_loadtest.workers import run_workers, shares_of
 
-OnTally = Callable[[Tally], None]
-OnRun = Callable[[str, int | None], OnTally]  # a run begins: its title, and how many requests it has
 Answers = Mapping[Key, Answer]
 MOST_LOAD_RUNS = 1000
 

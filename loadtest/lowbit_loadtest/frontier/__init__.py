@@ -1,0 +1,1 @@
+"""Several checkpoints measured in turn, and which of them to serve."""

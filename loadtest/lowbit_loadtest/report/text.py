@@ -1,0 +1,151 @@
+"""The result for people: a few lines. It computes nothing."""
+
+from lowbit_core.evals.arithmetic import Estimate, span
+from lowbit_core.evals.results import Changes, TaskResult
+from lowbit_loadtest.quality.verdict import Quality
+from lowbit_loadtest.report.result import Point, Result, highest_rate
+from lowbit_loadtest.report.statistics import Distribution
+from lowbit_loadtest.report.summary import Summary
+from lowbit_loadtest.scenario import Scenario
+
+VERDICTS = {
+    "held": "quality held under load",
+    "fell": "QUALITY FELL under load",
+    "undecided": "whether quality held under load is undecided: ask more items",
+}
+
+
+def lines(scenario: Scenario, result: Result) -> list[str]:
+    """The result for people."""
+    text = [line for point in result.points for line in _point_lines(point, scenario)]
+    if (found := highest_rate(scenario, result.points)) is not None:
+        text.append(highest_rate_text(found))
+    if result.quality is not None:
+        text += quality_lines(result.quality)
+    if result.interrupted:
+        text.append("interrupted: these are the requests up to then")
+    return text
+
+
+def highest_rate_text(found: dict[str, float | None]) -> str:
+    """The bracket of the search in a sentence."""
+    meets, misses = _rate(found["meets_slo_rps"]), _rate(found["misses_slo_rps"])
+    return f"highest rate that meets the SLOs: {meets}; lowest that misses them: {misses}"
+
+
+def _rate(rate_rps: float | None) -> str:
+    return "none measured" if rate_rps is None else f"{rate_rps:.3g} requests/s"
+
+
+def _point_lines(point: Point, scenario: Scenario) -> list[str]:
+    summary = point.summary
+    counts = ", ".join(f"{count} {name}" for name, count in summary.outcomes.items())
+    offered = f"offered {point.offered_rps:.3g} requests/s: " if point.offered_rps else ""
+    return [
+        f"{offered}{summary.requests} requests in {summary.duration_s:.1f} s: {counts}",
+        *(f"  {count} × {detail}" for detail, count in list(summary.details.items())[:5]),
+        *([f"  {summary.not_sent} planned requests were not sent"] if summary.not_sent else []),
+        *(f"  {count} × {text}" for text, count in list(summary.contradictions.items())[:5]),
+        *_rates(summary, scenario),
+        _row("time to first token", summary.ttft_s),
+        _row("inter-token latency", summary.inter_token_latency_s),
+        _row("time per output token", summary.time_per_output_token_s),
+        _row("end to end", summary.end_to_end_s),
+        *_checks(point),
+    ]
+
+
+def _rates(summary: Summary, scenario: Scenario) -> list[str]:
+    if summary.requests_per_s is None:
+        return ["no steady interval: send more requests for each stream"]
+    rates = [f"{summary.requests_per_s:.2f} requests/s over a window of {summary.steady_interval_s:.1f} s"]
+    if summary.output_tokens_per_s is not None:
+        rates.append(f"{summary.output_tokens_per_s:.1f} output tokens/s by the server's count")
+    else:
+        rates.append(f"output tokens/s unknown: {summary.completed_without_usage} answers came without usage")
+    if summary.slo_attainment is not None:
+        met = f"{summary.slo_attainment:.1%} of the requests met the SLOs (wanted: {scenario.slo.attainment:.0%})"
+        rates.append(f"goodput {summary.goodput_rps or 0.0:.2f} requests/s; {met}")
+    return rates
+
+
+def _row(name: str, values: Distribution | None) -> str:
+    if values is None:
+        return f"{name:<22} not measured"
+    names = {"mean": "mean", "p50": "p50", "p90": "p90", "p95": "p95", "p99": "p99", "p999": "p99.9"}
+    cells = []
+    for field, label in names.items():
+        bounds = values.interval.get(field)
+        spread = f" [{1000 * bounds.low:.1f}–{1000 * bounds.high:.1f}]" if bounds else ""
+        cells.append(f"{label} {1000 * getattr(values, field):.1f}{spread}")
+    return f"{name:<22} " + "  ".join(cells) + " ms"
+
+
+def _checks(point: Point) -> list[str]:
+    lag = point.summary.lag_s
+    parts = {"sends": lag.send_p99, "event loop": lag.loop_p99}
+    text = ", ".join(f"{name} {1000 * lag_s:.1f} ms" for name, lag_s in parts.items() if lag_s is not None)
+    checks = [f"generator's lag, p99: {text}"]
+    checks += [f"INVALID: {reason}" for reason in point.invalid_because]
+    for check in point.usage:
+        if check.agrees is False:
+            checks.append(
+                f"usage does not agree with the server's counter: {check.usage_tokens} against "
+                f"{check.counter_tokens} output tokens (another client of the server, or wrong usage)"
+            )
+    return checks
+
+
+def quality_lines(quality: Quality) -> list[str]:
+    """The result for people, the one number first."""
+    text = [f"quality: {reason}" for reason in quality.unsupported]
+    if (held := quality.held) is not None:
+        change = points_text(held.change)
+        text.append(
+            f"{VERDICTS[held.verdict]}: right answers {change} of {held.judged} (held: above −{held.tolerance:.1%}); "
+            f"{quality.under_load_share:.0%} of the requests met load"
+        )
+    for task, (idle, loaded) in quality.tasks.items():
+        text.append(f"  {task:<16} idle {_task(idle)}" + (f"   under load {_task(loaded)}" if loaded else ""))
+    text += _changes("under load against idle", quality.under_load)
+    if quality.against_base is not None:
+        text += _changes("against the base", quality.against_base)
+    form = quality.form
+    if form.probes:
+        text.append(
+            f"  {form.probes} greedy probes: {form.same_text} the same text under load, {form.new} newly unsound; "
+            f"failures idle {form.idle or 'none'}, under load {form.loaded or 'none'}"
+        )
+    return text
+
+
+def _task(result: TaskResult) -> str:
+    parts = (
+        [f"{result.items - result.unanswered} of {result.items}"]
+        if result.unanswered
+        else [str(result.items)]
+    )
+    if result.acc_norm:
+        parts.append(f"acc_norm {span(result.acc_norm, '{:.1%}')}")
+    if result.perplexity:
+        parts.append(f"perplexity {span(result.perplexity, '{:.2f}')}")
+    return ", ".join(parts)
+
+
+def _changes(title: str, found: Changes) -> list[str]:
+    parts = []
+    if found.flip_share and found.acc_norm_change:
+        parts.append(
+            f"{found.flips} of {found.items} choices flipped ({found.lost} lost, {found.gained} gained, "
+            f"acc_norm {points_text(found.acc_norm_change)}, McNemar p {found.mcnemar_p:.2g})"
+        )
+    if found.mean_logprob_shift is not None:
+        parts.append(f"mean shift of log p {found.mean_logprob_shift:.4f}")
+    if found.kl_lower_bound:
+        parts.append(f"KL at least {span(found.kl_lower_bound, '{:.4f}')} nats a token")
+    return [f"  {title}: {'; '.join(parts)}"] if parts else []
+
+
+def points_text(one: Estimate) -> str:
+    low, high = one.low or 0.0, one.high or 0.0
+    return f"{100 * one.value:+.1f} points [{100 * low:+.1f} to {100 * high:+.1f}]"
