@@ -159,7 +159,7 @@ def test_the_order_turns_with_each_repetition(plan: FrontierPlan) -> None:
 def test_visits_give_students_interval() -> None:
     found = over_visits([10.0, 12.0, 14.0])
     assert found.value == 12
-    assert found.low == pytest.approx(12 - 4.303 * 2 / 3**0.5)
+    assert found.low == pytest.approx(12 - 4.302653 * 2 / 3**0.5)
     assert over_visits([5.0]) == Estimate(5.0, None, None)
 
 

@@ -35,7 +35,7 @@ def test_a_terminal_gets_a_bar_and_a_pipe_gets_lines(caplog: pytest.LogCaptureFi
 def test_metrics_are_added_over_labels_and_unknown_ones_are_left_out() -> None:
     text = """# HELP vllm:generation_tokens_total x
 vllm:generation_tokens_total{engine="0",model_name="m"} 10.0
-vllm:generation_tokens_total{engine="1",model_name="m"} 5.0
+vllm:generation_tokens_total{engine="1",model_name="a \\"b\\" {c} 7"} 5.0
 vllm:kv_cache_usage_perc{engine="0"} 0.25
 vllm:kv_cache_usage_perc{engine="1"} 0.75
 lowbit_memory_bytes{component="weights",device="cpu"} 1.1e+08

@@ -1,10 +1,11 @@
-"""Percentiles and how sure they are: pure arithmetic on arrays.
+"""Percentiles and their 95 % intervals: pure arithmetic on arrays.
 
-Intervals are bootstrap percentile intervals (Efron 1979). What is drawn again is not single values but the units
-that vary together: whole repetitions, and inside each one blocks of consecutive requests (Künsch 1989), because
-requests that queue behind one another are late together. With one repetition only the blocks are drawn, and how
-runs differ from each other is not in the interval. All values of a drawn request count as often as it was drawn, so
-a percentile is one of a weighted sample, and equals numpy's of the sample written out.
+Intervals are bootstrap percentile intervals (Efron 1979). What is resampled is not single values but units that vary
+together: whole repetitions, and within each one blocks of consecutive requests (Künsch 1989), because requests that
+queue behind one another are late together. scipy's bootstrap has neither, so these draws are ours. With one repetition
+only blocks are drawn, and the interval says nothing of how repetitions differ. All values of a drawn request count as
+often as it was drawn, so a percentile is that of a weighted sample, and equals numpy's of the sample written out.
+scipy is imported when it is first used, because that takes a second.
 """
 
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ CONFIDENCE = 0.95
 RESAMPLES = 400
 MOST_WEIGHTED_VALUES = 40_000_000  # values times resamples; beyond it fewer resamples are drawn
 FEWEST_RESAMPLES = 100
-STUDENT_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 1 to 9 degrees of freedom
+MEAN_RESAMPLES = 2000
 PERCENTILES = {"p50": 50.0, "p90": 90.0, "p95": 95.0, "p99": 99.0, "p999": 99.9}
 
 
@@ -107,9 +108,10 @@ def bootstrap_mean(values: Sequence[float], seed: int = 0) -> Bounds | None:
     """Bounds of the mean of one number a repetition; None for fewer than two repetitions."""
     if len(values) < 2:
         return None
-    array = np.asarray(values, dtype=np.float64)
-    drawn = np.random.default_rng(seed).integers(0, array.size, (2000, array.size))
-    return bounds_of(array[drawn].mean(axis=1))
+    from scipy.stats import bootstrap as scipy_bootstrap
+
+    drawn = scipy_bootstrap((values,), np.mean, n_resamples=MEAN_RESAMPLES, method="percentile", rng=seed)
+    return Bounds(float(drawn.confidence_interval.low), float(drawn.confidence_interval.high))
 
 
 def student_mean(values: Sequence[float] | Floats) -> Bounds | None:
@@ -132,7 +134,10 @@ def student_difference(a: Sequence[float] | Floats, b: Sequence[float] | Floats)
 
 
 def _student(freedom: int) -> float:
-    return STUDENT_95[min(freedom, len(STUDENT_95)) - 1]
+    """How many standard errors the interval reaches to either side."""
+    from scipy.stats import t
+
+    return float(t.ppf((1 + CONFIDENCE) / 2, freedom))
 
 
 def _joined(repetitions: Sequence[Sample]) -> tuple[Floats, Integers]:
