@@ -1,4 +1,4 @@
-"""One logging format for the three programs: plain lines on stderr, so that stdout stays for results."""
+"""One logging format for all programs: plain lines on stderr, so that stdout stays for results."""
 
 import logging
 import sys

@@ -55,7 +55,7 @@ def test_trailing_spaces_of_a_context_belong_to_the_continuation() -> None:
     assert encode_pair(Request("", "Q:  yes"), words.__getitem__) == ([1, 2, 3], 0)
 
 
-def test_a_token_across_the_seam_is_scored_with_the_continuation() -> None:
+def test_a_token_across_the_boundary_is_scored_with_the_continuation() -> None:
     merged = {"ab": [1, 2], "abc": [1, 9]}
     assert encode_pair(Request("ab", "c"), merged.__getitem__) == ([1, 9], 1)
 
