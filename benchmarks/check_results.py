@@ -1,0 +1,115 @@
+"""Committed results say what they are said to: tables are those of the results, and claims hold. scripts/check runs it.
+
+Nothing is measured here and nothing of Lowbit is imported: the standard library reads what lies in the folders.
+"""
+
+import contextlib
+import io
+import json
+import runpy
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+BENCHMARKS = Path(__file__).resolve().parent
+
+
+def the_readmes_show_the_tables_of_the_comparison_with_other_quantizers() -> None:
+    table = runpy.run_path(str(BENCHMARKS / "quantizers" / "table.py"))
+    for path, text in table["tables"]().items():
+        assert table["shown"](path)[1] == text, f"{path} differs; run benchmarks/quantizers/table.py --write"
+
+
+def every_quantizer_had_the_same_model_ids_and_judge() -> None:
+    runs: list[dict[str, Any]] = _read("quantizers/results/field.json")["runs"]
+    assert {run["case"]["tool"] for run in runs} == {"lowbit", "llmcompressor", "gptqmodel", "autoawq"}
+    assert len({(run["quality"]["predictions"], run["quality"]["base_perplexity"]) for run in runs}) == 1
+    assert all(run["cpu_s"] > 0 and run["quality"]["mean_kl_standard_error"] > 0 for run in runs)
+
+
+def the_readme_shows_the_table_of_the_large_runs() -> None:
+    printed = _printed("scale/table.py")
+    shown = (
+        (BENCHMARKS / "README.md").read_text().split("<!-- scale/table.py -->")[1].split("<!-- end -->")[0]
+    )
+    assert shown.strip() == printed.strip(), "benchmarks/README.md differs from what scale/table.py prints"
+
+
+def the_large_runs_kept_their_bound_and_their_pace() -> None:
+    for method in ("rtn", "gptq"):  # GPTQ's Hessians are the largest matrices of a run
+        runs = _read(f"scale/results/{method}-44-layers.json")["runs"]
+        assert max(run["base_bytes"] for run in runs) > 6e9, method
+        for run in runs:
+            assert run["method"].startswith(method), method
+            assert run["peak_rss_bytes"] < run["bound_bytes"], method
+            assert len(run["layer_cpu_s"]) == run["layers"], method
+        assert runs[-1]["growth"] < 1.15, method
+
+
+def every_killed_run_ended_with_the_same_files() -> None:
+    result = _read("scale/results/kills.json")
+    assert len(result["runs"]) >= 20
+    assert all(run["identical"] and run["went_on"] for run in result["runs"])
+    phases = {"unpack", "first layer", "between shard and record", "middle", "quality", "finish"}
+    assert phases <= set(result["phases"])
+    assert (result["filled_disk"]["status"], result["filled_disk"]["identical"]) == (2, True)
+
+
+def the_picture_of_pruned_experts_is_drawn_from_its_result() -> None:
+    committed = BENCHMARKS / "experts" / "results" / "tiny-moe.json"
+    with tempfile.TemporaryDirectory() as temporary:
+        result = Path(temporary) / committed.name
+        result.write_text(committed.read_text())
+        _printed("experts/plot.py", str(result))
+        drawn = result.with_suffix(".svg").read_text()
+    assert drawn == committed.with_suffix(".svg").read_text(), (
+        "run benchmarks/experts/plot.py on tiny-moe.json"
+    )
+    assert drawn.count("<circle") == 8, "three widths of three shares, the base apart"
+
+
+CHECKS = (
+    the_readmes_show_the_tables_of_the_comparison_with_other_quantizers,
+    every_quantizer_had_the_same_model_ids_and_judge,
+    the_readme_shows_the_table_of_the_large_runs,
+    the_large_runs_kept_their_bound_and_their_pace,
+    every_killed_run_ended_with_the_same_files,
+    the_picture_of_pruned_experts_is_drawn_from_its_result,
+)
+
+
+def main() -> int:
+    """Run all checks; a line for each that does not hold, and status 1."""
+    failed = 0
+    for check in CHECKS:
+        claim = check.__name__.replace("_", " ")
+        try:
+            check()
+        except AssertionError as error:
+            failed += 1
+            where = error.__traceback__.tb_next if error.__traceback__ else None
+            print(f"does not hold: {claim} (line {where.tb_lineno if where else '?'}) {error}")
+    print(f"{len(CHECKS) - failed} of {len(CHECKS)} claims about committed results hold")
+    return 1 if failed else 0
+
+
+def _read(path: str) -> Any:
+    return json.loads((BENCHMARKS / path).read_text(encoding="utf-8"))
+
+
+def _printed(script: str, *arguments: str) -> str:
+    """What a script of this folder prints, run as a person runs it."""
+    path, before = BENCHMARKS / script, (sys.argv, list(sys.path))
+    sys.argv, printed = [str(path), *arguments], io.StringIO()
+    sys.path.insert(0, str(path.parent))
+    try:
+        with contextlib.redirect_stdout(printed):
+            runpy.run_path(str(path), run_name="__main__")
+    finally:
+        sys.argv, sys.path[:] = before
+    return printed.getvalue()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
