@@ -9,11 +9,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads sleep: the m
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One worker takes the tests that start the real engine, the other takes the rest, file by file, beside it.
+    """A worker takes the tests of one file together, or of all files that share the demo's checkpoint and server.
 
-    An engine's start is mostly one thread, and two engines at once would need the memory of both.
+    Those that start the real engine go first: they are the longest, and each start is mostly one thread.
     """
-    engine = {item: item.get_closest_marker("engine") is not None for item in items}
+    share_demo = {item.path for item in items if "demo" in getattr(item, "fixturenames", ())}
     for item in items:
-        item.add_marker(pytest.mark.xdist_group("engine" if engine[item] else item.path.name))
-    items.sort(key=lambda item: not engine[item])  # the longest first
+        item.add_marker(pytest.mark.xdist_group("demo" if item.path in share_demo else item.path.name))
+    items.sort(key=lambda item: (item.path not in share_demo, item.get_closest_marker("engine") is None))
