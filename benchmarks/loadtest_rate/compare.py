@@ -30,7 +30,7 @@ import numpy as np  # noqa: E402
 from tests.loadtest.fake_openai import Reply, settings_of  # noqa: E402
 
 from lowbit_loadtest.generate.driver import Share, Target  # noqa: E402
-from lowbit_loadtest.generate.schedule import Job, Plan, Turn  # noqa: E402
+from lowbit_loadtest.generate.schedule import Job, Schedule, Turn  # noqa: E402
 from lowbit_loadtest.generate.workers import run_workers, shares_of  # noqa: E402
 
 RAMP_S = 2.0
@@ -130,10 +130,12 @@ def ours(url: str, streams: int, chunks: int, cpu: int) -> Arrivals:
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {cpu})
     try:
-        ran = run_workers(shares_of(Plan(jobs), Share(Target(url, "fake-model"), ()), 1), lambda tally: None)
+        ran = run_workers(
+            shares_of(Schedule(jobs), Share(Target(url, "fake-model"), ()), 1), lambda tally: None
+        )
     finally:
         os.sched_setaffinity(0, before)
-    return {record.index: list(record.chunk_times_s) for one in ran.driven for record in one.records}
+    return {record.index: list(record.chunk_times_s) for record in ran.records}
 
 
 def aiperf(url: str, streams: int, chunks: int, arguments: argparse.Namespace) -> Arrivals:

@@ -3,7 +3,7 @@
     python benchmarks/loadtest_rate/run.py --streams 64 128 256 400 --rate 20 --workers 1
 
 Each line starts the tests' timed stand-in (one process) and streams from it, all streams open at once. Lag is the
-generator's own: its event loops against a heartbeat, its sends against the plan. The last line on stdout is JSON.
+generator's own: its event loops against a heartbeat, its sends against the schedule. The last line on stdout is JSON.
 Run it on an otherwise idle machine: the load average is in each line because it decides what the numbers mean.
 """
 
@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 from tests.loadtest.fake_openai import Reply, settings_of  # noqa: E402
 
 from lowbit_loadtest.generate.driver import Share, Target  # noqa: E402
-from lowbit_loadtest.generate.schedule import Job, Plan, Turn  # noqa: E402
+from lowbit_loadtest.generate.schedule import Job, Schedule, Turn  # noqa: E402
 from lowbit_loadtest.generate.workers import run_workers, shares_of  # noqa: E402
 from lowbit_loadtest.report.summary import Run, lag  # noqa: E402
 
@@ -59,15 +59,13 @@ def measure(streams: int, rate: float, workers: int, seconds: float) -> dict[str
     jobs = tuple(Job(index, RAMP_S * index / streams, (turn,), index) for index in range(streams))
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     try:
-        ran = run_workers(shares_of(Plan(jobs), Share(target, ()), workers), lambda tally: None)
+        ran = run_workers(shares_of(Schedule(jobs), Share(target, ()), workers), lambda tally: None)
     finally:
         after = resource.getrusage(resource.RUSAGE_CHILDREN)  # the server is not waited for yet: workers only
         server.kill()
         server.communicate()
-    records = tuple(record for one in ran.driven for record in one.records)
-    seen = lag(
-        [Run(records, None, heartbeat_lags_s=tuple(x for one in ran.driven for x in one.heartbeat_lags_s))]
-    )
+    records = ran.records
+    seen = lag([Run(records, None, heartbeat_lags_s=ran.heartbeat_lags_s)])
     events = sum(len(record.chunk_times_s) for record in records)
     cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return {

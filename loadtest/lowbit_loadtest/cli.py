@@ -1,7 +1,7 @@
 """`lowbit loadtest`: reads a scenario or flags, checks them, runs, reports.
 
 The last line on stdout is one JSON object. Exit status 0: every request completed; 1: some did not, a scenario's
-run is invalid, or quality fell under load; 2: wrong input, and nothing was sent; 130: interrupted, and what there was
+run is invalid, or quality fails under load; 2: wrong input, and nothing was sent; 130: interrupted, and what there was
 is written.
 """
 
@@ -129,8 +129,9 @@ def _exit_status(result: Result, is_scenario: bool) -> int:
         point.summary.outcomes[Outcome.COMPLETED] == point.summary.requests for point in result.points
     )
     believed = all(point.valid for point in result.points) or not is_scenario
-    held = result.quality is None or result.quality.held is None or result.quality.held.verdict != "fell"
-    return 0 if whole and believed and held else 1
+    found = result.quality.right_answers if result.quality else None
+    failed = found is not None and found.verdict == "fail"
+    return 0 if whole and believed and not failed else 1
 
 
 command = Command(

@@ -11,18 +11,8 @@ from lowbit_loadtest.report.result import Point, Seen, bracket, seen_rates
 from lowbit_loadtest.scenario import Ramp, Scenario, Search
 
 
-def rate_for_quality(scenario: Scenario, points: Sequence[Point]) -> float | None:
-    """Of several rates, the highest that met the SLOs, or the lowest; otherwise the scenario's own."""
-    if len(points) < 2:
-        return points[0].offered_rps if isinstance(scenario.arrivals, Ramp) or scenario.search else None
-    rates = [
-        point.offered_rps or 0.0 for point in points if not scenario.slo.limits_s or point.meets(scenario)
-    ]
-    return max(rates, default=min(point.offered_rps or 0.0 for point in points))
-
-
 def rates_to_measure(scenario: Scenario, points: Sequence[Point]) -> Iterator[float | None]:
-    """The rates to measure, each chosen after the last was; None stands for the scenario's own."""
+    """The rates to measure, one after the other; None stands for the scenario's own."""
     if isinstance(scenario.arrivals, Ramp):
         rate_rps = scenario.arrivals.start_rps
         while rate_rps <= scenario.arrivals.max_rps:
@@ -41,7 +31,7 @@ def rates_to_measure(scenario: Scenario, points: Sequence[Point]) -> Iterator[fl
 
 
 def is_saturated(point: Point, scenario: Scenario) -> bool:
-    """Whether a ramp's stage was the last that is worth its time."""
+    """Whether a ramp ends with this stage."""
     assert isinstance(scenario.arrivals, Ramp)
     done_rps, offered_rps = point.summary.requests_per_s or 0.0, point.offered_rps or 0.0
     too_slow = done_rps < scenario.arrivals.saturation * _arrived_rps(point, offered_rps)
@@ -49,7 +39,7 @@ def is_saturated(point: Point, scenario: Scenario) -> bool:
 
 
 def _arrived_rps(point: Point, offered_rps: float) -> float:
-    """What really arrived in the windows: a short Poisson stage differs from its rate by chance."""
+    """The rate at which requests arrived, which in a short Poisson stage differs from the offered rate by chance."""
     seconds = sum(run.window.length_s for run in point.runs if run.window)
     arrived = sum(len(run.measured) for run in point.runs if run.window)
     return arrived / seconds if seconds else offered_rps
@@ -65,3 +55,16 @@ def next_search_rate(search: Search, seen: Seen) -> float | None:
     if fails is None:
         return search.high_rps if meets < search.high_rps else None
     return None if fails / meets - 1 <= search.resolution else math.sqrt(meets * fails)
+
+
+def rate_for_quality(scenario: Scenario, points: Sequence[Point]) -> float | None:
+    """The rate of the load under which quality is asked: of several, the highest that met the SLOs, or else the lowest.
+
+    None stands for the scenario's own.
+    """
+    if len(points) < 2:
+        return points[0].offered_rps if isinstance(scenario.arrivals, Ramp) or scenario.search else None
+    rates = [
+        point.offered_rps or 0.0 for point in points if not scenario.slo.limits_s or point.meets(scenario)
+    ]
+    return max(rates, default=min(point.offered_rps or 0.0 for point in points))

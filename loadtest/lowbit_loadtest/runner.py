@@ -1,4 +1,4 @@
-"""The load test's story: find the model, plan each run, let the workers send it, sum up; again for each rate.
+"""The load test's story: find the model, schedule each run, let the workers send it, sum up; again for each rate.
 
 Open loop: users do not wait for one another, so requests go out when they are due. Closed loop: each of C streams
 sends its next request when its last one has ended, so the server sets the pace, and its queueing does not show.
@@ -6,13 +6,21 @@ sends its next request when its last one has ended, so the server sets the pace,
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from lowbit_loadtest.generate.client import ChatClient
-from lowbit_loadtest.generate.driver import Share, Target, open_http
-from lowbit_loadtest.generate.schedule import Plan, make_plan
+from lowbit_loadtest.generate.driver import Target, open_http, whole_share
+from lowbit_loadtest.generate.schedule import Schedule, make_schedule
 from lowbit_loadtest.generate.tokens import find_counter
-from lowbit_loadtest.generate.workers import OnRun, OnTally, Ran, default_workers, run_workers, shares_of
+from lowbit_loadtest.generate.workers import (
+    OnRun,
+    OnTally,
+    WorkersResult,
+    default_workers,
+    run_workers,
+    shares_of,
+)
 from lowbit_loadtest.quality.questions import read_items
 from lowbit_loadtest.quality.run import Answers, measure_quality
 from lowbit_loadtest.rates import rate_for_quality, rates_to_measure
@@ -22,12 +30,23 @@ from lowbit_loadtest.report.summary import Run, Summary, arrival_window, steady_
 from lowbit_loadtest.scenario import Conversations, Scenario
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """One repetition, with what the server says of it itself."""
+
+    run: Run
+    server: dict[str, Any] | None
+    usage: UsageCheck | None
+    interrupted: bool
+    lost_workers: int
+
+
 def run_load_test(
     scenario: Scenario, target_url: str, api_key: str | None, on_run: OnRun, base: Answers | None = None
 ) -> Result:
-    """Run a scenario to its end, or to Ctrl-C; quality is asked last, so that it does not slow what is timed.
+    """Run a scenario to its end, or to Ctrl-C. Quality is asked last, so that it does not slow what is timed.
 
-    `base` are answers of another run to judge quality against. Raises ConfigError before the first request.
+    `base` has another run's answers, which the answers are compared with. Raises ConfigError before the first request.
     """
     items = read_items(scenario.quality) if scenario.quality else []
     model = asyncio.run(_find_model(scenario, target_url, api_key))
@@ -36,18 +55,10 @@ def run_load_test(
     points: list[Point] = []
     counted_by, interrupted = "server", False
     for stage, rate_rps in enumerate(rates_to_measure(scenario, points)):
-        plans, counted_by = asyncio.run(_plans(scenario, target, rate_rps, stage))
-        runs, extras, reasons = [], [], []
-        for repetition, plan in enumerate(plans, 1):
-            on_tally = on_run(_title(plan, repetition, len(plans)), plan.requests)
-            run, extra, ran = _run_once(scenario, target, plan, workers, on_tally)
-            runs.append(run)
-            extras.append(extra)
-            reasons += [f"{ran.lost_workers} worker processes died"] if ran.lost_workers else []
-            if interrupted := ran.interrupted:
-                break
-        points.append(_point(scenario, plans[0].offered_rps, runs, extras, reasons))
-        if interrupted:
+        schedules, counted_by = asyncio.run(_schedules(scenario, target, rate_rps, stage))
+        measured = _measure(scenario, target, schedules, workers, on_run)
+        points.append(_point(scenario, schedules[0].offered_rps, measured))
+        if interrupted := measured[-1].interrupted:
             break
     quality = None
     if scenario.quality is not None and not interrupted:
@@ -57,55 +68,48 @@ def run_load_test(
     return Result(target, tuple(points), workers, counted_by, interrupted, quality)
 
 
-def _run_once(
-    scenario: Scenario, target: Target, plan: Plan, workers: int, on_tally: OnTally
-) -> tuple[Run, tuple[dict[str, Any] | None, UsageCheck | None], Ran]:
-    output = scenario.output
-    share = Share(
-        target,
-        (),
-        temperature=scenario.temperature,
-        exact=output.exact if output else False,
-        repeats=plan.repeats,
-        length_s=plan.length_s,
-        think_s=plan.think_s,
-        warm_up_requests=plan.warm_up_requests,
-        warm_up_s=plan.warm_up_s,
-    )
+def _measure(
+    scenario: Scenario, target: Target, schedules: Sequence[Schedule], workers: int, on_run: OnRun
+) -> list[_Measured]:
+    """The repetitions of one rate, up to one that is interrupted."""
+    measured: list[_Measured] = []
+    for repetition, schedule in enumerate(schedules, 1):
+        on_tally = on_run(_title(schedule, repetition, len(schedules)), schedule.requests)
+        measured.append(_measure_once(scenario, target, schedule, workers, on_tally))
+        if measured[-1].interrupted:
+            break
+    return measured
+
+
+def _measure_once(
+    scenario: Scenario, target: Target, schedule: Schedule, workers: int, on_tally: OnTally
+) -> _Measured:
     with Scraper(target) as scraper:
-        ran = run_workers(shares_of(plan, share, workers), on_tally)
-    server = scraper.summary()
-    run = make_run(scenario, plan, ran)
-    return run, (server, check_usage(server, list(run.records))), ran
+        ran = run_workers(shares_of(schedule, whole_share(scenario, target, schedule), workers), on_tally)
+    server, run = scraper.summary(), make_run(scenario, schedule, ran)
+    return _Measured(run, server, check_usage(server, run.records), ran.interrupted, ran.lost_workers)
 
 
-def make_run(scenario: Scenario, plan: Plan, ran: Ran) -> Run:
-    """Joins the workers' records and finds the window of the rates."""
-    records = sorted(
-        (record for one in ran.driven for record in one.records), key=lambda record: record.due_s
-    )
-    lags_s = tuple(lag_s for one in ran.driven for lag_s in one.heartbeat_lags_s)
-    not_sent = 0 if plan.requests is None else plan.requests - len(records)
-    closed = plan.concurrency is not None and not isinstance(scenario.prompts, Conversations)
-    if plan.concurrency is not None and closed:
-        window = steady_interval(records, plan.concurrency)
+def make_run(scenario: Scenario, schedule: Schedule, ran: WorkersResult) -> Run:
+    """The workers' records, with the window that rates are computed over."""
+    records = ran.records
+    not_sent = 0 if schedule.requests is None else schedule.requests - len(records)
+    closed = schedule.concurrency is not None and not isinstance(scenario.prompts, Conversations)
+    if schedule.concurrency is not None and closed:
+        window = steady_interval(records, schedule.concurrency)
     else:
-        window = arrival_window(records, ran.start_s + plan.length_s if plan.length_s else None)
-    return Run(tuple(records), window, closed, not_sent, lags_s)
+        window = arrival_window(records, ran.start_s + schedule.length_s if schedule.length_s else None)
+    return Run(records, window, closed, not_sent, ran.heartbeat_lags_s)
 
 
-def _point(
-    scenario: Scenario,
-    offered_rps: float | None,
-    runs: Sequence[Run],
-    extras: Sequence[tuple[dict[str, Any] | None, UsageCheck | None]],
-    reasons: Sequence[str],
-) -> Point:
+def _point(scenario: Scenario, offered_rps: float | None, measured: Sequence[_Measured]) -> Point:
+    runs = tuple(one.run for one in measured)
     summary = summarize(runs, scenario.slo)
-    because = [*reasons, *_too_late(summary, scenario.generator.max_lag_s)]
-    server = tuple(one for one, _ in extras if one is not None)
-    usage = tuple(check for _, check in extras if check is not None)
-    return Point(offered_rps, tuple(runs), summary, not because, tuple(because), server, usage)
+    reasons = [f"{one.lost_workers} worker processes died" for one in measured if one.lost_workers]
+    reasons += _too_late(summary, scenario.generator.max_lag_s)
+    server = tuple(one.server for one in measured if one.server is not None)
+    usage = tuple(one.usage for one in measured if one.usage is not None)
+    return Point(offered_rps, runs, summary, not reasons, tuple(reasons), server, usage)
 
 
 def _too_late(summary: Summary, max_lag_s: float) -> list[str]:
@@ -122,18 +126,19 @@ async def _find_model(scenario: Scenario, url: str, api_key: str | None) -> str:
         return await ChatClient(http, scenario.timeout_s).find_model(scenario.model)
 
 
-async def _plans(
+async def _schedules(
     scenario: Scenario, target: Target, rate_rps: float | None, stage: int
-) -> tuple[list[Plan], str]:
+) -> tuple[list[Schedule], str]:
     async with open_http(target) as http:
         counter = await find_counter(http, target.model)
-        plans = [
-            await make_plan(scenario, counter, repetition, rate_rps, stage)
+        schedules = [
+            await make_schedule(scenario, counter, repetition, rate_rps, stage)
             for repetition in range(scenario.repetitions)
         ]
-    return plans, counter.name
+    return schedules, counter.name
 
 
-def _title(plan: Plan, repetition: int, repetitions: int) -> str:
-    rate = f"{plan.offered_rps:.3g} requests/s" if plan.offered_rps else f"{plan.concurrency} streams"
+def _title(schedule: Schedule, repetition: int, repetitions: int) -> str:
+    offered = f"{schedule.offered_rps:.3g} requests/s" if schedule.offered_rps else None
+    rate = offered or f"{schedule.concurrency} streams"
     return f"{rate}, repetition {repetition} of {repetitions}" if repetitions > 1 else rate

@@ -15,6 +15,11 @@ from lowbit_core.documents import DocumentPath, Section, load_document, parse_do
 
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+QUALITY_RENAMED = {
+    "quality.items": "quality.limit",
+    "quality.own": "quality.items_file",
+    "quality.text": "quality.text_file",
+}
 DEFAULT_PROMPT = "Explain in a few paragraphs how a refrigerator moves heat from a cold place to a warm one."
 
 
@@ -204,16 +209,16 @@ class Generator(Section):
 
 
 class Quality(Section):
-    """The same questions idle and under the scenario's load: tasks by name, own items, held-out text, greedy answers.
+    """The same questions idle and under the scenario's load: tasks by name, a file of items, held-out text, probes.
 
-    The change of accuracy under load must stay above −`tolerance` for quality to have held.
+    Quality passes where the change of the share of right answers under load surely stays above −`tolerance`.
     """
 
     tasks: tuple[str, ...] = ("arc_easy", "hellaswag", "piqa", "sciq", "lambada")
-    items: int = Field(default=50, ge=1)  # of each task
+    limit: int = Field(default=50, ge=1)  # items of each task
     tasks_dir: DocumentPath | None = None
-    own: DocumentPath | None = None  # JSONL of items
-    text: DocumentPath | None = None  # JSONL of held-out text
+    items_file: DocumentPath | None = None  # JSONL
+    text_file: DocumentPath | None = None  # JSONL of held-out text
     texts: int = Field(default=4, ge=1)  # of each domain
     text_characters: int = Field(default=1000, ge=50)
     probes: int = Field(default=12, ge=0)  # greedy answers, every third of them JSON
@@ -299,9 +304,16 @@ def bundled_scenarios() -> dict[str, Path]:
 
 def load_scenario(name_or_path: str, overrides: tuple[str, ...] = ()) -> Scenario:
     """Read a scenario by bundled name or path and apply `key.path=value` overrides; raises ConfigError."""
-    return load_document("scenario", name_or_path, Scenario, bundled=bundled_scenarios(), overrides=overrides)
+    return load_document(
+        "scenario",
+        name_or_path,
+        Scenario,
+        bundled=bundled_scenarios(),
+        overrides=overrides,
+        renamed=QUALITY_RENAMED,
+    )
 
 
 def parse_scenario(data: Mapping[str, Any], origin: str) -> Scenario:
     """Validate scenario data; paths in it are relative to the working directory. Raises ConfigError."""
-    return parse_document("scenario", data, origin, Scenario)
+    return parse_document("scenario", data, origin, Scenario, renamed=QUALITY_RENAMED)

@@ -20,7 +20,7 @@ from tests.loadtest.fake_openai import Reply as TimedReply
 from tests.loadtest.fake_openai import settings_of
 
 from lowbit_loadtest.generate.client import ChatClient, Message
-from lowbit_loadtest.generate.driver import Driven, Driver, Share, Tally, Target, open_http
+from lowbit_loadtest.generate.driver import Driver, Share, ShareResult, Tally, Target, open_http
 from lowbit_loadtest.generate.schedule import Job, Turn
 
 ASGIMessage = MutableMapping[str, Any]
@@ -170,13 +170,13 @@ def jobs(count: int, prompts: tuple[tuple[Message, ...], ...] = (HELLO,), **chan
     )
 
 
-def drive(url: str, share_jobs: tuple[Job, ...], **settings: Any) -> Driven:
+def drive(url: str, share_jobs: tuple[Job, ...], **settings: Any) -> ShareResult:
     """Drive a share in this process: what a worker does, without its process."""
     timeout_s, api_key = settings.pop("timeout_s", 30.0), settings.pop("api_key", None)
     transport: httpx.AsyncBaseTransport | None = settings.pop("transport", None)
     target = Target(url, settings.pop("model", "fake-model"), api_key, timeout_s)
 
-    async def run() -> Driven:
+    async def run() -> ShareResult:
         async with open_http(target, transport) as http:
             share = Share(target, share_jobs, **settings)
             driver = Driver(share, ChatClient(http, timeout_s), time.monotonic() + 0.01, Tally())
@@ -190,9 +190,9 @@ def timed_server() -> Iterator[Callable[..., str]]:
     """Starts the timed stand-in in its own process; returns its URL."""
     processes = []
 
-    def start(*plan: TimedReply, **settings: Any) -> str:
+    def start(*schedule: TimedReply, **settings: Any) -> str:
         file = Path(__file__).with_name("fake_openai.py")
-        command = [sys.executable, "-S", str(file), settings_of(list(plan), **settings)]
+        command = [sys.executable, "-S", str(file), settings_of(list(schedule), **settings)]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         processes.append(process)
         assert process.stdout is not None

@@ -13,7 +13,7 @@ from lowbit_core.evals.results import as_rows
 from lowbit_core.evals.scoring import Answer
 from lowbit_loadtest.compare import compare, judge
 from lowbit_loadtest.compare_cli import command
-from lowbit_loadtest.report.document import REQUEST_COLUMNS
+from lowbit_loadtest.report.document import FORMAT_VERSION, REQUEST_COLUMNS
 from lowbit_loadtest.report.statistics import Bounds
 
 
@@ -37,7 +37,7 @@ def document(
         values |= {"ttft_s": ttft, "tpot_s": ttft / 10, "e2e_s": ttft * 2}
         rows.append([values.get(column) for column in REQUEST_COLUMNS])
     point = {"offered_rps": 4.0, "request_table": {"columns": list(REQUEST_COLUMNS), "rows": rows}}
-    head = {"kind": "lowbit.loadtest", "format_version": 2, "valid": True, "invalid_because": []}
+    head = {"kind": "lowbit.loadtest", "format_version": FORMAT_VERSION, "valid": True, "invalid_because": []}
     return head | {"scenario": {"seed": 0, "model": "a", **scenario}, "points": [point]}
 
 
@@ -186,7 +186,7 @@ def test_exit_status_is_for_ci(tmp_path: Path, capsys: pytest.CaptureFixture[str
     ("changes", "message"),
     [
         ({"kind": "other"}, "b.json is not a result of lowbit loadtest"),
-        ({"format_version": 1}, "has format 1"),
+        ({"format_version": 2}, "has format 2, this version reads 3"),
         ({"valid": False, "invalid_because": ["sends were late"]}, r"is invalid \(sends were late\)"),
         ({"points": [{"offered_rps": 4.0}]}, "has no requests; give the file that --json wrote"),
     ],

@@ -1,4 +1,4 @@
-"""The frontier: plan, visits that go on where they ended, arithmetic, recommendation, and reports that stand alone."""
+"""The frontier: plan, runs that go on where they ended, arithmetic, recommendation, and reports that stand alone."""
 
 import json
 import re
@@ -15,12 +15,13 @@ from tests.loadtest.conftest import FakeServer
 from lowbit_core.errors import ConfigError, EngineError
 from lowbit_core.evals.arithmetic import Estimate
 from lowbit_loadtest.frontier.charts import Spot, scatter
+from lowbit_loadtest.frontier.checkpoint_result import CheckpointResult, Status, mean_over_runs, status
+from lowbit_loadtest.frontier.document import as_document, pareto
 from lowbit_loadtest.frontier.page import as_html, as_markdown
 from lowbit_loadtest.frontier.plan import FrontierPlan, load_plan
 from lowbit_loadtest.frontier.processes import Served
-from lowbit_loadtest.frontier.recommendation import Standing, Status, recommend
-from lowbit_loadtest.frontier.results import as_document, over_visits, pareto, status
-from lowbit_loadtest.frontier.run import Workplace, order_of_visits, run_frontier
+from lowbit_loadtest.frontier.recommendation import recommend
+from lowbit_loadtest.frontier.run import OutputDirectory, order_of_runs, run_frontier
 from lowbit_loadtest.generate.workers import OnTally
 
 PLAN = """
@@ -73,51 +74,51 @@ class FakeServing:
         yield Served(self.server.url, 1.0)
 
 
-def test_every_checkpoint_is_visited_in_turn_and_a_stopped_run_goes_on(
+def test_every_checkpoint_is_measured_in_turn_and_a_stopped_run_goes_on(
     plan: FrontierPlan, fake_server: FakeServer, tmp_path: Path
 ) -> None:
-    place, serve = Workplace(tmp_path / "out"), FakeServing(fake_server)
-    assert run_frontier(plan, place, quiet, serve) == {}
+    out, serve = OutputDirectory(tmp_path / "out"), FakeServing(fake_server)
+    assert run_frontier(plan, out, quiet, serve) == {}
     fp8 = ("--enforce-eager", "--kv-cache-dtype", "fp8")
     assert serve.flags == [("--enforce-eager",), fp8, fp8, ("--enforce-eager",)]
-    place.visit_file("small", 1).unlink()
-    run_frontier(plan, place, quiet, serve)
+    out.run_file("small", 1).unlink()
+    run_frontier(plan, out, quiet, serve)
     assert len(serve.flags) == 5
-    visits = place.visits(plan)
-    asked = [bool(visit["scenarios"]["load"]["quality"]) for visit in visits]
-    assert [visit["checkpoint"] for visit in visits] == ["base", "small", "small", "base"]
+    runs = out.runs(plan)
+    asked = [bool(run["scenarios"]["load"]["quality"]) for run in runs]
+    assert [run["checkpoint"] for run in runs] == ["base", "small", "small", "base"]
     assert asked == [True, True, False, False]
-    _check_reports(plan, visits)
+    _check_reports(plan, runs)
 
 
-def _check_reports(plan: FrontierPlan, visits: list[dict[str, Any]]) -> None:
-    document = json.loads(json.dumps(as_document(plan, visits, {}), allow_nan=False))
-    assert [one["visits"] for one in document["standings"]] == [2, 2]
-    assert document["standings"][0]["throughput"]["load"]["value"] > 0
+def _check_reports(plan: FrontierPlan, runs: list[dict[str, Any]]) -> None:
+    document = json.loads(json.dumps(as_document(plan, runs, {}), allow_nan=False))
+    assert [one["runs"] for one in document["results"]] == [2, 2]
+    assert document["results"][0]["throughput"]["load"]["value"] > 0
     html, table = as_html(document), as_markdown(document)
     assert not re.search(r'(src|href)="|url\(|<script', html)
     assert all(name in html and name in table for name in ("base", "small", "load, tokens/s"))
 
 
-def test_another_plans_visits_are_refused_but_other_constraints_are_not(
+def test_another_plans_runs_are_refused_but_other_constraints_are_not(
     plan: FrontierPlan, fake_server: FakeServer, tmp_path: Path
 ) -> None:
-    place = Workplace(tmp_path / "out")
-    place.prepare(plan)
+    out = OutputDirectory(tmp_path / "out")
+    out.prepare(plan)
     other = plan.model_copy(update={"constraints": plan.constraints.model_copy(update={"ttft_p95_s": 1.0})})
-    place.prepare(other)
-    with pytest.raises(ConfigError, match="holds the visits of another plan"):
-        place.prepare(plan.model_copy(update={"serve": ()}))
+    out.prepare(other)
+    with pytest.raises(ConfigError, match="has the runs of another plan"):
+        out.prepare(plan.model_copy(update={"serve": ()}))
 
 
 def test_a_checkpoint_that_does_not_start_is_reported_and_the_others_are_measured(
     plan: FrontierPlan, fake_server: FakeServer, tmp_path: Path
 ) -> None:
-    place = Workplace(tmp_path / "out")
-    failures = run_frontier(plan, place, quiet, FakeServing(fake_server, broken=("fp8",)))
+    out = OutputDirectory(tmp_path / "out")
+    failures = run_frontier(plan, out, quiet, FakeServing(fake_server, broken=("fp8",)))
     assert failures == {"small": "lowbit serve ended with status 2: no such flag"}
-    document = as_document(plan, place.visits(plan), failures)
-    assert [one["name"] for one in document["standings"]] == ["base"]
+    document = as_document(plan, out.runs(plan), failures)
+    assert [one["name"] for one in document["results"]] == ["base"]
     assert "small could not be served" in as_html(document)
     assert "small could not be served" in as_markdown(document)
 
@@ -132,6 +133,11 @@ def test_a_checkpoint_that_does_not_start_is_reported_and_the_others_are_measure
         (("ttft_p95_s: 5", "ttft_p95_s: -5"), "constraints.ttft_p95_s"),
         (("base: base", "base: base\nbase: base"), "stands twice"),
         (("base: base", "base: base\nquality_under: x"), "quality_under 'x' is none of the scenarios"),
+        (
+            ("ttft_p95_s: 5", "accuracy_of_base: 0.9"),
+            "unknown key 'constraints.accuracy_of_base'; it is called 'constraints.acc_norm_of_base' now",
+        ),
+        (("probes: 3", "items: 3"), "unknown key 'quality.items'; it is called 'quality.limit' now"),
     ],
 )
 def test_a_wrong_plan_is_refused_with_its_key(tmp_path: Path, change: tuple[str, str], message: str) -> None:
@@ -146,21 +152,21 @@ def test_a_missing_scenario_is_refused_before_anything_is_served(
     (tmp_path / "plan.yaml").write_text(PLAN)
     serve = FakeServing(fake_server)
     with pytest.raises(ConfigError, match=r"load\.yaml does not exist"):
-        run_frontier(load_plan(tmp_path / "plan.yaml"), Workplace(tmp_path / "out"), quiet, serve)
+        run_frontier(load_plan(tmp_path / "plan.yaml"), OutputDirectory(tmp_path / "out"), quiet, serve)
     assert serve.flags == []
 
 
 def test_the_order_turns_with_each_repetition(plan: FrontierPlan) -> None:
-    assert [(n, one.name) for n, one in order_of_visits(plan)] == [
+    assert [(n, one.name) for n, one in order_of_runs(plan)] == [
         (0, "base"), (0, "small"), (1, "small"), (1, "base"),
     ]  # fmt: skip
 
 
-def test_visits_give_students_interval() -> None:
-    found = over_visits([10.0, 12.0, 14.0])
+def test_runs_give_students_interval() -> None:
+    found = mean_over_runs([10.0, 12.0, 14.0])
     assert found.value == 12
     assert found.low == pytest.approx(12 - 4.302653 * 2 / 3**0.5)
-    assert over_visits([5.0]) == Estimate(5.0, None, None)
+    assert mean_over_runs([5.0]) == Estimate(5.0, None, None)
 
 
 @pytest.mark.parametrize(
@@ -168,10 +174,10 @@ def test_visits_give_students_interval() -> None:
     [
         (Estimate(1.0, 0.99, 1.01), True, "met"),
         (Estimate(0.9, 0.85, 0.95), True, "missed"),
-        (Estimate(1.0, 0.95, 1.05), True, "open"),
-        (Estimate(1.0, 0.9, 1.1), False, "open"),
+        (Estimate(1.0, 0.95, 1.05), True, "undecided"),
+        (Estimate(1.0, 0.9, 1.1), False, "undecided"),
         (Estimate(0.9, 0.8, 0.95), False, "met"),
-        (None, True, "open"),
+        (None, True, "undecided"),
     ],
 )
 def test_a_constraint_is_met_only_by_the_whole_interval(
@@ -180,33 +186,35 @@ def test_a_constraint_is_met_only_by_the_whole_interval(
     assert status(one, 0.98, at_least) == expected
 
 
-def standing(name: str, speed: tuple[float, float, float], accuracy: float, **statuses: Status) -> Standing:
-    quality = Estimate(accuracy, accuracy - 0.01, accuracy + 0.01)
-    return Standing(
+def result_of(
+    name: str, speed: tuple[float, float, float], acc_norm: float, **statuses: Status
+) -> CheckpointResult:
+    quality = Estimate(acc_norm, acc_norm - 0.01, acc_norm + 0.01)
+    return CheckpointResult(
         name=name,
-        visits=3,
+        runs=3,
         throughput={"load": Estimate(*speed)},
-        accuracy=quality,
+        acc_norm=quality,
         perplexity=None,
-        accuracy_of_base=quality,
+        acc_norm_of_base=quality,
         perplexity_of_base=None,
         against_base=None,
-        held="held",
+        quality_under_load="pass",
         memory_bytes={},
         kv_tokens=None,
         statuses=dict(statuses),
     )
 
 
-SLOW = standing("slow", (100, 98, 102), 0.6, accuracy_of_base="met")
-FAST = standing("fast", (150, 145, 155), 0.59, accuracy_of_base="met")
-BAD = standing("bad", (200, 190, 210), 0.3, accuracy_of_base="missed")
-OPEN = standing("open", (160, 150, 170), 0.58, accuracy_of_base="open")
-NEAR = standing("near", (149, 140, 158), 0.6, accuracy_of_base="met")
+SLOW = result_of("slow", (100, 98, 102), 0.6, acc_norm_of_base="met")
+FAST = result_of("fast", (150, 145, 155), 0.59, acc_norm_of_base="met")
+BAD = result_of("bad", (200, 190, 210), 0.3, acc_norm_of_base="missed")
+OPEN = result_of("open", (160, 150, 170), 0.58, acc_norm_of_base="undecided")
+NEAR = result_of("near", (149, 140, 158), 0.6, acc_norm_of_base="met")
 
 
 @pytest.mark.parametrize(
-    ("standings", "verdict", "name"),
+    ("results", "verdict", "name"),
     [
         ([SLOW, FAST, BAD], "recommended", "fast"),
         ([BAD], "none", None),
@@ -216,36 +224,38 @@ NEAR = standing("near", (149, 140, 158), 0.6, accuracy_of_base="met")
     ],
 )
 def test_the_recommendation_says_when_the_data_cannot_decide(
-    plan: FrontierPlan, standings: list[Standing], verdict: str, name: str | None
+    plan: FrontierPlan, results: list[CheckpointResult], verdict: str, name: str | None
 ) -> None:
-    limits = plan.constraints.model_copy(update={"accuracy_of_base": 0.99})
-    found = recommend(plan.model_copy(update={"constraints": limits}), standings, ("base", "small"))
+    limits = plan.constraints.model_copy(update={"acc_norm_of_base": 0.99})
+    found = recommend(plan.model_copy(update={"constraints": limits}), results, ("base", "small"))
     assert (found.verdict, found.name) == (verdict, name)
-    if OPEN in standings:
+    if OPEN in results:
         assert any("items would tell" in reason for reason in found.reasons)
-    if NEAR in standings:
+    if NEAR in results:
         assert any("more repetitions would tell" in reason for reason in found.reasons)
 
 
-def test_an_open_checkpoint_that_is_surely_slower_does_not_hold_up_the_decision(plan: FrontierPlan) -> None:
-    late = standing("late", (90, 80, 99), 0.58, accuracy_of_base="open")
+def test_an_undecided_checkpoint_that_is_surely_slower_does_not_hold_up_the_decision(
+    plan: FrontierPlan,
+) -> None:
+    late = result_of("late", (90, 80, 99), 0.58, acc_norm_of_base="undecided")
     assert recommend(plan, [FAST, late], ("base", "small")).verdict == "recommended"
 
 
-def test_nothing_is_recommended_while_a_checkpoint_was_not_visited(plan: FrontierPlan) -> None:
+def test_nothing_is_recommended_while_a_checkpoint_was_not_measured(plan: FrontierPlan) -> None:
     found = recommend(plan, [FAST], ("base",))
     assert (found.verdict, found.name) == ("undecided", "fast")
-    assert "small was not visited yet" in found.reasons
+    assert "small was not measured yet" in found.reasons
 
 
 def test_speeds_of_a_late_generator_are_no_ground_for_a_recommendation(plan: FrontierPlan) -> None:
-    found = recommend(plan, [SLOW, replace(FAST, late_points=2)], ("base", "small"))
+    found = recommend(plan, [SLOW, replace(FAST, invalid_points=2)], ("base", "small"))
     assert found.verdict == "undecided"
     assert any("the generator fell behind in 2" in reason for reason in found.reasons)
 
 
 def test_the_pareto_frontier_has_no_dominated_point() -> None:
-    assert pareto([SLOW, FAST, BAD, standing("dominated", (99, 90, 110), 0.55)], "load") == [
+    assert pareto([SLOW, FAST, BAD, result_of("dominated", (99, 90, 110), 0.55)], "load") == [
         "slow",
         "fast",
         "bad",

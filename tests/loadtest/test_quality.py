@@ -21,7 +21,7 @@ from lowbit_loadtest.quality.probes import fits, judge, make_probes, repeats
 from lowbit_loadtest.quality.questions import read_items
 from lowbit_loadtest.quality.run import measure_quality
 from lowbit_loadtest.quality.scorer import Scorer, Unsupported, find_scorer
-from lowbit_loadtest.quality.verdict import Quality, base_answers, judge_change, share_under_load
+from lowbit_loadtest.quality.verdict import QualityResult, base_answers, judge_change, share_under_load
 from lowbit_loadtest.report.document import as_document
 from lowbit_loadtest.report.page import as_html
 from lowbit_loadtest.report.text import lines
@@ -117,22 +117,29 @@ def own_items(tmp_path: Path) -> str:
     return str(file)
 
 
-def load_scenario_with(own: str, **quality: Any) -> Scenario:
+def load_scenario_with(items: str, **quality: Any) -> Scenario:
     return parse_scenario(
         {
             "arrivals": {"kind": "closed", "concurrency": 2},
             "prompts": {"kind": "text"},
             "requests": 4,
             "generator": {"workers": 1},
-            "quality": {"tasks": [], "own": own, "probes": 3, "tolerance": 0.1, "concurrency": 4, **quality},
+            "quality": {
+                "tasks": [],
+                "items_file": items,
+                "probes": 3,
+                "tolerance": 0.1,
+                "concurrency": 4,
+                **quality,
+            },
         },
         "test",
     )
 
 
-def run(server: ScoringServer, own: str, base: Any = None, **quality: Any) -> Quality:
-    """Both sittings, the load of the scenario beside the second."""
-    scenario = load_scenario_with(own, **quality)
+def run(server: ScoringServer, items: str, base: Any = None, **quality: Any) -> QualityResult:
+    """Ask idle, then under the scenario's load."""
+    scenario = load_scenario_with(items, **quality)
     assert scenario.quality is not None
     target = Target(server.url, "fake-model")
     found = measure_quality(scenario, read_items(scenario.quality), target, 1, None, quiet, base)
@@ -148,15 +155,19 @@ def json_answer(**changes: Any) -> str:
     return json.dumps({"name": "Ada", "year": 1815, "field": "sums"} | changes)
 
 
-def test_quality_holds_where_the_server_answers_the_same_under_load(
+def test_quality_passes_where_the_server_answers_the_same_under_load(
     server: ScoringServer, own_items: str
 ) -> None:
     scenario = load_scenario_with(own_items)
     result = run_load_test(scenario, server.url, None, quiet)
     quality = result.quality
     assert quality is not None
-    assert quality.held is not None
-    assert (quality.held.verdict, quality.held.change.value, quality.held.judged) == ("held", 0.0, 36)
+    assert quality.right_answers is not None
+    assert (
+        quality.right_answers.verdict,
+        quality.right_answers.change.value,
+        quality.right_answers.judged,
+    ) == ("pass", 0.0, 36)
     own, cloze = (quality.tasks[task][0].acc_norm for task in ("own", "cloze"))
     assert own is not None
     assert cloze is not None
@@ -166,20 +177,20 @@ def test_quality_holds_where_the_server_answers_the_same_under_load(
     assert quality.under_load_share > 0.9
     document = as_document(scenario, result, "now", requests=True)
     assert base_answers(json.loads(json.dumps(document)), "a.json") == dict(quality.loaded.answers)
-    assert any("quality held under load" in line for line in lines(scenario, result))
-    assert "quality held under load" in as_html(document)
+    assert any("quality under load: pass" in line for line in lines(scenario, result))
+    assert "quality under load: pass" in as_html(document)
 
 
-def test_a_server_that_forgets_under_load_fell(server: ScoringServer, own_items: str) -> None:
+def test_a_server_that_forgets_under_load_fails(server: ScoringServer, own_items: str) -> None:
     server.spoils_under_load = True
     quality = run(server, own_items, probes=0, tolerance=0.02)
-    assert quality.held is not None
-    assert quality.held.verdict == "fell"
+    assert quality.right_answers is not None
+    assert quality.right_answers.verdict == "fail"
     assert quality.under_load.lost > 10
 
 
 def test_what_the_server_loses_counts_as_wrong(server: ScoringServer, own_items: str) -> None:
-    server.loses = tuple(range(80, 90))  # the first sitting takes 66
+    server.loses = tuple(range(80, 90))  # asking idle takes 66
     quality = run(server, own_items, probes=0)
     loaded = quality.tasks["all"][1]
     assert loaded is not None
@@ -190,11 +201,11 @@ def test_what_the_server_loses_counts_as_wrong(server: ScoringServer, own_items:
 def test_a_base_run_gives_flips_and_a_divergence(
     server: ScoringServer, own_items: str, tmp_path: Path
 ) -> None:
-    text = tmp_path / "held.jsonl"
+    text = tmp_path / "texts.jsonl"
     text.write_text(json.dumps({"text": "some known words and right others", "domain": "prose"}) + "\n")
-    base = run(server, own_items, text=str(text), probes=0)
+    base = run(server, own_items, text_file=str(text), probes=0)
     server.spoils_under_load = True
-    found = run(server, own_items, base.idle.answers, text=str(text), probes=0).against_base
+    found = run(server, own_items, base.idle.answers, text_file=str(text), probes=0).against_base
     assert found is not None
     assert found.items == 33
     assert found.flips > 10
@@ -217,8 +228,8 @@ def test_a_server_that_cannot_score_is_named_in_one_line(
         setattr(server, name, value)
     quality = run(server, own_items)
     assert reason in quality.unsupported[0]
-    assert quality.held is not None  # the probes are still judged
-    assert quality.held.judged == 3
+    assert quality.right_answers is not None  # the probes are still judged
+    assert quality.right_answers.judged == 3
 
 
 def score(server: ScoringServer, request: Request, top: int = 20) -> tuple[Scorer, Any]:
@@ -279,8 +290,8 @@ def test_repetition_is_a_block_four_times_in_a_row() -> None:
 @pytest.mark.parametrize(
     ("change", "verdict"),
     [
-        (Estimate(0.0, -0.01, 0.01), "held"),
-        (Estimate(-0.10, -0.15, -0.05), "fell"),
+        (Estimate(0.0, -0.01, 0.01), "pass"),
+        (Estimate(-0.10, -0.15, -0.05), "fail"),
         (Estimate(-0.01, -0.05, 0.03), "undecided"),
         (Estimate(-0.015, -0.022, -0.008), "undecided"),
     ],

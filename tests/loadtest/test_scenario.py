@@ -1,4 +1,4 @@
-"""Scenarios: what is read, what is refused and how, and the plan that comes of them."""
+"""Scenarios: what is read, what is refused and how, and the schedule that comes of them."""
 
 import asyncio
 from pathlib import Path
@@ -11,7 +11,7 @@ import pytest
 from lowbit_core.errors import ConfigError
 from lowbit_loadtest.generate.arrivals import Draw, draw_lengths, generator, send_times_s
 from lowbit_loadtest.generate.prompts import PromptMaker
-from lowbit_loadtest.generate.schedule import Plan, make_plan
+from lowbit_loadtest.generate.schedule import Schedule, make_schedule
 from lowbit_loadtest.generate.tokens import ServerTokens, WordTokens, find_counter, fit_to_tokens
 from lowbit_loadtest.generate.traces import read_trace
 from lowbit_loadtest.scenario import (
@@ -35,8 +35,8 @@ def scenario(**data: Any) -> Scenario:
     return parse_scenario({"arrivals": POISSON, "prompts": TEXT, **data}, "test")
 
 
-def plan(repetition: int = 0, **data: Any) -> Plan:
-    return asyncio.run(make_plan(scenario(**data), WordTokens(), repetition))
+def schedule(repetition: int = 0, **data: Any) -> Schedule:
+    return asyncio.run(make_schedule(scenario(**data), WordTokens(), repetition))
 
 
 def test_bundled_scenarios_are_valid_and_say_what_they_are_for() -> None:
@@ -134,17 +134,17 @@ def test_a_duration_is_filled_to_its_end_and_not_beyond(arrivals: Poisson | Cons
 
 def test_the_plan_is_fixed_by_the_seed_and_the_repetition() -> None:
     data: dict[str, Any] = {"prompts": {"kind": "synthetic", "tokens": 20}, "requests": 5}
-    assert plan(**data) == plan(**data)
-    assert plan(seed=1, **data) != plan(**data)
-    first, second = plan(**data), plan(1, **data)
+    assert schedule(**data) == schedule(**data)
+    assert schedule(seed=1, **data) != schedule(**data)
+    first, second = schedule(**data), schedule(1, **data)
     assert {job.at_s for job in first.jobs}.isdisjoint(job.at_s for job in second.jobs)
     assert not any(job.turns in [other.turns for other in second.jobs] for job in first.jobs)
 
 
 def test_changing_the_prompts_leaves_the_arrivals_alone() -> None:
-    one = plan(requests=9)
+    one = schedule(requests=9)
     output = {"tokens": {"kind": "uniform", "min": 1, "max": 9}}
-    other = plan(requests=9, prompts={"kind": "synthetic", "tokens": 7}, output=output)
+    other = schedule(requests=9, prompts={"kind": "synthetic", "tokens": 7}, output=output)
     assert [job.at_s for job in one.jobs] == [job.at_s for job in other.jobs]
 
 
@@ -195,7 +195,7 @@ def test_the_servers_tokenizer_is_used_when_it_has_one() -> None:
 
 def test_shared_prefixes_are_shared_within_a_group_only() -> None:
     prefix = {"groups": 2, "tokens": 6}
-    made = plan(prompts={"kind": "synthetic", "tokens": 10, "shared_prefix": prefix}, requests=6)
+    made = schedule(prompts={"kind": "synthetic", "tokens": 10, "shared_prefix": prefix}, requests=6)
     systems = [job.turns[0].messages[0]["content"] for job in made.jobs]
     users = [job.turns[0].messages[1]["content"] for job in made.jobs]
     assert len(set(systems)) == 2
@@ -206,7 +206,7 @@ def test_shared_prefixes_are_shared_within_a_group_only() -> None:
 
 def test_conversations_have_the_turns_asked_for() -> None:
     prompts = {"kind": "conversations", "turns": {"kind": "uniform", "min": 2, "max": 4}, "user_tokens": 5}
-    made = plan(prompts=prompts, requests=20)
+    made = schedule(prompts=prompts, requests=20)
     assert {len(job.turns) for job in made.jobs} == {2, 3, 4}
     assert made.requests == sum(len(job.turns) for job in made.jobs)
     seeds = [job.seed + turn for job in made.jobs for turn in range(len(job.turns))]
@@ -253,7 +253,7 @@ def test_azure_trace_is_read_with_its_seventh_digit(tmp_path: Path) -> None:
 def test_mooncake_trace_shares_the_blocks_that_it_says(tmp_path: Path) -> None:
     file = tmp_path / "mooncake.jsonl"
     file.write_text(MOONCAKE)
-    made = plan(arrivals={"kind": "replay", "path": str(file)}, prompts=None)
+    made = schedule(arrivals={"kind": "replay", "path": str(file)}, prompts=None)
     assert [job.at_s for job in made.jobs] == [0.0, 27.0]
     assert [job.turns[0].max_tokens for job in made.jobs] == [500, 4]
     one, other = (job.turns[0].messages[0]["content"].split() for job in made.jobs)

@@ -20,7 +20,7 @@ from tests.loadtest.fake_openai import Reply
 
 from lowbit_loadtest.generate.driver import Share, Tally, Target
 from lowbit_loadtest.generate.records import Outcome
-from lowbit_loadtest.generate.schedule import Plan
+from lowbit_loadtest.generate.schedule import Schedule
 from lowbit_loadtest.generate.workers import run_workers, shares_of
 from lowbit_loadtest.rates import next_search_rate
 from lowbit_loadtest.report.document import as_document
@@ -146,15 +146,15 @@ def test_a_closed_loop_over_processes_deals_every_job_once_and_keeps_its_concurr
 ) -> None:
     url = timed_server(Reply(ttft_s=0.02, gap_s=0.005, chunks=2))
     share = Share(Target(url, "fake-model"), ())
-    ran = run_workers(shares_of(Plan(jobs(60), concurrency=5), share, 2), lambda tally: None)
-    records = [record for one in ran.driven for record in one.records]
+    ran = run_workers(shares_of(Schedule(jobs(60), concurrency=5), share, 2), lambda tally: None)
+    records = ran.records
     assert sorted(record.index for record in records) == list(range(60))
     moments = sorted(
         [(record.sent_s, 1) for record in records] + [(record.ended_s, -1) for record in records]
     )
     assert max(np.cumsum([change for _, change in moments])) == 5
-    assert len(ran.driven) == 2
-    assert all(one.records for one in ran.driven)
+    assert len(ran.shares) == 2
+    assert all(one.records for one in ran.shares)
 
 
 def test_conversations_carry_the_servers_own_answers(timed_server: Start) -> None:
@@ -222,14 +222,14 @@ def test_ctrl_c_ends_cleanly_and_writes_what_there_is(timed_server: Start, tmp_p
 def test_a_worker_that_dies_loses_no_others_records(timed_server: Start) -> None:
     url = timed_server(Reply(ttft_s=0.05, chunks=2))
     share = Share(Target(url, "fake-model"), ())
-    plan = Plan(jobs(40, at_s=[0.02 * index for index in range(40)]))
-    good, bad = shares_of(plan, share, 2)
+    schedule = Schedule(jobs(40, at_s=[0.02 * index for index in range(40)]))
+    good, bad = shares_of(schedule, share, 2)
     bad = Share(bad.target, (*bad.jobs, "not a job"))  # type: ignore[arg-type]
     tallies: list[Tally] = []
     ran = run_workers([good, bad], tallies.append)
     assert ran.lost_workers == 1
-    assert sum(len(one.records) for one in ran.driven) == 20
-    assert lag([Run(ran.driven[0].records, None)]).send_max is not None
+    assert len(ran.records) == 20
+    assert lag([Run(ran.shares[0].records, None)]).send_max is not None
 
 
 @pytest.mark.parametrize("true_rps", [0.5, 1.0, 3.3, 17.0, 99.0, 200.0])
@@ -262,4 +262,4 @@ def test_a_stopped_closed_loop_sends_nothing_more_and_keeps_its_records(
     ran = run_workers([share], lambda tally: stop.set() if tally.in_flight == 2 else None, stop)
     assert ran.lost_workers == 0
     assert not ran.interrupted
-    assert [record.outcome for one in ran.driven for record in one.records] == [Outcome.CUT_OFF] * 2
+    assert [record.outcome for record in ran.records] == [Outcome.CUT_OFF] * 2

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 
 from lowbit_loadtest.generate.client import ChatClient
-from lowbit_loadtest.generate.driver import Driven, Driver, Share, Tally, Target, open_http
+from lowbit_loadtest.generate.driver import Driver, Share, ShareResult, Tally, Target, open_http
 from lowbit_loadtest.generate.schedule import Job
 
 POLL_S = 1e-4  # what one turn of the loop costs
@@ -87,10 +87,10 @@ def drive_virtually(
     gap_s: float = 0.01,
     chunks: int = 5,
     **share: Any,
-) -> Driven:
+) -> ShareResult:
     """Drive a share against the delaying transport in virtual time, from second 1."""
 
-    async def main(loop: VirtualLoop) -> Driven:
+    async def main(loop: VirtualLoop) -> ShareResult:
         target = Target("http://virtual", "fake")
         async with open_http(target, DelayingTransport(loop, ttft_s, gap_s, chunks)) as http:
             client = ChatClient(http, 600.0, loop.time)
@@ -98,5 +98,5 @@ def drive_virtually(
                 asyncio.Event()
             )
 
-    driven: Driven = run_virtually(main)
+    driven: ShareResult = run_virtually(main)
     return driven

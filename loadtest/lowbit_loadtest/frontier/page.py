@@ -51,7 +51,7 @@ def as_markdown(document: Document) -> str:
         "| " + " | ".join(name for name, _ in head) + " |",
         "|" + "---|" * len(head),
     ]
-    lines += ["| " + " | ".join(cell(one) for _, cell in head) + " |" for one in document["standings"]]
+    lines += ["| " + " | ".join(cell(one) for _, cell in head) + " |" for one in document["results"]]
     return "\n".join([*lines, "", _method(document), ""])
 
 
@@ -92,12 +92,12 @@ def _verdict(document: Document) -> str:
 
 
 def _method(document: Document) -> str:
-    done, planned = len(document["visits"]), document["planned_visits"]
-    visits = f"{done} visits" if done == planned else f"{done} of {planned} visits (unfinished)"
+    done, planned = len(document["runs"]), document["planned_runs"]
+    runs = f"{done} runs" if done == planned else f"{done} of {planned} runs (unfinished)"
     quality = document["plan"]["quality"]
     return (
-        f"{visits}, interleaved; quality is judged under load, against {document['plan']['base']} on the same items "
-        f"({quality['items']} of each task). Brackets and bars are 95 % intervals."
+        f"{runs}, interleaved; quality is judged under load, against {document['plan']['base']} on the same items "
+        f"({quality['limit']} of each task). Brackets and bars are 95 % intervals."
     )
 
 
@@ -114,13 +114,13 @@ def _columns(document: Document) -> list[Column]:
     return [
         ("checkpoint", lambda one: str(one["name"])),
         *((f"{load['name']}, tokens/s", speed(load["name"])) for load in document["plan"]["scenarios"]),
-        ("accuracy", estimate("accuracy", "{:.1%}")),
-        ("of base", estimate("accuracy_of_base", "{:.3f}")),
+        ("acc_norm", estimate("acc_norm", "{:.1%}")),
+        ("of base", estimate("acc_norm_of_base", "{:.3f}")),
         ("perplexity", estimate("perplexity", "{:.2f}")),
         ("of base", estimate("perplexity_of_base", "{:.3f}")),
         ("KL ≥, nats", _kl),
         ("flips", _flips),
-        ("under load", lambda one: one["held"] or "–"),
+        ("under load", lambda one: one["quality_under_load"] or "–"),
         ("weights, MiB", lambda one: f"{one['memory_bytes'].get('weights', 0) / MIB:.0f}"),
         ("KV tokens", lambda one: f"{one['kv_tokens']:,}" if one["kv_tokens"] else "–"),
     ]
@@ -148,7 +148,7 @@ def _table(document: Document) -> str:
         f"<tr{' class=best' if one['name'] == best else ''}>"
         + "".join(f"<td>{_cell(cell(one))}</td>" for _, cell in columns)
         + "</tr>"
-        for one in document["standings"]
+        for one in document["results"]
     )
     return f"<table><tr>{head}</tr>{rows}</table>"
 
@@ -160,7 +160,7 @@ def _cell(text: str) -> str:
 
 def _pareto(document: Document, colors: dict[str, str]) -> list[str]:
     parts = []
-    known = [one for one in document["standings"] if one["accuracy"]]
+    known = [one for one in document["results"] if one["acc_norm"]]
     for load in document["plan"]["scenarios"] if known else ():
         name = load["name"]
         spots = [
@@ -168,15 +168,15 @@ def _pareto(document: Document, colors: dict[str, str]) -> list[str]:
                 one["name"],
                 colors[one["name"]],
                 Estimate(**one["throughput"][name]),
-                Estimate(**one["accuracy"]),
+                Estimate(**one["acc_norm"]),
             )
             for one in known
         ]
         picture = scatter(
-            spots, document["pareto"][name], "output tokens/s within the limits", "accuracy", percent=True
+            spots, document["pareto"][name], "output tokens/s within the limits", "acc_norm", percent=True
         )
         parts.append(
-            f"<h2>Throughput against accuracy: {escape(name)}</h2>"
+            f"<h2>Throughput against acc_norm: {escape(name)}</h2>"
             f'<p class="quiet">Up and to the right is better; filled points are on the Pareto frontier.</p>{picture}'
         )
     return parts
@@ -219,13 +219,13 @@ def _milliseconds(one: Document) -> tuple[float | None, float | None]:
 def _domains(document: Document, colors: dict[str, str]) -> list[str]:
     """acc_norm by task, and perplexity of held-out text by domain; both under load."""
     found: dict[str, dict[str, list[tuple[str, str, Estimate]]]] = {"acc_norm": {}, "perplexity": {}}
-    for visit in document["visits"]:
-        for result in visit["scenarios"].values():
+    for run in document["runs"]:
+        for result in run["scenarios"].values():
             for task, both in (result.get("quality") or {}).get("tasks", {}).items():
                 for kind, groups in found.items():
                     is_shown = kind == "acc_norm" or task.startswith("text:")
                     if task != "all" and is_shown and both["loaded"] and both["loaded"][kind]:
-                        name = visit["checkpoint"]
+                        name = run["checkpoint"]
                         one = (name, colors[name], Estimate(**both["loaded"][kind]))
                         groups.setdefault(task.removeprefix("text:"), []).append(one)
     parts = ["<h2>Quality by domain</h2>" + legend(colors)] if any(found.values()) else []
@@ -249,10 +249,10 @@ def _in_order(
 
 
 def _memory(document: Document) -> list[str]:
-    standings = [one for one in document["standings"] if one["memory_bytes"]]
-    if not standings:
+    results = [one for one in document["results"] if one["memory_bytes"]]
+    if not results:
         return []
-    components = list(dict.fromkeys(component for one in standings for component in one["memory_bytes"]))
+    components = list(dict.fromkeys(component for one in results for component in one["memory_bytes"]))
     colors = dict(zip(components, COMPONENT_COLORS, strict=False))
     rows = [
         (
@@ -260,6 +260,6 @@ def _memory(document: Document) -> list[str]:
             {component: size / MIB for component, size in one["memory_bytes"].items()},
             f"{one['kv_tokens']:,} tokens of KV" if one["kv_tokens"] else "",
         )
-        for one in standings
+        for one in results
     ]
     return [f"<h2>Memory by component</h2>{legend(colors)}", stacked_bars(rows, colors, "MiB")]

@@ -1,6 +1,6 @@
-"""The plan of a frontier: which checkpoints, under which loads, what is asked of them, and what must hold; strict YAML.
+"""The plan of a frontier, in strict YAML: checkpoints, loads, quality questions and constraints.
 
-Paths are relative to the plan's file. Knows nothing of processes and of HTTP.
+Knows nothing of processes and of HTTP.
 """
 
 from pathlib import Path
@@ -9,16 +9,16 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from lowbit_core.documents import SUFFIXES, DocumentPath, Section, document_path, load_document
-from lowbit_loadtest.scenario import PositiveFloat, Quality, Scenario, load_scenario
+from lowbit_loadtest.scenario import QUALITY_RENAMED, PositiveFloat, Quality, Scenario, load_scenario
 
+RENAMED = {**QUALITY_RENAMED, "constraints.accuracy_of_base": "constraints.acc_norm_of_base"}
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 NameOrFile = Annotated[str, document_path(lambda text, path: path.suffix in SUFFIXES)]
 DirectoryOrHubName = Annotated[str, document_path(lambda text, path: path.exists())]
 
 
 class Checkpoint(Section):
-    """A directory to serve: `path`; or a `recipe` that is run on `model` first, into `path`. `serve` are flags of
-    `lowbit serve` for this one."""
+    """A directory to serve: `path`. With `recipe` and `model` it is made first. `serve` has flags of `lowbit serve`."""
 
     name: Name
     path: DocumentPath
@@ -42,12 +42,12 @@ class Load(Section):
 
 
 class Constraints(Section):
-    """What a checkpoint must keep: shares of the base's quality, and 95th percentiles.
+    """What a checkpoint must keep: quality relative to the base's, and 95th percentiles of latency.
 
-    A rate counts towards throughput only where the latencies hold and 99 % of the requests complete.
+    A rate counts towards throughput only if it keeps the latencies and 99 % of its requests complete.
     """
 
-    accuracy_of_base: Annotated[float, Field(gt=0, le=1)] | None = None
+    acc_norm_of_base: Annotated[float, Field(gt=0, le=1)] | None = None
     perplexity_of_base: Annotated[float, Field(ge=1)] | None = None
     ttft_p95_s: PositiveFloat | None = None
     tpot_p95_s: PositiveFloat | None = None
@@ -65,7 +65,7 @@ class Constraints(Section):
 
 
 class FrontierPlan(Section):
-    """The whole plan; `base` is the checkpoint that quality is compared with, `serve` are flags for all."""
+    """The whole plan. Quality is compared with the checkpoint `base`; `serve` has flags for all."""
 
     description: str = ""
     checkpoints: tuple[Checkpoint, ...] = Field(min_length=1)
@@ -97,11 +97,11 @@ class FrontierPlan(Section):
 
 def load_plan(path: Path) -> FrontierPlan:
     """Read a plan; ConfigError names the key that is wrong."""
-    return load_document("plan", path, FrontierPlan, bundled={})
+    return load_document("plan", path, FrontierPlan, bundled={}, renamed=RENAMED)
 
 
 def scenarios_of(plan: FrontierPlan) -> dict[str, Scenario]:
-    """The plan's scenarios, read; one repetition each, because the frontier repeats whole visits."""
+    """The plan's scenarios, with one repetition each, because the frontier repeats whole runs."""
     return {
         load.name: load_scenario(load.scenario, load.set).model_copy(
             update={"repetitions": 1, "quality": None}

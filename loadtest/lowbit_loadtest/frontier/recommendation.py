@@ -1,7 +1,7 @@
-"""Which checkpoint to serve, or why the data cannot say: pure logic on what is known of each.
+"""Which checkpoint to serve, or why the data cannot decide: pure logic on what is known of each.
 
-A checkpoint is certain when every constraint is met, possible when none is missed. The fastest certain one is
-recommended when every other possible one is surely slower; otherwise the result is undecided, and says what is open.
+A checkpoint is certain when it meets every constraint, and possible when it misses none. The fastest certain one is
+recommended when every other possible one is surely slower; otherwise the result is undecided and says why.
 """
 
 import math
@@ -10,34 +10,19 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lowbit_core.evals.arithmetic import Estimate, span
-from lowbit_core.evals.results import Changes
+from lowbit_loadtest.frontier.checkpoint_result import CheckpointResult, Status
 from lowbit_loadtest.frontier.plan import Constraints, FrontierPlan
 
-Status = Literal["met", "missed", "open"]
-
-
-@dataclass(frozen=True)
-class Standing:
-    """One checkpoint. Throughput is by scenario; `statuses` by constraint."""
-
-    name: str
-    visits: int
-    throughput: dict[str, Estimate]
-    accuracy: Estimate | None
-    perplexity: Estimate | None
-    accuracy_of_base: Estimate | None
-    perplexity_of_base: Estimate | None
-    against_base: Changes | None
-    held: str | None  # whether quality held under load
-    memory_bytes: dict[str, float]
-    kv_tokens: int | None
-    statuses: dict[str, Status]
-    late_points: int = 0  # rates during which the generator fell behind: their speeds are not to be believed
+WORDS = {
+    "acc_norm_of_base": "acc_norm of base",
+    "perplexity_of_base": "perplexity of base",
+    "latency": "latency at every rate",
+}
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """`name` is the checkpoint to serve; with `undecided`, the one that leads."""
+    """`name` is the checkpoint to serve; where `undecided`, the one that leads."""
 
     verdict: Literal["recommended", "undecided", "none"]
     name: str | None
@@ -45,33 +30,33 @@ class Recommendation:
 
 
 def recommend(
-    plan: FrontierPlan, standings: Sequence[Standing], failures: Collection[str] = ()
+    plan: FrontierPlan, results: Sequence[CheckpointResult], failures: Collection[str] = ()
 ) -> Recommendation:
-    """The fastest in the plan's objective of those that meet every constraint, if the data can tell.
+    """The fastest, in the plan's objective, of those that meet every constraint, if the data can tell.
 
-    `failures` are checkpoints that could not be served, and are no reason to wait.
+    `failures` are checkpoints that could not be served; the decision does not wait for them.
     """
     scenario = plan.objective or plan.scenarios[0].name
     wanted = constraint_text(plan.constraints)
-    possible = [one for one in standings if "missed" not in one.statuses.values()]
+    possible = [one for one in results if "missed" not in one.statuses.values()]
     missed = [
-        f"{one.name} misses {', '.join(_with(one, 'missed'))}" for one in standings if one not in possible
+        f"{one.name} misses {', '.join(_with(one, 'missed'))}" for one in results if one not in possible
     ]
     if not possible:
         return Recommendation("none", None, (f"no checkpoint keeps {wanted}", *missed))
-    certain = [one for one in possible if "open" not in one.statuses.values()]
+    certain = [one for one in possible if "undecided" not in one.statuses.values()]
     leader = max(certain or possible, key=lambda one: one.throughput[scenario].value)
-    seen = {one.name for one in standings} | set(failures)
-    doubts = [f"{one.name} was not visited yet" for one in plan.checkpoints if one.name not in seen]
+    seen = {one.name for one in results} | set(failures)
+    doubts = [f"{one.name} was not measured yet" for one in plan.checkpoints if one.name not in seen]
     doubts += [
         _doubt(plan, one)
         for one in possible
         if one not in certain and not _surely_slower(one, leader, scenario)
     ]
     doubts += [
-        f"{one.name}: the generator fell behind in {one.late_points} measurements; repeat them on an idle machine"
+        f"{one.name}: the generator fell behind in {one.invalid_points} measurements; repeat them on an idle machine"
         for one in possible
-        if one.late_points
+        if one.invalid_points
     ]
     rivals = [
         f"{one.name} may be as fast: {_speed(one, scenario)} against {_speed(leader, scenario)}; "
@@ -89,8 +74,8 @@ def recommend(
 def constraint_text(constraints: Constraints) -> str:
     """The constraints in words."""
     parts = []
-    if constraints.accuracy_of_base is not None:
-        parts.append(f"at least {constraints.accuracy_of_base:.0%} of the base's accuracy")
+    if constraints.acc_norm_of_base is not None:
+        parts.append(f"at least {constraints.acc_norm_of_base:.0%} of the base's acc_norm")
     if constraints.perplexity_of_base is not None:
         parts.append(f"at most {constraints.perplexity_of_base:g} times its perplexity")
     names = {
@@ -104,16 +89,11 @@ def constraint_text(constraints: Constraints) -> str:
     return ", ".join(parts) or "no constraints"
 
 
-def _with(one: Standing, wanted: Status) -> list[str]:
-    words = {
-        "accuracy_of_base": "accuracy",
-        "perplexity_of_base": "perplexity",
-        "latency": "latency at every rate",
-    }
-    return [words[name] for name, found in one.statuses.items() if found == wanted]
+def _with(one: CheckpointResult, wanted: Status) -> list[str]:
+    return [WORDS[name] for name, found in one.statuses.items() if found == wanted]
 
 
-def _speed(one: Standing, scenario: str) -> str:
+def _speed(one: CheckpointResult, scenario: str) -> str:
     speed = one.throughput[scenario]
     spread = (
         f" [{speed.low:.0f}–{speed.high:.0f}]" if speed.low is not None and speed.high is not None else ""
@@ -121,26 +101,26 @@ def _speed(one: Standing, scenario: str) -> str:
     return f"{speed.value:.0f}{spread} tokens/s"
 
 
-def _surely_slower(one: Standing, leader: Standing, scenario: str) -> bool:
+def _surely_slower(one: CheckpointResult, leader: CheckpointResult, scenario: str) -> bool:
     mine, theirs = one.throughput[scenario], leader.throughput[scenario]
     return mine.high is not None and theirs.low is not None and mine.high < theirs.low
 
 
-def _doubt(plan: FrontierPlan, one: Standing) -> str:
-    """Which constraints are open, and about how many items would close them."""
+def _doubt(plan: FrontierPlan, one: CheckpointResult) -> str:
+    """Which constraints are undecided, and about how many items would decide them."""
     limits = {
-        "accuracy_of_base": (one.accuracy_of_base, plan.constraints.accuracy_of_base),
+        "acc_norm_of_base": (one.acc_norm_of_base, plan.constraints.acc_norm_of_base),
         "perplexity_of_base": (one.perplexity_of_base, plan.constraints.perplexity_of_base),
     }
     texts = [
-        _open(name.replace("_", " "), estimate, limit or 1.0)
+        _undecided(WORDS[name], estimate, limit or 1.0)
         for name, (estimate, limit) in limits.items()
-        if one.statuses.get(name) == "open"
+        if one.statuses.get(name) == "undecided"
     ]
     return f"{one.name}: {'; '.join(texts)}"
 
 
-def _open(name: str, one: Estimate | None, limit: float) -> str:
+def _undecided(name: str, one: Estimate | None, limit: float) -> str:
     if one is None or one.low is None or one.high is None:
         return f"{name} is unknown"
     text = f"{name} {span(one, '{:.3f}')} includes {limit:g}"

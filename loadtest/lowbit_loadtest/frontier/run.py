@@ -1,8 +1,8 @@
-"""The frontier's story: make the checkpoints that recipes describe, then visit each in turn, again and again.
+"""The frontier's story: make the checkpoints that recipes describe, then measure each in turn, again and again.
 
-A visit serves one checkpoint, warms it up, runs every scenario once, and on the first visit asks the quality questions
-under the load of one of them. Repetitions are interleaved and the order turns with each, so that a machine that
-drifts does not favour one. Each finished visit is a file: a run that was stopped goes on where it ended.
+A run serves one checkpoint, warms it up and runs every scenario once; a checkpoint's first run also asks the quality
+questions under the load of one scenario. Repetitions are interleaved, and each starts with another checkpoint, so that
+a machine that drifts favours none. Each finished run is a file: the same command goes on where it was stopped.
 """
 
 import json
@@ -49,41 +49,39 @@ class Interrupted(LowbitError):
 
 
 @dataclass(frozen=True)
-class Workplace:
+class OutputDirectory:
     """The directory of one frontier."""
 
     root: Path
 
     def prepare(self, plan: FrontierPlan) -> None:
-        """Make the directory, or go on in it; ConfigError where another plan's visits are."""
-        for folder in ("visits", "logs"):
+        """Make the directory, or go on in it; ConfigError where it has the runs of another plan."""
+        for folder in ("runs", "logs"):
             (self.root / folder).mkdir(parents=True, exist_ok=True)
         copy, text = self.root / PLAN_COPY, json.dumps(measured_part(plan), indent=1)
         if copy.exists() and copy.read_text(encoding="utf-8") != text:
-            raise ConfigError(
-                f"{self.root} holds the visits of another plan; give another --out, or remove it"
-            )
+            raise ConfigError(f"{self.root} has the runs of another plan; give another --out, or remove it")
         copy.write_text(text, encoding="utf-8")
 
-    def visit_file(self, name: str, repetition: int) -> Path:
-        return self.root / "visits" / f"{name}-{repetition + 1}.json"
+    def run_file(self, name: str, repetition: int) -> Path:
+        return self.root / "runs" / f"{name}-{repetition + 1}.json"
 
     def log_file(self, name: str) -> Path:
         return self.root / "logs" / f"{name}.log"
 
-    def visits(self, plan: FrontierPlan) -> list[Document]:
-        """Every finished visit, by repetition."""
-        files = [self.visit_file(one.name, repetition) for repetition, one in order_of_visits(plan)]
+    def runs(self, plan: FrontierPlan) -> list[Document]:
+        """Every finished run, by repetition."""
+        files = [self.run_file(one.name, repetition) for repetition, one in order_of_runs(plan)]
         return [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
 
 
 def measured_part(plan: FrontierPlan) -> Document:
-    """All but what may change without measuring again: what is wanted, and the words."""
+    """The plan without what may change afterwards: constraints, objective and description."""
     return plan.model_dump(mode="json", exclude={"constraints", "description", "objective"})
 
 
-def order_of_visits(plan: FrontierPlan) -> Iterator[tuple[int, Checkpoint]]:
-    """Repetition by repetition, each beginning one checkpoint further."""
+def order_of_runs(plan: FrontierPlan) -> Iterator[tuple[int, Checkpoint]]:
+    """Repetition by repetition, each starting one checkpoint further on."""
     count = len(plan.checkpoints)
     for repetition in range(plan.repetitions):
         for place in range(count):
@@ -91,44 +89,44 @@ def order_of_visits(plan: FrontierPlan) -> Iterator[tuple[int, Checkpoint]]:
 
 
 def run_frontier(
-    plan: FrontierPlan, place: Workplace, on_run: OnRun, serve: Serving = serving
+    plan: FrontierPlan, out: OutputDirectory, on_run: OnRun, serve: Serving = serving
 ) -> dict[str, str]:
-    """Make every visit that is not on disk yet; returns why a checkpoint could not be served, by name."""
+    """Make every run that is not on disk yet; returns why checkpoints could not be served, by name."""
     scenarios = scenarios_of(plan)
     read_items(plan.quality)  # refuse it before the first server starts
-    place.prepare(plan)
-    _make_checkpoints(plan, place)
+    out.prepare(plan)
+    _make_checkpoints(plan, out)
     failures: dict[str, str] = {}
-    for repetition, checkpoint in order_of_visits(plan):
-        file = place.visit_file(checkpoint.name, repetition)
+    for repetition, checkpoint in order_of_runs(plan):
+        file = out.run_file(checkpoint.name, repetition)
         if file.exists() or checkpoint.name in failures:
             continue
-        log.info("visit %d of %s", repetition + 1, checkpoint.name)
+        log.info("run %d of %s", repetition + 1, checkpoint.name)
         try:
-            log_file = place.log_file(f"{checkpoint.name}-{repetition + 1}")
+            log_file = out.log_file(f"{checkpoint.name}-{repetition + 1}")
             flags = (*plan.serve, *checkpoint.serve)
             with serve(Path(checkpoint.path), flags, log_file, plan.start_timeout_s) as served:
-                visit = _visit(plan, scenarios, checkpoint, repetition, served, on_run)
+                run = _measure(plan, scenarios, checkpoint, repetition, served, on_run)
         except EngineError as error:
             failures[checkpoint.name] = str(error)
             log.error("%s: %s", checkpoint.name, error)
             continue
         temporary = file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(visit, allow_nan=False), encoding="utf-8")
+        temporary.write_text(json.dumps(run, allow_nan=False), encoding="utf-8")
         temporary.replace(file)
     return failures
 
 
-def _make_checkpoints(plan: FrontierPlan, place: Workplace) -> None:
+def _make_checkpoints(plan: FrontierPlan, out: OutputDirectory) -> None:
     for one in plan.checkpoints:
         if one.recipe and one.model and not (Path(one.path) / MANIFEST_NAME).exists():
             log.info("quantize %s with recipe %s", one.name, one.recipe)
-            quantize(one.model, one.recipe, Path(one.path), place.log_file(f"{one.name}-quantize"))
+            quantize(one.model, one.recipe, Path(one.path), out.log_file(f"{one.name}-quantize"))
         if not Path(one.path).is_dir():
             raise ConfigError(f"checkpoint {one.name}: {one.path} is not a directory")
 
 
-def _visit(
+def _measure(
     plan: FrontierPlan,
     scenarios: dict[str, Scenario],
     checkpoint: Checkpoint,
@@ -146,7 +144,7 @@ def _visit(
         started = datetime.now(UTC).isoformat(timespec="seconds")
         result = run_load_test(changed, served.url, None, _titled(on_run, f"{checkpoint.name}, {name}"))
         if result.interrupted:
-            raise Interrupted("interrupted; the finished visits are kept, and the same command goes on")
+            raise Interrupted("interrupted; the finished runs are kept, and the same command goes on")
         results[name] = as_document(changed, result, started, requests=False)
         if asks and result.quality is not None:
             results[name]["quality"] = as_document(changed, result, started, requests=True)["quality"]

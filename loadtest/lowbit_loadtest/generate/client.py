@@ -143,7 +143,7 @@ class ChatClient:
         sent_s = self._clock()
         try:
             async with asyncio.timeout(self._timeout_s):
-                end = await self._exchange(request.body(model), stream)
+                end = await self._stream_answer(request.body(model), stream)
         except TimeoutError:
             chunks = f"{len(stream.chunk_times_s)} chunks for max_tokens {request.max_tokens}"
             end = _End(Outcome.TIMED_OUT, f"no end within {self._timeout_s:g} s ({chunks})")
@@ -169,7 +169,7 @@ class ChatClient:
             text="".join(stream.texts),
         )
 
-    async def _exchange(self, body: dict[str, Any], stream: _Stream) -> _End:
+    async def _stream_answer(self, body: dict[str, Any], stream: _Stream) -> _End:
         async with self._http.stream("POST", "chat/completions", json=body) as response:
             if response.status_code != httpx.codes.OK:
                 await response.aread()

@@ -1,9 +1,9 @@
-"""Drives one share of a plan in one event loop: sends on time, or in a closed loop, and measures its own lag.
+"""Sends one share of a schedule from one event loop, on time or in a closed loop, and measures its own lag.
 
-Open loop: a job goes out at its time whether or not earlier ones have ended. Timers of asyncio are up to 1 ms late,
-so the last millisecond before a send is spent in polls of the loop. Every request carries the time at which it was
-due. The lag has two parts: how late requests went out, and how late a heartbeat every 10 ms came, which is how long
-an arriving chunk may have waited before it got its time.
+Open loop: a job is sent at its time, whether or not earlier ones have ended. asyncio's timers are up to 1 ms late, so
+the last millisecond before a send is spent polling the loop. Every request carries the time at which it was due. The
+lag has two parts: how late requests were sent, and how late a heartbeat every 10 ms came, which is how long an arriving
+chunk may have waited for its time stamp.
 """
 
 import asyncio
@@ -16,8 +16,9 @@ import httpx
 
 from lowbit_loadtest.generate.client import ChatClient, ChatRequest, Clock, Message
 from lowbit_loadtest.generate.records import Outcome, RequestRecord
-from lowbit_loadtest.generate.schedule import Job
+from lowbit_loadtest.generate.schedule import Job, Schedule
 from lowbit_loadtest.generate.transport import StreamTransport
+from lowbit_loadtest.scenario import Scenario
 
 HEARTBEAT_S = 0.01
 TIMER_SLACK_S = 0.0012  # epoll rounds up to whole milliseconds
@@ -59,8 +60,8 @@ class Tally:
 
 
 @dataclass(frozen=True)
-class Driven:
-    """What a share leaves behind. Lags are in seconds; `not_sent` are turns that were planned and never due."""
+class ShareResult:
+    """A share's requests, how late the heartbeat was each time, and how many turns were scheduled and not sent."""
 
     records: tuple[RequestRecord, ...]
     heartbeat_lags_s: tuple[float, ...]
@@ -71,7 +72,7 @@ NextNumber = Callable[[], int]
 
 
 class Driver:
-    """Runs one share. `next_number` deals the jobs of a closed loop, also over several processes."""
+    """Runs one share."""
 
     def __init__(
         self, share: Share, client: ChatClient, start_s: float, tally: Tally, clock: Clock = time.monotonic
@@ -84,8 +85,11 @@ class Driver:
         self._records: list[RequestRecord] = []
         self._stopping = False
 
-    async def run(self, stop: asyncio.Event, next_number: NextNumber | None = None) -> Driven:
-        """Run to the end, or until `stop` is set: then nothing more is sent and what is in flight is cut off."""
+    async def run(self, stop: asyncio.Event, next_number: NextNumber | None = None) -> ShareResult:
+        """Run to the end, or until `stop` is set: then nothing more is sent, and requests in flight are cut off.
+
+        `next_number` numbers the jobs of a closed loop, over all processes.
+        """
         lags_s: list[float] = []
         heartbeat = asyncio.create_task(_heartbeat(lags_s, self._clock))
         work = asyncio.create_task(
@@ -104,10 +108,10 @@ class Driver:
         (failure, *_) = await asyncio.gather(work, heartbeat, stopped, return_exceptions=True)
         if isinstance(failure, Exception):
             raise failure
-        return Driven(tuple(self._records), tuple(lags_s), self._not_sent())
+        return ShareResult(tuple(self._records), tuple(lags_s), self._not_sent())
 
     def _not_sent(self) -> int:
-        """Planned turns without a record. A closed loop's jobs belong to all workers: the runner counts them."""
+        """Scheduled turns without a record. A closed loop's jobs belong to all workers, so the runner counts them."""
         if self._share.streams:
             return 0
         return sum(len(job.turns) for job in self._share.jobs) - len(self._records)
@@ -151,7 +155,7 @@ class Driver:
             yield number, job, job.seed + seeds * (number // len(jobs))
 
     async def _converse(self, job: Job, number: int, seed: int, due_s: float | None) -> None:
-        """The job's turns, each due `think_s` after the answer before it; it ends with the first that fails."""
+        """Send the job's turns, each `think_s` after the answer before it, until one does not complete."""
         messages: tuple[Message, ...] = ()
         for position, turn in enumerate(job.turns):
             if due_s is not None and position:
@@ -181,8 +185,23 @@ class Driver:
         return record
 
 
+def whole_share(scenario: Scenario, target: Target, schedule: Schedule) -> Share:
+    """How a schedule is sent; `workers.shares_of` gives each worker its jobs or streams."""
+    return Share(
+        target,
+        (),
+        temperature=scenario.temperature,
+        exact=scenario.output.exact if scenario.output else False,
+        repeats=schedule.repeats,
+        length_s=schedule.length_s,
+        think_s=schedule.think_s,
+        warm_up_requests=schedule.warm_up_requests,
+        warm_up_s=schedule.warm_up_s,
+    )
+
+
 async def sleep_until(due_s: float, clock: Clock = time.monotonic) -> None:
-    """Wake at `due_s`, not up to a timer tick later."""
+    """Wake at `due_s` rather than at the next tick of a timer."""
     if (left_s := due_s - clock()) > TIMER_SLACK_S:
         await asyncio.sleep(left_s - TIMER_SLACK_S)
     while clock() < due_s:
@@ -190,7 +209,7 @@ async def sleep_until(due_s: float, clock: Clock = time.monotonic) -> None:
 
 
 async def _heartbeat(lags_s: list[float], clock: Clock) -> None:
-    """How late the event loop comes to things: a timer's lateness beyond the clock's own tick."""
+    """How late the event loop is: by how much a timer that is due finds its turn later."""
     while True:
         due_s = clock() + HEARTBEAT_S
         await asyncio.sleep(HEARTBEAT_S)
@@ -206,8 +225,8 @@ async def _cancel(tasks: set[asyncio.Task[None]]) -> None:
 def open_http(target: Target, transport: httpx.AsyncBaseTransport | None = None) -> httpx.AsyncClient:
     """A client whose base URL ends with /v1/.
 
-    The transport is ours, so that no proxy of the environment is measured too; connections are never bounded,
-    because a bound would be a queue inside the generator.
+    It uses no proxy, which would be measured too, and any number of connections, because a bound would be a queue
+    inside the generator.
     """
     return httpx.AsyncClient(
         base_url=f"{target.url.rstrip('/').removesuffix('/v1')}/v1/",

@@ -18,7 +18,7 @@ class Outcome(StrEnum):
 class RequestRecord:
     """One request. Times are of the machine's one monotonic clock; token counts are the server's, None if not given.
 
-    `intended_s` is when the plan wanted it sent; latencies count from there, so that a generator or a server
+    `intended_s` is when the schedule wanted it sent; latencies count from there, so that a generator or a server
     that falls behind does not hide it (coordinated omission). None in a closed loop: it is due when it is sent.
     """
 

@@ -1,4 +1,4 @@
-"""The plan of one run: every request with its send time, its words and its limits, before the first is sent."""
+"""The schedule of one run: every request with its send time, its words and its limits, before the first is sent."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Schedule:
     """One run. `offered_rps` is the arrival rate of requests; `length_s` the scheduled length, if any.
 
     A closed loop has `concurrency` streams and starts over with the jobs when `repeats`.
@@ -55,10 +55,10 @@ class Plan:
         return None if self.repeats else sum(len(job.turns) for job in self.jobs)
 
 
-async def make_plan(
+async def make_schedule(
     scenario: Scenario, counter: Counter, repetition: int = 0, rate_rps: float | None = None, stage: int = 0
-) -> Plan:
-    """The plan of one repetition, at `rate_rps` instead of the scenario's own when given."""
+) -> Schedule:
+    """The schedule of one repetition, at `rate_rps` instead of the scenario's own when given."""
     arrivals = scenario.arrivals
     maker = PromptMaker(counter, scenario.seed, (repetition, stage))
     if isinstance(arrivals, Replay):
@@ -67,7 +67,7 @@ async def make_plan(
         count = scenario.requests or POOL_REQUESTS
         jobs = _jobs(scenario, [None] * count, await _turns(scenario, maker, count), repetition, stage)
         repeats = scenario.requests is None
-        return _plan(scenario, jobs, concurrency=arrivals.concurrency, repeats=repeats)
+        return _schedule(scenario, jobs, concurrency=arrivals.concurrency, repeats=repeats)
     rng = generator(Draw.ARRIVALS, scenario.seed, repetition, stage)
     timed: OpenArrivals
     if isinstance(arrivals, Ramp):
@@ -82,13 +82,13 @@ async def make_plan(
         raise ConfigError(
             f"{timed.rate_rps:g} requests/s gave none in the time; raise the rate or the duration"
         )
-    return _plan(scenario, jobs, offered_rps=timed.rate_rps)
+    return _schedule(scenario, jobs, offered_rps=timed.rate_rps)
 
 
-def _plan(scenario: Scenario, jobs: Sequence[Job], **fields: object) -> Plan:
+def _schedule(scenario: Scenario, jobs: Sequence[Job], **fields: object) -> Schedule:
     stage_s = scenario.arrivals.stage_s if isinstance(scenario.arrivals, Ramp) else None
     think_s = scenario.prompts.think_s if isinstance(scenario.prompts, Conversations) else 0.0
-    return Plan(
+    return Schedule(
         tuple(jobs),
         length_s=stage_s or scenario.duration_s,
         think_s=think_s,
@@ -102,7 +102,7 @@ async def _turns(scenario: Scenario, maker: PromptMaker, count: int) -> list[Tur
     return await maker.make(scenario.prompts or Text(kind="text"), count)
 
 
-async def _replay(scenario: Scenario, replay: Replay, maker: PromptMaker) -> Plan:
+async def _replay(scenario: Scenario, replay: Replay, maker: PromptMaker) -> Schedule:
     trace = read_trace(replay)
     rows = trace.rows[: scenario.requests]
     if scenario.duration_s is not None:
@@ -113,7 +113,7 @@ async def _replay(scenario: Scenario, replay: Replay, maker: PromptMaker) -> Pla
     jobs = _jobs(scenario, [row.at_s for row in rows], turns, 0, 0, limits)
     span_s = rows[-1].at_s
     rate_rps = len(rows) / span_s if span_s > 0 else None
-    return _plan(scenario, jobs, offered_rps=rate_rps, cut_to_limits=trace.cut_to_limits)
+    return _schedule(scenario, jobs, offered_rps=rate_rps, cut_to_limits=trace.cut_to_limits)
 
 
 def _jobs(

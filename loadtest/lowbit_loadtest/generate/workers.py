@@ -1,8 +1,9 @@
-"""Worker processes: each runs its share in its own interpreter, because one event loop inflates what it measures.
+"""Worker processes: each sends its share from an interpreter of its own, because a busy event loop measures its own
+delays.
 
-Processes are spawned, not forked. They get their share over a pipe, say when they are ready, start together at one
-moment of the machine's monotonic clock, report counts four times a second and everything at the end. They ignore
-Ctrl-C; the parent tells them to stop.
+Processes are spawned, not forked. Each gets its share over a pipe and says when it is ready; all start at one moment of
+the machine's monotonic clock, report counts four times a second, and send their records at the end. They ignore Ctrl-C;
+the parent tells them to stop.
 """
 
 import asyncio
@@ -21,8 +22,9 @@ from typing import Any
 
 from lowbit_core.errors import LowbitError
 from lowbit_loadtest.generate.client import ChatClient
-from lowbit_loadtest.generate.driver import Driven, Driver, Share, Tally, open_http
-from lowbit_loadtest.generate.schedule import Plan
+from lowbit_loadtest.generate.driver import Driver, Share, ShareResult, Tally, open_http
+from lowbit_loadtest.generate.records import RequestRecord
+from lowbit_loadtest.generate.schedule import Schedule
 
 TALLY_EVERY_S = 0.25
 START_TIMEOUT_S = 120.0
@@ -34,22 +36,32 @@ OnRun = Callable[[str, int | None], OnTally]  # a run begins: its title, and how
 
 
 @dataclass(frozen=True)
-class Ran:
-    """What all workers did together. `lost` are requests of workers that died, whose end is unknown."""
+class WorkersResult:
+    """What all workers did together; nothing is known of the requests of `lost_workers`, which died."""
 
-    driven: tuple[Driven, ...]
+    shares: tuple[ShareResult, ...]
     start_s: float
     interrupted: bool = False
     lost_workers: int = 0
 
+    @property
+    def records(self) -> tuple[RequestRecord, ...]:
+        """All requests, in order of the times at which they were due."""
+        records = (record for share in self.shares for record in share.records)
+        return tuple(sorted(records, key=lambda record: record.due_s))
 
-def shares_of(plan: Plan, share: Share, workers: int) -> list[Share]:
-    """The plan dealt over workers: jobs in turn in an open loop, streams in a closed one (jobs are shared)."""
-    if plan.concurrency is None:
-        parts = [plan.jobs[worker::workers] for worker in range(workers)]
+    @property
+    def heartbeat_lags_s(self) -> tuple[float, ...]:
+        return tuple(lag_s for share in self.shares for lag_s in share.heartbeat_lags_s)
+
+
+def shares_of(schedule: Schedule, share: Share, workers: int) -> list[Share]:
+    """The schedule dealt over workers: in an open loop its jobs, in a closed loop its streams, which share the jobs."""
+    if schedule.concurrency is None:
+        parts = [schedule.jobs[worker::workers] for worker in range(workers)]
         return [replace(share, jobs=jobs) for jobs in parts if jobs]
-    streams = [len(range(worker, plan.concurrency, workers)) for worker in range(workers)]
-    return [replace(share, jobs=plan.jobs, streams=count) for count in streams if count]
+    streams = [len(range(worker, schedule.concurrency, workers)) for worker in range(workers)]
+    return [replace(share, jobs=schedule.jobs, streams=count) for count in streams if count]
 
 
 def default_workers(cpus: int | None = None) -> int:
@@ -60,9 +72,9 @@ def default_workers(cpus: int | None = None) -> int:
     return max(1, min(8, allowed // 2))
 
 
-def run_workers(shares: Sequence[Share], on_tally: OnTally, until: Event | None = None) -> Ran:
-    """Run every share in its own process, to the end, until Ctrl-C, or until the event `until` is set; the records so
-    far come back in any case."""
+def run_workers(shares: Sequence[Share], on_tally: OnTally, until: Event | None = None) -> WorkersResult:
+    """Run every share in its own process, to the end, until Ctrl-C, or until the event `until` is set. The records so
+    far are returned in any case."""
     context = multiprocessing.get_context("spawn")
     counter = context.Value("q", 0)
     pairs = [context.Pipe() for _ in shares]
@@ -99,10 +111,10 @@ def _start_together(pipes: Sequence[Connection]) -> float:
     return start_s
 
 
-def _collect(pipes: Sequence[Connection], start_s: float, on_tally: OnTally, until: Event) -> Ran:
-    """Read the pipes until each worker has sent its `Driven` or is gone."""
+def _collect(pipes: Sequence[Connection], start_s: float, on_tally: OnTally, until: Event) -> WorkersResult:
+    """Read the pipes until each worker has sent its `ShareResult` or is gone."""
     tallies: dict[Connection, Tally] = {}
-    driven: list[Driven] = []
+    results: list[ShareResult] = []
     open_pipes = list(pipes)
     interrupted, told, give_up_s = False, False, float("inf")
     while open_pipes and time.monotonic() < give_up_s:
@@ -117,15 +129,15 @@ def _collect(pipes: Sequence[Connection], start_s: float, on_tally: OnTally, unt
                     tallies[pipe] = message
                     on_tally(_sum(list(tallies.values())))
                     continue
-                if isinstance(message, Driven):
-                    driven.append(message)
+                if isinstance(message, ShareResult):
+                    results.append(message)
                 open_pipes.remove(pipe)
         except KeyboardInterrupt:
             if interrupted:
                 raise
             interrupted, told, give_up_s = True, True, time.monotonic() + STOP_TIMEOUT_S
             _tell_to_stop(open_pipes)
-    return Ran(tuple(driven), start_s, interrupted, len(pipes) - len(driven))
+    return WorkersResult(tuple(results), start_s, interrupted, len(pipes) - len(results))
 
 
 def _tell_to_stop(pipes: Sequence[Connection]) -> None:
@@ -161,10 +173,10 @@ def _work(pipe: Connection, share: Share, counter: Any) -> None:
     pipe.send(asyncio.run(_drive(pipe, share, start_s, counter)))
 
 
-async def _drive(pipe: Connection, share: Share, start_s: float, counter: Any) -> Driven:
+async def _drive(pipe: Connection, share: Share, start_s: float, counter: Any) -> ShareResult:
     loop, stop, tally = asyncio.get_running_loop(), asyncio.Event(), Tally()
 
-    def heard() -> None:  # the parent says stop, or is gone
+    def stop_on_word() -> None:  # the parent says stop, or is gone
         loop.remove_reader(pipe.fileno())
         stop.set()
 
@@ -173,13 +185,13 @@ async def _drive(pipe: Connection, share: Share, start_s: float, counter: Any) -
             counter.value += 1
             return int(counter.value) - 1
 
-    loop.add_reader(pipe.fileno(), heard)
+    loop.add_reader(pipe.fileno(), stop_on_word)
     reporter = asyncio.create_task(_report(pipe, tally))
     async with open_http(share.target) as http:
         driver = Driver(share, ChatClient(http, share.target.timeout_s), start_s, tally)
-        driven = await driver.run(stop, next_number)
+        result = await driver.run(stop, next_number)
     reporter.cancel()
-    return driven
+    return result
 
 
 async def _report(pipe: Connection, tally: Tally) -> None:

@@ -1,8 +1,7 @@
-"""Generation probes: greedy answers whose form can be judged without knowing what is right.
+"""Probes: greedy answers that are judged by their structure, without knowing what is right.
 
-Failures are structural: a stream that does not end properly, JSON that does not parse or does not fit the schema that
-was asked for, text that repeats itself. Small models repeat themselves at rest too, so what counts under load is a
-failure of a probe that was sound idle.
+A probe fails when its stream does not end properly, its JSON does not parse or does not fit the schema, or its text
+repeats itself. Small models repeat themselves idle too, so under load those failures count that are new.
 """
 
 import json
@@ -88,7 +87,7 @@ def make_probes(count: int, max_tokens: int, with_json: bool) -> list[Probe]:
 
 
 def judge(probe: Probe, record: RequestRecord) -> Reply:
-    """What is wrong with an answer's form, if anything. Prose that reaches max_tokens is whole: it was told to stop."""
+    """How the answer failed, if it did. Prose that reaches max_tokens did not: it was told to stop there."""
     if record.outcome is not Outcome.COMPLETED:
         failure = "truncated"
     elif probe.is_json:

@@ -1,7 +1,7 @@
 """Asks every quality question once: scored continuations and greedy probes, a few at a time.
 
-Prompts are prepared before the first sitting, so that both sittings send the same bytes. A sitting runs in its own
-event loop, in a thread beside the load where there is one.
+Prompts are prepared once, so that idle and under load the same bytes are sent. Asking has an event loop of its own, in
+a thread beside the load.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from lowbit_loadtest.generate.driver import Target, open_http
 from lowbit_loadtest.generate.records import Interval, Outcome
 from lowbit_loadtest.quality.probes import Probe, Reply, judge, make_probes
 from lowbit_loadtest.quality.scorer import Prompt, Scorer, Unsupported, find_scorer
-from lowbit_loadtest.quality.verdict import Sitting
+from lowbit_loadtest.quality.verdict import Responses
 from lowbit_loadtest.scenario import Quality
 
 TOKENIZED_AT_ONCE = 8
@@ -31,8 +31,8 @@ Question = tuple[Item, tuple[Prompt, ...]]
 
 
 @dataclass(frozen=True)
-class Exam:
-    """What is asked, ready to be sent. `unsupported` says what the server cannot be asked, in a line each."""
+class QuestionSet:
+    """What is asked, ready to be sent. `unsupported` has a line for each thing that the server cannot be asked."""
 
     target: Target
     concurrency: int
@@ -44,26 +44,26 @@ class Exam:
 
 
 def read_items(quality: Quality) -> list[Item]:
-    """Every item, in an order that mixes the tasks; ConfigError before anything is sent."""
+    """All items, shuffled; ConfigError where they cannot be read."""
     folder = Path(quality.tasks_dir) if quality.tasks_dir else None
-    items = load_items(quality.tasks, folder, quality.items, quality.seed)
-    if quality.own:
-        items += load_own_items(Path(quality.own))
-    if quality.text:
-        items += load_text(Path(quality.text), quality.texts, quality.text_characters, quality.seed)
+    items = load_items(quality.tasks, folder, quality.limit, quality.seed)
+    if quality.items_file:
+        items += load_own_items(Path(quality.items_file))
+    if quality.text_file:
+        items += load_text(Path(quality.text_file), quality.texts, quality.text_characters, quality.seed)
     if not items and not quality.probes:
-        raise ConfigError("quality asks nothing: give tasks, own, text or probes")
+        raise ConfigError("quality asks nothing: give tasks, items_file, text_file or probes")
     random.Random(quality.seed).shuffle(items)
     return items
 
 
-def prepare(quality: Quality, items: Sequence[Item], target: Target) -> Exam:
-    """Find out what the server can be asked, and turn the items into prompts."""
+def prepare(quality: Quality, items: Sequence[Item], target: Target) -> QuestionSet:
+    """Find out what the server can be asked, and turn items into prompts."""
     return asyncio.run(_prepare(quality, items, target))
 
 
-async def _prepare(quality: Quality, items: Sequence[Item], target: Target) -> Exam:
-    async with _open(target) as http:
+async def _prepare(quality: Quality, items: Sequence[Item], target: Target) -> QuestionSet:
+    async with open_http(target) as http:
         unsupported = []
         questions: list[Question] = []
         top, sends_ids = 1, False
@@ -77,7 +77,7 @@ async def _prepare(quality: Quality, items: Sequence[Item], target: Target) -> E
         if without:
             unsupported.append(f"no JSON probes: {without}")
     probes = make_probes(quality.probes, quality.probe_tokens, with_json=without is None)
-    return Exam(
+    return QuestionSet(
         target, quality.concurrency, tuple(questions), tuple(probes), top, sends_ids, tuple(unsupported)
     )
 
@@ -98,34 +98,35 @@ async def _refuses_json(http: httpx.AsyncClient, target: Target) -> str | None:
     return None if record.outcome is Outcome.COMPLETED else record.detail
 
 
-def sit(exam: Exam, stop: threading.Event) -> Sitting:
-    """Ask everything; what is not asked when `stop` is set stays out."""
-    return asyncio.run(_sit(exam, stop))
+def ask_all(asked: QuestionSet, stop: threading.Event) -> Responses:
+    """Ask everything, or until `stop` is set."""
+    return asyncio.run(_ask_all(asked, stop))
 
 
-async def _sit(exam: Exam, stop: threading.Event) -> Sitting:
+async def _ask_all(asked: QuestionSet, stop: threading.Event) -> Responses:
     answers: dict[Key, Answer] = {}
     replies: dict[str, Reply] = {}
     in_flight: list[Interval] = []
-    async with _open(exam.target) as http:
-        scorer = Scorer(http, exam.target.model, exam.top, exam.target.timeout_s, exam.sends_ids)
-        chat = ChatClient(http, exam.target.timeout_s)
+    target = asked.target
+    async with open_http(target) as http:
+        scorer = Scorer(http, target.model, asked.top, target.timeout_s, asked.sends_ids)
+        chat = ChatClient(http, target.timeout_s)
 
         async def ask(question: Question) -> None:
             item, prompts = question
-            top = exam.top if item.kind == "text" else 1
             start_s = time.monotonic()
-            scored = [await scorer.score(prompt, top) for prompt in prompts]
+            scored = [
+                await scorer.score(prompt, asked.top if item.kind == "text" else 1) for prompt in prompts
+            ]
             in_flight.append(Interval(start_s, time.monotonic()))
-            whole: list[Scored] = [one for one in scored if one is not None]
-            answers[item.key] = _without_top(item, answer(item, whole if len(whole) == len(scored) else None))
+            answers[item.key] = _answer(item, scored)
 
         async def probe(one: Probe) -> None:
-            record = await chat.complete(one.request, exam.target.model)
+            record = await chat.complete(one.request, target.model)
             in_flight.append(Interval(record.sent_s, record.ended_s))
             replies[one.id] = judge(one, record)
 
-        waiting = iter([*_mixed(exam)])
+        waiting = iter(_mixed(asked))
 
         async def work() -> None:
             for one in waiting:
@@ -133,22 +134,21 @@ async def _sit(exam: Exam, stop: threading.Event) -> Sitting:
                     return
                 await (probe(one) if isinstance(one, Probe) else ask(one))
 
-        await asyncio.gather(*(work() for _ in range(exam.concurrency)))
-    in_order = {item.key: answers[item.key] for item, _ in exam.questions if item.key in answers}
-    return Sitting(in_order, replies, tuple(in_flight))
+        await asyncio.gather(*(work() for _ in range(asked.concurrency)))
+    in_order = {item.key: answers[item.key] for item, _ in asked.questions if item.key in answers}
+    return Responses(in_order, replies, tuple(in_flight))
 
 
-def _mixed(exam: Exam) -> list[Question | Probe]:
+def _mixed(asked: QuestionSet) -> list[Question | Probe]:
     """Probes spread among the questions."""
-    mixed: list[Question | Probe] = list(exam.questions)
-    for number, one in enumerate(exam.probes):
-        mixed.insert(round((number + 0.5) * (len(exam.questions) + number) / len(exam.probes)), one)
+    mixed: list[Question | Probe] = list(asked.questions)
+    for number, one in enumerate(asked.probes):
+        mixed.insert(round((number + 0.5) * (len(asked.questions) + number) / len(asked.probes)), one)
     return mixed
 
 
-def _without_top(item: Item, one: Answer) -> Answer:
-    return one if item.kind == "text" else replace(one, top=())
-
-
-def _open(target: Target) -> httpx.AsyncClient:
-    return open_http(target)
+def _answer(item: Item, scored: Sequence[Scored | None]) -> Answer:
+    """The item's answer, if all its continuations were scored; only texts keep the likeliest tokens."""
+    whole = [one for one in scored if one is not None]
+    found = answer(item, whole if len(whole) == len(scored) else None)
+    return found if item.kind == "text" else replace(found, top=())

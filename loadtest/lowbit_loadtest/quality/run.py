@@ -1,8 +1,7 @@
 """Quality's story: ask everything idle, start the scenario's load, ask everything again, compare.
 
-The load goes on until the last question is answered, then it is stopped: a closed loop starts over with its prompts, an
-open loop with another repetition. Speed was
-measured before: these runs' times are not reported.
+The load runs until the last question is answered: a closed loop starts over with its prompts, an open loop with another
+repetition. Its latencies are not reported; speed was measured before.
 """
 
 import asyncio
@@ -14,13 +13,13 @@ from typing import Any
 
 from lowbit_core.evals.items import Item, Key
 from lowbit_core.evals.scoring import Answer
-from lowbit_loadtest.generate.driver import Share, Tally, Target, open_http
+from lowbit_loadtest.generate.driver import Tally, Target, open_http, whole_share
 from lowbit_loadtest.generate.records import Interval, Outcome, RequestRecord
-from lowbit_loadtest.generate.schedule import Plan, make_plan
+from lowbit_loadtest.generate.schedule import Schedule, make_schedule
 from lowbit_loadtest.generate.tokens import find_counter
 from lowbit_loadtest.generate.workers import OnRun, OnTally, run_workers, shares_of
-from lowbit_loadtest.quality.questions import Exam, prepare, sit
-from lowbit_loadtest.quality.verdict import Quality, examine
+from lowbit_loadtest.quality.questions import QuestionSet, ask_all, prepare
+from lowbit_loadtest.quality.verdict import QualityResult, Responses, compare_responses
 from lowbit_loadtest.scenario import Scenario
 
 Answers = Mapping[Key, Answer]
@@ -35,17 +34,17 @@ def measure_quality(
     rate_rps: float | None,
     on_run: OnRun,
     base: Answers | None = None,
-) -> Quality | None:
-    """Both sittings and what they say; None when interrupted."""
+) -> QualityResult | None:
+    """Ask idle and under load, and compare; None when interrupted."""
     assert scenario.quality is not None
     stop = threading.Event()
     try:
-        exam = prepare(scenario.quality, items, target)
+        asked = prepare(scenario.quality, items, target)
         on_run("quality, idle", None)
-        idle = sit(exam, stop)
+        idle = ask_all(asked, stop)
         load = _Load(scenario, target, workers, rate_rps)
         with ThreadPoolExecutor(1) as pool:
-            future = pool.submit(_sit_under, exam, load, stop)
+            future = pool.submit(_ask_under_load, asked, load, stop)
             future.add_done_callback(lambda _: load.over.set())
             try:
                 load.run(on_run("quality, under load", None))
@@ -57,25 +56,25 @@ def measure_quality(
         return None
     if load.interrupted:
         return None
-    return examine(
+    return compare_responses(
         idle,
         loaded,
         load.in_flight(),
         load.summary(),
         scenario.quality.tolerance,
         base,
-        exam.unsupported,
+        asked.unsupported,
     )
 
 
-def _sit_under(exam: Exam, load: "_Load", stop: threading.Event) -> Any:
+def _ask_under_load(asked: QuestionSet, load: "_Load", stop: threading.Event) -> Responses:
     load.started.wait()
-    return sit(exam, stop)
+    return ask_all(asked, stop)
 
 
 @dataclass
 class _Load:
-    """The scenario's load, repeated until `over` is set; `started` once its first requests are out."""
+    """The scenario's load, repeated until `over` is set; `started` is set once its first requests are sent."""
 
     scenario: Scenario
     target: Target
@@ -88,7 +87,7 @@ class _Load:
     seconds: float = 0.0
 
     def run(self, on_tally: OnTally) -> None:
-        def heard(tally: Tally) -> None:
+        def tell(tally: Tally) -> None:
             if tally.in_flight or tally.outcomes:
                 self.started.set()
             on_tally(tally)
@@ -96,30 +95,19 @@ class _Load:
         for number in range(MOST_LOAD_RUNS):
             if self.over.is_set() or self.interrupted:
                 return
-            plan = asyncio.run(self._plan(self.scenario.repetitions + number))
-            ran = run_workers(shares_of(plan, self._share(plan), self.workers), heard, self.over)
+            schedule = asyncio.run(self._schedule(self.scenario.repetitions + number))
+            share = whole_share(self.scenario, self.target, schedule)
+            ran = run_workers(shares_of(schedule, share, self.workers), tell, self.over)
             self.interrupted = ran.interrupted
-            records = [record for one in ran.driven for record in one.records]
+            records = ran.records
             self.records += records
             self.seconds += max((record.ended_s for record in records), default=ran.start_s) - ran.start_s
 
-    async def _plan(self, repetition: int) -> Plan:
+    async def _schedule(self, repetition: int) -> Schedule:
         async with open_http(self.target) as http:
             counter = await find_counter(http, self.target.model)
-            plan = await make_plan(self.scenario, counter, repetition, self.rate_rps)
-        return plan if plan.concurrency is None else replace(plan, repeats=True, length_s=None)
-
-    def _share(self, plan: Plan) -> Share:
-        output = self.scenario.output
-        return Share(
-            self.target,
-            (),
-            temperature=self.scenario.temperature,
-            exact=output.exact if output else False,
-            repeats=plan.repeats,
-            length_s=plan.length_s,
-            think_s=plan.think_s,
-        )
+            schedule = await make_schedule(self.scenario, counter, repetition, self.rate_rps)
+        return schedule if schedule.concurrency is None else replace(schedule, repeats=True, length_s=None)
 
     def in_flight(self) -> list[Interval]:
         return [Interval(record.sent_s, record.ended_s) for record in self.records]

@@ -1,8 +1,8 @@
 """Log-probabilities of given continuations, from any server whose /v1/completions echoes a prompt with them.
 
-Where the server has `/tokenize` (vLLM, Lowbit), prompts go out as token ids, split as in core's evals, and tokens come
-back as ids. Elsewhere they go out as text, and `text_offset` says which tokens are the continuation's. A server that
-can do neither is named in one line, and the load test goes on without.
+Where the server has `/tokenize` (vLLM, Lowbit), prompts are sent as token ids, split as in core's evals, and tokens are
+returned as ids. Elsewhere they are sent as text, and `text_offset` says which tokens are the continuation's. If the
+server can do neither, one line says so and the load test goes on without.
 """
 
 import asyncio

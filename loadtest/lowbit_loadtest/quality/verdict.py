@@ -1,8 +1,7 @@
-"""What the quality questions say, idle and under load: pure arithmetic on two sittings.
+"""What the responses say, idle and under load: pure arithmetic.
 
-One number says whether quality held: the change of the share of right answers under load, over questions and greedy
-probes together (a probe is right when its form is sound), paired, with a 95 % interval. What the server lost under load
-counts as wrong.
+One number decides: the change of the share of right answers under load, over questions and greedy probes together (a
+probe is right when its text is sound), paired, with a 95 % interval. Requests that fail under load count as wrong.
 """
 
 from bisect import bisect_right
@@ -19,12 +18,12 @@ from lowbit_core.evals.scoring import Answer
 from lowbit_loadtest.generate.records import Interval
 from lowbit_loadtest.quality.probes import Reply
 
-Verdict = Literal["held", "fell", "undecided"]
+Verdict = Literal["pass", "fail", "undecided"]
 
 
 @dataclass(frozen=True)
-class Sitting:
-    """All questions asked once: answers by item, replies by probe, and when each request was in flight."""
+class Responses:
+    """Everything asked once: answers by item, replies by probe, and when each request was in flight."""
 
     answers: Mapping[Key, Answer]
     replies: Mapping[str, Reply]
@@ -32,8 +31,8 @@ class Sitting:
 
 
 @dataclass(frozen=True)
-class Form:
-    """Structural failures by kind. `new` are those of probes that were sound idle; `same_text` equal answers."""
+class ProbeFailures:
+    """Failures by kind. `new` counts probes that were sound idle and failed under load; `same_text` equal texts."""
 
     probes: int
     idle: dict[str, int]
@@ -43,8 +42,8 @@ class Form:
 
 
 @dataclass(frozen=True)
-class Held:
-    """The one number: the change of the share of right answers under load."""
+class RightAnswers:
+    """The one number: the change of the share of right answers under load, of `judged` questions and probes."""
 
     change: Estimate
     judged: int
@@ -53,39 +52,39 @@ class Held:
 
 
 @dataclass(frozen=True)
-class Quality:
-    """The whole result. `under_load_share` is the share of the loaded sitting's requests that met load."""
+class QualityResult:
+    """The whole result. `under_load_share` is the share of the second pass's requests during which load ran."""
 
-    idle: Sitting
-    loaded: Sitting
+    idle: Responses
+    loaded: Responses
     tasks: dict[str, tuple[TaskResult, TaskResult | None]]  # idle, loaded
     under_load: Changes
-    form: Form
-    held: Held | None
-    against_base: Changes | None  # our answers under load against the base's under load
+    probe_failures: ProbeFailures
+    right_answers: RightAnswers | None
+    against_base: Changes | None  # under load, from the base's answers to ours
     under_load_share: float
     load: dict[str, Any]
     unsupported: tuple[str, ...]
 
 
-def examine(
-    idle: Sitting,
-    loaded: Sitting,
+def compare_responses(
+    idle: Responses,
+    loaded: Responses,
     load_in_flight: Sequence[Interval],
     load: dict[str, Any],
     tolerance: float,
     base: Mapping[Key, Answer] | None = None,
     unsupported: tuple[str, ...] = (),
-) -> Quality:
-    """Everything that is reported about two sittings; `load_in_flight` is when the second met load."""
+) -> QualityResult:
+    """Everything that is reported; `load_in_flight` is when requests of the load were in flight."""
     of_loaded = summarize(loaded.answers)
-    return Quality(
+    return QualityResult(
         idle=idle,
         loaded=loaded,
         tasks={task: (result, of_loaded.get(task)) for task, result in summarize(idle.answers).items()},
         under_load=changes(idle.answers, loaded.answers),
-        form=_form(idle.replies, loaded.replies),
-        held=_held(idle, loaded, tolerance),
+        probe_failures=_probe_failures(idle.replies, loaded.replies),
+        right_answers=_right_answers(idle, loaded, tolerance),
         against_base=changes(base, loaded.answers) if base is not None else None,
         under_load_share=share_under_load(loaded.in_flight, load_in_flight),
         load=load,
@@ -93,9 +92,9 @@ def examine(
     )
 
 
-def _form(idle: Mapping[str, Reply], loaded: Mapping[str, Reply]) -> Form:
+def _probe_failures(idle: Mapping[str, Reply], loaded: Mapping[str, Reply]) -> ProbeFailures:
     both = [(idle[id_], loaded[id_]) for id_ in idle if id_ in loaded]
-    return Form(
+    return ProbeFailures(
         probes=len(both),
         idle=dict(Counter(one.failure for one, _ in both if one.failure)),
         loaded=dict(Counter(other.failure for _, other in both if other.failure)),
@@ -104,7 +103,7 @@ def _form(idle: Mapping[str, Reply], loaded: Mapping[str, Reply]) -> Form:
     )
 
 
-def _held(idle: Sitting, loaded: Sitting, tolerance: float) -> Held | None:
+def _right_answers(idle: Responses, loaded: Responses, tolerance: float) -> RightAnswers | None:
     pairs = [
         (bool(one.acc_norm), bool(loaded.answers[key].acc_norm))
         for key, one in idle.answers.items()
@@ -120,19 +119,19 @@ def _held(idle: Sitting, loaded: Sitting, tolerance: float) -> Held | None:
     lost = sum(before and not after for before, after in pairs)
     gained = sum(after and not before for before, after in pairs)
     change = paired_change(lost, gained, len(pairs))
-    return Held(change, len(pairs), tolerance, judge_change(change, tolerance))
+    return RightAnswers(change, len(pairs), tolerance, judge_change(change, tolerance))
 
 
 def judge_change(change: Estimate, tolerance: float) -> Verdict:
-    """Held: the whole interval is above −tolerance. Fell: the change is below it, and surely below 0."""
+    """Pass: the whole interval is above −tolerance. Fail: the change is below it, and its interval below 0."""
     if change.low is not None and change.low >= -tolerance:
-        return "held"
-    fell = change.high is not None and change.high < 0 and change.value < -tolerance
-    return "fell" if fell else "undecided"
+        return "pass"
+    failed = change.high is not None and change.high < 0 and change.value < -tolerance
+    return "fail" if failed else "undecided"
 
 
 def share_under_load(asked: Sequence[Interval], load: Sequence[Interval]) -> float:
-    """The share of `asked` during whose middle at least one request of the load was in flight."""
+    """The share of the requests `asked` in the middle of which a request of the load was in flight too."""
     merged: list[Interval] = []
     for one in sorted(load, key=lambda one: one.start_s):
         if merged and one.start_s <= merged[-1].end_s:

@@ -11,12 +11,12 @@ import httpx
 from lowbit_core import __version__
 from lowbit_core.evals.results import as_rows
 from lowbit_loadtest.generate.records import RequestRecord
-from lowbit_loadtest.quality.verdict import Quality
+from lowbit_loadtest.quality.verdict import QualityResult
 from lowbit_loadtest.report.result import Point, Result, highest_rate
 from lowbit_loadtest.report.summary import Run
 from lowbit_loadtest.scenario import Scenario
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 REQUEST_COLUMNS = (
     "repetition", "index", "turn", "warm_up", "outcome", "due_s", "lag_s", "ttft_s", "tpot_s", "e2e_s",
     "prompt_tokens", "output_tokens", "chunks",
@@ -126,21 +126,21 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 6)
 
 
-def quality_document(quality: Quality, answers: bool) -> dict[str, Any]:
-    """The result; with `answers`, every answer too, for `--quality-base` of a later run."""
+def quality_document(quality: QualityResult, answers: bool) -> dict[str, Any]:
+    """The section `quality`; with `answers`, every answer too, for `--quality-base` of a later run."""
     tasks = {
         task: {"idle": asdict(idle), "loaded": asdict(loaded) if loaded else None}
         for task, (idle, loaded) in quality.tasks.items()
     }
-    sittings = {"idle": quality.idle.answers, "loaded": quality.loaded.answers}
+    responses = {"idle": quality.idle.answers, "loaded": quality.loaded.answers}
     return {
-        "held": asdict(quality.held) if quality.held else None,
+        "right_answers": asdict(quality.right_answers) if quality.right_answers else None,
         "tasks": tasks,
         "under_load": asdict(quality.under_load),
         "against_base": asdict(quality.against_base) if quality.against_base else None,
-        "form": asdict(quality.form),
+        "probe_failures": asdict(quality.probe_failures),
         "under_load_share": quality.under_load_share,
         "load": quality.load,
         "unsupported": list(quality.unsupported),
-        **({"answers": {name: as_rows(one) for name, one in sittings.items()}} if answers else {}),
+        **({"answers": {name: as_rows(one) for name, one in responses.items()}} if answers else {}),
     }

@@ -1,4 +1,4 @@
-"""The result as one HTML file that needs nothing else: latency against rate, percentiles, every request in time."""
+"""The result as one HTML file, without scripts and other files: latency against rate, percentiles, every request."""
 
 from html import escape
 from typing import Any
@@ -80,20 +80,17 @@ def _table_row(point: Document) -> str:
 
 
 def _quality(quality: Document) -> str:
-    """Each task idle and under load, the one number above them."""
+    """Each task idle and under load, below the one number."""
     head = "".join(f"<th>{name}</th>" for name in ("task", "items", "idle", "under load"))
     rows = "".join(
         f"<tr><td>{escape(task)}</td><td>{both['idle']['items']}</td><td>{_task(both['idle'])}</td>"
         f"<td>{_task(both['loaded'])}</td></tr>"
         for task, both in quality["tasks"].items()
     )
-    held = quality["held"]
-    change = (
-        f"<p>{escape(VERDICTS[held['verdict']])}: right answers "
-        f"{escape(points_text(Estimate(**held['change'])))} of {held['judged']}</p>"
-        if held
-        else ""
-    )
+    change = ""
+    if found := quality["right_answers"]:
+        points = points_text(Estimate(**found["change"]))
+        change = f"<p>{escape(VERDICTS[found['verdict']])}; right answers {escape(points)} of {found['judged']}</p>"
     reasons = "".join(f'<p class="bad">{escape(reason)}</p>' for reason in quality["unsupported"])
     return f"<h2>Quality</h2>{reasons}{change}<table><tr>{head}</tr>{rows}</table>"
 

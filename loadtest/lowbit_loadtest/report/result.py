@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowbit_loadtest.generate.driver import Target
-from lowbit_loadtest.quality.verdict import Quality
+from lowbit_loadtest.quality.verdict import QualityResult
 from lowbit_loadtest.report.server_metrics import UsageCheck
 from lowbit_loadtest.report.summary import Run, Summary
 from lowbit_loadtest.scenario import Scenario
@@ -40,7 +40,7 @@ class Result:
     workers: int
     counted_by: str  # who counted prompt tokens: server or words
     interrupted: bool
-    quality: Quality | None = None
+    quality: QualityResult | None = None
 
 
 def highest_rate(scenario: Scenario, points: Sequence[Point]) -> dict[str, float | None] | None:

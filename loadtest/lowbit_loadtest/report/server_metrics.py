@@ -6,6 +6,7 @@ shares, of which the largest counts. The scraper has its own thread in the paren
 
 import threading
 from collections import defaultdict
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -118,7 +119,7 @@ class UsageCheck:
     agrees: bool | None
 
 
-def check_usage(server: dict[str, Any] | None, records: list[RequestRecord]) -> UsageCheck | None:
+def check_usage(server: dict[str, Any] | None, records: Sequence[RequestRecord]) -> UsageCheck | None:
     """Output tokens claimed in `usage` and counted in /metrics; None without that counter.
 
     Equal when every request completed with usage. Requests that ended otherwise have tokens that only the counter

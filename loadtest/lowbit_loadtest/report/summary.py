@@ -1,10 +1,10 @@
 """From records to the numbers of a result: pure arithmetic, no HTTP and no clock.
 
-Tokens are counted by the server (`usage.completion_tokens`), never by chunks, because one chunk may carry
-several tokens. Latencies are of every completed request after the warm-up: leaving out those in flight at the end
-would favour the short ones. Rates are of a window: in a closed loop the steady interval, from the moment when all C
-streams are in flight to the moment when no request is left to replace one that ended; in an open loop from the end
-of the warm-up to the last planned arrival. A request that lies partly inside counts with the part inside.
+Tokens are the server's count (`usage.completion_tokens`), never chunks, because one chunk may carry several tokens.
+Latencies are those of every completed request after the warm-up; leaving out those in flight at the end would favour
+short ones. Rates are computed over a window. In a closed loop it is the steady interval: from when all C streams are in
+flight until no request is left to replace one that ended. In an open loop it reaches from the end of the warm-up to the
+last scheduled arrival. A request that lies partly within the window counts with that part.
 """
 
 from collections import Counter
@@ -36,7 +36,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Lag:
-    """How late the generator was, in seconds: sends against the plan, and its event loops against a heartbeat."""
+    """How late the generator was, in seconds: its sends against the schedule, its event loops against a heartbeat."""
 
     send_p50: float | None
     send_p99: float | None
@@ -55,7 +55,7 @@ class Summary:
 
     requests: int  # sent, warm-up included; `outcomes` adds up to it
     outcomes: dict[str, int]
-    not_sent: int  # planned, but an earlier turn failed or the run was interrupted
+    not_sent: int  # scheduled, but an earlier turn failed or the run was interrupted
     warm_up_requests: int
     details: dict[str, int]  # what went wrong, most frequent first
     finish_reasons: dict[str, int]
@@ -99,7 +99,7 @@ def steady_interval(records: Sequence[RequestRecord], concurrency: int) -> Inter
 
 
 def arrival_window(records: Sequence[RequestRecord], planned_end_s: float | None) -> Interval | None:
-    """An open loop's window: from the first measured arrival to the planned end, or to the last arrival."""
+    """An open loop's window: from the first arrival after the warm-up to the scheduled end, or to the last arrival."""
     due_s = [record.due_s for record in records if not record.warm_up]
     if not due_s:
         return None
@@ -232,7 +232,7 @@ def _rate_intervals(rates: Sequence[dict[str, float | None]]) -> dict[str, Bound
 
 
 def lag(runs: Sequence[Run]) -> Lag:
-    """Lags of all repetitions together; those of sends are unknown in a closed loop, which has no plan."""
+    """Lags of all repetitions together; those of sends are unknown in a closed loop, which has no schedule."""
     sends = [
         record.sent_s - record.intended_s
         for run in runs

@@ -2,16 +2,16 @@
 
 from lowbit_core.evals.arithmetic import Estimate, span
 from lowbit_core.evals.results import Changes, TaskResult
-from lowbit_loadtest.quality.verdict import Quality
+from lowbit_loadtest.quality.verdict import QualityResult
 from lowbit_loadtest.report.result import Point, Result, highest_rate
 from lowbit_loadtest.report.statistics import Distribution
 from lowbit_loadtest.report.summary import Summary
 from lowbit_loadtest.scenario import Scenario
 
 VERDICTS = {
-    "held": "quality held under load",
-    "fell": "QUALITY FELL under load",
-    "undecided": "whether quality held under load is undecided: ask more items",
+    "pass": "quality under load: pass",
+    "fail": "quality under load: FAIL",
+    "undecided": "quality under load: undecided, ask more items",
 }
 
 
@@ -96,25 +96,24 @@ def _checks(point: Point) -> list[str]:
     return checks
 
 
-def quality_lines(quality: Quality) -> list[str]:
+def quality_lines(quality: QualityResult) -> list[str]:
     """The result for people, the one number first."""
     text = [f"quality: {reason}" for reason in quality.unsupported]
-    if (held := quality.held) is not None:
-        change = points_text(held.change)
+    if (found := quality.right_answers) is not None:
         text.append(
-            f"{VERDICTS[held.verdict]}: right answers {change} of {held.judged} (held: above −{held.tolerance:.1%}); "
-            f"{quality.under_load_share:.0%} of the requests met load"
+            f"{VERDICTS[found.verdict]}; right answers {points_text(found.change)} of {found.judged} "
+            f"(pass: above −{found.tolerance:.1%}); {quality.under_load_share:.0%} of the requests ran under load"
         )
     for task, (idle, loaded) in quality.tasks.items():
         text.append(f"  {task:<16} idle {_task(idle)}" + (f"   under load {_task(loaded)}" if loaded else ""))
     text += _changes("under load against idle", quality.under_load)
     if quality.against_base is not None:
         text += _changes("against the base", quality.against_base)
-    form = quality.form
-    if form.probes:
+    probes = quality.probe_failures
+    if probes.probes:
         text.append(
-            f"  {form.probes} greedy probes: {form.same_text} the same text under load, {form.new} newly unsound; "
-            f"failures idle {form.idle or 'none'}, under load {form.loaded or 'none'}"
+            f"  {probes.probes} greedy probes: {probes.same_text} with the same text under load, "
+            f"{probes.new} new failures; failures idle {probes.idle or 'none'}, under load {probes.loaded or 'none'}"
         )
     return text
 
