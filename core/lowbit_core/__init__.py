@@ -1,4 +1,4 @@
-"""What the three programs share: errors, logging, the command line, the checkpoint manifest and evaluation items."""
+"""What the programs share: errors, logging, the command line, the checkpoint manifest and evaluation items."""
 
 from importlib.metadata import PackageNotFoundError, version
 
