@@ -64,6 +64,10 @@ def test_bundled_scenarios_are_valid_and_say_what_they_are_for() -> None:
             {"arrivals": {"kind": "poisson", "rate_rps": -1}},
             "arrivals.rate_rps = -1: Input should be greater",
         ),
+        (
+            {"quality": {"own": "items.jsonl"}},
+            "unknown key 'quality.own'; it is called 'quality.items_file' now",
+        ),
         ({"arrivals": {"kind": "bursts"}}, "does not match any of the expected tags: 'poisson', 'gamma'"),
         ({}, "give either requests or duration_s"),
         ({"requests": 3, "duration_s": 3}, "give either requests or duration_s"),

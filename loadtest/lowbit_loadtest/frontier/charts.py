@@ -83,25 +83,36 @@ def _frame(
     y_name: str,
     percent: bool,
 ) -> str:
-    parts = []
+    parts = [_x_axis(x, x_ticks, height, x_name)]
     for tick in y_ticks:
         at = y.at(tick)
-        text = f"{100 * tick:.3g} %" if percent else f"{tick:g}"
         parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at}" y2="{at}" stroke="{GRID}"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{at + 4}" text-anchor="end">{text}</text>')
-    for tick in x_ticks:
-        at = x.at(tick)
-        parts.append(f'<line y1="{TOP}" y2="{height - BOTTOM}" x1="{at}" x2="{at}" stroke="{GRID}"/>')
-        parts.append(f'<text x="{at}" y="{height - BOTTOM + 18}" text-anchor="middle">{tick:g}</text>')
-    middle_x, middle_y = (LEFT + WIDTH - RIGHT) / 2, (TOP + height - BOTTOM) / 2
+        parts.append(f'<text x="{LEFT - 8}" y="{at + 4}" text-anchor="end">{_label(tick, percent)}</text>')
     parts.append(
-        f'<text class="axis" x="{middle_x}" y="{height - 8}" text-anchor="middle">{escape(x_name)}</text>'
-    )
-    parts.append(
-        f'<text class="axis" transform="translate(16 {middle_y}) rotate(-90)" text-anchor="middle">'
+        f'<text class="axis" transform="translate(16 {(TOP + height - BOTTOM) / 2}) rotate(-90)" text-anchor="middle">'
         f"{escape(y_name)}</text>"
     )
     return "".join(parts)
+
+
+def _x_axis(x: Scale, x_ticks: Sequence[float], height: int, name: str, percent: bool = False) -> str:
+    """Grid lines with their values, and the name below."""
+    parts = []
+    for tick in x_ticks:
+        at = x.at(tick)
+        parts.append(f'<line y1="{TOP}" y2="{height - BOTTOM}" x1="{at}" x2="{at}" stroke="{GRID}"/>')
+        parts.append(
+            f'<text x="{at}" y="{height - BOTTOM + 18}" text-anchor="middle">{_label(tick, percent)}</text>'
+        )
+    middle = (x.start + x.end) / 2
+    parts.append(
+        f'<text class="axis" x="{middle}" y="{height - 8}" text-anchor="middle">{escape(name)}</text>'
+    )
+    return "".join(parts)
+
+
+def _label(tick: float, percent: bool) -> str:
+    return f"{100 * tick:.3g} %" if percent else f"{tick:g}"
 
 
 def _steps(best: Sequence[Spot], x: Scale, y: Scale) -> str:
@@ -177,12 +188,7 @@ def dots_by_group(
     left = 150
     x_ticks = ticks(*_range([value for members in groups.values() for _, _, value in members]))
     x = Scale(x_ticks[0], x_ticks[-1], left, WIDTH - RIGHT)
-    parts = []
-    for tick in x_ticks:
-        at = x.at(tick)
-        text = f"{100 * tick:.3g} %" if percent else f"{tick:g}"
-        parts.append(f'<line y1="{TOP}" y2="{height - BOTTOM}" x1="{at}" x2="{at}" stroke="{GRID}"/>')
-        parts.append(f'<text x="{at}" y="{height - BOTTOM + 18}" text-anchor="middle">{text}</text>')
+    parts = [_x_axis(x, x_ticks, height, x_name, percent)]
     for number, (group, members) in enumerate(groups.items()):
         top = TOP + number * block
         parts.append(f'<line x1="8" x2="{WIDTH - RIGHT}" y1="{top}" y2="{top}" stroke="{GRID}"/>')
@@ -194,10 +200,6 @@ def dots_by_group(
             if value.low is not None and value.high is not None:
                 parts.append(_bar(x.at(value.low), y, x.at(value.high), y, stroke))
             parts.append(f'<circle cx="{x.at(value.value)}" cy="{y}" r="4" fill="{stroke}"/>')
-    middle = (left + WIDTH - RIGHT) / 2
-    parts.append(
-        f'<text class="axis" x="{middle}" y="{height - 8}" text-anchor="middle">{escape(x_name)}</text>'
-    )
     return _svg(height, parts, x_name)
 
 
@@ -210,11 +212,7 @@ def stacked_bars(
     most = max((sum(parts.values()) for _, parts, _ in rows), default=1.0)
     x_ticks = ticks(0.0, most)
     x = Scale(0.0, x_ticks[-1], left, WIDTH - right)
-    parts = []
-    for tick in x_ticks:
-        at = x.at(tick)
-        parts.append(f'<line y1="{TOP}" y2="{height - BOTTOM}" x1="{at}" x2="{at}" stroke="{GRID}"/>')
-        parts.append(f'<text x="{at}" y="{height - BOTTOM + 18}" text-anchor="middle">{tick:g}</text>')
+    parts = [_x_axis(x, x_ticks, height, x_name)]
     for number, (name, sizes, note) in enumerate(rows):
         y, begin = TOP + number * row + 6, 0.0
         parts.append(
@@ -228,10 +226,6 @@ def stacked_bars(
             )
             begin += size
         parts.append(f'<text x="{x.at(begin) + 8}" y="{y + 15}">{escape(note)}</text>')
-    middle = (left + WIDTH - right) / 2
-    parts.append(
-        f'<text class="axis" x="{middle}" y="{height - 8}" text-anchor="middle">{escape(x_name)}</text>'
-    )
     return _svg(height, parts, x_name)
 
 

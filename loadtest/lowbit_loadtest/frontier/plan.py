@@ -34,7 +34,7 @@ class Checkpoint(Section):
 
 
 class Load(Section):
-    """A scenario by name or file, with overrides as `--set` takes them."""
+    """A scenario by name or file; `set` overrides keys, as --set does (paths: relative to the working directory)."""
 
     name: Name
     scenario: NameOrFile
