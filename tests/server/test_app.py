@@ -13,8 +13,8 @@ from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 
 from lowbit_core import __version__
-from lowbit_core.errors import EngineError
-from lowbit_core.manifest import KVLayerRecord
+from lowbit_core.errors import CheckpointError, EngineError
+from lowbit_core.manifest import FORMAT_VERSION, MANIFEST_NAME, KVLayerRecord
 from lowbit_server.app import build_app, inspect_engine
 from lowbit_server.checkpoint import open_checkpoint
 from lowbit_server.config import ServeConfig
@@ -233,3 +233,31 @@ async def test_engine_with_other_scales_is_not_served(
     wrong = tuple(replace(scale, v_scale=1.0) for scale in facts.kv_scales)
     with pytest.raises(EngineError, match="layer 0: the engine runs with v_scale 1"):
         await start(type(engine)(replace(facts, kv_scales=wrong)), make_checkpoint(), clock)
+
+
+@pytest.mark.xfail(reason="lowbit_core.manifest still refuses unknown fields", raises=CheckpointError)
+async def test_a_newer_manifest_with_more_optional_fields_is_served_as_before(
+    engine: "FakeEngine", make_checkpoint: "MakeCheckpoint", clock: "Clock"
+) -> None:
+    directory = make_checkpoint()
+    before = await start(engine, directory, clock)
+    known = [(await before.get(path)).json() for path in ("/lowbit/checkpoint", "/v1/models")]
+    path = directory / MANIFEST_NAME
+    manifest = json.loads(path.read_text())
+    for part in (manifest, manifest["quality"], manifest["modules"][0], manifest["kv_cache"]["layers"][0]):
+        part["added_in_a_later_version"] = {"any": ["thing"]}
+    path.write_text(json.dumps(manifest))
+    after = await start(engine, directory, clock)
+    assert [(await after.get(path)).json() for path in ("/lowbit/checkpoint", "/v1/models")] == known
+    assert await after.samples() == await before.samples()
+
+
+def test_a_manifest_of_a_newer_major_version_is_refused_in_one_line(
+    make_checkpoint: "MakeCheckpoint",
+) -> None:
+    directory = make_checkpoint()
+    path = directory / MANIFEST_NAME
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": FORMAT_VERSION + 1}))
+    with pytest.raises(CheckpointError, match="version") as raised:
+        open_checkpoint(ServeConfig(directory))
+    assert "\n" not in str(raised.value)
