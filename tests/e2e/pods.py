@@ -16,7 +16,7 @@ from pathlib import Path
 from scripts.demo import LOWBIT
 from tests.helm.chart import Resource
 
-from lowbit_core.server_process import last_words
+from lowbit_core.server_process import ServerProcess, last_words, start_server
 
 LOOPBACK = "127.0.0.1"
 
@@ -25,14 +25,20 @@ LOOPBACK = "127.0.0.1"
 class Pod:
     """A container's process, and the pod's specification that it follows."""
 
-    process: subprocess.Popen[bytes]
+    server: ServerProcess
     spec: Resource
-    port: int
-    log: Path
+
+    @property
+    def process(self) -> subprocess.Popen[bytes]:
+        return self.server.process
 
     @property
     def url(self) -> str:
-        return f"http://{LOOPBACK}:{self.port}"
+        return self.server.url
+
+    @property
+    def log(self) -> Path:
+        return self.server.log
 
     @property
     def budget_s(self) -> float:
@@ -92,17 +98,13 @@ def running(
     folder.mkdir()
     environment = container_environment(resources, spec["containers"][0], checkpoint, port, folder, filled)
     command = [*LOWBIT, *spec["containers"][0]["args"]]
-    log = folder / "log"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
+    server = start_server(
+        command, f"http://{LOOPBACK}:{port}", folder / "log", name="the pod", environment=environment
+    )
     try:
-        yield Pod(process, spec, port, log)
+        yield Pod(server, spec)
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        server.kill()
 
 
 def container_environment(

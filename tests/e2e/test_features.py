@@ -2,8 +2,6 @@
 
 import json
 import os
-import signal
-import subprocess
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,9 +17,9 @@ from openai import NotFoundError, OpenAI, PermissionDeniedError
 from safetensors.torch import save_file
 from scripts.demo import KV_CACHE_GIB, LOWBIT, MODEL
 from tests.e2e.conftest import Demo
-from tests.e2e.test_endpoint import SOON_S, until
+from tests.e2e.streams import until
 
-from lowbit_core.server_process import ServerProcess, free_port
+from lowbit_core.server_process import free_port, start_server
 from lowbit_server.gateway.keys import digest, new_key
 
 pytestmark = pytest.mark.engine
@@ -124,20 +122,19 @@ def served(demo: Demo, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
         "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
         "OTEL_BSP_SCHEDULE_DELAY": "200",
     }
-    with (folder / "serve.log").open("w") as log:
-        process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
-    url = f"http://127.0.0.1:{port}"
+    server = start_server(
+        command,
+        f"http://127.0.0.1:{port}",
+        folder / "serve.log",
+        name="lowbit serve",
+        environment=environment,
+    )
     try:
-        ServerProcess(process, url, folder / "serve.log", "lowbit serve").wait_until_ready()
-        yield Served(url, f"http://127.0.0.1:{admin_port}", key, poets_key, collector)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(SOON_S * 3) == 0
+        server.wait_until_ready()
+        yield Served(server.url, f"http://127.0.0.1:{admin_port}", key, poets_key, collector)
+        assert server.stop() == 0
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        server.kill()
         collector.server.shutdown()
 
 

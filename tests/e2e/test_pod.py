@@ -23,7 +23,7 @@ import yaml
 from scripts.demo import MODEL
 from tests.e2e.conftest import Demo
 from tests.e2e.pods import LOOPBACK, helm_test, running
-from tests.e2e.test_endpoint import LONG, Stream, open_streams, until
+from tests.e2e.streams import LONG, STREAMS, Stream, open_streams, until
 from tests.e2e.test_families import SMALL
 from tests.helm.chart import Resource, render, templates
 from tests.helm.expressions import ELSEWHERE, every_expression, hpa_metrics, named_metrics, recorded_series
@@ -37,9 +37,9 @@ pytestmark = pytest.mark.engine
 
 PROMETHEUS = shutil.which("prometheus") or shutil.which("prometheus", path=str(Path(sys.executable).parent))
 QUICK_START: Resource = {"servedModelName": MODEL, "kvCacheGib": 0.5, "enforceEager": True}
-STREAMS = 4
+TOKENS = 300  # of each stream
 REQUESTS = 8  # of helm test
-DRAIN_S = 180  # a slow machine's four streams; they take 10 s on a quiet one
+DRAIN_S = 180  # a slow machine's streams; they take far less on a quiet one
 HOLD_S = 5
 LABELS = {"namespace": "models", "job": "demo-lowbit"}  # what a ServiceMonitor gives
 
@@ -62,7 +62,7 @@ def test_every_metric_of_rules_dashboard_and_scaling_exists_in_a_scrape(server: 
     assert {name.replace("vllm_", "vllm:", 1) for name in hpa_metrics()} <= exist
 
 
-def test_a_rendered_pod_starts_in_its_budget_answers_helm_test_and_drains_in_its_grace_period(
+def test_a_rendered_pod_starts_in_its_budget_answers_helm_test_and_loses_no_stream_at_sigterm(
     demo: Demo, tmp_path: Path
 ) -> None:
     shutdown = {"terminationGracePeriodS": DRAIN_S + 60}
@@ -77,11 +77,16 @@ def test_a_rendered_pod_starts_in_its_budget_answers_helm_test_and_drains_in_its
         (tmp_path / "test").mkdir()
         result = json.loads(helm_test(resources, pod, tmp_path / "test").strip().splitlines()[-1])
         assert result["outcomes"]["completed"] == result["requests"] == REQUESTS
-        story = LONG | {"max_tokens": 400}
+        story = LONG | {"max_tokens": TOKENS}
         streams = open_streams(lambda: Stream(pod.url, "none", story), STREAMS)
         pod.terminate()
+        assert all(stream.ended_at is None for stream in streams)
         ended_s = pod.wait_until_ended(pod.grace_s)
-        assert [stream.join()[-1] for stream in streams] == ["[DONE]"] * STREAMS
+        for stream in streams:
+            *answer, usage, done = stream.join()
+            assert (stream.failure, done) == (None, "[DONE]")
+            assert json.loads(answer[-1])["choices"][0]["finish_reason"] == "length"
+            assert json.loads(usage)["usage"]["completion_tokens"] == TOKENS
     print(
         f"ready after {started_s:.1f} of {pod.budget_s:.0f} s, ended after {ended_s:.1f} of {pod.grace_s:.0f} s"
     )
@@ -166,7 +171,7 @@ def test_two_rendered_nodes_serve_one_model_and_a_killed_engine_raises_the_alert
         ]  # fmt: skip
         nodes[0].wait_until_started()
         rules = resources["PrometheusRule"]["spec"]
-        api = start(prometheus(f"{LOOPBACK}:{nodes[0].port}", rules, tmp_path / "prometheus"))
+        api = start(prometheus(nodes[0].url.removeprefix("http://"), rules, tmp_path / "prometheus"))
 
         asked = {"model": MODEL, "max_tokens": 20, "temperature": 0, "return_token_ids": True}
         for sentence in SENTENCES.tolist():
