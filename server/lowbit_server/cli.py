@@ -5,7 +5,7 @@ Nothing of vLLM or torch is imported before the checkpoint has been checked.
 
 import argparse
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import fields
 from pathlib import Path
 
@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def prepare_environment(log_level: str) -> None:
+def prepare_environment(log_level: str, environment: MutableMapping[str, str] = os.environ) -> None:
     """Set what vLLM reads from the environment at import, where the user has not: offline, no telemetry, few log lines.
 
     `VLLM_CPU_INT4_W4A8` too: on CPUs with AMX vLLM's 4-bit linears quantize activations to 8 bits by default, and the
@@ -85,8 +85,8 @@ def prepare_environment(log_level: str) -> None:
         "VLLM_LOGGING_LEVEL": "DEBUG" if log_level == "DEBUG" else "WARNING",
     }
     for name, setting in defaults.items():
-        os.environ.setdefault(name, setting)
-    if os.environ["VLLM_CPU_INT4_W4A8"] != "0":
+        environment.setdefault(name, setting)
+    if environment["VLLM_CPU_INT4_W4A8"] != "0":
         log.warning(
             "VLLM_CPU_INT4_W4A8 is set: on a CPU with AMX, 4-bit linears quantize activations to 8 bits, "
             "which was not measured"

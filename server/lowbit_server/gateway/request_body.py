@@ -26,6 +26,8 @@ class BufferedReceive:
         if self._body is not None:
             body, self._body = self._body, None
             return {"type": "http.request", "body": body, "more_body": False}
+        if self.pretend_disconnect.is_set():  # also for an app that asks without waiting
+            return {"type": "http.disconnect"}
         connection = asyncio.ensure_future(self._receive())
         pretended = asyncio.ensure_future(self.pretend_disconnect.wait())
         try:

@@ -59,7 +59,7 @@ def unable(_bits: int, _group_size: int) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("quantization", "tensor", "grid"),
+    ("quantization", "tensor", "bits_and_group_size"),
     [
         (PACKED, "model.layers.1.mlp.experts.3.down_proj.weight_packed", (4, 64)),
         (PACKED, "model.layers.1.block_sparse_moe.experts.0.w1.weight_packed", (4, 64)),
@@ -71,12 +71,12 @@ def unable(_bits: int, _group_size: int) -> bool:
     ],
 )
 def test_int4_experts_need_a_kernel(
-    open_with: OpenWith, quantization: dict[str, Any], tensor: str, grid: tuple[int, int]
+    open_with: OpenWith, quantization: dict[str, Any], tensor: str, bits_and_group_size: tuple[int, int]
 ) -> None:
     checkpoint = open_with({"quantization_config": quantization}, tensor)
     found = quantized_experts(checkpoint)
     assert found is not None
-    assert ((found.bits, found.group_size), found.tensor) == (grid, tensor)
+    assert ((found.bits, found.group_size), found.tensor) == (bits_and_group_size, tensor)
     config = ServeConfig(checkpoint.directory)
     with pytest.raises(CheckpointError, match="has 4-bit experts in groups of") as refused:
         refuse_unfit_machine(config, checkpoint, "cpu", unable)

@@ -116,6 +116,7 @@ async def test_a_second_signal_ends_the_drain_at_once(listener: socket.socket, e
         assert not server.done()
         os.kill(os.getpid(), signal.SIGTERM)
         await asyncio.wait_for(server, 5)
+        waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
 
 
