@@ -16,7 +16,7 @@ from starlette.types import ASGIApp
 
 from lowbit_core import __version__
 from lowbit_core.log import get_logger
-from lowbit_server.checkpoint import Checkpoint
+from lowbit_server.checkpoint import Checkpoint, served_name
 from lowbit_server.config import ServeConfig, address
 from lowbit_server.engine.adapters import open_adapters
 from lowbit_server.engine.arguments import derive_engine_arguments
@@ -57,7 +57,7 @@ async def serve(config: ServeConfig, checkpoint: Checkpoint) -> None:
     nvml = Nvml()
     refuse_what_does_not_fit(config, checkpoint, device, host_memory_bytes(), nvml.read())
     refuse_unknown_parsers(config, vllm.known_parsers())
-    model = config.served_model_name or checkpoint.name
+    model = served_name(config, checkpoint)
     adapters = open_adapters(config, model)
     keys = KeyStore(config.api_keys) if config.api_keys else None
     arguments = derive_engine_arguments(config, checkpoint, device)
@@ -120,7 +120,7 @@ async def inspect_engine(engine: ServingEngine, config: ServeConfig, checkpoint:
         kv_dtype=facts.kv_cache_dtype,
         quant_method=checkpoint.quantization.get("quant_method"),
     )
-    service = Service(config.served_model_name or checkpoint.name, checkpoint, facts, proof)
+    service = Service(served_name(config, checkpoint), checkpoint, facts, proof)
     log.log(logging.WARNING if proof.scales == "unit" else logging.INFO, kv_scales_in_words(service))
     return service
 

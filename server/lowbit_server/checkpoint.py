@@ -56,6 +56,11 @@ class Checkpoint:
         return bool(layers) and all(layer.k_scale == layer.v_scale == 1.0 for layer in layers)
 
 
+def served_name(config: ServeConfig, checkpoint: Checkpoint) -> str:
+    """The model's name in the API."""
+    return config.served_model_name or checkpoint.name
+
+
 def open_checkpoint(config: ServeConfig) -> Checkpoint:
     """Read and check a checkpoint before anything expensive starts.
 

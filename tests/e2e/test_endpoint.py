@@ -107,7 +107,7 @@ def test_a_client_that_goes_away_frees_its_place(endpoint: Endpoint) -> None:
 
 
 def test_a_full_queue_is_429_and_every_other_answer_is_whole(endpoint: Endpoint) -> None:
-    streams = endpoint.open_streams(STREAMS, 600)  # as many as the queue has places, for long enough
+    streams = endpoint.open_streams(STREAMS, 300)  # as many as the queue has places, for long enough
     headers = {"authorization": f"Bearer {endpoint.admin}"}
     with httpx.Client(headers=headers, timeout=LOAD_S) as client:
         for _ in range(8):

@@ -8,7 +8,7 @@ import math
 from typing import Any
 
 from lowbit_core.errors import ConfigError
-from lowbit_server.checkpoint import Checkpoint
+from lowbit_server.checkpoint import Checkpoint, served_name
 from lowbit_server.config import Device, ServeConfig
 from lowbit_server.flags import GIB
 
@@ -34,7 +34,7 @@ def derive_engine_arguments(config: ServeConfig, checkpoint: Checkpoint, device:
     kv_bytes = _kv_cache_bytes(config, device)
     arguments: dict[str, Any] = {
         "model": str(checkpoint.directory),
-        "served_model_name": [config.served_model_name or checkpoint.name],
+        "served_model_name": [served_name(config, checkpoint)],
         "dtype": checkpoint.shape.dtype if checkpoint.shape.dtype in ENGINE_DTYPES else "auto",
         "kv_cache_dtype": _kv_cache_dtype(config, checkpoint),
         "max_model_len": _max_model_len(config, checkpoint, kv_bytes),
