@@ -13,12 +13,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from scripts.demo import LOWBIT
+from scripts.demo import LOWBIT, MODEL
 from tests.helm.chart import Resource
 
 from lowbit_core.server_process import ServerProcess, last_words, start_server
 
 LOOPBACK = "127.0.0.1"
+QUICK_START: Resource = {"servedModelName": MODEL, "kvCacheGib": 0.5, "enforceEager": True}
 
 
 @dataclass(frozen=True)
