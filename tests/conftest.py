@@ -6,13 +6,19 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads sleep: the machine is shared
-ENGINES_OF_THEIR_OWN = ("tests/e2e/test_families.py", "tests/e2e/test_formats.py")
+SHARE_THE_DEMO = (
+    "endpoint",
+    "evaluate",
+    "features",
+    "main_job",
+    "pod",
+)  # its checkpoint, and the server of it
 
 
 def group_of(nodeid: str) -> str:
     """Whose tests one worker takes together: a file's, or those of all files that share the demo and its server."""
     path = nodeid.partition("::")[0]
-    return "demo" if path.startswith("tests/e2e/") and path not in ENGINES_OF_THEIR_OWN else path
+    return "demo" if path in {f"tests/e2e/test_{name}.py" for name in SHARE_THE_DEMO} else path
 
 
 @pytest.hookimpl(optionalhook=True)
