@@ -1,7 +1,7 @@
-"""Items scored through a served endpoint, for `lowbit evaluate --target` (core's `evals/endpoint.py`).
+"""Items scored through a served endpoint, for `lowbit evaluate --target`.
 
-Requests are those of the load test's quality questions (`scorer.py`), a few in flight at a time. A directory stands for
-the model that the server serves from it; where the server tells its manifest, it must be the directory's.
+Requests are those of the load test's quality questions (`quality/scorer.py`), a few in flight at a time. A directory
+stands for the model that the server serves from it; where the server tells its manifest, it must be the directory's.
 """
 
 import asyncio
