@@ -58,7 +58,7 @@ ERRORS = {
     "too long": ("/v1/completions", TEXT | {"max_tokens": 10_000_000}),
     "no such route": ("/v1/other", {}),
 }
-Exchange = tuple[str, str, Any]  # name, schema, document
+Answer = tuple[str, str, Any]  # name, schema, document
 
 
 def main() -> int:
@@ -75,7 +75,7 @@ def main() -> int:
     validated: Counter[str] = Counter()
     found: Counter[tuple[str, str]] = Counter()
     with lowbit_serve(arguments.checkpoint, arguments.log, *flags) as server:
-        for name, schema, document in exchanges(server):
+        for name, schema, document in answers(server):
             validated[f"{name} ({schema})"] += 1
             for place, message in deviations(components, schema, document):
                 found[place, message] += 1
@@ -90,7 +90,7 @@ def main() -> int:
     return 0
 
 
-def exchanges(server: ServerProcess) -> Iterator[Exchange]:
+def answers(server: ServerProcess) -> Iterator[Answer]:
     """Everything that is asked, and what came back."""
     for name, changes in CHATS.items():
         body = CHAT | changes
