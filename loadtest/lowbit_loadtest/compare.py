@@ -110,11 +110,10 @@ def _latencies(a: Row, b: Row, paired: bool, tolerance: float, seed: int) -> lis
     for column, name in LATENCIES.items():
         samples = _samples(_rows(a), _rows(b), column, paired)
         if all(sum(sample.values.size for sample in one) for one in samples):
-            for statistic in STATISTICS:
-                change = _changes(samples, statistic, paired, seed)
-                found.append(
-                    _judged(f"{name} {statistic}", a["offered_rps"], *change, tolerance, lower_is_better=True)
-                )
+            found += [
+                _judged(f"{name} {statistic}", a["offered_rps"], *change, tolerance, lower_is_better=True)
+                for statistic, change in _changes(samples, STATISTICS, paired, seed).items()
+            ]
     return found
 
 
@@ -127,7 +126,7 @@ def _completed(a: Row, b: Row, paired: bool, tolerance: float, seed: int) -> lis
     samples = _samples(shares[0], shares[1], "done", paired)
     if not all(sum(sample.values.sum() for sample in one) for one in samples):
         return []
-    change = _changes(samples, "mean", paired, seed)
+    change = _changes(samples, ("mean",), paired, seed)["mean"]
     return [_judged("share completed", a["offered_rps"], *change, tolerance, lower_is_better=False)]
 
 
@@ -203,22 +202,27 @@ def _by_repetition(rows: dict[Key, Row], column: str) -> list[Sample]:
 
 
 def _changes(
-    samples: tuple[Sequence[Sample], Sequence[Sample]], statistic: str, paired: bool, seed: int
-) -> tuple[float, float, Bounds | None]:
-    """The statistic of A, of B, and the interval of B/A − 1."""
+    samples: tuple[Sequence[Sample], Sequence[Sample]], statistics: Sequence[str], paired: bool, seed: int
+) -> dict[str, tuple[float, float, Bounds | None]]:
+    """Each statistic of A, of B, and the interval of B/A − 1."""
     (values_a, order_a), (values_b, order_b) = (_sorted(one) for one in samples)
-    whole_a = weighted_statistics(values_a, np.ones(values_a.size, int))[statistic]
-    whole_b = weighted_statistics(values_b, np.ones(values_b.size, int))[statistic]
+    whole_a = weighted_statistics(values_a, np.ones(values_a.size, int))
+    whole_b = weighted_statistics(values_b, np.ones(values_b.size, int))
     rng = np.random.default_rng(seed)
-    ratios = []
+    ratios: dict[str, list[float]] = {name: [] for name in statistics}
     for _ in range(DRAWS):
         weights_a = request_weights(samples[0], rng)
         weights_b = weights_a if paired else request_weights(samples[1], rng)
         if weights_a.any() and weights_b.any():
-            drawn_a = weighted_statistics(values_a, weights_a[order_a])[statistic]
-            drawn_b = weighted_statistics(values_b, weights_b[order_b])[statistic]
-            ratios.append(drawn_b / drawn_a - 1 if drawn_a > 0 else 0.0)
-    return whole_a, whole_b, bounds_of(ratios) if values_a.size > 1 and values_b.size > 1 else None
+            drawn_a = weighted_statistics(values_a, weights_a[order_a])
+            drawn_b = weighted_statistics(values_b, weights_b[order_b])
+            for name in statistics:
+                ratios[name].append(drawn_b[name] / drawn_a[name] - 1 if drawn_a[name] > 0 else 0.0)
+    known = values_a.size > 1 and values_b.size > 1
+    return {
+        name: (whole_a[name], whole_b[name], bounds_of(ratios[name]) if known else None)
+        for name in statistics
+    }
 
 
 def _sorted(samples: Sequence[Sample]) -> tuple[Any, Any]:
