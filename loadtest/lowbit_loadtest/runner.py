@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowbit_loadtest.generate.client import ChatClient
-from lowbit_loadtest.generate.driver import Target, open_http, whole_share
-from lowbit_loadtest.generate.schedule import Schedule, make_schedule
+from lowbit_loadtest.generate.driver import Target, open_http
+from lowbit_loadtest.generate.planner import make_schedule, whole_share
+from lowbit_loadtest.generate.schedule import Schedule
 from lowbit_loadtest.generate.tokens import find_counter
 from lowbit_loadtest.generate.workers import (
     OnRun,

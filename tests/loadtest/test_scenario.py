@@ -10,8 +10,9 @@ import pytest
 
 from lowbit_core.errors import ConfigError
 from lowbit_loadtest.generate.arrivals import Draw, draw_lengths, generator, send_times_s
+from lowbit_loadtest.generate.planner import make_schedule
 from lowbit_loadtest.generate.prompts import PromptMaker
-from lowbit_loadtest.generate.schedule import Schedule, make_schedule
+from lowbit_loadtest.generate.schedule import Schedule
 from lowbit_loadtest.generate.tokens import ServerTokens, WordTokens, find_counter, fit_to_tokens
 from lowbit_loadtest.generate.traces import read_trace
 from lowbit_loadtest.scenario import (

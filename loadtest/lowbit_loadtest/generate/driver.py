@@ -16,9 +16,8 @@ import httpx
 
 from lowbit_loadtest.generate.client import ChatClient, ChatRequest, Clock, Message
 from lowbit_loadtest.generate.records import Outcome, RequestRecord
-from lowbit_loadtest.generate.schedule import Job, Schedule
+from lowbit_loadtest.generate.schedule import Job
 from lowbit_loadtest.generate.transport import StreamTransport
-from lowbit_loadtest.scenario import Scenario
 
 HEARTBEAT_S = 0.01
 TIMER_SLACK_S = 0.0012  # epoll rounds up to whole milliseconds
@@ -183,21 +182,6 @@ class Driver:
         self._tally.outcomes[kept.outcome.value] = self._tally.outcomes.get(kept.outcome.value, 0) + 1
         self._tally.output_tokens += kept.output_tokens or 0
         return record
-
-
-def whole_share(scenario: Scenario, target: Target, schedule: Schedule) -> Share:
-    """How a schedule is sent; `workers.shares_of` gives each worker its jobs or streams."""
-    return Share(
-        target,
-        (),
-        temperature=scenario.temperature,
-        exact=scenario.output.exact if scenario.output else False,
-        repeats=schedule.repeats,
-        length_s=schedule.length_s,
-        think_s=schedule.think_s,
-        warm_up_requests=schedule.warm_up_requests,
-        warm_up_s=schedule.warm_up_s,
-    )
 
 
 async def sleep_until(due_s: float, clock: Clock = time.monotonic) -> None:

@@ -13,9 +13,10 @@ from typing import Any
 
 from lowbit_core.evals.items import Item, Key
 from lowbit_core.evals.scoring import Answer
-from lowbit_loadtest.generate.driver import Tally, Target, open_http, whole_share
+from lowbit_loadtest.generate.driver import Tally, Target, open_http
+from lowbit_loadtest.generate.planner import make_schedule, whole_share
 from lowbit_loadtest.generate.records import Interval, Outcome, RequestRecord
-from lowbit_loadtest.generate.schedule import Schedule, make_schedule
+from lowbit_loadtest.generate.schedule import Schedule
 from lowbit_loadtest.generate.tokens import find_counter
 from lowbit_loadtest.generate.workers import OnRun, OnTally, run_workers, shares_of
 from lowbit_loadtest.quality.questions import QuestionSet, ask_all, prepare
