@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
+from typing import Any
 
 from lowbit_core import __version__
 from lowbit_core.errors import ConfigError, LowbitError
@@ -25,6 +26,17 @@ class Command:
     help: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
+
+
+class RenamedFlag(argparse.Action):
+    """A flag of an older version: `add_argument("--old", action=RenamedFlag, now="--new")` refuses it by name."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, now: str, **_: Any) -> None:
+        super().__init__(option_strings, dest, nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        self._now = now
+
+    def __call__(self, *_: Any) -> None:
+        raise ConfigError(f"{self.option_strings[0]} is called {self._now} now")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -97,7 +97,7 @@ def parse_document(
     """Validate a document's data; relative paths in it are relative to `folder`, or to the working directory."""
     for key, pattern in _keys(data):
         if new := (renamed or {}).get(pattern):
-            raise error(f"{kind} {origin}: unknown key {key!r}; it is called {new!r} now")
+            raise error(f"{kind} {origin}: unknown key {key!r}; it is called '{new}' now")
     try:
         return model.model_validate(data, context={"folder": folder or Path()})
     except ValidationError as failure:
@@ -107,7 +107,7 @@ def parse_document(
 def describe_error(failure: ValidationError, model: type[BaseModel]) -> str:
     """The first unknown key, or else the first wrong value, with its path as the document writes it."""
     first: ErrorDetails = min(failure.errors(), key=lambda one: one["type"] != "extra_forbidden")
-    path, section = _walk(model, first["loc"])
+    path, section = _locate(model, first["loc"])
     key = ".".join(path)
     if first["type"] == "extra_forbidden":
         return f"unknown key {key!r}; allowed here: {', '.join(section.model_fields)}"
@@ -180,7 +180,7 @@ def _keys(data: Any, key: str = "", pattern: str = "") -> Iterator[tuple[str, st
         yield inner
 
 
-def _walk(model: type[BaseModel], location: Location) -> tuple[list[str], type[BaseModel]]:
+def _locate(model: type[BaseModel], location: Location) -> tuple[list[str], type[BaseModel]]:
     """pydantic's location of an error as the document writes it, without what pydantic adds to it for unions; and
     the innermost section on the way."""
     path: list[str] = []

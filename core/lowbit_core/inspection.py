@@ -9,7 +9,16 @@ from rich.table import Table
 
 from lowbit_core.cli import Command
 from lowbit_core.errors import CheckpointError
-from lowbit_core.manifest import MANIFEST_NAME, DivergenceRecord, Manifest, read_manifest, verify_files
+from lowbit_core.manifest import (
+    MANIFEST_NAME,
+    DivergenceRecord,
+    Manifest,
+    module_groups,
+    read_manifest,
+    verify_files,
+)
+
+MOST_NAMES = 4  # that are shown of linears which are not quantized
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,15 +47,13 @@ def _run(arguments: argparse.Namespace) -> int:
 def describe(manifest: Manifest, *, verified: bool) -> Table:
     """The facts of a checkpoint, one a row."""
     size, quality, gate = manifest.size, manifest.quality, manifest.gate
-    weights = manifest.recipe.get("weights", {})
     kv, base = manifest.kv_cache, manifest.base
     table = Table(show_header=False, title=manifest.base.name)
     rows = {
         "base": f"{base.kind}, {base.model_type}, {base.dtype}, {size.parameters:,} parameters",
-        "weights": f"{weights.get('method')}, {weights.get('bits')} bits, group {weights.get('group_size')}, "
-        f"{'symmetric' if weights.get('symmetric') else 'asymmetric'}, {size.linear_bits_per_weight} bits per weight"
-        if manifest.modules
-        else "not quantized",
+        "weights": "\n".join(map(str, module_groups(manifest))) or "not quantized",
+        "bits per weight": f"{size.linear_bits_per_weight} in quantized linears",
+        "left as they are": _unquantized(manifest.unquantized),
         "KV cache": f"{kv.dtype}, {len(kv.layers)} layers, {kv.source}" if kv else "not quantized",
         "size": f"{size.base_bytes / 2**20:.1f} MiB to {size.bytes / 2**20:.1f} MiB",
         "mean KL": f"{quality.mean_kld:.4f} ± {quality.kld_stderr:.4f} nats on {quality.predictions:,} predictions",
@@ -64,6 +71,13 @@ def describe(manifest: Manifest, *, verified: bool) -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _unquantized(names: list[str]) -> str:
+    if not names:
+        return "no linear of the decoder"
+    shown = ", ".join(names[:MOST_NAMES]) + (", …" if len(names) > MOST_NAMES else "")
+    return f"{len(names)} linears: {shown}"
 
 
 def _with_error(value: float, stderr: float | None, digits: str) -> str:

@@ -2,12 +2,18 @@
 
 Written last and atomically: no manifest, no checkpoint. Nothing that vLLM needs lives only here. It knows
 nothing of tensors: it names files, sizes, hashes and measured numbers.
+
+`format_version` is raised when a reader of the version before would be misled. A field that is new and may be left
+out does not raise it: readers pass over what they do not know.
 """
 
 import hashlib
+import json
 import os
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -15,19 +21,18 @@ from lowbit_core.errors import CheckpointError
 
 MANIFEST_NAME = "lowbit.json"
 PROGRESS_NAME = "lowbit.partial.json"  # present while a quantize run is unfinished
-FORMAT_VERSION: Final = 1
-KVScaleSource = Literal["maximum", "clip", "unit"]
+FORMAT_VERSION: Final = 2
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
+    model_config = ConfigDict(extra="ignore", frozen=True, ser_json_inf_nan="strings")
 
 
 class BaseModelRecord(_Record):
     """Where the weights came from."""
 
     name: str
-    kind: Literal["directory", "gguf", "hub"]
+    kind: str  # directory, gguf or hub
     revision: str | None
     model_type: str
     dtype: str
@@ -47,14 +52,16 @@ class SizeRecord(_Record):
 class ModuleRecord(_Record):
     """One quantized linear. `error` is the relative squared output error on the calibration tokens.
 
-    `group_size` is null where one scale spans all inputs of an output channel.
+    `scheme` is a name of compressed-tensors; `group_size` is null where parameters span all inputs of an output
+    channel; `methods` were applied in this order; `alpha` is the exponent of the scale of its inputs, if it has one.
     """
 
     name: str
-    method: str
-    bits: int
+    scheme: str
+    bits: float
     group_size: int | None
     symmetric: bool
+    methods: list[str]
     error: float
     alpha: float | None
 
@@ -65,8 +72,8 @@ class KVLayerRecord(_Record):
     layer: int
     k_scale: float
     v_scale: float
-    k_source: KVScaleSource = "maximum"
-    v_source: KVScaleSource = "maximum"
+    k_source: str = "maximum"  # or clip
+    v_source: str = "maximum"
 
 
 class KVCacheRecord(_Record):
@@ -75,7 +82,7 @@ class KVCacheRecord(_Record):
     layers: list[KVLayerRecord]
 
 
-class StarvedExpert(_Record):
+class UnderCalibratedExpert(_Record):
     """An expert, by its number after pruning, that saw fewer tokens than its linears have inputs."""
 
     layer: int
@@ -97,7 +104,7 @@ class RouterDistillationRecord(_Record):
 class ExpertsRecord(_Record):
     """Routed experts before and after pruning; `kept_by_layer` holds the base model's numbers of those that stay.
 
-    The `starved` borrowed the statistics that they lack from their layer.
+    Those that are `under_calibrated` borrowed the statistics that they lack from their layer.
     """
 
     experts: int
@@ -105,15 +112,15 @@ class ExpertsRecord(_Record):
     criterion: str | None
     kept_by_layer: dict[int, list[int]]
     router_distillation: RouterDistillationRecord | None = None
-    starved: list[StarvedExpert]
+    under_calibrated: list[UnderCalibratedExpert]
 
 
 class TextRecord(_Record):
     """A tokenized text: what it was and a hash of the exact token ids."""
 
-    source: str
-    sequences: int
-    sequence_tokens: int
+    dataset: str
+    num_samples: int
+    max_seq_length: int
     tokens: int
     seed: int
     sha256: str
@@ -181,15 +188,26 @@ class RunRecord(_Record):
     peak_rss_bytes: int
 
 
-class Manifest(_Record):
-    """The whole manifest."""
+class ExportRecord(_Record):
+    """A checkpoint that was made out of another, whose quality this manifest repeats.
 
-    format_version: Literal[1] = FORMAT_VERSION
+    `left_out` says what that one has and this format cannot hold.
+    """
+
+    to: str
+    left_out: list[str]
+
+
+class Manifest(_Record):
+    """The whole manifest; `unquantized` names the decoder's linears that stay as they are."""
+
+    format_version: int = FORMAT_VERSION
     created: str
     base: BaseModelRecord
     recipe: dict[str, Any]
     size: SizeRecord
     modules: list[ModuleRecord]
+    unquantized: list[str] = []
     kv_cache: KVCacheRecord | None
     experts: ExpertsRecord | None = None
     calibration: TextRecord | None
@@ -198,6 +216,43 @@ class Manifest(_Record):
     files: dict[str, FileRecord]
     versions: dict[str, str]
     run: RunRecord
+    export: ExportRecord | None = None
+
+
+@dataclass(frozen=True)
+class ModuleGroup:
+    """Linears of a checkpoint that are stored and were made alike."""
+
+    scheme: str
+    bits: float
+    group_size: int | None
+    methods: tuple[str, ...]
+    linears: int
+
+    def __str__(self) -> str:
+        size = "channels" if self.group_size is None else f"groups of {self.group_size}"
+        return f"{self.linears} x {self.scheme} in {size} by {', then '.join(self.methods)}"
+
+
+def module_groups(manifest: Manifest) -> list[ModuleGroup]:
+    """The mix of a checkpoint, the most frequent first."""
+    counted = Counter((m.scheme, m.bits, m.group_size, tuple(m.methods)) for m in manifest.modules)
+    return [ModuleGroup(*kind, linears) for kind, linears in counted.most_common()]
+
+
+def weights_summary(manifest: Manifest) -> dict[str, str]:
+    """Schemes, bits, group sizes and methods of the quantized linears; several values are joined by `+`."""
+    groups = module_groups(manifest)
+
+    def joined(values: list[str]) -> str:
+        return "+".join(dict.fromkeys(values))
+
+    return {
+        "scheme": joined([group.scheme for group in groups]) or "none",
+        "bits": joined([f"{group.bits:g}" for group in groups]),
+        "group_size": joined([str(group.group_size or "channel") for group in groups]),
+        "methods": joined([method for group in groups for method in group.methods]),
+    }
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
@@ -228,10 +283,26 @@ def read_manifest(directory: Path) -> Manifest | None:
             )
         return None
     try:
-        return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
-    except (ValidationError, UnicodeDecodeError, OSError) as error:
+        text = path.read_text(encoding="utf-8")
+        _refuse_other_version(path, json.loads(text))
+        return Manifest.model_validate_json(text)
+    except (ValueError, OSError) as error:
         detail = _first(error) if isinstance(error, ValidationError) else str(error)
         raise CheckpointError(f"{path} is not a version {FORMAT_VERSION} manifest: {detail}") from error
+
+
+def _refuse_other_version(path: Path, data: Any) -> None:
+    version = data.get("format_version") if isinstance(data, dict) else None
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} is a version {version} manifest and this Lowbit reads version {FORMAT_VERSION}; "
+            "install a newer Lowbit"
+        )
+    if isinstance(version, int) and version < FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} is a version {version} manifest, of an older Lowbit; quantize the model again "
+            f"(this one reads version {FORMAT_VERSION})"
+        )
 
 
 def _first(error: ValidationError) -> str:

@@ -25,7 +25,14 @@ from lowbit_core.manifest import (
 
 
 def example(files: dict[str, object]) -> Manifest:
-    text = {"source": "default", "sequences": 2, "sequence_tokens": 4, "tokens": 8, "seed": 0, "sha256": "ab"}
+    text = {
+        "dataset": "default",
+        "num_samples": 2,
+        "max_seq_length": 4,
+        "tokens": 8,
+        "seed": 0,
+        "sha256": "ab",
+    }
     base = {"name": "m", "kind": "directory", "revision": None, "model_type": "llama", "dtype": "bfloat16"}
     quality = {
         "heldout": text, "predictions": 6, "mean_kld": 0.1, "kld_stderr": 0.01, "kld_p99": 1.0, "kld_max": 2.0,
@@ -39,17 +46,21 @@ def example(files: dict[str, object]) -> Manifest:
         {
             "created": "2026-01-01T00:00:00+00:00",
             "base": {**base, "sha256": {"model.safetensors": "cd"}},
-            "recipe": {"weights": {"method": "awq", "bits": 4, "group_size": 64, "symmetric": True}},
+            "recipe": {},
             "size": {
                 "parameters": 10, "base_bytes": 20, "bytes": 8, "quantized_parameters": 8,
                 "linear_bits_per_weight": 4.25,
             },
             "modules": [
                 {
-                    "name": "q_proj", "method": "awq", "bits": 4, "group_size": 64, "symmetric": True,
-                    "error": 0.01, "alpha": 0.2,
+                    "name": name, "scheme": scheme, "bits": bits, "group_size": size, "symmetric": True,
+                    "methods": methods, "error": 0.01, "alpha": 0.2,
                 }
+                for name, scheme, bits, size, methods in (
+                    ("q_proj", "W4A16", 4, 64, ["awq", "gptq"]), ("up_proj", "W8A16", 8, None, ["rtn"]),
+                )
             ],
+            "unquantized": ["o_proj"],
             "kv_cache": None,
             "calibration": text,
             "quality": quality,
@@ -125,9 +136,29 @@ def test_no_manifest_is_unknown_but_an_unfinished_run_is_refused(tmp_path: Path)
 @pytest.mark.parametrize("content", ["{", '{"format_version": 2}', "[]", "\udcff"])
 def test_an_unreadable_manifest_is_refused_in_one_line(tmp_path: Path, content: str) -> None:
     (tmp_path / MANIFEST_NAME).write_text(content, errors="surrogateescape")
-    with pytest.raises(CheckpointError, match="is not a version 1 manifest") as caught:
+    with pytest.raises(CheckpointError, match="is not a version 2 manifest") as caught:
         read_manifest(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("version", "advice"), [(1, "quantize the model again"), (3, "install a newer Lowbit")]
+)
+def test_a_manifest_of_another_version_is_refused_with_what_to_do(
+    tmp_path: Path, version: int, advice: str
+) -> None:
+    data = {**example({}).model_dump(mode="json"), "format_version": version}
+    (tmp_path / MANIFEST_NAME).write_text(json.dumps(data))
+    with pytest.raises(CheckpointError, match=f"version {version} manifest.*{advice}"):
+        read_manifest(tmp_path)
+
+
+def test_fields_that_a_newer_lowbit_adds_are_passed_over(tmp_path: Path) -> None:
+    data = {**example({}).model_dump(mode="json"), "carbon": {"grams": 3}}
+    data["quality"]["tail"] = 0.5
+    data["modules"][0]["rotation"] = "hadamard"
+    (tmp_path / MANIFEST_NAME).write_text(json.dumps(data))
+    assert read_manifest(tmp_path) == example({})
 
 
 def test_inspect_prints_the_facts_and_its_json_is_the_manifest(
@@ -135,7 +166,15 @@ def test_inspect_prints_the_facts_and_its_json_is_the_manifest(
 ) -> None:
     assert main(["inspect", str(checkpoint), "--verify"]) == 0
     shown = capsys.readouterr().out
-    for fact in ("llama", "4.25 bits per weight", "0.1000 ± 0.0100", "every hash verified", "code"):
+    for fact in (
+        "llama",
+        "W4A16 in groups of 64 by awq, then gptq",
+        "1 linears: o_proj",
+        "4.25 in quant",
+        "0.1000 ± 0.0100",
+        "every hash verified",
+        "code",
+    ):
         assert fact in shown
     assert main(["inspect", str(checkpoint), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads((checkpoint / MANIFEST_NAME).read_text())
@@ -170,7 +209,7 @@ def test_inspect_refuses_what_is_no_checkpoint(tmp_path: Path, capsys: pytest.Ca
 def test_an_unknown_command_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["quantise"]) == 2
     assert (
-        "commands are: compare, evaluate, frontier, inspect, key, loadtest, quantize, serve"
+        "commands are: compare, evaluate, export, frontier, inspect, key, loadtest, quantize, serve"
         in capsys.readouterr().err
     )
 
