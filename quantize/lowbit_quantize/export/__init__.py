@@ -1,0 +1,1 @@
+"""Targets that a finished checkpoint can be made into. One file a target."""

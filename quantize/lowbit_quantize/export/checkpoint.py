@@ -1,0 +1,78 @@
+"""A finished checkpoint, read back: its manifest, its configuration, and its linears as codes and parameters."""
+
+import json
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from lowbit_core.errors import CheckpointError
+from lowbit_core.manifest import MANIFEST_NAME, Manifest, ModuleRecord, read_manifest, verify_files
+from lowbit_quantize.catalog import Catalog
+from lowbit_quantize.model.weights import INDEX_NAME
+from lowbit_quantize.schemes.scheme import Quantized, Scheme
+
+
+class Checkpoint:
+    """A directory that `lowbit quantize` wrote; raises CheckpointError where it is not whole."""
+
+    def __init__(self, directory: Path, catalog: Catalog) -> None:
+        self.directory = directory
+        manifest = read_manifest(directory)
+        if manifest is None:
+            raise CheckpointError(
+                f"{directory} has no {MANIFEST_NAME}; give a checkpoint that `lowbit quantize` wrote"
+            )
+        if manifest.export is not None:
+            raise CheckpointError(
+                f"{directory} was exported to {manifest.export.to}; give the checkpoint that it was made of"
+            )
+        verify_files(directory, manifest, hashes=False)
+        self.manifest: Manifest = manifest
+        self._presets = {preset.name: preset for preset in catalog.presets}
+        self.modules: Mapping[str, ModuleRecord] = {module.name: module for module in manifest.modules}
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """`config.json`."""
+        data: dict[str, Any] = json.loads((self.directory / "config.json").read_text(encoding="utf-8"))
+        return data
+
+    @cached_property
+    def schemes(self) -> dict[str, Scheme]:
+        """The scheme of each quantized linear."""
+        return {name: self._scheme(module) for name, module in self.modules.items()}
+
+    @property
+    def shards(self) -> list[str]:
+        """Names of the weight files."""
+        return sorted(name for name in self.manifest.files if name.endswith(".safetensors"))
+
+    @property
+    def other_files(self) -> list[str]:
+        """Names of the files that are neither weights, nor the index, nor the configuration."""
+        return [name for name in self.manifest.files if name not in (*self.shards, INDEX_NAME, "config.json")]
+
+    def read(self, shard: str) -> Iterator[tuple[str, Quantized | Tensor]]:
+        """Linears as they were quantized, by name, and every other tensor of a shard."""
+        with safe_open(self.directory / shard, framework="pt") as file:
+            parts: dict[str, dict[str, Tensor]] = {}
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                module, _, part = name.rpartition(".")
+                if module in self.modules and part != "bias":
+                    parts.setdefault(module, {})[part] = file.get_tensor(name)
+                else:
+                    yield name, file.get_tensor(name)
+        for module, tensors in parts.items():
+            yield module, self.schemes[module].read(tensors)
+
+    def _scheme(self, module: ModuleRecord) -> Scheme:
+        if module.scheme not in self._presets:
+            raise CheckpointError(
+                f"{self.directory}: {module.name} is stored as {module.scheme}, which this Lowbit does not know; "
+                "install a newer one"
+            )
+        return self._presets[module.scheme].make(module.group_size or "channel")

@@ -1,0 +1,45 @@
+"""`lowbit export`: a finished checkpoint in another format; one JSON object as the last line of stdout."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from lowbit_core.cli import Command
+
+TARGETS = ("autoawq", "autogptq")
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "checkpoint", type=_path, metavar="DIR", help="a checkpoint that `lowbit quantize` wrote"
+    )
+    parser.add_argument("--to", required=True, choices=TARGETS, help="the format")
+    parser.add_argument("--out", required=True, type=_path, metavar="DIR", help="a directory, new or empty")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from lowbit_quantize.export.autoawq import AutoAwq  # torch loads only when a checkpoint is exported
+    from lowbit_quantize.export.autogptq import AutoGptq
+    from lowbit_quantize.export.exporter import Exporter, export
+
+    exporters: tuple[Exporter, ...] = (AutoAwq(), AutoGptq())
+    exporter = next(one for one in exporters if one.name == arguments.to)
+    manifest = export(arguments.checkpoint, exporter, arguments.out)
+    assert manifest.export is not None
+    result = {
+        "checkpoint": str(arguments.out),
+        **manifest.export.model_dump(),
+        "readers": exporter.readers,
+        "bytes": manifest.size.bytes,
+        "linear_bits_per_weight": manifest.size.linear_bits_per_weight,
+    }
+    sys.stdout.write(json.dumps(result) + "\n")
+    return 0
+
+
+command = Command("Write a checkpoint in a format that other tools read.", _add_arguments, _run)
