@@ -26,7 +26,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from lowbit_quantize.calibration import _documents
+from lowbit_quantize.quality.dataset import _documents
 from lowbit_quantize.recipe import Text
 
 VOCABULARY = 512

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowbit_core.cli import Command
+from lowbit_core.cli import Command, RenamedFlag
 from lowbit_core.errors import ConfigError, QualityError
 from lowbit_core.manifest import Manifest
 from lowbit_quantize.recipe import Recipe, bundled_recipes, load_recipe
@@ -16,7 +16,12 @@ from lowbit_quantize.recipe import Recipe, bundled_recipes, load_recipe
 if TYPE_CHECKING:
     import torch
 
-GPU_GIB = 74.5  # what 80 GB are
+GPU_MEMORY_GIB = 74.5  # what 80 GB are
+RENAMED_FLAGS = {"--check": "--dry-run", "--fresh": "--overwrite", "--gpu-gib": "--gpu-memory-gib"}
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +30,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", required=True, help="directory, FILE.gguf, or hub id OWNER/NAME[@REVISION]"
     )
     parser.add_argument("--recipe", required=True, help=f"FILE.yaml or one of: {names}")
-    parser.add_argument("--out", type=Path, help="directory for the checkpoint, new or empty")
+    parser.add_argument("--out", type=_path, help="directory for the checkpoint, new or empty")
     parser.add_argument(
         "--experts-report",
         type=Path,
@@ -35,18 +40,18 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write no checkpoint: compare all criteria for pruning experts (default FILE: experts-report.json)",
     )
     parser.add_argument(
-        "--check",
+        "--dry-run",
         action="store_true",
         help="run nothing: say what engines will take, sizes on disk, memory of the run and of serving",
     )
     parser.add_argument(
-        "--gpu-gib",
+        "--gpu-memory-gib",
         type=float,
         metavar="N",
-        help="with --check: memory of each GPU (default 74.5, an 80 GB one)",
+        help="with --dry-run: memory of each GPU (default 74.5, an 80 GB one)",
     )
     parser.add_argument(
-        "--fresh",
+        "--overwrite",
         action="store_true",
         help="start over: remove what --out holds of an earlier run of this command",
     )
@@ -57,6 +62,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="hidden states beyond this go to files in --out (default 4); it changes no result",
     )
+    for old, now in RENAMED_FLAGS.items():
+        parser.add_argument(old, action=RenamedFlag, now=now)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument(
         "--calibration", metavar="SOURCE", help="text: default, FILE.jsonl, FILE.txt, hub:DATASET"
@@ -73,16 +80,19 @@ def _run(arguments: argparse.Namespace) -> int:
     _check_flags(arguments)
     overrides = list(arguments.set)
     if arguments.calibration is not None:
-        overrides.append(f"calibration.source={json.dumps(arguments.calibration)}")
+        overrides.append(f"calibration.dataset={json.dumps(arguments.calibration)}")
     if arguments.heldout is not None:
-        overrides.append(f"quality.source={json.dumps(arguments.heldout)}")
+        overrides.append(f"quality.dataset={json.dumps(arguments.heldout)}")
     recipe = load_recipe(arguments.recipe, tuple(overrides))
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads: idle threads sleep, not spin
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars are for terminals
     device = _device(arguments.device)
-    if arguments.check:
-        return _check(arguments.model, recipe, arguments.gpu_gib or GPU_GIB, arguments.out)
+    if arguments.dry_run:
+        gpu_memory_gib = arguments.gpu_memory_gib or GPU_MEMORY_GIB
+        return _dry_run(
+            arguments.model, recipe, gpu_memory_gib, _stream_memory_bytes(arguments), arguments.out
+        )
     if arguments.experts_report is not None:
         return _report(arguments.model, recipe, arguments.experts_report, device)
     from lowbit_quantize.pipeline import quantize
@@ -92,8 +102,8 @@ def _run(arguments: argparse.Namespace) -> int:
         recipe,
         arguments.out,
         device,
-        fresh=arguments.fresh,
-        stream_memory_bytes=int(arguments.stream_memory_gib * 2**30),
+        overwrite=arguments.overwrite,
+        stream_memory_bytes=_stream_memory_bytes(arguments),
     )
     sys.stdout.write(json.dumps(summary(manifest, arguments.out)) + "\n")
     if not manifest.gate.accepted:
@@ -103,31 +113,37 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _check_flags(arguments: argparse.Namespace) -> None:
-    if not arguments.check and (arguments.out is None) == (arguments.experts_report is None):
+    if not arguments.dry_run and (arguments.out is None) == (arguments.experts_report is None):
         raise ConfigError(
-            "give --out DIR for a checkpoint, --experts-report for a report, or --check, one of them"
+            "give --out DIR for a checkpoint, --experts-report for a report, or --dry-run, one of them"
         )
-    if arguments.check and arguments.experts_report is not None:
-        raise ConfigError("--check and --experts-report are two reports; give one of them")
-    if arguments.gpu_gib is not None and not (arguments.check and arguments.gpu_gib > 0):
-        raise ConfigError("--gpu-gib N is a positive number that goes with --check")
+    if arguments.dry_run and arguments.experts_report is not None:
+        raise ConfigError("--dry-run and --experts-report are two reports; give one of them")
+    if arguments.gpu_memory_gib is not None and not (arguments.dry_run and arguments.gpu_memory_gib > 0):
+        raise ConfigError("--gpu-memory-gib N is a positive number that goes with --dry-run")
     if arguments.stream_memory_gib < 0:
         raise ConfigError(f"--stream-memory-gib {arguments.stream_memory_gib}: allowed is 0 or more")
 
 
-def _check(model: str, recipe: Recipe, gpu_gib: float, out: Path | None) -> int:
+def _stream_memory_bytes(arguments: argparse.Namespace) -> int:
+    return int(arguments.stream_memory_gib * 2**30)
+
+
+def _dry_run(
+    model: str, recipe: Recipe, gpu_memory_gib: float, stream_memory_bytes: int, out: Path | None
+) -> int:
     from rich.console import Console
 
-    from lowbit_quantize.preflight import check, table
+    from lowbit_quantize.check.preflight import dry_run, table
 
-    report = check(model, recipe, gpu_gib, out)
+    report = dry_run(model, recipe, gpu_memory_gib, stream_memory_bytes, out)
     Console(file=sys.stderr).print(table(report))
     sys.stdout.write(json.dumps(report) + "\n")
     return 0
 
 
 def _report(model: str, recipe: Recipe, file: Path, device: "torch.device") -> int:
-    from lowbit_quantize.expert_report import report_experts, table
+    from lowbit_quantize.check.expert_report import report_experts, table
 
     report = report_experts(model, recipe, file, device)
     sys.stderr.write(table(report) + "\n")

@@ -1,135 +1,245 @@
-"""Everything that can be refused before the first expensive second: does this recipe fit this model?"""
+"""A recipe's rules become one table for a model: every linear that is quantized, with its scheme and methods.
 
-import re
-from collections.abc import Iterator
+Everything that can be refused before the first expensive second is refused here, from configuration and headers
+alone. The walk, the forecast, sharding, the configuration of the checkpoint and the manifest read nothing of the
+rules but this table.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import Any
 
-import torch
 from torch import nn
 
 from lowbit_core.errors import ModelError, RecipeError
 from lowbit_core.log import get_logger
-from lowbit_quantize.architectures import Architecture, LinearGroup, architecture_of, linear_of
-from lowbit_quantize.expert_pruning import Pruning, plan_pruning
-from lowbit_quantize.formats import DEFAULT, check_format
-from lowbit_quantize.recipe import KVCache, Recipe
-from lowbit_quantize.source import ModelReference, WeightFiles
-from lowbit_quantize.stream import build_skeleton
-
-if TYPE_CHECKING:
-    from lowbit_quantize.gguf_file import GgufFile
+from lowbit_quantize.catalog import CATALOG, Catalog
+from lowbit_quantize.model.architecture import Architecture, linear_of
+from lowbit_quantize.model.families import architecture_of
+from lowbit_quantize.model.reference import ModelReference
+from lowbit_quantize.model.skeleton import skeleton_of
+from lowbit_quantize.pass_list import make_passes
+from lowbit_quantize.recipe import QUANTIZE, KVCache, Recipe
+from lowbit_quantize.rules import Wanted, resolve
+from lowbit_quantize.walk.baselines import baseline_sequences
+from lowbit_quantize.walk.layer import Pass
+from lowbit_quantize.walk.module_plan import ModulePlan, Modules
 
 log = get_logger("quantize")
-
-SMALLEST_GROUP = 32  # what the engines' integer kernels divide rows into
-FLOATS = ("BF16", "F16", "F32")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A model and a recipe that fit each other.
-
-    `ignored` are names of decoder linears that stay as they are; `unquantized` says in a checkpoint's terms what
-    is not quantized.
-    """
+    """A model and a recipe that fit each other; `modules` has every quantized linear by its name in the skeleton."""
 
     reference: ModelReference
     recipe: Recipe
     architecture: Architecture
     skeleton: nn.Module
-    ignored: tuple[str, ...]
-    unquantized: tuple[str, ...]
-    parameters: int
-    pruning: Pruning | None = None
+    modules: Modules
+    passes: tuple[Pass, ...]
 
     @property
     def paired(self) -> bool:
         """Whether the base model's calibration tokens walk too, so that weights can make up for earlier errors.
 
-        Not where experts are pruned: what that changes is not an error to be made up for.
+        Not where a pass changes what layers compute: that is not an error to be made up for.
         """
-        return "gptq" in self.recipe.weights.method and not self.pruning
+        changed = any(one.changes_function for one in self.passes)
+        return not changed and any(entry.compensates for entry in self.modules.values())
 
     @property
-    def plain_experts(self) -> bool:
-        """Whether the model has routed experts and they stay as they are."""
-        experts = f".{self.architecture.experts}."
-        some_ignored = any(experts in name for name in self.ignored)
-        return bool(self.architecture.moe_block) and (self.recipe.weights.method == "none" or some_ignored)
+    def fp8_cache(self) -> bool:
+        return self.recipe.kv_cache.dtype == "fp8"
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """Keys of the model's configuration that passes change."""
+        return {key: value for one in self.passes for key, value in one.configuration().items()}
+
+    @property
+    def experts(self) -> int | None:
+        """Routed experts of each layer of the checkpoint; None for a dense model."""
+        if not self.architecture.moe_block:
+            return None
+        return int(self.configuration.get("num_experts", self.reference.config.num_experts))
+
+    @cached_property
+    def parameters(self) -> int:
+        """Parameters of the base model; tied ones count once."""
+        tied = f"{self.architecture.head}.weight" if self.reference.config.tie_word_embeddings else ""
+        return sum(p.numel() for name, p in self.skeleton.named_parameters() if name != tied)
+
+    @cached_property
+    def unquantized_linears(self) -> tuple[str, ...]:
+        """Published names of the decoder's linears that stay as they are."""
+        published = self.architecture.published_name
+        names = decoder_linears(self.skeleton, self.architecture)
+        return tuple(published(name) for name in names if name not in self.modules and self.stays(name))
+
+    @cached_property
+    def unquantized(self) -> tuple[str, ...]:
+        """Published names of all that a checkpoint says is not quantized: the head, routers and gates as well."""
+        published = self.architecture.published_name
+        gates = dict.fromkeys(
+            published(f"{prefix}.{name}")
+            for prefix, layer in decoder_layers(self.skeleton, self.architecture)
+            for group in self.architecture.groups_of(layer)
+            for name in group.other_readers
+        )
+        return (self.architecture.head, *gates, *self.unquantized_linears)
+
+    def baselines(self, domains: Sequence[str]) -> dict[str, list[int]]:
+        """The held-out sequences, of these domains, that walk as baselines; none where the recipe wants none."""
+        return baseline_sequences(domains, fp8_cache=self.fp8_cache) if self.recipe.quality.isolate else {}
+
+    def stays(self, name: str) -> bool:
+        """Whether a linear is still there after all passes."""
+        return self.shape(f"{name}.weight", (1, 1)) is not None
+
+    def shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+        """A tensor's shape after all passes; None if it is gone."""
+        found: tuple[int, ...] | None = shape
+        for one in self.passes:
+            found = None if found is None else one.shape(name, found)
+        return found
 
 
-def make_plan(reference: ModelReference, recipe: Recipe) -> Plan:
+def make_plan(reference: ModelReference, recipe: Recipe, catalog: Catalog = CATALOG) -> Plan:
     """Check that the recipe fits the model; raises ModelError or RecipeError."""
     architecture = architecture_of(reference.model_type, reference.name)
     _refuse_quantized(reference)
     skeleton = skeleton_of(reference, architecture)
-    pruning = plan_pruning(reference.config, architecture, recipe.experts, reference.name)
+    passes = make_passes(recipe.passes, reference, architecture, catalog)
     recipe = _without_latent_scales(recipe, architecture)
     _check_positions(reference, recipe)
-    linears = _decoder_linears(skeleton, architecture)
-    ignored = _ignored(skeleton, architecture, recipe)
-    quantized = {name: linear for name, linear in linears.items() if name not in ignored}
-    if recipe.weights.method != "none":
-        if not quantized:
-            raise RecipeError(
-                "weights.ignore leaves no linear to quantize; use weights.method: none for that"
-            )
-        _check_group_size(quantized, recipe.weights.inputs_per_scale)
-        _check_experts(quantized, architecture, recipe)
-    else:
-        quantized = {}
-    check_format(recipe, reference.config, linears, quantized)
-    tied = f"{architecture.head}.weight" if reference.config.tie_word_embeddings else ""
-    counted = {name: p.numel() for name, p in skeleton.named_parameters() if name != tied}
-    return Plan(
-        reference=reference,
-        recipe=recipe,
-        architecture=architecture,
-        skeleton=skeleton,
-        ignored=ignored,
-        unquantized=_unquantized(architecture, recipe, ignored),
-        parameters=sum(counted.values()),
-        pruning=pruning,
-    )
-
-
-def stored_weights(plan: Plan) -> "WeightFiles | GgufFile":
-    """The weights as they were given."""
-    if plan.reference.kind == "gguf":
-        from lowbit_quantize.gguf_file import GgufFile  # other models do without its imports
-
-        return GgufFile(plan.reference, plan.skeleton)
-    return WeightFiles(plan.reference.path)
-
-
-def check_weights(plan: Plan, weights: "WeightFiles | GgufFile") -> None:
-    """Check, from the headers alone, that every weight is there in its shape; raises ModelError.
-
-    A head that is tied may be absent; if it is stored, it must equal the embedding.
-    """
-    name, head = plan.reference.name, f"{plan.architecture.head}.weight"
-    tied = bool(plan.reference.config.tie_word_embeddings)
-    for inner, parameter in plan.skeleton.state_dict().items():
-        weight = plan.architecture.published_name(inner)
-        if weight not in weights:
-            if weight == head and tied:
-                continue
-            raise ModelError(f"{name} lacks the tensor {weight}, which its configuration asks for")
-        shape, dtype = weights.shape(weight), weights.dtype(weight)
-        if shape != tuple(parameter.shape):
-            raise ModelError(
-                f"{name}: {weight} has shape {shape}, its configuration asks for {tuple(parameter.shape)}"
-            )
-        if dtype not in FLOATS:
-            raise ModelError(
-                f"{name}: {weight} is stored as {dtype}; give the unquantized model ({', '.join(FLOATS)})"
-            )
-    embedding = f"{plan.architecture.embedding}.weight"
-    if tied and head in weights and not torch.equal(weights.read(head), weights.read(embedding)):
-        raise ModelError(
-            f"{name} says that its embeddings are tied and stores another {head}; set one of them right"
+    modules = _table(skeleton, architecture, recipe, catalog)
+    if modules and not any(one.name == QUANTIZE for one in passes):
+        raise RecipeError(
+            f"modules quantize {len(modules)} linears and passes lacks {QUANTIZE}; add it to passes"
         )
+    if not modules and any(one.name == QUANTIZE for one in passes):
+        raise RecipeError(
+            f"modules leave no linear to quantize; give a rule with a scheme, or leave {QUANTIZE} out of passes"
+        )
+    return Plan(reference, recipe, architecture, skeleton, modules, passes)
+
+
+def decoder_layers(skeleton: nn.Module, architecture: Architecture) -> Iterator[tuple[str, nn.Module]]:
+    """Decoder layers with their names."""
+    layers: Any = skeleton.get_submodule(architecture.layers)
+    for index, layer in enumerate(layers):
+        yield f"{architecture.layers}.{index}", layer
+
+
+def decoder_linears(skeleton: nn.Module, architecture: Architecture) -> dict[str, nn.Linear]:
+    """Every linear of the decoder's groups, by its name in the skeleton."""
+    return {
+        f"{prefix}.{name}": linear_of(layer, name)
+        for prefix, layer in decoder_layers(skeleton, architecture)
+        for group in architecture.groups_of(layer)
+        for name in group.linears
+    }
+
+
+def _table(skeleton: nn.Module, architecture: Architecture, recipe: Recipe, catalog: Catalog) -> Modules:
+    """The entry of each linear that a rule quantizes, in the order of the layers; raises RecipeError."""
+    linears = decoder_linears(skeleton, architecture)
+    others = [name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)]
+    published = {name: architecture.published_name(name) for name in dict.fromkeys([*linears, *others])}
+    wanted = resolve(recipe.modules, published, linears.keys(), catalog)
+    sets = list(_fused_sets(skeleton, architecture))
+    modules: dict[str, ModulePlan] = {}
+    for names in sets:
+        entry = _shared_entry(names, wanted, published)
+        modules.update(dict.fromkeys(names, entry) if entry else {})
+    modules = {name: modules[name] for name in linears if name in modules}
+    _check_experts(modules, linears, architecture, published)
+    for name, entry in modules.items():
+        _check_width(published[name], linears[name].in_features, entry, linears.values())
+    return modules
+
+
+def _fused_sets(skeleton: nn.Module, architecture: Architecture) -> Iterator[list[str]]:
+    """Linears that engines make one matrix of: those of a group, and all experts of a layer."""
+    for prefix, layer in decoder_layers(skeleton, architecture):
+        experts: list[str] = []
+        for group in architecture.groups_of(layer):
+            names = [f"{prefix}.{name}" for name in group.linears]
+            if architecture.is_expert(group):
+                experts += names
+            else:
+                yield names
+        if experts:
+            yield experts
+
+
+def _shared_entry(
+    names: list[str], wanted: Mapping[str, Wanted], published: Mapping[str, str]
+) -> ModulePlan | None:
+    """The entry of linears that engines fuse: none where one of them stays as it is; else all must want the same."""
+    entries = {name: wanted[name].entry for name in names}
+    plain = [name for name, entry in entries.items() if entry is None]
+    if plain:
+        if len(plain) < len(names) and any(wanted[name].by_rule for name in plain):
+            log.warning(
+                "%s and %d linears that engines fuse with it stay as they are",
+                published[plain[0]],
+                len(names) - 1,
+            )
+        return None
+    first = names[0]
+    other = next((name for name in names if entries[name] != entries[first]), None)
+    if other is not None:
+        raise RecipeError(
+            f"modules: {published[first]} and {published[other]} are one matrix in engines and want different schemes "
+            f"or methods ({wanted[first].words}; {wanted[other].words}); give one rule that matches both"
+        )
+    return entries[first]
+
+
+def _check_experts(
+    modules: Mapping[str, ModulePlan],
+    linears: Mapping[str, nn.Linear],
+    architecture: Architecture,
+    published: Mapping[str, str],
+) -> None:
+    """All layers' routed experts share one entry, because transformers opens no other, and a symmetric one."""
+    if not architecture.moe_block:
+        return
+    experts = [name for name in linears if f".{architecture.experts}." in name]
+    entries = dict.fromkeys(modules.get(name) for name in experts)
+    if len(entries) > 1:
+        other = next(name for name in experts if modules.get(name) != modules.get(experts[0]))
+        raise RecipeError(
+            f"modules: {published[experts[0]]} and {published[other]} differ, and transformers reads the experts of "
+            "all layers by one scheme; give one rule for all of them: {match: '*.experts.*', …}"
+        )
+    entry = next(iter(entries), None)
+    if entry is not None and not entry.scheme.symmetric:
+        raise RecipeError(
+            f"modules: engines run quantized experts ({published[experts[0]]}) in symmetric schemes only, "
+            f"not {entry.scheme.name}; give another, or leave experts as they are: "
+            "{match: '*.experts.*', scheme: none}"
+        )
+
+
+def _check_width(name: str, inputs: int, entry: ModulePlan, linears: Any) -> None:
+    reason = entry.scheme.misfit(inputs)
+    if reason is None:
+        return
+    widths = {linear.in_features for linear in linears}
+    fitting = [str(size) for size in (32, 64, 128) if all(width % size == 0 for width in widths)]
+    hint = (
+        f"group sizes that fit all linears: {', '.join(fitting)}"
+        if fitting
+        else "32, 64 and 128 do not fit all either"
+    )
+    raise RecipeError(
+        f"modules: {entry.scheme.name} does not fit the {inputs} inputs of {name}: {reason}; {hint}, "
+        "or leave it as it is with scheme: none"
+    )
 
 
 def _refuse_quantized(reference: ModelReference) -> None:
@@ -137,20 +247,6 @@ def _refuse_quantized(reference: ModelReference) -> None:
     if quantized and reference.kind != "gguf":
         method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized
         raise ModelError(f"{reference.name} is already quantized ({method}); give the unquantized model")
-
-
-def skeleton_of(reference: ModelReference, architecture: Architecture) -> nn.Module:
-    """The model without weights; raises ModelError where its configuration makes none."""
-    if getattr(reference.config, "final_logit_softcapping", None) is not None:
-        raise ModelError(
-            f"{reference.name} caps its logits (final_logit_softcapping), which is not supported"
-        )
-    try:
-        return build_skeleton(reference.config, architecture)
-    except Exception as error:  # whatever a wrong configuration makes of transformers' code
-        raise ModelError(
-            f"{reference.name}: no model can be built from its configuration: {error!r}"
-        ) from error
 
 
 def _without_latent_scales(recipe: Recipe, architecture: Architecture) -> Recipe:
@@ -164,106 +260,7 @@ def _without_latent_scales(recipe: Recipe, architecture: Architecture) -> Recipe
 def _check_positions(reference: ModelReference, recipe: Recipe) -> None:
     limit = getattr(reference.config, "max_position_embeddings", None)
     for section, text in (("calibration", recipe.calibration), ("quality", recipe.quality)):
-        if limit and not text.token_ids and text.sequence_tokens > limit:
+        if limit and not text.token_ids and text.max_seq_length > limit:
             raise RecipeError(
-                f"{section}.sequence_tokens = {text.sequence_tokens} is more than the {limit} positions of the model"
+                f"{section}.max_seq_length = {text.max_seq_length}: {reference.name} has {limit} positions"
             )
-
-
-def _decoder_groups(
-    skeleton: nn.Module, architecture: Architecture
-) -> Iterator[tuple[str, tuple[LinearGroup, ...]]]:
-    """Each decoder layer's name and its groups."""
-    layers: Any = skeleton.get_submodule(architecture.layers)
-    for index, layer in enumerate(layers):
-        yield f"{architecture.layers}.{index}", architecture.groups_of(layer)
-
-
-def _decoder_linears(skeleton: nn.Module, architecture: Architecture) -> dict[str, nn.Linear]:
-    names = [
-        f"{layer}.{linear}"
-        for layer, groups in _decoder_groups(skeleton, architecture)
-        for group in groups
-        for linear in group.linears
-    ]
-    return {name: linear_of(skeleton, name) for name in names}
-
-
-def _check_experts(linears: dict[str, nn.Linear], architecture: Architecture, recipe: Recipe) -> None:
-    expert = next(
-        (name for name in linears if architecture.moe_block and f".{architecture.experts}." in name), None
-    )
-    if expert and not recipe.weights.symmetric:
-        raise RecipeError(
-            f"weights.symmetric = false: engines run quantized experts ({expert}) on symmetric grids only; "
-            "set it to true, or leave experts as they are with weights.ignore: ['re:.*[.]experts[.].*']"
-        )
-
-
-def _ignored(skeleton: nn.Module, architecture: Architecture, recipe: Recipe) -> tuple[str, ...]:
-    """Decoder linears that stay as they are: those that a pattern names and all that engines fuse with them.
-
-    Engines make one matrix of a group, and one of all the experts of a layer.
-    """
-    patterns = recipe.weights.ignore
-    linears = list(_decoder_linears(skeleton, architecture))
-    known = {
-        architecture.published_name(name)
-        for name, module in skeleton.named_modules()
-        if isinstance(module, nn.Linear)
-    }
-    for pattern in patterns:
-        if not any(_matches(pattern, name) for name in known):
-            raise RecipeError(
-                f"weights.ignore: {pattern!r} matches no linear; names look like "
-                f"{architecture.published_name(linears[-1])}, patterns like 're:.*down_proj'"
-            )
-    named = {
-        name for name in linears if any(_matches(p, architecture.published_name(name)) for p in patterns)
-    }
-    for layer, groups in _decoder_groups(skeleton, architecture):
-        fused = [[f"{layer}.{linear}" for linear in group.linears] for group in groups]
-        experts = f"{layer}.{architecture.experts}."
-        fused.append([name for names in fused for name in names if name.startswith(experts)])
-        for names in fused:
-            named.update(names if named.intersection(names) else ())
-    return tuple(sorted(named))
-
-
-def _unquantized(architecture: Architecture, recipe: Recipe, ignored: tuple[str, ...]) -> tuple[str, ...]:
-    """How a checkpoint says what is not quantized: the head, routers, gates and the ignored, by pattern if it can."""
-    gates = {
-        architecture.published_name(f".{name}") for group in architecture.groups for name in group.beside
-    }
-    names = [architecture.published_name(name) for name in ignored]
-    patterns = [pattern for pattern in recipe.weights.ignore if pattern.startswith("re:")]
-    covered = recipe.format == DEFAULT and all(
-        any(_matches(pattern, name) for pattern in patterns) for name in names
-    )
-    return (
-        architecture.head,
-        *(f"re:.*{re.escape(gate)}$" for gate in sorted(gates)),
-        *(patterns if covered else names),
-    )
-
-
-def _matches(pattern: str, name: str) -> bool:
-    if not pattern.startswith("re:"):
-        return pattern == name
-    try:
-        return re.fullmatch(pattern.removeprefix("re:"), name) is not None
-    except re.error as error:
-        raise RecipeError(f"weights.ignore: {pattern!r} is not a regular expression: {error}") from error
-
-
-def _check_group_size(linears: dict[str, nn.Linear], group_size: int | None) -> None:
-    for name, linear in linears.items():
-        if linear.in_features % (group_size or SMALLEST_GROUP) == 0:
-            continue
-        inputs = f"the {linear.in_features} inputs of {name}"
-        if group_size is None:
-            raise RecipeError(f"{inputs} are no multiple of {SMALLEST_GROUP}; name it in weights.ignore")
-        widths = {other.in_features for other in linears.values()}
-        fitting = [str(size) for size in (32, 64, 128) if all(width % size == 0 for width in widths)]
-        allowed = f"allowed here: {', '.join(fitting)}" if fitting else "32, 64 and 128 do not fit either"
-        raise RecipeError(f"weights.group_size = {group_size} does not divide {inputs}; {allowed}")

@@ -1,100 +1,142 @@
 """A recipe: what to do to a model, in strict YAML. Unknown keys are refused with their path.
 
-Knows nothing of tensors; whether a recipe fits a model is checked in `plan.py`.
+Knows nothing of tensors and of what schemes, methods and passes there are; whether a recipe fits a model is checked in
+`plan.py`, which turns its rules into one table.
 """
 
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BeforeValidator, Field, field_validator, model_serializer, model_validator
 
+from lowbit_core.documents import Section, document_path, load_document, parse_document
 from lowbit_core.errors import RecipeError
-from lowbit_core.strict_yaml import strict_load
 
 BUNDLED = "default"  # the texts that ship with this package
+NONE = "none"  # the scheme of what stays as it is
+QUANTIZE = "quantize"  # the pass that everything else in a recipe is about
+RENAMED = {
+    "weights": "modules",
+    "weights.method": "modules.*.methods",
+    "weights.bits": "modules.*.scheme",
+    "weights.symmetric": "modules.*.scheme",
+    "weights.group_size": "modules.*.group_size",
+    "weights.ignore": "modules.*.match",
+    "experts": "passes",
+    "experts.prune": "passes.*.prune_experts.prune_ratio' or 'passes.*.prune_experts.keep_experts",
+    "experts.criterion": "passes.*.prune_experts.criterion",
+    "experts.seed": "passes.*.prune_experts.seed",
+    "experts.expert_parallel": "passes.*.prune_experts.expert_parallel",
+    "experts.router_distillation": "passes.*.distill_router",
+    "format": "lowbit export --to",
+    **{
+        f"{section}.{old}": f"{section}.{new}"
+        for section in ("calibration", "quality")
+        for old, new in (
+            ("source", "dataset"), ("sequences", "num_samples"), ("sequence_tokens", "max_seq_length")
+        )
+    },
+}  # fmt: skip
+
+_Names = Annotated[
+    tuple[str, ...], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+def _is_file(text: str, path: Path) -> bool:
+    """Whether a dataset is a file rather than a name."""
+    return text != BUNDLED and not text.startswith("hub:")
 
 
-class Weights(_Section):
-    """How decoder linears are stored; `ignore` holds names or `re:` patterns of linears left alone.
+class Rule(Section):
+    """How the linears that `match` names are stored, and how their numbers are chosen.
 
-    `group_size` inputs share a scale; `channel` means all inputs of an output channel.
+    `match` is a full name, a pattern with `*`, or `re:` and a regular expression; or a list of these. `scheme` is a
+    name of the table (catalog.py) or `none`; `group_size` inputs share parameters, `channel` means all of a
+    row. `methods` in order: the last one quantizes.
     """
 
-    method: Literal["awq", "gptq", "awq+gptq", "rtn", "none"] = "awq"
-    bits: Literal[4, 8] = 4
-    group_size: Literal["channel"] | int = 128
-    symmetric: bool = True
-    ignore: tuple[str, ...] = ("lm_head",)
+    match: _Names = Field(min_length=1)
+    scheme: str
+    group_size: Literal["channel"] | int | None = None
+    methods: _Names | None = None
 
     @field_validator("group_size", mode="plain")
     @classmethod
     def _known_size(cls, size: Any) -> Any:
-        if size == "channel" or (type(size) is int and size >= 32 and size % 32 == 0):
+        if size is None or size == "channel" or (type(size) is int and size >= 32 and size % 32 == 0):
             return size
         raise ValueError("allowed are channel and the multiples of 32")
 
-    @property
-    def inputs_per_scale(self) -> int | None:
-        """The group size as a number; None where a scale spans all inputs."""
-        return None if self.group_size == "channel" else self.group_size
+    @model_validator(mode="after")
+    def _none_has_nothing(self) -> "Rule":
+        if self.scheme == NONE and (self.group_size is not None or self.methods):
+            raise ValueError(
+                "scheme none leaves linears as they are; group_size and methods go with another scheme"
+            )
+        return self
 
 
-class KVCache(_Section):
+class KVCache(Section):
     """`fp8` stores one calibrated scale for keys and one for values in each layer."""
 
     dtype: Literal["fp8", "none"] = "fp8"
 
 
-class Experts(_Section):
-    """Which routed experts stay; `prune` is the fraction that goes (0.25), or the whole count that stays (96).
+class PassStep(Section):
+    """A pass by name with its options, written `name` or `name: {option: value}`."""
 
-    `expert_parallel` must divide what stays; `seed` is for the criterion `random`.
-    """
+    name: str
+    options: dict[str, Any] = Field(default_factory=dict)
 
-    prune: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)] = 0
-    criterion: Literal["reap", "gated-norm", "man", "ean", "frequency", "random"] = "reap"
-    seed: int = 0
-    expert_parallel: int = Field(default=1, ge=1)
-    router_distillation: bool = False
+    @model_validator(mode="before")
+    @classmethod
+    def _one_key(cls, data: Any) -> Any:
+        if isinstance(data, str):
+            return {"name": str(data)}
+        if isinstance(data, dict) and len(data) == 1:
+            name, options = next(iter(data.items()))
+            return {"name": str(name), "options": {} if options is None else options}
+        raise ValueError("a pass is its name, or `name: {option: value}`")
+
+    @model_serializer
+    def _as_written(self) -> str | dict[str, Any]:
+        return {self.name: self.options} if self.options else self.name
 
 
-class Text(_Section):
+class Text(Section):
     """Where token sequences come from: `default`, FILE.jsonl, FILE.txt, hub:DATASET[@REVISION], or exact ids."""
 
-    source: str = BUNDLED
-    sequences: int = Field(default=64, ge=1)
-    sequence_tokens: int = Field(default=512, ge=16)
+    dataset: Annotated[str, document_path(_is_file)] = BUNDLED
+    num_samples: int = Field(default=64, ge=1)
+    max_seq_length: int = Field(default=512, ge=16)
     seed: int = 0
-    token_ids: str | None = None  # JSON {"input_ids": [[int, …], …], "domains": […]}; replaces the other four
+    # JSON {"input_ids": [[int, …], …], "domains": […]}; replaces the other four
+    token_ids: Annotated[str, document_path()] | None = None
 
 
 class Quality(Text):
     """Held-out text and the gate: a result past a limit is marked rejected and the exit status is 3.
 
-    `isolate`: measure the noise floor and the FP8 cache by itself too (`baselines.py`).
+    `isolate`: measure the noise floor and the FP8 cache by itself too (`walk/baselines.py`).
     """
 
-    sequences: int = Field(default=16, ge=2)
+    num_samples: int = Field(default=16, ge=2)
     isolate: bool = True
     max_mean_kld: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     min_top1_agreement: float | None = Field(default=None, gt=0, le=1)
     max_perplexity_ratio: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
 
-class Recipe(_Section):
-    """The whole recipe; `format` is how the checkpoint stores its linears (`formats.py`)."""
+class Recipe(Section):
+    """The whole recipe. Of the rules in `modules` the last that matches a linear wins; what none matches stays."""
 
     description: str = ""
-    format: Literal["compressed-tensors", "autoawq", "autogptq"] = "compressed-tensors"
-    weights: Weights = Weights()
-    experts: Experts = Experts()
+    modules: tuple[Rule, ...] = ()
     kv_cache: KVCache = KVCache()
+    passes: tuple[PassStep, ...] = (PassStep.model_validate(QUANTIZE),)
     calibration: Text = Text()
     quality: Quality = Quality()
 
@@ -108,60 +150,12 @@ def bundled_recipes() -> dict[str, Path]:
 
 def load_recipe(name_or_path: str, overrides: tuple[str, ...] = ()) -> Recipe:
     """Read a recipe by bundled name or path and apply `key.path=value` overrides; raises RecipeError."""
-    bundled = bundled_recipes()
-    path = Path(name_or_path)
-    if path.suffix not in (".yaml", ".yml"):
-        if name_or_path not in bundled:
-            raise RecipeError(
-                f"recipe {name_or_path!r} is neither a .yaml file nor one of: {', '.join(bundled)}; "
-                "write the file or pick one of these"
-            )
-        path = bundled[name_or_path]
-    if not path.is_file():
-        raise RecipeError(f"recipe file {path} does not exist; bundled recipes are: {', '.join(bundled)}")
-    try:
-        data = strict_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"recipe {path} is not YAML: {error}") from error
-    if not isinstance(data, dict):
-        raise RecipeError(f"recipe {path} must be a mapping with the keys {', '.join(Recipe.model_fields)}")
-    for override in overrides:
-        _override(data, override)
-    return parse_recipe(data, str(path))
+    return load_document(
+        "recipe", name_or_path, Recipe, bundled=bundled_recipes(), overrides=overrides, renamed=RENAMED,
+        error=RecipeError,
+    )  # fmt: skip
 
 
-def parse_recipe(data: dict[str, Any], origin: str) -> Recipe:
-    """Validate recipe data; raises RecipeError naming the first wrong key and what is allowed."""
-    try:
-        return Recipe.model_validate(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            allowed = ", ".join(_section_at(first["loc"][:-1]).model_fields)
-            raise RecipeError(f"recipe {origin}: unknown key {key!r}; allowed here: {allowed}") from None
-        raise RecipeError(f"recipe {origin}: {key} = {first['input']!r}: {first['msg']}") from None
-
-
-def _section_at(location: tuple[int | str, ...]) -> type[BaseModel]:
-    section: Any = Recipe
-    for part in location:
-        section = section.model_fields[str(part)].annotation
-    found: type[BaseModel] = section
-    return found
-
-
-def _override(data: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise RecipeError(f"--set {override!r} is not key=value; example: --set weights.group_size=64")
-    *parents, leaf = key.split(".")
-    section = data
-    for parent in parents:
-        section = section.setdefault(parent, {})
-        if not isinstance(section, dict):
-            raise RecipeError(f"--set {override!r}: {parent} is a value, not a section")
-    try:
-        section[leaf] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"--set {override!r}: the value is not YAML: {error}") from error
+def parse_recipe(data: Mapping[str, Any], origin: str) -> Recipe:
+    """Validate recipe data, whose paths are relative to the working directory; raises RecipeError."""
+    return parse_document("recipe", data, origin, Recipe, renamed=RENAMED, error=RecipeError)

@@ -2,30 +2,30 @@
 
 import resource
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lowbit_core.manifest import (
     BaseModelRecord,
     ExpertsRecord,
     KVCacheRecord,
-    KVLayerRecord,
     Manifest,
     QualityRecord,
+    RouterDistillationRecord,
     RunRecord,
     SizeRecord,
-    StarvedExpert,
+    UnderCalibratedExpert,
     record_files,
 )
-from lowbit_quantize import quality
-from lowbit_quantize.formats import FORMATS
-from lowbit_quantize.identity import tool_versions
-from lowbit_quantize.recipe import Recipe
-
-if TYPE_CHECKING:
-    from lowbit_quantize.pipeline import Walk
+from lowbit_quantize.passes.prune_experts import PruneExperts
+from lowbit_quantize.plan import Plan
+from lowbit_quantize.quality import kl
+from lowbit_quantize.quality.dataset import TokenText
+from lowbit_quantize.run.directory import RunDirectory
+from lowbit_quantize.run.identity import tool_versions
+from lowbit_quantize.run.journal import LayerRecord
+from lowbit_quantize.walk.forward import Walk
 
 
 @dataclass
@@ -48,13 +48,13 @@ class Clock:
         )
 
 
-def manifest_of(walk: "Walk", measured: QualityRecord, clock: Clock, out: Path) -> Manifest:
-    """The manifest of the checkpoint in `out`, whose other files are all written."""
-    plan, decoder = walk.plan, walk.decoder
-    reference, recipe = plan.reference, plan.recipe
+def manifest_of(
+    plan: Plan, walk: Walk, calibration: TokenText, measured: QualityRecord, clock: Clock, run: RunDirectory
+) -> Manifest:
+    """The manifest of the checkpoint in the output directory, whose other files are all written."""
+    reference, weights = plan.reference, walk.decoder.weights
     named = map(plan.architecture.published_name, plan.skeleton.state_dict())
-    stored = [name for name in named if name in decoder.weights]
-    kv_layers = [KVLayerRecord(layer=i, **asdict(scales)) for i, scales in sorted(walk.kv_scales.items())]
+    stored = [name for name in named if name in weights]
     return Manifest(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         base=BaseModelRecord(
@@ -62,49 +62,57 @@ def manifest_of(walk: "Walk", measured: QualityRecord, clock: Clock, out: Path) 
             kind=reference.kind,
             revision=reference.revision,
             model_type=reference.model_type,
-            dtype="+".join(sorted({decoder.weights.dtype(name) for name in stored})),
+            dtype="+".join(sorted({weights.dtype(name) for name in stored})),
             sha256=reference.sha256,
         ),
-        recipe=recipe.model_dump(mode="json"),
-        size=SizeRecord(
-            parameters=plan.parameters,
-            base_bytes=sum(decoder.weights.bytes(name) for name in stored),
-            bytes=walk.writer.tensor_bytes,
-            quantized_parameters=walk.quantized_parameters,
-            linear_bits_per_weight=round(8 * walk.packed_bytes / max(1, walk.quantized_parameters), 4),
-        ),
-        modules=walk.modules,
-        kv_cache=KVCacheRecord(dtype="fp8_e4m3", source=_kv_source(recipe), layers=kv_layers)
-        if kv_layers
-        else None,
-        experts=_experts_record(walk),
-        calibration=walk.calibration_text.record,
+        recipe=plan.recipe.model_dump(mode="json"),
+        size=_size(plan, walk, sum(weights.bytes(name) for name in stored)),
+        modules=[module for record in walk.layers for module in record.modules],
+        unquantized=list(plan.unquantized_linears),
+        kv_cache=_kv_cache(walk.layers),
+        experts=_experts(plan, walk.layers, run),
+        calibration=calibration.record,
         quality=measured,
-        gate=quality.judge(measured, recipe.quality),
-        files=record_files(out),
+        gate=kl.judge(measured, plan.recipe.quality),
+        files=record_files(run.out),
         versions=tool_versions(),
-        run=clock.record(str(decoder.device)),
+        run=clock.record(str(walk.decoder.device)),
     )
 
 
-def _experts_record(walk: "Walk") -> ExpertsRecord | None:
-    if not walk.plan.architecture.moe_block:
+def _size(plan: Plan, walk: Walk, base_bytes: int) -> SizeRecord:
+    packed = sum(record.packed_bytes for record in walk.layers)
+    quantized = sum(record.quantized_parameters for record in walk.layers)
+    return SizeRecord(
+        parameters=plan.parameters,
+        base_bytes=base_bytes,
+        bytes=walk.writer.tensor_bytes,
+        quantized_parameters=quantized,
+        linear_bits_per_weight=round(8 * packed / max(1, quantized), 4),
+    )
+
+
+def _kv_cache(layers: Sequence[LayerRecord]) -> KVCacheRecord | None:
+    scales = [record.kv_scales for record in layers if record.kv_scales]
+    if not scales:
         return None
-    experts, pruning = int(walk.decoder.config.num_experts), walk.plan.pruning
+    source = "largest magnitude on the calibration text, clipped where that rounds better"
+    return KVCacheRecord(dtype="fp8_e4m3", source=source, layers=scales)
+
+
+def _experts(plan: Plan, layers: Sequence[LayerRecord], run: RunDirectory) -> ExpertsRecord | None:
+    if plan.experts is None:
+        return None
+    pruning = next((one for one in plan.passes if isinstance(one, PruneExperts)), None)
     return ExpertsRecord(
-        experts=experts,
-        kept=pruning.kept if pruning else experts,
+        experts=int(plan.reference.config.num_experts),
+        kept=plan.experts,
         criterion=pruning.recipe.criterion if pruning else None,
-        kept_by_layer=walk.kept_experts,
-        router_distillation=walk.router_distillation,
-        starved=[
-            StarvedExpert(layer=layer, expert=expert, tokens=tokens)
-            for (layer, expert), tokens in sorted(walk.starved.items())
+        kept_by_layer={r.layer: r.kept_experts for r in layers if r.kept_experts is not None},
+        router_distillation=RouterDistillationRecord(**run.trial.model_dump()) if run.trial else None,
+        under_calibrated=[
+            UnderCalibratedExpert(layer=record.layer, expert=expert, tokens=tokens)
+            for record in layers
+            for expert, tokens in sorted(record.under_calibrated.items())
         ],
     )
-
-
-def _kv_source(recipe: Recipe) -> str:
-    if FORMATS[recipe.format].carries_kv_scales:
-        return "largest magnitude on the calibration text, clipped where that rounds better"
-    return f"unit scales: the {recipe.format} format carries none"

@@ -1,11 +1,12 @@
-"""The conditions that `lowbit quantize --check` states are those of the installed vLLM's kernels."""
+"""The conditions that `lowbit quantize --dry-run` states are those of the installed vLLM's kernels."""
 
 from importlib.util import find_spec
 
 import pytest
 import torch
 
-from lowbit_quantize.sharding import CPU_BITS, MARLIN_GROUPS, Shard, _shard_obstacles
+from lowbit_quantize.check.sharding import Shard, _shard_obstacles
+from lowbit_quantize.schemes.integer import CPU_BITS, MARLIN_GROUPS
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
 
@@ -37,8 +38,8 @@ def test_the_cpu_kernel_takes_the_same_shapes_and_bits(
         group_size=32,
         zero_points=not symmetric,
     )
-    shard = Shard("mlp.down_proj", outputs, inputs, inputs, expert=False)
-    ours = bits in CPU_BITS and not list(_shard_obstacles(shard, None, "cpu"))
+    shard = Shard("mlp.down_proj", outputs, inputs, inputs, expert=False, group=None)
+    ours = bits in CPU_BITS and not list(_shard_obstacles(shard, "cpu"))
     assert CPUWNA16LinearKernel.can_implement(config)[0] == ours
 
 
@@ -52,7 +53,7 @@ def test_marlin_takes_the_same_groups() -> None:
 def test_vllm_refuses_the_same_straddling_groups(inputs: int, group: int) -> None:
     from vllm.distributed.utils import verify_group_size_divides_partition
 
-    straddles = bool(list(_shard_obstacles(Shard("mlp.down_proj", 64, inputs, 192, False), group, "marlin")))
+    straddles = bool(list(_shard_obstacles(Shard("mlp.down_proj", 64, inputs, 192, False, group), "marlin")))
     try:
         verify_group_size_divides_partition(inputs, group)
     except ValueError:

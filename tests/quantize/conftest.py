@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 from tests.tiny_models import write_tiny_model
 
-from lowbit_quantize.architectures import ARCHITECTURES
+from lowbit_quantize.model.families import ARCHITECTURES
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-ALL_FAMILIES = tuple(ARCHITECTURES)
+# One family of each kind: separate linears, fused ones, norms around norms with an offset, norms after, experts,
+# shared experts beside them, and a latent cache.
+KINDS = ("llama", "phi3", "gemma3_text", "olmo2", "qwen3_moe", "qwen2_moe", "deepseek_v2")
+ROUTED = tuple(name for name, family in ARCHITECTURES.items() if family.moe_block)
 
 
 @pytest.fixture(scope="session")
@@ -19,11 +21,19 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     return cache(lambda family: write_tiny_model(tmp_path_factory.mktemp(family), family))
 
 
-@pytest.fixture(params=FAMILIES)
-def family(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    """One family of each kind, for what runs a model."""
     return str(request.param)
 
 
-@pytest.fixture(params=ALL_FAMILIES)
+@pytest.fixture(params=tuple(ARCHITECTURES))
 def any_family(request: pytest.FixtureRequest) -> str:
+    """Every family, for what costs little."""
+    return str(request.param)
+
+
+@pytest.fixture(params=ROUTED)
+def moe_family(request: pytest.FixtureRequest) -> str:
+    """Every family with routed experts."""
     return str(request.param)

@@ -1,22 +1,18 @@
-"""Attention that tokens receive, against the whole softmax, and covariances that count tokens by it."""
+"""Attention that tokens receive, against the whole softmax, and Hessians that count tokens by it."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lowbit_quantize.architectures import architecture_of
-from lowbit_quantize.attention import (
-    IMPLEMENTATION,
-    QUERIES,
-    attention_received,
-    attention_seen_by,
-)
-from lowbit_quantize.observe import AttendedCovariance, Covariance, KeyValueReach
-from lowbit_quantize.source import WeightFiles, find_model
-from lowbit_quantize.stream import Decoder
+from lowbit_quantize.model.decoder import Decoder
+from lowbit_quantize.model.families import architecture_of
+from lowbit_quantize.model.reference import find_model
+from lowbit_quantize.model.weights import WeightFiles
+from lowbit_quantize.statistics.attention import QUERIES, attention_received, attention_seen_by
+from lowbit_quantize.statistics.hessian import AttendedHessian, Hessian
+from lowbit_quantize.statistics.kv_absmax import KVAbsmax
 
 CPU = torch.device("cpu")
 
@@ -60,16 +56,16 @@ def test_long_texts_get_the_attention_of_evenly_spaced_queries() -> None:
 def test_a_token_counts_once_and_as_often_again_as_it_is_attended_to() -> None:
     inputs = torch.randn(40, 24, generator=torch.Generator().manual_seed(12))
     received = torch.rand(40, generator=torch.Generator().manual_seed(13)) * 2
-    covariance = AttendedCovariance(24, CPU)
-    covariance.add(inputs)
-    covariance.weigh(received)
+    hessian = AttendedHessian(24, CPU)
+    hessian.add(inputs)
+    hessian.weigh(received)
     expected = (inputs * ((1 + received) / 2).unsqueeze(1)).T @ inputs / 40
-    torch.testing.assert_close(covariance.matrix(), expected)
+    torch.testing.assert_close(hessian.matrix(), expected)
 
 
 def test_tokens_of_a_layer_without_attention_count_once() -> None:
     inputs = torch.randn(40, 24, generator=torch.Generator().manual_seed(14))
-    plain, attended = Covariance(24, CPU), AttendedCovariance(24, CPU)
+    plain, attended = Hessian(24, CPU), AttendedHessian(24, CPU)
     for batch in inputs.split(10):
         plain.add(batch)
         attended.add(batch)
@@ -78,20 +74,19 @@ def test_tokens_of_a_layer_without_attention_count_once() -> None:
 
 
 def test_a_layers_own_attention_weighs_its_inputs_and_is_left_as_it_was(
-    tiny_model: Callable[[str], Path], family: str
+    tiny_model: Callable[[str], Path], kind: str
 ) -> None:
-    reference = find_model(str(tiny_model(family)))
+    reference = find_model(str(tiny_model(kind)))
     architecture = architecture_of(reference.model_type, reference.name)
     decoder = Decoder(reference.config, architecture, WeightFiles(reference.path), CPU)
     hidden = decoder.embed(torch.randint(0, 512, (8, 64), generator=torch.Generator().manual_seed(15)))
-    layer, name = decoder.load_layer(0), architecture.groups[0].linears[0]
-    before = ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION]
-    plain, attended = Covariance(hidden.shape[2], CPU), AttendedCovariance(hidden.shape[2], CPU)
-    last = architecture.groups[-1].linears[0]
-    for covariance, weighing in ((plain, []), (attended, [attended])):
-        observers = {name: covariance.add, last: lambda _: None}
+    layer = decoder.load_layer(0)
+    groups = architecture.groups_of(layer)
+    name, last = groups[0].linears[0], groups[-1].linears[0]
+    plain, attended = Hessian(hidden.shape[2], CPU), AttendedHessian(hidden.shape[2], CPU)
+    for hessian, weighing in ((plain, []), (attended, [attended])):
+        observers = {name: hessian.add, last: lambda _: None}
         with attention_seen_by(weighing, stop=False):
-            decoder.observe(layer, 0, hidden, observers, KeyValueReach(), stop=True)
-    assert ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION] is before
+            decoder.observe(layer, 0, hidden, observers, KVAbsmax(), stop=True)
     assert attended.tokens == plain.tokens == 8 * 64
     assert not torch.allclose(attended.matrix(), plain.matrix(), rtol=1e-2)

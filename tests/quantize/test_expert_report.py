@@ -7,27 +7,25 @@ from typing import Any
 
 import pytest
 import torch
-from tests.quantize.test_expert_pruning import EVERY, MOE_FAMILIES
-from tests.quantize.test_pipeline import CPU, SMALL, recipe_of
-from tests.quantize.test_stream import decoder_of
+from tests.quantize.small_runs import CPU, SMALL_FLAGS, pruning, recipe_of
+from tests.quantize.test_decoder import decoder_of
+from tests.quantize.test_prune_experts import EVERY
 
 from lowbit_core.cli import main
-from lowbit_quantize.calibration import load_texts
-from lowbit_quantize.expert_pruning import prune_layer
-from lowbit_quantize.expert_report import report_experts
-from lowbit_quantize.observe import Sample
-from lowbit_quantize.router_distillation import SAMPLE_TOKENS
-from lowbit_quantize.source import find_model
-from lowbit_quantize.stream import inputs_of
-
-SETS = tuple(part for override in SMALL for part in ("--set", override))
+from lowbit_quantize.check.expert_report import report_experts
+from lowbit_quantize.model.hooks import inputs_of
+from lowbit_quantize.model.reference import find_model
+from lowbit_quantize.passes.distill_router import SAMPLE_TOKENS
+from lowbit_quantize.passes.prune_experts import prune_layer
+from lowbit_quantize.quality.dataset import load_texts
+from lowbit_quantize.statistics.sample import Sample
 
 
-@pytest.mark.parametrize("family", MOE_FAMILIES)
+@pytest.mark.parametrize("family", ["olmoe", "qwen2_moe", "deepseek_v2"])
 def test_reported_errors_are_those_of_the_pruned_block(
     tiny_model: Callable[[str], Path], family: str, tmp_path: Path
 ) -> None:
-    recipe = recipe_of("awq-g64", "experts.prune=0.5")
+    recipe = recipe_of("awq-g64", pruning(prune_ratio=0.5))
     report = report_experts(str(tiny_model(family)), recipe, tmp_path / "report.json", CPU)
     assert json.loads((tmp_path / "report.json").read_text()) == report
     first = report["layers"][0]
@@ -41,7 +39,7 @@ def test_reported_errors_are_those_of_the_pruned_block(
         with inputs_of(layer, {decoder.architecture.router: sample.add}):
             list(decoder.run_layer(layer, first["layer"], hidden))
         block: Any = layer.get_submodule(decoder.architecture.moe_block)
-        with torch.inference_mode():
+        with torch.no_grad():
             whole = block(sample.rows()[None]).float()
             prune_layer(layer, decoder.architecture, torch.tensor(first["kept"]["4"][criterion]))
             error = (block(sample.rows()[None]).float() - whole).square().sum() / whole.square().sum()
@@ -56,7 +54,7 @@ def test_the_command_reports_both_shares_and_writes_one_file(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     model = str(tiny_model("qwen3_moe"))
-    assert main(["quantize", "--model", model, "--recipe", "awq-g64", "--experts-report", *SETS]) == 0
+    assert main(["quantize", "--model", model, "--recipe", "awq-g64", "--experts-report", *SMALL_FLAGS]) == 0
     captured = capsys.readouterr()
     assert [path.name for path in tmp_path.iterdir()] == ["experts-report.json"]
     printed = json.loads(captured.out.strip().splitlines()[-1])

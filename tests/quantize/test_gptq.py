@@ -1,14 +1,18 @@
 """GPTQ, against the textbook loop and bounds."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
 from lowbit_core.errors import NumericsError
-from lowbit_quantize.clip import round_clipped, search_grids
-from lowbit_quantize.gptq import DAMPING, gptq_codes, inverse_factor, remaining_variance, round_gptq
-from lowbit_quantize.grid import GridSpec, Rounded, group_grid, output_error
+from lowbit_quantize.methods.awq import Awq
+from lowbit_quantize.methods.gptq import DAMPING, Gptq, gptq_codes, inverse_factor
+from lowbit_quantize.schemes.integer import Integer
+from lowbit_quantize.schemes.scheme import Params
+from lowbit_quantize.statistics.hessian import output_error
 
-SPECS = [GridSpec(bits, 32, symmetric) for bits in (4, 8) for symmetric in (True, False)]
+SCHEMES = [Integer(bits, 32, symmetric, "a test's") for bits in (4, 8) for symmetric in (True, False)]
 
 
 def problem(features: int = 160, rows: int = 70) -> tuple[torch.Tensor, torch.Tensor]:
@@ -19,13 +23,13 @@ def problem(features: int = 160, rows: int = 70) -> tuple[torch.Tensor, torch.Te
 
 
 def textbook(
-    columns: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, inverse: torch.Tensor, spec: GridSpec
+    columns: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, inverse: torch.Tensor, scheme: Integer
 ) -> torch.Tensor:
     """One column at a time, the inverse of what is left recomputed by elimination (Frantar et al., eq. 2 and 3)."""
     columns, inverse = columns.double().clone(), inverse.double().clone()
     codes = []
     for j in range(len(columns)):
-        code = (torch.round(columns[j] / scale[j]) + zero[j]).clamp(spec.lowest, spec.highest)
+        code = (torch.round(columns[j] / scale[j]) + zero[j]).clamp(scheme.lowest, scheme.highest)
         codes.append(code)
         error = (columns[j] - (code - zero[j]) * scale[j]) / inverse[j, j]
         columns -= torch.outer(inverse[:, j], error)
@@ -34,74 +38,83 @@ def textbook(
     return torch.stack(codes)
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_blocked_codes_equal_the_textbook_loops(spec: GridSpec, dtype: torch.dtype) -> None:
-    weight, covariance = (part.to(dtype) for part in problem())
-    factor = inverse_factor(covariance)
+def test_blocked_codes_equal_the_textbook_loops(scheme: Integer, dtype: torch.dtype) -> None:
+    weight, hessian = (part.to(dtype) for part in problem())
+    factor = inverse_factor(hessian)
     groups = torch.arange(160) // 32
-    scale, zero = (part.to(dtype).T[groups] for part in group_grid(weight.unflatten(1, (-1, 32)), spec))
-    codes = gptq_codes(weight.T, scale, zero, factor, spec)
-    expected = textbook(weight.T, scale, zero, factor.T.double() @ factor.double(), spec)
+    params = {name: value.to(dtype) for name, value in scheme.search(weight, None).items()}
+    codes = gptq_codes(weight.T, scheme.columns(params, groups), factor, scheme.code_dtype)
+    scale, zero = (params[name].T[groups] for name in ("scale", "zero"))
+    expected = textbook(weight.T, scale, zero, factor.T.double() @ factor.double(), scheme)
     off = (codes - expected).abs()
     # In float32 a weight half-way between two codes may take the other, and the rest of its row makes up for it.
     assert off.any(dim=0).sum() <= (dtype == torch.float32)
     assert off.max() <= 1
 
 
-def test_remaining_variance_is_what_later_columns_cannot_make_up_for() -> None:
-    covariance = problem()[1].double()
-    damped = covariance + DAMPING[0] * covariance.diagonal().mean() * torch.eye(160)
-    order = covariance.diagonal().argsort(descending=True)
-    remaining = remaining_variance(covariance)
+def test_the_cost_is_what_later_columns_cannot_make_up_for() -> None:
+    hessian = problem()[1].double()
+    damped = hessian + DAMPING[0] * hessian.diagonal().mean() * torch.eye(160)
+    order = hessian.diagonal().argsort(descending=True)
+    cost = Gptq().cost(hessian)
     for place, column in enumerate(order.tolist()):
         later = order[place:]
         expected = 1 / torch.linalg.inv(damped[later][:, later])[0, 0]
-        torch.testing.assert_close(remaining[column], expected)
+        torch.testing.assert_close(cost[column], expected)
 
 
-@pytest.mark.parametrize("spec", SPECS[:2], ids=str)
-def test_grids_chosen_by_remaining_variance_serve_gptq_better(spec: GridSpec) -> None:
+@dataclass(frozen=True)
+class SearchedBy(Integer):
+    """A scheme whose parameters are searched with another cost than the one it is given."""
+
+    other: torch.Tensor | None = None
+
+    def search(self, weight: torch.Tensor, hessian: torch.Tensor | None) -> Params:
+        return super().search(weight, hessian if self.other is None else self.other)
+
+    def refine(
+        self, codes: torch.Tensor, params: Params, weight: torch.Tensor, hessian: torch.Tensor
+    ) -> Params:
+        return params
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_parameters_chosen_by_gptqs_cost_serve_it_better(symmetric: bool) -> None:
     generator = torch.Generator().manual_seed(21)
     common, own = torch.randn(40, 160, generator=generator), torch.rand(160, generator=generator)
-    covariance = (
-        common.T @ common / 40 + own.square().diag()
-    )  # inputs that share a lot, each to another degree
+    # Inputs that share a lot, each to another degree.
+    hessian = common.T @ common / 40 + own.square().diag()
     weight = problem()[0]
-    order = covariance.diagonal().argsort(descending=True)
-    factor, groups = inverse_factor(covariance[order][:, order]), order // 32
 
-    def error(curvature: torch.Tensor) -> float:
-        scale, zero = search_grids(weight, curvature, spec)
-        codes = torch.empty(160, 70, dtype=torch.int8)
-        codes[order] = gptq_codes(weight.T[order], scale.T[groups], zero.T[groups], factor, spec)
-        return float(output_error(weight - Rounded(codes.T, scale, zero, spec).dequantize(), covariance))
+    def error(other: torch.Tensor | None) -> float:
+        scheme = SearchedBy(4, 32, symmetric, "a test's", other)
+        return float(output_error(weight - Gptq().quantize(weight, hessian, scheme).dequantize(), hessian))
 
-    assert error(remaining_variance(covariance)) < 0.95 * error(covariance)
+    assert error(None) < 0.95 * error(hessian)
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_gptq_errs_less_than_rounding_each_weight_by_itself(spec: GridSpec) -> None:
-    weight, covariance = problem()
-    ours, nearest = round_gptq(weight, covariance, spec), round_clipped(weight, covariance, spec)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_gptq_errs_less_than_quantizing_each_weight_by_itself(scheme: Integer) -> None:
+    weight, hessian = problem()
 
-    def error(served: torch.Tensor) -> float:
-        return float(output_error(weight - served, covariance))
+    def error(method: Awq | Gptq) -> float:
+        return float(output_error(weight - method.quantize(weight, hessian, scheme).dequantize(), hessian))
 
-    assert error(ours.dequantize()) < 0.8 * error(nearest.dequantize())
+    assert error(Gptq()) < 0.8 * error(Awq())
 
 
-def test_a_covariance_that_is_singular_is_damped_until_it_factors() -> None:
-    weight, covariance = problem()
-    covariance[:40], covariance[:, :40] = 0, 0  # dead inputs
-    rounded = round_gptq(weight, covariance, SPECS[0])
-    assert torch.isfinite(rounded.dequantize()).all()
+def test_a_hessian_that_is_singular_is_damped_until_it_factors() -> None:
+    weight, hessian = problem()
+    hessian[:40], hessian[:, :40] = 0, 0  # dead inputs
+    assert torch.isfinite(Gptq().quantize(weight, hessian, SCHEMES[0]).dequantize()).all()
     flat = torch.ones(64, 64)  # rank 1
     factor = inverse_factor(flat)
     damped = flat + 0.01 * torch.eye(64)
     torch.testing.assert_close(factor.T @ factor @ damped, torch.eye(64), atol=1e-2, rtol=0)
 
 
-def test_a_covariance_that_is_not_finite_is_refused() -> None:
+def test_a_hessian_that_is_not_finite_is_refused() -> None:
     with pytest.raises(NumericsError, match="cannot be factored"):
         inverse_factor(torch.full((8, 8), torch.nan))

@@ -2,8 +2,8 @@
 
 import torch
 
-from lowbit_quantize.kv_scales import CLIPS, FP8, KVScales, calibrated_scales, choose_scale, scale_of
-from lowbit_quantize.observe import SAMPLE_STRIDE, KeyValueReach
+from lowbit_quantize.schemes.kv_cache import CLIPS, FP8, KVScales, calibrated_scales, choose_scale, scale_of
+from lowbit_quantize.statistics.kv_absmax import SAMPLE_STRIDE, KVAbsmax
 
 
 def keys_and_values() -> tuple[torch.Tensor, torch.Tensor]:
@@ -12,6 +12,11 @@ def keys_and_values() -> tuple[torch.Tensor, torch.Tensor]:
         2, 2, 3, 64, 32, generator=generator
     )  # each (batch, kv_heads, tokens, head_dim)
     return keys, values
+
+
+def scales_of(seen: KVAbsmax, divisor: torch.Tensor | None = None) -> KVScales:
+    absmax, samples = (seen.key, seen.value), (seen.key_sample, seen.value_sample)
+    return calibrated_scales(absmax, samples, divisor)
 
 
 def squared_error(values: torch.Tensor, scale: float) -> float:
@@ -40,18 +45,18 @@ def test_scales_are_chosen_after_value_channels_were_divided() -> None:
     values[:, 1, :, 5] *= 40  # channel 37
     divisor = torch.ones(96)
     divisor[37] = 40
-    seen = KeyValueReach()
+    seen = KVAbsmax()
     seen(keys, values)
-    divided = KeyValueReach()
+    divided = KVAbsmax()
     divided(keys, values / divisor.view(3, 1, 32))
-    assert calibrated_scales(seen, divisor) == calibrated_scales(divided, None)
-    assert calibrated_scales(seen, None).v_scale > 5 * calibrated_scales(seen, divisor).v_scale
+    assert scales_of(seen, divisor) == scales_of(divided)
+    assert scales_of(seen).v_scale > 5 * scales_of(seen, divisor).v_scale
 
 
 def test_every_few_tokens_are_kept_and_the_largest_magnitude_of_all() -> None:
     keys, values = keys_and_values()
     keys[1, 2, 3, 4] = -50.0  # a token that is not sampled
-    seen = KeyValueReach()
+    seen = KVAbsmax()
     for batch in range(2):
         passed = seen(keys[batch : batch + 1], values[batch : batch + 1])
         assert torch.equal(passed[0][0], keys[batch])

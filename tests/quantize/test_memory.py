@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 
-def test_the_stage_is_imported_without_torch_s_compiler() -> None:
+def test_quantize_is_imported_without_torch_s_compiler() -> None:
     program = "import sys, lowbit_quantize.pipeline; print('torch._inductor.compile_fx' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -13,14 +13,14 @@ from tests.tiny_models import write_tiny_model
 
 from lowbit_core.cli import main
 from lowbit_core.errors import OutputError
-from lowbit_quantize.forecast import run_disk_bytes
-from lowbit_quantize.output import check_disk
+from lowbit_quantize.check.forecast import run_disk_bytes
+from lowbit_quantize.model.reference import find_model
 from lowbit_quantize.pipeline import quantize
 from lowbit_quantize.plan import make_plan
 from lowbit_quantize.recipe import load_recipe
-from lowbit_quantize.source import find_model
+from lowbit_quantize.run.directory import check_disk
 
-SHORT = ("--set", "calibration.sequence_tokens=64", "--set", "quality.sequence_tokens=64")
+SHORT = ("--set", "calibration.max_seq_length=64", "--set", "quality.max_seq_length=64")
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_a_gguf_file_that_was_cut_off_or_lacks_a_tensor(refused: Callable[..., s
     assert "has blk.1.ffn_up.weighs, which transformers does not read" in refused(file)
     file = write_tiny_gguf(tmp_path / "shallow", left_out="blk.1.ffn_up.weight")
     assert "lacks the tensor model.layers.1.mlp.up_proj.weight" in refused(file)
-    assert "lacks the tensor" in refused(file, "--check")
+    assert "lacks the tensor" in refused(file, "--dry-run")
 
 
 def test_a_gguf_file_with_stretched_positions(refused: Callable[..., str], tmp_path: Path) -> None:
@@ -91,12 +91,30 @@ def test_a_group_size_that_does_not_divide_a_layers_input(
     refused: Callable[..., str], tiny_model: Callable[[str], Path]
 ) -> None:
     line = refused(tiny_model("llama"), recipe="awq")
-    assert "weights.group_size = 128 does not divide the 192 inputs of model.layers.0.mlp.down_proj" in line
-    assert "allowed here: 32, 64" in line
+    assert "modules: W4A16 does not fit the 192 inputs of model.layers.0.mlp.down_proj" in line
+    assert "groups of 128 do not divide them; group sizes that fit all linears: 32, 64" in line
 
 
 def test_an_unknown_recipe_key(refused: Callable[..., str], tiny_model: Callable[[str], Path]) -> None:
-    assert "unknown key 'weights.bit'" in refused(tiny_model("llama"), "--set", "weights.bit=4")
+    assert "unknown key 'modules.0.bit'" in refused(tiny_model("llama"), "--set", "modules.0.bit=4")
+
+
+@pytest.mark.parametrize(
+    ("old", "now"),
+    [
+        (["--check"], "--dry-run"),
+        (["--fresh"], "--overwrite"),
+        (["--gpu-gib", "24"], "--gpu-memory-gib"),
+        (["--set", "weights.bits=8"], "modules.*.scheme"),
+        (["--set", "calibration.sequences=8"], "calibration.num_samples"),
+    ],
+)
+def test_what_was_renamed_is_refused_with_its_new_name(
+    refused: Callable[..., str], tiny_model: Callable[[str], Path], old: list[str], now: str
+) -> None:
+    line = refused(tiny_model("llama"), *old)
+    assert old[-1].split("=")[0] in line or old[0] in line
+    assert f"called {now} now" in line.replace("'", "")
 
 
 def test_an_output_directory_that_holds_something_else(
@@ -114,10 +132,10 @@ def test_a_checkpoint_of_another_recipe_is_not_overwritten(
     tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
     small = (
-        "calibration.sequences=2",
-        "calibration.sequence_tokens=32",
-        "quality.sequences=2",
-        "quality.sequence_tokens=32",
+        "calibration.num_samples=2",
+        "calibration.max_seq_length=32",
+        "quality.num_samples=2",
+        "quality.max_seq_length=32",
     )
     quantize(str(tiny_model("llama")), load_recipe("rtn-g64", small), tmp_path / "out", torch.device("cpu"))
     with pytest.raises(OutputError, match="another model, recipe or text"):
@@ -128,7 +146,7 @@ def test_a_checkpoint_of_another_recipe_is_not_overwritten(
 
 def test_too_little_disk(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     plan = make_plan(find_model(str(tiny_model("llama"))), load_recipe("awq-g64"))
-    needed_bytes = run_disk_bytes(plan, streams=1 << 20)
+    needed_bytes = run_disk_bytes(plan, streams=1 << 20, stream_memory_bytes=1 << 30)
     check_disk(tmp_path / "not" / "yet" / "there", needed_bytes)
     with pytest.raises(OutputError, match=r"needs \d+ MiB and its disk has 1 MiB free"):
         check_disk(tmp_path, needed_bytes, free_bytes=lambda _: 1 << 20)
@@ -243,22 +261,9 @@ def test_a_chat_template_that_refuses_the_text(refused: Callable[..., str], tmp_
 def test_sequences_longer_than_the_models_positions(
     refused: Callable[..., str], tiny_model: Callable[[str], Path]
 ) -> None:
-    line = refused(tiny_model("llama"), "--set", "calibration.sequence_tokens=513")
-    assert "calibration.sequence_tokens = 513 is more than the 512 positions" in line
-
-
-@pytest.mark.parametrize(
-    ("pattern", "message"),
-    [
-        ("mlp.down_proj", "matches no linear"),
-        ("re:.*", "leaves no linear"),
-        ("re:(", "is not a regular expression"),
-    ],
-)
-def test_an_ignore_pattern_that_does_nothing_or_everything(
-    refused: Callable[..., str], tiny_model: Callable[[str], Path], pattern: str, message: str
-) -> None:
-    assert message in refused(tiny_model("llama"), "--set", f"weights.ignore=['{pattern}']", *SHORT)
+    line = refused(tiny_model("llama"), "--set", "calibration.max_seq_length=513")
+    assert "calibration.max_seq_length = 513: " in line
+    assert "has 512 positions" in line
 
 
 def test_the_same_token_ids_for_calibration_and_judgement(
@@ -276,8 +281,8 @@ def test_a_recipe_with_a_key_twice(
     refused: Callable[..., str], tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
     path = tmp_path / "r.yaml"
-    path.write_text("weights: {bits: 4}\nweights: {bits: 8}\n")
-    assert "the key 'weights' stands twice" in refused(tiny_model("llama"), recipe=str(path))
+    path.write_text("kv_cache: {dtype: fp8}\nkv_cache: {dtype: none}\n")
+    assert "the key 'kv_cache' stands twice" in refused(tiny_model("llama"), recipe=str(path))
 
 
 @pytest.mark.parametrize(
@@ -288,7 +293,7 @@ def test_a_line_of_text_that_is_no_document(
 ) -> None:
     path = tmp_path / "mine.jsonl"
     path.write_text(line + "\n")
-    assert f"{path} line 1" in refused(tiny_model("llama"), "--calibration", str(path), *SHORT)
+    assert f"{path}, line 1" in refused(tiny_model("llama"), "--calibration", str(path), *SHORT)
 
 
 def test_an_output_below_a_file(
@@ -301,32 +306,23 @@ def test_an_output_below_a_file(
 
 
 @pytest.mark.parametrize(
-    ("family", "settings", "message"),
+    ("family", "options", "message"),
     [
-        (
-            "qwen3_moe",
-            ["experts.prune=1"],
-            "keeps 1 of 8 experts, and each token uses 2; allowed counts: 2, 3,",
-        ),
-        ("qwen3_moe", ["experts.prune=9"], "keeps 9 of 8 experts; allowed counts: 2, 3, 4, 5, 6, 7, 8"),
-        ("deepseek_v2", ["experts.prune=6"], "4 routing groups do not divide; allowed counts: 4, 8"),
-        (
-            "mixtral",
-            ["experts.prune=6", "experts.expert_parallel=4"],
-            "experts.expert_parallel = 4 does not divide; allowed counts: 4, 8",
-        ),
-        ("qwen3_moe", ["experts.criterion=magic"], "experts.criterion = 'magic'"),
-        ("llama", ["experts.prune=0.25"], "has no experts"),
-        ("qwen3_moe", ["experts.router_distillation=true"], "set experts.prune too"),
-        ("qwen3_moe", ["weights.symmetric=false"], "on symmetric grids only"),
+        ("qwen3_moe", "keep_experts: 1", "keeps 1 of 8 experts, and each token uses 2; allowed counts: 2, 3,"),
+        ("qwen3_moe", "keep_experts: 9", "keeps 9 of 8 experts; allowed counts: 2, 3, 4, 5, 6, 7, 8"),
+        ("qwen3_moe", "prune_ratio: 0.9", "prune_ratio = 0.9 keeps 1 of 8 experts, and each token uses 2"),
+        ("deepseek_v2", "keep_experts: 6", "4 routing groups do not divide; allowed counts: 4, 8"),
+        ("mixtral", "keep_experts: 6, expert_parallel: 4", "expert_parallel = 4 does not divide; allowed counts: 4, 8"),
+        ("qwen3_moe", "keep_experts: 4, criterion: magic", "criterion = 'magic'"),
+        ("llama", "prune_ratio: 0.25", "has no experts"),
     ],
-)
+)  # fmt: skip
 def test_experts_that_cannot_be_pruned_so(
     refused: Callable[..., str],
     tiny_model: Callable[[str], Path],
     family: str,
-    settings: list[str],
+    options: str,
     message: str,
 ) -> None:
-    sets = [part for setting in settings for part in ("--set", setting)]
-    assert message in refused(tiny_model(family), *sets, *SHORT)
+    passes = f"passes=[{{prune_experts: {{{options}}}}}, quantize]"
+    assert message in refused(tiny_model(family), "--set", passes, *SHORT)

@@ -15,14 +15,14 @@ from tests.tiny_models import write_tiny_model
 from lowbit_core.cli import main
 from lowbit_core.errors import OutputError
 from lowbit_core.manifest import MANIFEST_NAME, PROGRESS_NAME, file_sha256
-from lowbit_quantize.identity import Identity
-from lowbit_quantize.output import STATE, run_in
+from lowbit_quantize.run.directory import STATE, run_in
+from lowbit_quantize.run.identity import Identity
 
 SMALL = (
-    "calibration.sequences=8",
-    "calibration.sequence_tokens=64",
-    "quality.sequences=4",
-    "quality.sequence_tokens=64",
+    "calibration.num_samples=8",
+    "calibration.max_seq_length=64",
+    "quality.num_samples=4",
+    "quality.max_seq_length=64",
 )
 RUN_FIGURES = ("created", "run")  # what differs between two runs of the same command
 NOBODY = Identity(recipe={}, base={}, texts={})
@@ -109,24 +109,15 @@ def test_an_unpacked_base_is_kept_when_it_is_whole(tmp_path: Path) -> None:
 
 
 def test_finished_layers_are_not_done_again(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    """Not even where the recipe has come to be described in other words."""
     out = tmp_path / "out"
     arguments = stopped(tiny_model("llama"), out)
     first = out / "model-00001-of-00004.safetensors"
     written = first.stat().st_mtime_ns
-    status, said = run(arguments, tmp_path / "log")
+    status, said = run([*arguments, "--set", "description=in other words"], tmp_path / "log")
     assert status == 0
     assert "going on after 1 of 3 layers" in said
     assert first.stat().st_mtime_ns == written
-
-
-def test_walks_that_distill_routers_go_on_too(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
-    more = ("--set", "experts.prune=0.5", "--set", "experts.router_distillation=true")
-    model, out, log = tiny_model("qwen3_moe"), tmp_path / "out", tmp_path / "log"
-    assert run(command(model, tmp_path / "straight", *more), log)[0] == 0
-    for point in ("trial/layer-00001.json", "distilled/layer-00002.json", MANIFEST_NAME):
-        assert run(command(model, out, *more), log, kill_at=renaming(point))[0] == -9
-    assert run(command(model, out, *more), log)[0] == 0
-    assert contents(out) == contents(tmp_path / "straight")
 
 
 def test_streams_in_files_change_nothing(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
@@ -149,10 +140,10 @@ def test_an_unfinished_run_of_anything_else_is_refused_by_what_differs(
     model, out = write_tiny_model(tmp_path / "model"), tmp_path / "out"
     text = tmp_path / "mine.txt"
     text.write_text("one way to say it, " * 200)
-    same = ("--set", f"calibration.source={text}", "--set", "calibration.sequences=1")
+    same = ("--set", f"calibration.dataset={text}", "--set", "calibration.num_samples=1")
     arguments = stopped(model, out, *same)
-    assert "recipe (weights.group_size 64, now 32)" in refusal(
-        [*arguments, "--set", "weights.group_size=32"], capsys
+    assert "recipe (modules.0.group_size 64, now 32)" in refusal(
+        [*arguments, "--set", "modules.0.group_size=32"], capsys
     )
     text.write_text("another way to say it, " * 200)
     assert "calibration text; undo that" in refusal(arguments, capsys)
@@ -161,7 +152,7 @@ def test_an_unfinished_run_of_anything_else_is_refused_by_what_differs(
     save_file({k: v * 2 for k, v in tensors.items()}, model / "model.safetensors", metadata={"format": "pt"})
     line = refusal(arguments, capsys)
     assert "model (model.safetensors)" in line
-    assert "--fresh" in line
+    assert "--overwrite" in line
 
 
 def test_another_version_is_refused_by_name(
@@ -179,22 +170,24 @@ def test_another_version_is_refused_by_name(
     assert "another version of Lowbit" in refusal(arguments, capsys)
 
 
-def test_fresh_starts_over_whatever_was_there_and_what_is_not_ours_stays(
+def test_overwrite_starts_over_whatever_was_there_and_what_is_not_ours_stays(
     tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
     out, log = tmp_path / "out", tmp_path / "log"
     stopped(tiny_model("qwen3_moe"), out)
     (out / "thesis.tex").write_text("years of work")
     (out / "model-00007-of-00009.safetensors").write_text("of a deeper model")
-    fresh = command(tiny_model("llama"), out, "--fresh")
-    assert run(fresh, log)[0] == 0
+    overwrite = command(tiny_model("llama"), out, "--overwrite")
+    assert run(overwrite, log)[0] == 0
     (out / "thesis.tex").unlink()
     assert run(command(tiny_model("llama"), tmp_path / "straight"), log)[0] == 0
     ours, other = contents(out), contents(tmp_path / "straight")
     assert ours["manifest"]["files"].pop("thesis.tex")
     assert ours == other
     written = (out / MANIFEST_NAME).stat().st_mtime_ns
-    assert run([*fresh, "--set", "weights.bits=8"], log)[0] == 0  # a finished one of another recipe, too
+    assert (
+        run([*overwrite, "--set", "modules.0.scheme=W8A16"], log)[0] == 0
+    )  # a finished one of another recipe, too
     assert (out / MANIFEST_NAME).stat().st_mtime_ns > written
 
 
@@ -210,7 +203,7 @@ def test_state_that_was_changed_is_not_gone_on_with(
     path.write_bytes(content)
     capsys.readouterr()
     assert main(arguments) == 2
-    assert "was changed after it was written; give --fresh" in capsys.readouterr().err
+    assert "was changed after it was written; give --overwrite" in capsys.readouterr().err
 
 
 def test_a_disk_that_fills_stops_the_run_which_goes_on_once_there_is_room(
@@ -219,9 +212,9 @@ def test_a_disk_that_fills_stops_the_run_which_goes_on_once_there_is_room(
     """No file may grow beyond 128 KiB: enough for the layers, too little for the embedding's shard."""
     few = (
         "--set",
-        "calibration.sequences=1",
+        "calibration.num_samples=1",
         "--set",
-        "quality.sequences=2",
+        "quality.num_samples=2",
         "--set",
         "quality.isolate=false",
     )

@@ -1,4 +1,4 @@
-"""GPTQ's memory on a wide layer, where covariances are the largest matrices of a run."""
+"""GPTQ's memory on a wide layer, where Hessians are the largest matrices of a run."""
 
 import json
 from pathlib import Path
@@ -7,11 +7,11 @@ from tests.quantize.stoppable import run
 from tests.tiny_models import write_tiny_model
 
 WIDE, NARROW = 4096, 192  # inputs of the last linear
-COVARIANCE_BYTES = 4 * WIDE**2
+HESSIAN_BYTES = 4 * WIDE**2
 # 4.6 to 5.5 were seen over a narrow layer's run: the mean, two steps of its factor, one batch in float32, and what the
 # library packs. Factors held as they were made took 9.3.
-COVARIANCES = 6
-SMALL = ("calibration.sequences=4", "quality.sequences=2", "quality.isolate=false")
+HESSIANS = 6
+SMALL = ("calibration.num_samples=4", "quality.num_samples=2", "quality.isolate=false")
 
 
 def peak_rss_bytes(directory: Path, width: int) -> int:
@@ -25,9 +25,9 @@ def peak_rss_bytes(directory: Path, width: int) -> int:
     return peak
 
 
-def test_rounding_a_wide_linear_takes_the_memory_of_few_covariances(tmp_path: Path) -> None:
+def test_quantizing_a_wide_linear_takes_the_memory_of_few_hessians(tmp_path: Path) -> None:
     peaks = []
     for width in (NARROW, WIDE):
         (tmp_path / str(width)).mkdir()
         peaks.append(peak_rss_bytes(tmp_path / str(width), width))
-    assert peaks[1] - peaks[0] < COVARIANCES * COVARIANCE_BYTES
+    assert peaks[1] - peaks[0] < HESSIANS * HESSIAN_BYTES

@@ -1,0 +1,186 @@
+"""Which criterion errs least on this model: scores, choices and errors of every criterion, before any checkpoint.
+
+One walk of the base model over the calibration text. At each layer with routed experts every criterion chooses what
+stays, and the block is run again on a sample of its inputs with the router so pruned; the error is
+‖pruned block − block‖² / ‖block‖² on that sample. It is the error of that layer alone, on calibration text: a hint
+where to look, which the held-out KL of a real run confirms or not (arXiv 2606.10703 found no criterion that predicts
+it everywhere). Nothing is chosen here.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit_core.errors import OutputError, RecipeError
+from lowbit_core.progress import track
+from lowbit_quantize.check.weights import check_weights
+from lowbit_quantize.model.decoder import Decoder
+from lowbit_quantize.model.experts import expert_outputs, mixture
+from lowbit_quantize.model.reference import fetch_weights, find_model
+from lowbit_quantize.model.weights import WeightFiles
+from lowbit_quantize.passes.distill_router import SAMPLE_TOKENS, bounded
+from lowbit_quantize.passes.prune_experts import (
+    PruneExperts,
+    PruneExpertsKind,
+    PruneExpertsOptions,
+    choose,
+    pruned_router,
+)
+from lowbit_quantize.plan import Plan, make_plan
+from lowbit_quantize.quality.dataset import load_texts
+from lowbit_quantize.recipe import KVCache, Recipe
+from lowbit_quantize.statistics.expert_saliency import CRITERIA, ExpertSaliency, routing_of, score
+from lowbit_quantize.statistics.sample import Sample
+
+SHARES = (0.25, 0.5)  # reported where the recipe prunes nothing
+RANDOM_SEEDS = 5  # over which the error of `random` is a mean
+
+
+def report_experts(model: str, recipe: Recipe, file: Path, device: torch.device) -> dict[str, Any]:
+    """Write the report on `model` to `file` and return it; raises RecipeError on a model without experts."""
+    if not file.resolve().parent.is_dir() or file.is_dir():
+        raise OutputError(f"--experts-report {file}: give a file in a directory that exists")
+    reference = find_model(model)
+    pruning = tuple(step for step in recipe.passes if step.name == PruneExpertsKind.name)
+    plain = {"modules": (), "passes": pruning, "kv_cache": KVCache(dtype="none")}
+    plan = make_plan(reference, recipe.model_copy(update=plain))
+    prunings = _prunings(plan)
+    if reference.kind == "gguf":
+        raise RecipeError(
+            f"{model} is a GGUF file: routed experts are read from safetensors directories only"
+        )
+    vocabulary = reference.config.vocab_size
+    text = load_texts(recipe.calibration, recipe.quality, reference.tokenizer(), vocabulary)[0]
+    fetch_weights(reference)
+    weights = WeightFiles(reference.path)
+    check_weights(plan, weights)
+    decoder = Decoder(reference.config, plan.architecture, weights, device, plan.skeleton)
+    report = {
+        "model": reference.name,
+        "calibration": text.record.model_dump(),
+        "experts": prunings[0].experts,
+        **_summary(layers := _layer_reports(decoder, prunings, text.ids)),
+        "layers": layers,
+    }
+    file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return report
+
+
+def table(report: dict[str, Any]) -> str:
+    """The mean error over layers of each criterion, as Markdown."""
+    errors = report["mean_error"]
+    lines = [
+        f"Relative squared error of a block's output, mean of {len(report['layers'])} layers, by how many of "
+        f"{report['experts']} experts stay:",
+        "",
+        "| criterion | " + " | ".join(f"{kept} stay" for kept in errors) + " |",
+        "|---" * (1 + len(errors)) + "|",
+    ]
+    for criterion in (*CRITERIA, "random"):
+        cells = (
+            f"{by[criterion]:.4f}" + (" *" if report["least_error"][kept] == criterion else "")
+            for kept, by in errors.items()
+        )
+        lines.append(f"| {criterion} | " + " | ".join(cells) + " |")
+    super_experts = [
+        f"{layer['layer']}:{expert}" for layer in report["layers"] for expert in layer["super_experts"]
+    ]
+    lines += ["", "* errs least", f"super-experts (layer:expert): {', '.join(super_experts) or 'none'}"]
+    return "\n".join(lines)
+
+
+def _prunings(plan: Plan) -> list[PruneExperts]:
+    """The recipe's pruning, or those of `SHARES` that fit the model where it has none."""
+    found = [one for one in plan.passes if isinstance(one, PruneExperts)]
+    refusal: RecipeError | None = None
+    for share in () if found else SHARES:
+        options = PruneExpertsOptions(prune_ratio=share)
+        try:
+            found.append(
+                PruneExpertsKind().make(
+                    options, plan.reference.config, plan.architecture, plan.reference.name
+                )
+            )
+        except RecipeError as error:
+            refusal = error
+    if not found:
+        assert refusal is not None
+        raise refusal
+    return found
+
+
+def _layer_reports(decoder: Decoder, prunings: list[PruneExperts], ids: Tensor) -> list[dict[str, Any]]:
+    hidden = decoder.embed(ids)
+    layers = []
+    for index in track(range(decoder.depth), decoder.depth, "layers"):
+        layer = decoder.load_layer(index)
+        if not decoder.architecture.has_experts(layer):
+            decoder.advance(layer, index, hidden)
+            continue
+        seen, inputs = ExpertSaliency(prunings[0].experts), Sample(SAMPLE_TOKENS)
+        with routing_of(layer, decoder.architecture, seen, inputs):
+            decoder.advance(layer, index, hidden)
+        sample = _BlockSample(
+            layer, decoder.architecture.moe_block, bounded(inputs.rows(), prunings[0].experts)
+        )
+        layers.append(_layer_report(index, seen, sample, prunings))
+    return layers
+
+
+class _BlockSample:
+    """A block's output on a sample of its inputs, and what it would be with fewer experts."""
+
+    def __init__(self, layer: nn.Module, block: str, inputs: Tensor) -> None:
+        module: Any = layer.get_submodule(block)
+        self._router, self._inputs = module.gate, inputs
+        with torch.no_grad():
+            self._outputs = expert_outputs(module.experts, inputs)  # (tokens, experts, hidden)
+            self._routed = mixture(self._router, inputs, self._outputs)
+            self._power = module(inputs.unsqueeze(0)).float().square().sum()
+
+    def error(self, kept: Tensor) -> float:
+        """Squared error of the block's output with the `kept` experts, relative to the output."""
+        with torch.no_grad():
+            given = mixture(pruned_router(self._router, kept), self._inputs, self._outputs[:, kept])
+            return float((given - self._routed).square().sum() / self._power.clamp(min=1e-30))
+
+
+def _layer_report(
+    index: int, seen: ExpertSaliency, sample: _BlockSample, prunings: list[PruneExperts]
+) -> dict[str, Any]:
+    def kept(criterion: str, pruning: PruneExperts, seed: int = 0) -> Tensor:
+        scores = score(seen, criterion, seed, index)
+        return choose(scores, seen.super_experts, pruning.kept, pruning.groups)
+
+    def error(criterion: str, pruning: PruneExperts) -> float:
+        seeds = range(RANDOM_SEEDS) if criterion == "random" else range(1)
+        return _mean(sample.error(kept(criterion, pruning, seed)) for seed in seeds)
+
+    names = (*CRITERIA, "random")
+    return {
+        "layer": index,
+        "tokens": seen.tokens.int().tolist(),
+        "super_experts": seen.super_experts.nonzero().flatten().tolist(),
+        "scores": {name: score(seen, name, 0, index).tolist() for name in names},
+        "kept": {str(p.kept): {name: kept(name, p).tolist() for name in names} for p in prunings},
+        "error": {str(p.kept): {name: error(name, p) for name in names} for p in prunings},
+    }
+
+
+def _summary(layers: list[dict[str, Any]]) -> dict[str, Any]:
+    """Errors averaged over layers, by count kept and criterion, and which criterion errs least."""
+    mean = {
+        kept: {name: _mean(layer["error"][kept][name] for layer in layers) for name in by}
+        for kept, by in layers[0]["error"].items()
+    }
+    least = {kept: min(by, key=lambda name: by[name]) for kept, by in mean.items()}
+    return {"mean_error": mean, "least_error": least}
+
+
+def _mean(values: Iterable[float]) -> float:
+    listed = list(values)
+    return sum(listed) / len(listed)

@@ -1,0 +1,139 @@
+"""What a planned run writes, what it needs, and what its checkpoint needs to be served: arithmetic on shapes.
+
+The serving figures follow docs/deploy.md: weights and cache of a rank, and 2 GiB beside them, in 0.9 of a device.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lowbit_core.model_shape import BYTES_PER_VALUE, shape_from_config
+from lowbit_quantize.check.sharding import key_value_heads, parts
+from lowbit_quantize.plan import Plan
+from lowbit_quantize.quality.dataset import TokenText
+from lowbit_quantize.walk.baselines import FLOAT32
+
+GIB = 1 << 30
+USABLE = 0.9  # of a device's memory, the engine's share
+OVERHEAD_BYTES = 2 * GIB  # runtime, activations and graphs on each device
+HEADER_BYTES = 80  # of a tensor in a safetensors header, its name apart
+INDEX_ENTRY_BYTES = 50  # of a tensor in the index, its name apart
+KV_SCALES_BYTES = 2 * 4  # of a layer
+BASE_BYTES = 2  # of a number that is not quantized
+DISK_MARGIN_BYTES = 64 << 20
+BLOCK_TOKENS = 16  # of the paged cache
+BOUND_FACTOR, BOUND_REST_BYTES = 1.25, 1_500_000_000  # docs/checkpoint.md, "Memory"
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One weight of the checkpoint: its module, its bytes, and over how many ranks' parts it may be split."""
+
+    name: str
+    bytes: int
+    files: int  # tensors that it is stored as
+
+
+def tensors(plan: Plan) -> Iterator[Tensor]:
+    """Every weight that the checkpoint will hold, by its name in the model."""
+    skip = f"{plan.architecture.head}.weight" if plan.reference.config.tie_word_embeddings else ""
+    for name, parameter in plan.skeleton.state_dict().items():
+        shape = plan.shape(name, tuple(parameter.shape))
+        if name == skip or shape is None:
+            continue
+        entry = plan.modules.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        if entry is not None:
+            yield Tensor(name, *entry.scheme.bytes(*shape))
+        else:
+            yield Tensor(name, torch.Size(shape).numel() * BASE_BYTES, 1)
+
+
+def tensor_bytes(plan: Plan) -> int:
+    """Bytes of all tensors of the checkpoint, KV scales included."""
+    return sum(tensor.bytes for tensor in tensors(plan)) + _scaled_layers(plan) * KV_SCALES_BYTES
+
+
+def disk_bytes(plan: Plan) -> int:
+    """Bytes of the shards and their index."""
+    published = plan.architecture.published_name
+    names = sum(
+        tensor.files * (2 * len(published(tensor.name)) + HEADER_BYTES + INDEX_ENTRY_BYTES)
+        for tensor in tensors(plan)
+    )
+    return tensor_bytes(plan) + names
+
+
+def streams_bytes(plan: Plan, calibration: TokenText, heldout: TokenText) -> int:
+    """Bytes of all hidden states that walk: calibration text (in both models where paired), held-out text in both.
+
+    With them go a few held-out sequences as baselines.
+    """
+    tokens = (2 if plan.paired else 1) * calibration.ids.numel() + 2 * heldout.ids.numel()
+    for name, rows in plan.baselines(heldout.domains).items():
+        tokens += (2 if name == FLOAT32 else 1) * len(rows) * heldout.ids.shape[1]
+    return tokens * int(plan.reference.config.hidden_size) * BASE_BYTES
+
+
+def run_disk_bytes(plan: Plan, streams: int, stream_memory_bytes: int) -> int:
+    """Bytes that a run needs at its peak: the result (twice where passes are on trial), a GGUF base unpacked, streams
+    as they left the last layer and the one that is being finished, and those that do not fit the memory, which are
+    files.
+    """
+    results = 2 if any(one.on_trial for one in plan.passes) else 1
+    unpacked = plan.parameters * BASE_BYTES if plan.reference.kind == "gguf" else 0
+    generations = 3 if streams > stream_memory_bytes else 2
+    return results * disk_bytes(plan) + unpacked + generations * streams + DISK_MARGIN_BYTES
+
+
+def memory_bound_bytes(plan: Plan, streams: int) -> int:
+    """What a walk stays below: 1.25 x (embedding + head + 2 x largest layer + streams) + 1.5 GB."""
+    config = plan.reference.config
+    embedding = config.vocab_size * config.hidden_size * BASE_BYTES
+    outside = embedding if config.tie_word_embeddings else 2 * embedding
+    layers: Any = plan.skeleton.get_submodule(plan.architecture.layers)
+    largest = max(sum(p.numel() for p in layer.parameters()) for layer in layers) * BASE_BYTES
+    return int(BOUND_FACTOR * (outside + 2 * largest + streams)) + BOUND_REST_BYTES
+
+
+def rank_bytes(plan: Plan, size: int) -> int:
+    """Bytes of the weights on one of `size` tensor-parallel ranks."""
+    return sum(tensor.bytes // _ranks(plan, tensor.name, size) for tensor in tensors(plan))
+
+
+def kv_bytes_per_token(plan: Plan, size: int) -> int:
+    """Bytes that one token takes in the cache of one rank."""
+    config = plan.reference.config
+    shape = shape_from_config(config.to_dict())
+    dtype = "fp8" if plan.fp8_cache else "bfloat16"
+    if plan.architecture.latent_cache:
+        return shape.kv_bytes_per_token(dtype)
+    heads = max(1, key_value_heads(config) // size)
+    return 2 * shape.layers * heads * shape.head_dim * BYTES_PER_VALUE[dtype]
+
+
+def kv_tokens(plan: Plan, size: int, device_bytes: float) -> int:
+    """Tokens that the cache holds on `size` devices of so much memory; 0 when the weights do not fit."""
+    free = USABLE * device_bytes - OVERHEAD_BYTES - rank_bytes(plan, size)
+    return max(0, int(free // kv_bytes_per_token(plan, size)) // BLOCK_TOKENS * BLOCK_TOKENS)
+
+
+def _scaled_layers(plan: Plan) -> int:
+    return len(plan.skeleton.get_submodule(plan.architecture.layers)) if plan.fp8_cache else 0  # type: ignore[arg-type]
+
+
+def _routes(plan: Plan, name: str) -> bool:
+    return f".{plan.architecture.router}." in name
+
+
+def _ranks(plan: Plan, name: str, size: int) -> int:
+    """Over how many ranks a weight is split: linears, embedding and head are, the rest is on every rank."""
+    module = name.rpartition(".")[0]
+    if module in (plan.architecture.embedding, plan.architecture.head):
+        return size
+    if not name.startswith(f"{plan.architecture.layers}.") or "norm" in name or _routes(plan, name):
+        return 1
+    if not module.endswith("_proj"):
+        return 1
+    return parts(module, plan.reference.config, size)

@@ -1,0 +1,100 @@
+"""`lowbit quantize --dry-run`: what can be known of a run before its first token. Nothing is read but headers and text.
+
+It refuses what a run would refuse, and then says what engines will make of the result.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+
+from lowbit_quantize.check import forecast
+from lowbit_quantize.check.sharding import PARALLEL_SIZES, obstacles
+from lowbit_quantize.check.weights import check_weights, stored_weights
+from lowbit_quantize.model.reference import find_model
+from lowbit_quantize.plan import Plan, make_plan
+from lowbit_quantize.quality.dataset import load_texts
+from lowbit_quantize.recipe import Recipe
+from lowbit_quantize.run.directory import check_disk, refuse_foreign
+from lowbit_quantize.schemes.scheme import KERNELS
+
+GIB = 1 << 30
+KERNEL_NAMES = {"marlin": "GPU (Marlin)", "cpu": "CPU"}
+
+
+def dry_run(
+    model: str, recipe: Recipe, gpu_memory_gib: float, stream_memory_bytes: int, out: Path | None = None
+) -> dict[str, Any]:
+    """The report on a model and a recipe; raises what a run into `out` would raise before its first token."""
+    reference = find_model(model)
+    plan = make_plan(reference, recipe)
+    if out is not None:
+        refuse_foreign(out)
+    texts = load_texts(recipe.calibration, recipe.quality, reference.tokenizer(), reference.config.vocab_size)
+    if reference.kind != "hub":  # whose weights are not fetched for this
+        check_weights(plan, stored_weights(plan))
+    streams = forecast.streams_bytes(plan, *texts)
+    run_disk = forecast.run_disk_bytes(plan, streams, stream_memory_bytes)
+    if out is not None:
+        check_disk(out, run_disk)
+    return {
+        "model": reference.name,
+        "parameters": plan.parameters,
+        "checkpoint_bytes": forecast.disk_bytes(plan),
+        "tensor_bytes": forecast.tensor_bytes(plan),
+        "run_disk_bytes": run_disk,
+        "streams_bytes": streams,
+        "memory_bound_bytes": forecast.memory_bound_bytes(plan, streams),
+        "gpu_memory_gib": gpu_memory_gib,
+        "experts": plan.experts,
+        "tensor_parallel": [_serving(plan, size, gpu_memory_gib) for size in PARALLEL_SIZES],
+    }
+
+
+def _serving(plan: Plan, size: int, gpu_memory_gib: float) -> dict[str, Any]:
+    served: dict[str, Any] = {
+        "ranks": size,
+        "weights_bytes_per_rank": forecast.rank_bytes(plan, size),
+        "kv_bytes_per_token_per_rank": forecast.kv_bytes_per_token(plan, size),
+        "kv_tokens": forecast.kv_tokens(plan, size, gpu_memory_gib * GIB),
+        "obstacles": {kernel: obstacles(plan, kernel, size) for kernel in KERNELS},
+    }
+    if plan.experts:
+        served["expert_parallel_obstacles"] = {
+            kernel: obstacles(plan, kernel, size, expert_parallel=True) for kernel in KERNELS
+        }
+    return served
+
+
+def table(report: dict[str, Any]) -> Group:
+    """The report for a person."""
+    facts = Table(show_header=False, title=report["model"])
+    facts.add_row("checkpoint", f"{report['checkpoint_bytes'] / GIB:.2f} GiB")
+    facts.add_row("disk during the run", f"{report['run_disk_bytes'] / GIB:.2f} GiB")
+    facts.add_row("memory of the run", f"below {report['memory_bound_bytes'] / GIB:.2f} GiB")
+    if report["experts"]:
+        facts.add_row("experts a layer", str(report["experts"]))
+        facts.add_row("experts on a CPU", "need AMX, or zentorch on AMD")
+    serving = Table(
+        "tensor parallel", "weights a rank", f"KV tokens in {report['gpu_memory_gib']:g} GiB each", "vLLM"
+    )
+    for row in report["tensor_parallel"]:
+        fits = f"{row['kv_tokens']:,}" if row["kv_tokens"] else "weights do not fit"
+        serving.add_row(
+            str(row["ranks"]), f"{row['weights_bytes_per_rank'] / GIB:.2f} GiB", fits, _verdicts(row)
+        )
+    return Group(facts, serving)
+
+
+def _verdicts(row: dict[str, Any]) -> str:
+    lines = [f"{KERNEL_NAMES[kernel]}: {_verdict(found)}" for kernel, found in row["obstacles"].items()]
+    for kernel, found in row.get("expert_parallel_obstacles", {}).items():
+        if found != row["obstacles"][kernel]:
+            lines.append(f"{KERNEL_NAMES[kernel]}, expert parallel: {_verdict(found)}")
+    return "\n".join(lines)
+
+
+def _verdict(found: list[str]) -> str:
+    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    return f"no: {found[0]}{more}" if found else "yes"

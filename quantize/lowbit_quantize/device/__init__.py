@@ -1,0 +1,1 @@
+"""What a CPU or a GPU likes: block sizes, precision, memory, parallel pieces. Knows nothing of models."""

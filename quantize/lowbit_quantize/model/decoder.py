@@ -1,0 +1,199 @@
+"""A causal language model that is run layer by layer; only one layer's weights are in memory.
+
+The model exists as a skeleton without weights; what every layer is called with (mask, positions, rotary embeddings) is
+captured once for each sequence length by running the skeleton with recorders in place of its layers.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit_quantize.model.architecture import Architecture
+from lowbit_quantize.model.hooks import HookedCache, InputObservers, KVCacheHook, SeenAll, inputs_of
+from lowbit_quantize.model.skeleton import build_skeleton
+from lowbit_quantize.model.weights import WeightFiles
+
+BATCH_TOKENS = 2048  # tokens in a forward pass: enough for efficient products, few enough for the caches
+
+END = ""  # of a layer, where the name of a module says how far hidden states go
+
+
+class _Recorder(nn.Module):
+    """Stands in for a decoder layer and keeps what it was called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.arguments: dict[str, Any] = {}
+
+    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
+        self.arguments = arguments
+        return hidden_states
+
+
+@dataclass(frozen=True)
+class BasePass:
+    """The base model's side of an observation; `advance` moves its hidden states on: to a module's input, or `END`."""
+
+    layer: nn.Module
+    hidden: Tensor
+    observers: InputObservers
+    advance: str | None
+
+
+class Decoder:
+    """A causal language model whose weights are read from disk as the walk needs them."""
+
+    def __init__(
+        self,
+        config: Any,
+        architecture: Architecture,
+        weights: WeightFiles,
+        device: torch.device,
+        skeleton: nn.Module | None = None,
+    ) -> None:
+        self.config, self.architecture, self.weights, self.device = config, architecture, weights, device
+        self.dtype = config.dtype if config.dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
+        self.skeleton = skeleton or build_skeleton(config, architecture)
+        self._layers: nn.ModuleList = self.skeleton.get_submodule(architecture.layers)  # type: ignore[assignment]
+        self._arguments: dict[tuple[int, torch.dtype], list[dict[str, Any]]] = {}
+
+    @property
+    def depth(self) -> int:
+        return len(self._layers)
+
+    def layer_name(self, index: int) -> str:
+        return f"{self.architecture.layers}.{index}"
+
+    def load_layer(self, index: int) -> nn.Module:
+        """Layer `index` with its weights, in the compute dtype."""
+        return self._load(copy.deepcopy(self._layers[index]), self.layer_name(index))
+
+    def embed(self, token_ids: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """Hidden states before the first layer, (sequences, tokens, hidden), into `hidden` where it is given."""
+        embedding = self._load_named(self.architecture.embedding)
+        if hidden is None:
+            hidden = torch.empty(
+                *token_ids.shape, self.config.hidden_size, dtype=self.dtype, device=self.device
+            )
+        for row, ids in zip(hidden, token_ids.to(self.device), strict=True):
+            row.copy_(embedding(ids))
+        return hidden
+
+    def head(self) -> tuple[nn.Module, Tensor]:
+        """The final norm and the output matrix, (vocabulary, hidden): the embedding's where they are tied."""
+        tied = self.config.tie_word_embeddings
+        matrix = self._read(f"{self.architecture.embedding if tied else self.architecture.head}.weight")
+        return self._load_named(self.architecture.final_norm), matrix
+
+    def run_layer(
+        self, layer: nn.Module, index: int, hidden: Tensor, hook: KVCacheHook | None = None
+    ) -> Iterator[Tensor]:
+        """Run one layer over (sequences, tokens, hidden) in batches; yields each batch's output in order."""
+        arguments = self._layer_arguments(index, hidden)
+        for batch in hidden.split(max(1, BATCH_TOKENS // hidden.shape[1])):
+            cache = HookedCache(hook) if hook else None
+            with torch.no_grad():
+                output = layer(batch.to(self.device), **{**arguments, "past_key_values": cache})
+            yield output[0] if isinstance(output, tuple) else output
+
+    def observe(
+        self,
+        layer: nn.Module,
+        index: int,
+        hidden: Tensor,
+        observers: InputObservers,
+        hook: KVCacheHook | None,
+        *,
+        stop: bool,
+        base: BasePass | None = None,
+    ) -> None:
+        """Run a layer for what its observers and the KV-cache hook see; with `stop` no further than to the last one.
+
+        Each batch of the base model's hidden states, where they are given, goes first.
+        """
+        arguments = self._layer_arguments(index, hidden)
+        size = max(1, BATCH_TOKENS // hidden.shape[1])
+        for start in range(0, len(hidden), size):
+            batch, moved = slice(start, start + size), None
+            if base is not None and base.advance:
+                self.advance_to(base.advance, base.layer, index, base.hidden[batch], None, base.observers)
+            elif base is not None:
+                with inputs_of(base.layer, base.observers, stop=base.advance is None), suppress(SeenAll):
+                    moved = next(self.run_layer(base.layer, index, base.hidden[batch]))
+            cache = HookedCache(hook) if hook else None
+            with inputs_of(layer, observers, stop=stop), torch.no_grad(), suppress(SeenAll):
+                layer(hidden[batch].to(self.device), **{**arguments, "past_key_values": cache})
+            if (
+                base is not None and moved is not None
+            ):  # only now: observers may hold what the layer was given
+                base.hidden[batch] = moved
+
+    def advance(self, layer: nn.Module, index: int, hidden: Tensor, hook: KVCacheHook | None = None) -> None:
+        """Replace `hidden` by the layer's output, in place."""
+        size = max(1, BATCH_TOKENS // hidden.shape[1])
+        for start, output in enumerate(self.run_layer(layer, index, hidden, hook)):
+            hidden[start * size : (start + 1) * size] = output
+
+    def advance_to(
+        self,
+        module: str,
+        layer: nn.Module,
+        index: int,
+        hidden: Tensor,
+        hook: KVCacheHook | None = None,
+        observers: InputObservers | None = None,
+    ) -> None:
+        """Replace `hidden` by what a module of the layer reads, in place; the rest of the layer does not run."""
+        for batch in hidden.split(max(1, BATCH_TOKENS // hidden.shape[1])):
+
+            def store(inputs: Tensor, batch: Tensor = batch) -> None:
+                batch.copy_(inputs.view_as(batch))
+
+            with inputs_of(layer, {**(observers or {}), module: store}, stop=True), suppress(SeenAll):
+                next(self.run_layer(layer, index, batch, hook))
+
+    def _layer_arguments(self, index: int, hidden: Tensor) -> dict[str, Any]:
+        key = hidden.shape[1], hidden.dtype
+        if key not in self._arguments:
+            self._arguments[key] = self._capture(*key)
+        return self._arguments[key][index]
+
+    def _capture(self, tokens: int, dtype: torch.dtype) -> list[dict[str, Any]]:
+        recorders = nn.ModuleList(_Recorder() for _ in self._layers)
+        parent_name, _, leaf = self.architecture.layers.rpartition(".")
+        parent = self.skeleton.get_submodule(parent_name)
+        embeds = torch.zeros(1, tokens, self.config.hidden_size, dtype=dtype, device=self.device)
+        setattr(parent, leaf, recorders)
+        norm = self.skeleton.get_submodule(self.architecture.final_norm)
+        try:
+            self._replace(self.architecture.final_norm, nn.Identity())
+            self.skeleton.get_submodule(self.architecture.rotary).to(self.device)
+            with torch.no_grad():
+                parent(inputs_embeds=embeds, use_cache=False)
+        finally:
+            setattr(parent, leaf, self._layers)
+            self._replace(self.architecture.final_norm, norm)
+        return [recorder.arguments for recorder in recorders]  # type: ignore[misc]
+
+    def _replace(self, name: str, module: nn.Module) -> None:
+        parent, _, leaf = name.rpartition(".")
+        setattr(self.skeleton.get_submodule(parent), leaf, module)
+
+    def _load_named(self, name: str) -> nn.Module:
+        return self._load(copy.deepcopy(self.skeleton.get_submodule(name)), name)
+
+    def _load(self, module: nn.Module, prefix: str) -> nn.Module:
+        state = {
+            name: self._read(self.architecture.published_name(f"{prefix}.{name}"))
+            for name in module.state_dict()
+        }
+        module.load_state_dict(state, assign=True)
+        return module.eval().requires_grad_(False)
+
+    def _read(self, published: str) -> Tensor:
+        return self.weights.read(published).to(self.device, self.dtype)

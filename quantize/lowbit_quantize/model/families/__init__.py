@@ -1,0 +1,16 @@
+"""What differs between model families and cannot be seen by running a layer: one table, a row a family."""
+
+from lowbit_core.errors import ModelError
+from lowbit_quantize.model.architecture import Architecture
+from lowbit_quantize.model.families import dense, mixtures
+
+ARCHITECTURES = {family.model_type: family for family in (*dense.FAMILIES, *mixtures.FAMILIES)}
+
+
+def architecture_of(model_type: str, model: str) -> Architecture:
+    """The table's entry; raises ModelError naming what is known."""
+    if model_type not in ARCHITECTURES:
+        raise ModelError(
+            f"{model} has the architecture {model_type!r}; supported are: {', '.join(sorted(ARCHITECTURES))}"
+        )
+    return ARCHITECTURES[model_type]

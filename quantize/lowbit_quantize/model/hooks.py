@@ -1,0 +1,117 @@
+"""Where a layer is looked into while it runs: what its modules read, its attention, and its KV cache."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from lowbit_quantize.model.architecture import Architecture
+
+# Called with keys and values, (batch, heads, tokens, head_dim), after RoPE; gives what attention is to use instead.
+KVCacheHook = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+InputObservers = Mapping[str, Callable[[Tensor], None]]
+# Called with query and key, (batch, heads, tokens, head_dim), the mask and the factor of the logits.
+AttentionObserver = Callable[[Tensor, Tensor, Tensor | None, float], None]
+
+ATTENTION = "lowbit_sdpa"
+_attention_observer: ContextVar[AttentionObserver | None] = ContextVar("attention_observer", default=None)
+
+
+class SeenAll(Exception):
+    """All that was to be seen has been seen; nothing reads the rest of the layer."""
+
+
+class HookedCache(Cache):
+    """A cache that keeps nothing: it passes keys and values through a hook."""
+
+    def __init__(self, hook: KVCacheHook) -> None:
+        super().__init__(layers=[])
+        self._hook = hook
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        return self._hook(key_states, value_states)
+
+
+@contextmanager
+def inputs_of(layer: nn.Module, observers: InputObservers, *, stop: bool = False) -> Iterator[None]:
+    """Call `observers[name]` with the input, (tokens, features), of each named module while the layer runs.
+
+    With `stop`, the last named module raises `SeenAll` instead of running.
+    """
+
+    def hook_for(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            observers[name](inputs[0].reshape(-1, inputs[0].shape[-1]))
+            if stop and name == list(observers)[-1]:
+                raise SeenAll
+
+        return hook
+
+    handles = [layer.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in observers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def attention_observed_by(observer: AttentionObserver) -> Iterator[None]:
+    """Call `observer` wherever a layer computes attention while the block runs, before it is computed."""
+    token = _attention_observer.set(observer)
+    try:
+        yield
+    finally:
+        _attention_observer.reset(token)
+
+
+def register_attention() -> str:
+    """Make the name under which transformers finds attention that can be observed; returns it."""
+    AttentionInterface.register(ATTENTION, _observable_attention)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    return ATTENTION
+
+
+def _observable_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **arguments: Any
+) -> Any:
+    """transformers' own `sdpa`, seen by the observer of the moment."""
+    if observer := _attention_observer.get():
+        observer(query, key, mask, arguments.get("scaling") or query.shape[-1] ** -0.5)
+    return sdpa_attention_forward(module, query, key, value, mask, **arguments)
+
+
+@contextmanager
+def without_attention(
+    layer: nn.Module, architecture: Architecture, read: Sequence[Tensor] = ()
+) -> Iterator[None]:
+    """While the block runs, attention is not computed: it adds what its last linear makes of `read`, or nothing.
+
+    `read` has what that linear reads, (tokens, features), batch by batch. Where attention adds nothing, the layer takes
+    what its middle reads.
+    """
+    batches, end = iter(read), layer.get_submodule(architecture.attention_end)
+
+    def attend(hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
+        if not read:
+            return hidden_states.new_zeros(()).expand_as(hidden_states), None
+        return end(next(batches)).view_as(hidden_states), None
+
+    modules = dict(layer.named_children())
+    stand_ins = {architecture.attention: attend, "input_layernorm": lambda hidden_states: hidden_states}
+    replaced = {modules[name]: forward for name, forward in stand_ins.items() if name in modules}
+    for module, forward in replaced.items():
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module in replaced:
+            del module.forward

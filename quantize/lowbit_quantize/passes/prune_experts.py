@@ -1,0 +1,161 @@
+"""Expert pruning: which experts a layer keeps, cut out of router and block together.
+
+Experts are scored on what routing showed (statistics/expert_saliency.py) and chosen evenly over routing groups;
+super-experts are kept whatever their score. Scores are taken on what the compressed layers before really give.
+"""
+
+import copy
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from lowbit_core.documents import Section
+from lowbit_core.errors import ModelError, RecipeError
+from lowbit_quantize.model.architecture import Architecture
+from lowbit_quantize.passes.kind import PlainPass
+from lowbit_quantize.statistics.expert_saliency import ExpertSaliency, routing_of, score
+from lowbit_quantize.walk.layer import LayerContext
+
+NAME = "prune_experts"
+
+
+class PruneExpertsOptions(Section):
+    """How many routed experts of each layer go, as a ratio, or stay, as a count: one of the two.
+
+    `expert_parallel` must divide what stays; `seed` is for the criterion `random`.
+    """
+
+    prune_ratio: float | None = Field(default=None, ge=0, lt=1, strict=True)  # strict: true is no number
+    keep_experts: int | None = Field(default=None, ge=1, strict=True)
+    criterion: Literal["reap", "gated-norm", "man", "ean", "frequency", "random"] = "reap"
+    seed: int = 0
+    expert_parallel: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> "PruneExpertsOptions":
+        if (self.prune_ratio is None) == (self.keep_experts is None):
+            raise ValueError(
+                "give prune_ratio, the share of experts that goes, or keep_experts, the count that stays"
+            )
+        return self
+
+
+def choose(scores: Tensor, protected: Tensor, kept: int, groups: int) -> Tensor:
+    """Numbers of the `kept` best experts in rising order, as many from each group; the protected come first."""
+    ranked = torch.where(protected, torch.inf, scores).view(groups, -1)
+    best = ranked.topk(kept // groups, dim=1).indices + torch.arange(groups).unsqueeze(1) * ranked.shape[1]
+    return best.flatten().sort().values
+
+
+def pruned_router(router: nn.Module, kept: Tensor) -> nn.Module:
+    """A copy of a router that knows the kept experts only: its rows, and those of its biases and buffers."""
+    pruned: Any = copy.deepcopy(router)
+    before = pruned.num_experts
+    for name, parameter in list(pruned.named_parameters(recurse=False)):
+        if parameter.shape[:1] == (before,):
+            setattr(pruned, name, nn.Parameter(parameter[kept].clone(), requires_grad=False))
+    for name, buffer in list(pruned.named_buffers(recurse=False)):
+        if buffer.shape[:1] == (before,):
+            setattr(pruned, name, buffer[kept].clone())
+    pruned.num_experts = len(kept)
+    return pruned  # type: ignore[no-any-return]
+
+
+def prune_layer(layer: nn.Module, architecture: Architecture, kept: Tensor) -> None:
+    """Remove all other experts from a layer, and their rows from everything its router holds."""
+    block: Any = layer.get_submodule(architecture.moe_block)
+    experts: Any = layer.get_submodule(architecture.experts)
+    block.gate = pruned_router(block.gate, kept)
+    block.experts = type(experts)(experts[int(i)] for i in kept)
+
+
+@dataclass(frozen=True)
+class PruneExperts(PlainPass):
+    """A checked decision: of `experts` in every routed layer, `kept` stay, evenly over `groups`."""
+
+    experts: int
+    kept: int
+    groups: int
+    recipe: PruneExpertsOptions
+    architecture: Architecture
+
+    name = NAME
+    changes_function = True
+
+    def run(self, layer: nn.Module, context: LayerContext) -> None:
+        if not self.architecture.has_experts(layer):
+            return
+        seen = ExpertSaliency(self.experts)
+        with routing_of(layer, self.architecture, seen):
+            for _ in context.decoder.run_layer(layer, context.index, context.calibration):
+                pass
+        kept = self.keep(seen, context.index)
+        prune_layer(layer, self.architecture, kept)
+        context.result.kept_experts = kept.tolist()
+
+    def keep(self, seen: ExpertSaliency, layer: int) -> Tensor:
+        """The numbers of the experts that a layer keeps, rising."""
+        scores = score(seen, self.recipe.criterion, self.recipe.seed, layer)
+        return choose(scores, seen.super_experts, self.kept, self.groups)
+
+    def shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+        expert = re.search(rf"\.{re.escape(self.architecture.experts)}\.(\d+)\.", name)
+        if expert:
+            return shape if int(expert[1]) < self.kept else None
+        if f".{self.architecture.router}." in name and shape[:1] == (self.experts,):
+            return (self.kept, *shape[1:])
+        return shape
+
+    def configuration(self) -> Mapping[str, Any]:
+        return {"num_experts": self.kept}
+
+
+class PruneExpertsKind:
+    """What a recipe can say, and whether it fits a model."""
+
+    name = NAME
+    options = PruneExpertsOptions
+    after = ()
+
+    def make(
+        self, options: PruneExpertsOptions, config: Any, architecture: Architecture, model: str
+    ) -> PruneExperts:
+        """Check the counts against a model's configuration; raises RecipeError or ModelError."""
+        if not architecture.moe_block:
+            raise RecipeError(f"{NAME}: {model} ({architecture.model_type}) has no experts")
+        experts, top_k = int(config.num_experts), int(config.num_experts_per_tok)
+        groups, used = 1, 1
+        if getattr(config, "topk_method", None) == "group_limited_greedy":
+            groups, used = int(config.n_group), int(config.topk_group)
+        if experts % groups:
+            raise ModelError(f"{model}: its {groups} routing groups do not divide its {experts} experts")
+        kept = options.keep_experts or round(experts * (1 - (options.prune_ratio or 0.0)))
+        _check_count(options, kept, experts, (top_k, groups, used))
+        return PruneExperts(experts, kept, groups, options, architecture)
+
+
+def _check_count(
+    options: PruneExpertsOptions, kept: int, experts: int, routing: tuple[int, int, int]
+) -> None:
+    """Raise RecipeError where `kept` experts cannot stay; `routing`: experts a token uses, groups, and groups used."""
+    top_k, groups, used = routing
+    step = math.lcm(groups, options.expert_parallel)
+    least = next(n for n in range(step, step * (top_k + 1) + 1, step) if n // groups * used >= top_k)
+    allowed = ", ".join(str(n) for n in range(least, experts + 1, step)) or "none"
+    given = f"keep_experts = {kept}" if options.keep_experts else f"prune_ratio = {options.prune_ratio}"
+    asked = f"{NAME}.{given} keeps {kept} of {experts} experts"
+    reason = ""
+    if kept // groups * used < top_k:
+        reason = f", and each token uses {top_k}"
+    elif kept % groups:
+        reason = f", which its {groups} routing groups do not divide"
+    elif kept % options.expert_parallel:
+        reason = f", which expert_parallel = {options.expert_parallel} does not divide"
+    if reason or kept > experts:
+        raise RecipeError(f"{asked}{reason}; allowed counts: {allowed}")

@@ -1,0 +1,97 @@
+"""A recipe's rules, read for the linears of a model: the last rule that matches a linear decides."""
+
+import fnmatch
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from lowbit_core.errors import RecipeError
+from lowbit_quantize.catalog import Catalog, unknown_name
+from lowbit_quantize.methods.method import Method
+from lowbit_quantize.recipe import NONE, Rule
+from lowbit_quantize.schemes.scheme import Scheme
+from lowbit_quantize.walk.module_plan import ModulePlan
+
+DEFAULT_METHODS = ("awq",)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the rules want of a linear: its entry, or None to leave it; and whether a rule says so, or none matches."""
+
+    entry: ModulePlan | None = None
+    by_rule: bool = False
+
+    @property
+    def words(self) -> str:
+        if self.entry is None:
+            return NONE
+        size = self.entry.scheme.group_size or "channel"
+        return (
+            f"{self.entry.scheme.name}, group_size {size}, {[method.name for method in self.entry.methods]}"
+        )
+
+
+def resolve(
+    rules: Sequence[Rule], published: Mapping[str, str], linears: Collection[str], catalog: Catalog
+) -> dict[str, Wanted]:
+    """What the rules want of each of `linears`, by name; raises RecipeError.
+
+    `published` maps the names of all linears of the model, which are more (the head), to those that rules are written
+    in.
+    """
+    wanted = dict.fromkeys(linears, Wanted())
+    for number, rule in enumerate(rules):
+        entry = _entry(rule, f"modules.{number}", catalog)
+        for pattern in rule.match:
+            matches = _matcher(pattern, f"modules.{number}.match")
+            matched = [name for name, known in published.items() if matches(known)]
+            if not matched:
+                example = published[list(linears)[-1]]
+                raise RecipeError(
+                    f"modules.{number}.match: {pattern!r} matches no linear; names look like {example}, patterns like "
+                    "'*.down_proj' or 're:.*down_proj'"
+                )
+            mine = [name for name in matched if name in wanted]
+            if entry is not None and not mine:
+                raise RecipeError(
+                    f"modules.{number}.match: {pattern!r} matches {published[matched[0]]} only, which lies outside "
+                    "of the decoder's layers and stays as it is; give it scheme: none or leave the rule out"
+                )
+            wanted.update(dict.fromkeys(mine, Wanted(entry, by_rule=True)))
+    return wanted
+
+
+def _matcher(pattern: str, key: str) -> Callable[[str], object]:
+    expression = pattern.removeprefix("re:") if pattern.startswith("re:") else fnmatch.translate(pattern)
+    try:
+        return re.compile(expression).fullmatch
+    except re.error as error:
+        raise RecipeError(f"{key}: {pattern!r} is not a regular expression: {error}") from error
+
+
+def _entry(rule: Rule, key: str, catalog: Catalog) -> ModulePlan | None:
+    if rule.scheme == NONE:
+        return None
+    presets = {preset.name: preset for preset in catalog.presets}
+    if rule.scheme not in presets:
+        raise RecipeError(unknown_name(f"{key}.scheme", rule.scheme, [*presets, NONE]))
+    preset = presets[rule.scheme]
+    scheme: Scheme = preset.make(rule.group_size or preset.group_size)
+    return ModulePlan(scheme, _methods(rule.methods or DEFAULT_METHODS, f"{key}.methods", catalog))
+
+
+def _methods(names: Sequence[str], key: str, catalog: Catalog) -> tuple[Method, ...]:
+    known = {method.name: method for method in catalog.methods}
+    for name in names:
+        if name not in known:
+            raise RecipeError(unknown_name(key, name, known))
+    methods = tuple(known[name] for name in names)
+    if len(set(names)) < len(names):
+        raise RecipeError(f"{key} = {list(names)}: a method stands twice; name each once")
+    for method in methods[:-1]:
+        if not method.scales_inputs:
+            raise RecipeError(
+                f"{key} = {list(names)}: {method.name} only quantizes, so it stands last; put it there or leave it out"
+            )
+    return methods

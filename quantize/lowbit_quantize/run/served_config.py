@@ -1,0 +1,95 @@
+"""`config.json` of a checkpoint: the base's, and compressed-tensors' `quantization_config`.
+
+Modules are named one by one, in groups that do not overlap: vLLM takes the first group that matches,
+compressed-tensors and TensorRT-LLM sort first, and so all of them find the same one. Only a layer's routed experts,
+which share one entry and which transformers looks for by a pattern, are named by one pattern a layer.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from lowbit_quantize.device.memory import without_compiler
+from lowbit_quantize.schemes.scheme import Scheme
+
+with without_compiler():  # the library compiles a function for 4-bit floats, which is not called here
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+
+MIXED_FORMAT = "mixed-precision"  # where groups are stored differently
+EXPERT = re.compile(r"(?P<experts>.*\.experts)\.\d+\.(?P<linear>\w+)")
+
+
+def served_config(config: Any, quantization: dict[str, Any] | None, dtype: torch.dtype) -> dict[str, Any]:
+    """The configuration with its `quantization_config`, as transformers and vLLM read it."""
+    data: dict[str, Any] = config.to_diff_dict()
+    data.pop("_name_or_path", None)
+    data.pop("quantization_config", None)
+    data["dtype"] = str(dtype).removeprefix("torch.")
+    if quantization:
+        data["quantization_config"] = quantization
+    return data
+
+
+def quantization_config(
+    schemes: Mapping[str, Scheme], unquantized: Sequence[str], *, fp8_cache: bool
+) -> dict[str, Any] | None:
+    """compressed-tensors' configuration: the scheme of each linear by its published name, and the names of the others.
+
+    None where nothing is compressed.
+    """
+    if not schemes and not fp8_cache:
+        return None
+    named: dict[Scheme, list[str]] = {}
+    for name, scheme in schemes.items():
+        named.setdefault(scheme, []).append(name)
+    groups = {
+        f"group_{number}": QuantizationScheme(
+            targets=targets_of(names), format=scheme.format, **scheme.quantization_args()
+        )
+        for number, (scheme, names) in enumerate(named.items())
+    }
+    formats = {scheme.format for scheme in named}
+    config = QuantizationConfig(
+        config_groups=groups,
+        format=next(iter(formats)) if len(formats) == 1 else MIXED_FORMAT if formats else "dense",
+        quantization_status="compressed",
+        ignore=targets_of(unquantized),
+        kv_cache_scheme=QuantizationArgs(num_bits=8, type="float", symmetric=True, strategy="tensor")
+        if fp8_cache
+        else None,
+    )
+    dumped: dict[str, Any] = json.loads(json.dumps(config.to_dict(), default=str))
+    if schemes and any(map(EXPERT.fullmatch, unquantized)):
+        _read_plain_experts(dumped)
+    return dumped
+
+
+def targets_of(names: Iterable[str]) -> list[str]:
+    """Full names, and one anchored pattern for the experts of each layer."""
+    targets: list[str] = []
+    experts: dict[str, list[str]] = {}
+    for name in names:
+        if found := EXPERT.fullmatch(name):
+            linears = experts.setdefault(found["experts"], [])
+            linears += [] if found["linear"] in linears else [found["linear"]]
+        else:
+            targets.append(name)
+    return targets + [
+        rf"re:^{re.escape(block).replace(chr(92) + '.', '[.]')}[.]\d+[.]({'|'.join(linears)})$"
+        for block, linears in experts.items()
+    ]
+
+
+def _read_plain_experts(quantization: dict[str, Any]) -> None:
+    """Make transformers read routed experts that are not quantized, where other things are.
+
+    transformers (5.19) unpacks a model's experts by the first group whose pattern says "experts", else by any
+    group, whether or not they are quantized; only under an FP8 scheme does it take tensors without a scale as they
+    are. The group that is added here matches no module, and tells vLLM nothing.
+    """
+    weights = QuantizationArgs(num_bits=8, type="float", symmetric=True, strategy="channel")
+    scheme = QuantizationScheme(targets=["re:^no_module_has_this_name[.]experts$"], weights=weights)
+    quantization["config_groups"]["plain_experts"] = json.loads(scheme.model_dump_json())

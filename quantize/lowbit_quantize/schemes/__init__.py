@@ -1,0 +1,1 @@
+"""Classes of numbers: how a weight, and where the scheme has them its inputs, are stored. One file a class."""

@@ -1,0 +1,153 @@
+"""Affine integers as a scheme: W4A16, W4A16_ASYM and W8A16 of compressed-tensors, stored as `pack-quantized`."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit_quantize.device.memory import without_compiler
+from lowbit_quantize.schemes.affine import SCALE_DTYPE, Affine, encode, range_params
+from lowbit_quantize.schemes.affine_search import (
+    best_of,
+    candidates,
+    search_params,
+    solve_scales,
+    split_groups,
+)
+from lowbit_quantize.schemes.scheme import GroupSize, Kernel, Params, Preset, QuantizeColumn, Quantized
+
+with without_compiler():  # the library compiles a function for 4-bit floats, which is not called here
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
+
+PRESET_NAMES = ("W4A16", "W4A16_ASYM", "W8A16")
+SMALLEST_GROUP = 32  # what the engines' integer kernels divide rows into
+WORD_BITS = 32
+TRIAL_CLIPS = (1.0, 0.86)  # that a scale of the inputs is judged by
+MARLIN = ((4, True), (8, True), (4, False))  # bits, symmetric
+MARLIN_GROUPS = (None, 32, 64, 128)
+CPU_BITS = (4,)
+
+
+@dataclass(frozen=True)
+class Integer(Affine):
+    """`w = scale · (code − zero)`, codes int8 in memory; parameters `scale` and `zero`, (out, groups) each."""
+
+    name: str
+
+    format = "pack-quantized"
+    code_dtype = torch.int8
+
+    def search(self, weight: Tensor, hessian: Tensor | None) -> Params:
+        if hessian is None:
+            scale, zero = range_params(self.split(weight), self)
+        else:
+            scale, zero = search_params(weight, hessian, self)
+        return {"scale": scale, "zero": zero}
+
+    def quantize(self, weight: Tensor, params: Params) -> Tensor:
+        codes = encode(self.split(weight), params["scale"], params["zero"], self)
+        return codes.flatten(1).to(self.code_dtype)
+
+    def dequantize(self, codes: Tensor, params: Params) -> Tensor:
+        groups = self.split(codes).float()  # (out, groups, width)
+        weight: Tensor = (groups - params["zero"].unsqueeze(-1)) * params["scale"].unsqueeze(-1)
+        return weight.flatten(1)
+
+    def columns(self, params: Params, groups: Tensor) -> Callable[[slice], Sequence[QuantizeColumn]]:
+        scale = params["scale"].T[groups]  # (columns, rows)
+        if self.symmetric:
+            return lambda block: [partial(self._symmetric_column, s) for s in scale[block].unbind()]
+        zero = params["zero"].T[groups]
+        return lambda block: [
+            partial(self._column, s, z)
+            for s, z in zip(scale[block].unbind(), zero[block].unbind(), strict=True)
+        ]
+
+    def _symmetric_column(self, scale: Tensor, column: Tensor, code: Tensor, error: Tensor) -> None:
+        torch.div(column, scale, out=code).round_().clamp_(self.lowest, self.highest)
+        torch.addcmul(column, code, scale, value=-1, out=error)
+
+    def _column(self, scale: Tensor, zero: Tensor, column: Tensor, code: Tensor, error: Tensor) -> None:
+        torch.div(column, scale, out=code).round_().add_(zero).clamp_(self.lowest, self.highest)
+        torch.addcmul(column, code - zero, scale, value=-1, out=error)
+
+    def refine(self, codes: Tensor, params: Params, weight: Tensor, hessian: Tensor) -> Params:
+        scale = solve_scales(codes, params["scale"], params["zero"], weight, hessian, self)
+        return {"scale": scale, "zero": params["zero"]}
+
+    def trial_error(self, weight: Tensor, blocks: Tensor) -> float:
+        groups = split_groups(weight, self)
+        return float(torch.sum(best_of(groups, blocks, candidates(groups, self, TRIAL_CLIPS)).error))
+
+    def tensors(self, codes: Tensor, params: Params) -> dict[str, Tensor]:
+        tensors = {
+            "weight_packed": pack_to_int32(codes, self.bits),
+            "weight_scale": params["scale"].to(SCALE_DTYPE),
+            "weight_shape": torch.tensor(codes.shape, dtype=torch.int64),
+        }
+        if not self.symmetric:
+            zero = params["zero"].to(torch.int8)
+            tensors["weight_zero_point"] = pack_to_int32(zero, self.bits, packed_dim=0)
+        return tensors
+
+    def read(self, tensors: Mapping[str, Tensor]) -> Quantized:
+        outputs, inputs = tensors["weight_shape"].tolist()
+        scale = tensors["weight_scale"].float()
+        zero = torch.zeros_like(scale)
+        if not self.symmetric:
+            shape = torch.Size(scale.shape)
+            zero = unpack_from_int32(tensors["weight_zero_point"], self.bits, shape, packed_dim=0).float()
+        codes = unpack_from_int32(tensors["weight_packed"], self.bits, torch.Size((outputs, inputs)))
+        return Quantized(codes, {"scale": scale, "zero": zero}, self)
+
+    def bytes(self, outputs: int, inputs: int) -> tuple[int, int]:
+        groups = inputs // self.width(inputs)
+        codes = outputs * -(-inputs * self.bits // WORD_BITS) * 4
+        scales = outputs * groups * SCALE_DTYPE.itemsize
+        zeros = 0 if self.symmetric else -(-outputs * self.bits // WORD_BITS) * groups * 4
+        return codes + scales + zeros + 2 * 8, 3 if self.symmetric else 4
+
+    def quantization_args(self) -> Mapping[str, Any]:
+        preset = PRESET_SCHEMES[self.name]["weights"]
+        strategy = "group" if self.group_size else "channel"
+        return {
+            "weights": QuantizationArgs(
+                **{**preset.model_dump(), "strategy": strategy, "group_size": self.group_size}
+            )
+        }
+
+    def obstacles(self, kernel: Kernel) -> list[str]:
+        kind = f"{self.bits} bits {'symmetric' if self.symmetric else 'asymmetric'}"
+        found = []
+        if kernel == "cpu" and self.bits not in CPU_BITS:
+            found.append(f"the CPU's kernel takes 4 bits, not {kind}")
+        if kernel == "marlin" and (self.bits, self.symmetric) not in MARLIN:
+            found.append(f"Marlin does not take {kind}")
+        if kernel == "marlin" and self.group_size not in MARLIN_GROUPS:
+            found.append(f"Marlin takes groups of 32, 64, 128 or channels, not {self.group_size}")
+        return found
+
+    def misfit(self, inputs: int) -> str | None:
+        if self.group_size is None and inputs % SMALLEST_GROUP:
+            return f"they are no multiple of {SMALLEST_GROUP}"
+        if self.group_size and inputs % self.group_size:
+            return f"groups of {self.group_size} do not divide them"
+        return None
+
+
+def _preset(name: str) -> Preset:
+    weights: QuantizationArgs = PRESET_SCHEMES[name]["weights"]
+
+    def make(group_size: GroupSize) -> Integer:
+        size = None if group_size == "channel" else group_size
+        return Integer(weights.num_bits, size, weights.symmetric, name)
+
+    return Preset(name, make, weights.group_size or "channel")
+
+
+PRESETS = tuple(map(_preset, PRESET_NAMES))

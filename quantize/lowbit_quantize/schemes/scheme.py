@@ -1,0 +1,142 @@
+"""What a scheme is: a class of numbers that weights are stored in. Methods call one and know nothing of its numbers.
+
+A scheme has parameters for each group of inputs of each row (scales, zero points), found by `search`; `quantize`
+gives the nearest codes under them. Whatever `dequantize` gives is what engines compute with: parameters are held at
+the precision that they are stored in, so that what is measured is what is served.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+Params = Mapping[str, Tensor]  # each (out, groups)
+Kernel = Literal["marlin", "cpu"]
+KERNELS: tuple[Kernel, ...] = ("marlin", "cpu")
+GroupSize = int | Literal["channel"]
+
+# Writes the codes nearest to a column, (rows,), and what is left of the column, into the second and third tensor.
+QuantizeColumn = Callable[[Tensor, Tensor, Tensor], None]
+
+
+class Scheme(Protocol):
+    """A class of numbers; `name` is compressed-tensors' preset, `group_size` None where a row is one group.
+
+    `format` is compressed-tensors' name of how codes lie in the file, `code_dtype` how they lie in memory.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def bits(self) -> float: ...
+    @property
+    def group_size(self) -> int | None: ...
+    @property
+    def symmetric(self) -> bool: ...
+    @property
+    def format(self) -> str: ...
+    @property
+    def code_dtype(self) -> torch.dtype: ...
+
+    def width(self, features: int) -> int:
+        """Inputs in a group of a weight with so many inputs."""
+        ...
+
+    def search(self, weight: Tensor, hessian: Tensor | None) -> Params:
+        """Parameters for a weight (out, in): from its range, or those that err least where `hessian` is given.
+
+        `hessian` is (in, in), or a diagonal in its place, (in,).
+        """
+        ...
+
+    def quantize(self, weight: Tensor, params: Params) -> Tensor:
+        """The nearest codes of a weight (out, in)."""
+        ...
+
+    def dequantize(self, codes: Tensor, params: Params) -> Tensor:
+        """What engines compute with, (out, in) float32."""
+        ...
+
+    def columns(self, params: Params, groups: Tensor) -> Callable[[slice], Sequence[QuantizeColumn]]:
+        """What quantizes columns one by one; `groups`, (columns,), names the group of each, in any order.
+
+        Called with a slice of the columns it gives a function for each.
+        """
+        ...
+
+    def refine(self, codes: Tensor, params: Params, weight: Tensor, hessian: Tensor) -> Params:
+        """Parameters that err less, or as little, for codes that are fixed: `weight` (out, in), `hessian` (in, in)."""
+        ...
+
+    def trial_error(self, weight: Tensor, blocks: Tensor) -> float:
+        """About the error that `search` would leave on some rows, (rows, in), for comparing scales of the inputs.
+
+        `blocks` are the Hessian's blocks on the diagonal, (groups, width, width), or their diagonals, (groups, width).
+        """
+        ...
+
+    def tensors(self, codes: Tensor, params: Params) -> dict[str, Tensor]:
+        """What the file holds of a linear, by the last part of each name."""
+        ...
+
+    def read(self, tensors: Mapping[str, Tensor]) -> "Quantized":
+        """The inverse of `tensors`."""
+        ...
+
+    def bytes(self, outputs: int, inputs: int) -> tuple[int, int]:
+        """Bytes and number of the tensors of a linear."""
+        ...
+
+    def quantization_args(self) -> Mapping[str, Any]:
+        """Fields of compressed-tensors' QuantizationScheme but its targets: `weights`, `input_activations`."""
+        ...
+
+    def obstacles(self, kernel: Kernel) -> list[str]:
+        """Why one of vLLM's kernels does not take these numbers whatever the shape; empty where it does."""
+        ...
+
+    def misfit(self, inputs: int) -> str | None:
+        """Why a linear with so many inputs cannot be stored so; None where it can."""
+        ...
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A quantized weight: codes (out, in), parameters (out, groups) each, and the scheme that they belong to."""
+
+    codes: Tensor
+    params: Params
+    scheme: Scheme
+
+    def dequantize(self) -> Tensor:
+        """The weight that is served, (out, in), float32."""
+        return self.scheme.dequantize(self.codes, self.params)
+
+    def rows(self, start: int, stop: int) -> "Quantized":
+        """A part of the outputs."""
+        params = {name: values[start:stop] for name, values in self.params.items()}
+        return Quantized(self.codes[start:stop], params, self.scheme)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What the file holds."""
+        return self.scheme.tensors(self.codes, self.params)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A row of the table of schemes: its name, the scheme it makes for a group size, and the size it has by itself."""
+
+    name: str
+    make: Callable[[GroupSize], Scheme]
+    group_size: GroupSize
+
+
+def diagonal_blocks(hessian: Tensor, width: int) -> Tensor:
+    """The (groups, width, width) blocks on the diagonal of a matrix; of a diagonal, its parts, (groups, width)."""
+    count = hessian.shape[0] // width
+    if hessian.dim() == 1:
+        return hessian.view(count, width)
+    tiles = hessian.view(count, width, count, width)
+    return torch.stack([tiles[group, :, group] for group in range(count)])

@@ -1,0 +1,153 @@
+"""Statistics of one layer, gathered in one pass: Hessians, and how far its inputs are from the base model's."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lowbit_quantize.model.architecture import Architecture, LinearGroup, linear_of
+from lowbit_quantize.statistics.error_compensation import Drift
+from lowbit_quantize.statistics.hessian import AttendedHessian, Hessian
+from lowbit_quantize.statistics.sample import Sample
+
+Observers = dict[str, Callable[[Tensor], None]]
+
+BORROWED_TOKENS = 2048  # of a block's inputs that are kept for experts that see too few of their own
+
+
+class LayerStatistics:
+    """What one pass over the calibration tokens saw of a decoder layer, for each of some groups of linears.
+
+    An expert's linears are observed on the tokens that the block routes to it. One that sees fewer tokens than its
+    linear has inputs borrows the rest from its layer: its Hessian shrinks towards the one that it would have
+    if every token of the block were its own.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        architecture: Architecture,
+        device: torch.device,
+        groups: Sequence[LinearGroup] | None = None,
+        paired: Mapping[str, Tensor | None] | None = None,
+    ) -> None:
+        """Observe `groups`, by default all of the layer.
+
+        `paired` names the first linears of groups whose inputs are observed in the base model too, and what the
+        compressed model's inputs of each are divided by, (features,), if by anything.
+        """
+        self._layer, self._architecture = layer, architecture
+        self._hessians: dict[str, Hessian] = {}
+        self._drifts: dict[str, Drift] = {}  # by the name of a group's first linear
+        self._residuals: dict[str, Drift] = {}  # by the name of the norm that reads the residual stream
+        self._block_inputs = Sample(BORROWED_TOKENS)
+        self._routes = False
+        for group in architecture.groups_of(layer) if groups is None else groups:
+            self._routes = self._routes or self._architecture.is_expert(group)
+            features = linear_of(layer, group.linears[0]).in_features
+            kind = AttendedHessian if group.attended else Hessian
+            for name in dict.fromkeys((self._place(group), *group.other_readers[:1])):
+                self._hessians[name] = kind(features, device)
+            if paired and group.linears[0] in paired:
+                weights = [linear_of(layer, name).weight for name in group.linears]
+                drift = Drift(weights, paired[group.linears[0]], group.attended, bool(group.residual))
+                self._drifts[group.linears[0]] = drift
+                if group.residual:
+                    self._residuals[group.residual] = drift
+
+    @property
+    def observers(self) -> Observers:
+        """What to call with the input of each observed module of the layer, in the compressed model."""
+        observers: Observers = {name: drift.see_residual for name, drift in self._residuals.items()}
+        observers.update({name: seen.add for name, seen in self._hessians.items()})
+        for name, drift in self._drifts.items():
+            observers[name] = both(observers[name], drift.add)
+        if self._routes:
+            router, sample = self._architecture.router, self._block_inputs.add
+            observers[router] = both(observers[router], sample) if router in observers else sample
+        elif self.attended:  # the attention is known before this is reached
+            observers.setdefault(self._architecture.attention_end, _ignore)
+        return observers
+
+    @property
+    def ends_before_attention(self) -> bool:
+        """Whether nothing is observed beyond what attention is computed from."""
+        return self.observers.get(self._architecture.attention_end) is _ignore
+
+    @property
+    def routes(self) -> bool:
+        """Whether routed experts are observed, which may be called in any order."""
+        return self._routes
+
+    @property
+    def base_observers(self) -> Observers:
+        """What to call with the same modules' inputs in the base model, batch by batch, before `observers`."""
+        observers: Observers = {name: drift.expect_residual for name, drift in self._residuals.items()}
+        observers.update({name: drift.expect for name, drift in self._drifts.items()})
+        return observers
+
+    @property
+    def attended(self) -> list[AttendedHessian | Drift]:
+        """The statistics whose tokens count by the attention they receive."""
+        drifts = [drift for drift in self._drifts.values() if drift.attended]
+        seen = [seen for seen in self._hessians.values() if isinstance(seen, AttendedHessian)]
+        return [*seen, *drifts]
+
+    def target(self, group: LinearGroup, weight: Tensor, hessian: Tensor) -> Tensor:
+        """What to round a group's stacked weight, (out, in), towards."""
+        drift = self._drifts.get(group.linears[0])
+        return weight if drift is None else drift.target(weight, hessian)
+
+    @property
+    def under_calibrated(self) -> dict[int, int]:
+        """Tokens that were seen by each expert that borrows, by its number."""
+        prefix = f"{self._architecture.experts}."
+        places = {name: seen for name, seen in self._hessians.items() if name.startswith(prefix)}
+        return {
+            int(name.removeprefix(prefix).partition(".")[0]): seen.tokens
+            for name, seen in places.items()
+            if seen.tokens < seen.features
+        }
+
+    def hessian(self, group: LinearGroup) -> Tensor:
+        """H of a group's input, (in, in)."""
+        seen = self._hessians[self._place(group)]
+        if not self._architecture.is_expert(group) or seen.tokens >= seen.features:
+            return seen.matrix()
+        own = seen.tokens / seen.features
+        return own * seen.matrix() + (1 - own) * self._borrowed(group)
+
+    def joint_hessian(self, groups: Sequence[LinearGroup]) -> Tensor:
+        """H of the activation that all these groups read: for experts, every token of the block."""
+        if self._architecture.is_expert(groups[0]):
+            return self._hessians[self._architecture.router].matrix()
+        return self.hessian(groups[0])
+
+    def _borrowed(self, group: LinearGroup) -> Tensor:
+        if group.other_readers:
+            return self._hessians[self._architecture.router].matrix()
+        expert = self._layer.get_submodule(group.linears[0].rpartition(".")[0])
+        seen = Hessian(linear_of(self._layer, group.linears[0]).in_features, self._block_inputs.device)
+        with torch.no_grad():
+            seen.add(expert.middle(self._block_inputs.rows()))  # type: ignore[operator]
+        return seen.matrix()
+
+    def _place(self, group: LinearGroup) -> str:
+        """Whose input is observed for a group: its first linear's, or the router's where that is the same."""
+        return (
+            group.other_readers[0]
+            if group.other_readers and not self._architecture.is_expert(group)
+            else group.linears[0]
+        )
+
+
+def _ignore(_: Tensor) -> None:
+    pass
+
+
+def both(first: Callable[[Tensor], None], second: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+    def call(inputs: Tensor) -> None:
+        first(inputs)
+        second(inputs)
+
+    return call

@@ -1,0 +1,201 @@
+"""One walk down the decoder: the streams are held here and move one layer at a time; each finished layer is recorded.
+
+Two streams of hidden states walk: the base model's, on held-out text, and the compressed model's, on held-out and on
+calibration text. Each layer is observed on what the compressed layers before it really give. Where weights make up
+for earlier errors, the base model's calibration text walks too (stages.py), and for the noise floor some of its
+held-out text in float32 (baselines.py).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lowbit_core.log import get_logger
+from lowbit_core.manifest import KVLayerRecord, ModuleRecord, QualityRecord
+from lowbit_core.progress import track
+from lowbit_quantize.device.memory import keep_freed_memory, keep_no_freed_memory, return_freed_memory
+from lowbit_quantize.model.decoder import Decoder
+from lowbit_quantize.quality import kl
+from lowbit_quantize.quality.dataset import TokenText
+from lowbit_quantize.run.hidden_states import HiddenStates
+from lowbit_quantize.run.journal import Conclusion, Journal, LayerRecord
+from lowbit_quantize.run.writer import CheckpointWriter
+from lowbit_quantize.schemes.kv_cache import KVScales
+from lowbit_quantize.walk.baselines import Baselines
+from lowbit_quantize.walk.layer import LayerContext, LayerResult, Pass, QuantizedLinear
+from lowbit_quantize.walk.module_plan import ModulePlan, Modules
+
+log = get_logger("quantize")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a walk does: the table, the passes in order, whether the base model's calibration text walks too, the cache,
+    and the held-out sequences of each baseline."""
+
+    modules: Modules
+    passes: tuple[Pass, ...]
+    paired: bool
+    fp8_cache: bool
+    baselines: Mapping[str, list[int]]
+
+
+class Walk:
+    """The streams of one walk and what its finished layers left."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        work: Work,
+        texts: tuple[TokenText, TokenText],
+        writer: CheckpointWriter,
+        journal: Journal,
+        stream_memory_bytes: int,
+    ) -> None:
+        self.decoder, self.work, self.writer, self.journal = decoder, work, writer, journal
+        self._calibration_text, self._heldout_text = texts
+        self._streams = HiddenStates(decoder.device, journal.directory, stream_memory_bytes)
+        self._baselines = Baselines(decoder, self._streams, self._heldout_text, work.baselines)
+
+    @property
+    def layers(self) -> Sequence[LayerRecord]:
+        """What is recorded of each finished layer."""
+        return self.journal.layers
+
+    def run(self) -> None:
+        """Walk every layer that is not finished and write its shard."""
+        finished = self._take_up()
+        if not finished:
+            self._embed()
+        depth = self.decoder.depth
+        keep_freed_memory()
+        for index in track(range(finished, depth), depth, "layers", done=finished):
+            self._step(index)
+            self._streams.release()
+            return_freed_memory()
+
+    def _embed(self) -> None:
+        texts = {
+            "calibration": self._calibration_text,
+            "heldout": self._heldout_text,
+            "heldout_base": self._heldout_text,
+        }
+        if self.work.paired:
+            texts["calibration_base"] = self._calibration_text
+        for name, text in texts.items():
+            shape = (*text.ids.shape, self.decoder.config.hidden_size)
+            self.decoder.embed(text.ids, self._streams.new(name, shape, self.decoder.dtype))
+        self._baselines.embed()
+
+    def _take_up(self) -> int:
+        """Restore what an earlier process has finished; returns the number of layers."""
+        self.journal.begin(self.writer.directory)
+        self.writer.adopt([record.shard for record in self.journal.layers])
+        if self.journal.layers and not self.journal.conclusion:
+            self.journal.load_streams(self._streams)
+            log.info("going on after %d of %d layers", len(self.journal.layers), self.decoder.depth)
+        return len(self.journal.layers)
+
+    def _step(self, index: int) -> None:
+        decoder, streams = self.decoder, self._streams
+        self._baselines.advance_float32(index)
+        layer = decoder.load_layer(index)
+        decoder.advance(layer, index, streams["heldout_base"])
+        context = self._context(index)
+        for number, one in enumerate(self.work.passes, 1):
+            context.last = number == len(self.work.passes)
+            one.run(layer, context)
+        context.finish(layer)
+        result = context.result
+        decoder.advance(layer, index, streams["heldout"], result.kv_scales)
+        self._baselines.advance_fp8_cache(index, result.base_kv_scales)
+        self._write(layer, index, result)
+
+    def _context(self, index: int) -> LayerContext:
+        prefix = f"{self.decoder.layer_name(index)}."
+        entries = self.work.modules.items()
+        return LayerContext(
+            decoder=self.decoder,
+            index=index,
+            modules={name.removeprefix(prefix): entry for name, entry in entries if name.startswith(prefix)},
+            calibration=self._streams["calibration"],
+            calibration_base=self._streams["calibration_base"] if self.work.paired else None,
+            fp8_cache=self.work.fp8_cache,
+        )
+
+    def quality(self) -> QualityRecord:
+        """Compare both streams at the end of the walk."""
+        if self.journal.conclusion:
+            return self.journal.conclusion.quality
+        keep_no_freed_memory()  # layers are small and many, logits are large
+        norm, head = self.decoder.head()
+        base = self._streams["heldout_base"]
+        predictions = kl.compare(base, self._streams["heldout"], norm, norm, head, self._heldout_text.ids)
+        measured = kl.summarize(
+            predictions,
+            self._heldout_text,
+            kv_cache_included=any(record.kv_scales for record in self.layers),
+            **self._baselines.measure(base, norm, head),
+        )
+        self.journal.conclude(Conclusion(quality=measured, base_files=self._base_files))
+        return measured
+
+    def _write(self, layer: nn.Module, index: int, result: LayerResult) -> None:
+        name, published = self.decoder.layer_name(index), self.decoder.architecture.published_name
+        packed = {linear: one.quantized.tensors() for linear, one in result.linears.items()}
+        tensors = layer_tensors(layer, packed, self.decoder.architecture.attention, result.kv_scales)
+        shard = self.writer.write_shard({published(f"{name}.{key}"): value for key, value in tensors.items()})
+        entries = self.work.modules
+        self.journal.finish(
+            LayerRecord(
+                layer=index,
+                shard=shard,
+                modules=[
+                    _record(published(f"{name}.{linear}"), entries[f"{name}.{linear}"], one)
+                    for linear, one in result.linears.items()
+                ],
+                kv_scales=KVLayerRecord(layer=index, **asdict(result.kv_scales))
+                if result.kv_scales
+                else None,
+                kept_experts=result.kept_experts,
+                under_calibrated=result.under_calibrated,
+                packed_bytes=sum(tensor.nbytes for one in packed.values() for tensor in one.values()),
+                quantized_parameters=sum(one.quantized.codes.numel() for one in result.linears.values()),
+                base_files=self._base_files,
+                streams=self.journal.save_streams(index, self._streams),
+            )
+        )
+
+    @property
+    def _base_files(self) -> list[str]:
+        """The base model's files that were read so far."""
+        return sorted(self.decoder.weights.read_files)
+
+
+def layer_tensors(
+    layer: nn.Module, packed: Mapping[str, Mapping[str, Tensor]], attention: str, kv_scales: KVScales | None
+) -> dict[str, Tensor]:
+    """The tensors of one decoder layer, by their names in it; `packed` holds those of its quantized linears."""
+    replaced = {f"{linear}.weight" for linear in packed}
+    tensors = {key: value for key, value in layer.state_dict().items() if key not in replaced}
+    for linear, parts in packed.items():
+        tensors.update({f"{linear}.{key}": value for key, value in parts.items()})
+    if kv_scales:
+        tensors[f"{attention}.k_scale"] = torch.tensor([kv_scales.k_scale], dtype=torch.float32)
+        tensors[f"{attention}.v_scale"] = torch.tensor([kv_scales.v_scale], dtype=torch.float32)
+    return tensors
+
+
+def _record(name: str, entry: ModulePlan, linear: QuantizedLinear) -> ModuleRecord:
+    return ModuleRecord(
+        name=name,
+        scheme=entry.scheme.name,
+        bits=entry.scheme.bits,
+        group_size=entry.scheme.group_size,
+        symmetric=entry.scheme.symmetric,
+        methods=[method.name for method in entry.methods],
+        error=linear.error,
+        alpha=linear.alpha,
+    )

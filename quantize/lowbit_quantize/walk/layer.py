@@ -1,0 +1,124 @@
+"""What passes are given of a layer, and what they leave behind."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from lowbit_quantize.model.decoder import Decoder
+from lowbit_quantize.schemes.kv_cache import KVScales, calibrated_scales
+from lowbit_quantize.schemes.scheme import Quantized
+from lowbit_quantize.statistics.kv_absmax import KVAbsmax
+from lowbit_quantize.walk.module_plan import Modules
+
+
+@dataclass(frozen=True)
+class QuantizedLinear:
+    """A quantized linear, the exponent of the scale of its inputs, and its relative squared output error."""
+
+    quantized: Quantized
+    alpha: float | None
+    error: float
+
+
+@dataclass
+class LayerResult:
+    """What the checkpoint and the manifest need to know of a layer, beside its weights.
+
+    `base_kv_scales` are those of the same layer as it was; `kept_experts` are the base model's numbers of those that
+    stay, `under_calibrated` the tokens of each expert, by its number after pruning, that borrowed statistics.
+    """
+
+    linears: dict[str, QuantizedLinear] = field(default_factory=dict)
+    kv_scales: KVScales | None = None
+    base_kv_scales: KVScales | None = None
+    kept_experts: list[int] | None = None
+    under_calibrated: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass
+class LayerContext:
+    """One layer on the walk. Streams are (sequences, tokens, hidden) and hold what the layer reads.
+
+    `calibration` is the compressed model's stream, `calibration_base` the base model's where it walks too. A pass
+    that is the `last` may move both on to the next layer itself, and says so in `advanced`; any other leaves them as
+    they are.
+    """
+
+    decoder: Decoder
+    index: int
+    modules: Modules
+    calibration: Tensor
+    calibration_base: Tensor | None
+    fp8_cache: bool
+    last: bool = False
+    advanced: bool = False
+    kv_seen: bool = False
+    result: LayerResult = field(default_factory=LayerResult)
+
+    def base_layer(self) -> nn.Module:
+        """The layer as the base model has it, read anew."""
+        return self.decoder.load_layer(self.index)
+
+    def base_output(self) -> Tensor:
+        """What the base model's layer gives for `calibration_base`, or for `calibration` where that alone walks."""
+        stream = self.calibration if self.calibration_base is None else self.calibration_base
+        output = stream.clone()
+        self.decoder.advance(self.base_layer(), self.index, output)
+        return output
+
+    def set_kv_scales(self, seen: KVAbsmax, value_divisor: Tensor | None = None) -> None:
+        """Choose the scales of keys and values that were seen before value channels were divided by `value_divisor`.
+
+        None without an FP8 cache, and where a layer reads the cache of another.
+        """
+        self.kv_seen = True
+        if not self.fp8_cache or not seen.cached:
+            return
+        absmax, samples = (seen.key, seen.value), (seen.key_sample, seen.value_sample)
+        self.result.base_kv_scales = self.result.kv_scales = calibrated_scales(absmax, samples, None)
+        if value_divisor is not None:
+            self.result.kv_scales = calibrated_scales(absmax, samples, value_divisor)
+
+    def finish(self, layer: nn.Module) -> None:
+        """Do what no pass has done: choose the cache's scales, and move the streams on to the next layer."""
+        if self.fp8_cache and not self.kv_seen:
+            seen = KVAbsmax()
+            self.decoder.observe(layer, self.index, self.calibration, {}, seen, stop=False)
+            self.set_kv_scales(seen)
+        if self.advanced or self.index + 1 == self.decoder.depth:
+            return
+        if self.calibration_base is not None:
+            self.decoder.advance(self.base_layer(), self.index, self.calibration_base)
+        self.decoder.advance(layer, self.index, self.calibration, self.result.kv_scales)
+
+
+class Pass(Protocol):
+    """Something done to each layer, in the order of the recipe.
+
+    `changes_function`: what the layer computes is not to stay what it was, so that later errors are not measured
+    against the base model's layer. `on_trial`: it is kept only if held-out KL falls. `before_quantize`: it changes
+    weights or their names, and so stands before `quantize`.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def changes_function(self) -> bool: ...
+    @property
+    def on_trial(self) -> bool: ...
+    @property
+    def before_quantize(self) -> bool: ...
+
+    def run(self, layer: nn.Module, context: LayerContext) -> None:
+        """Change the layer in place."""
+        ...
+
+    def shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+        """The shape of a tensor of the model after the pass, by its full name; None if it is gone."""
+        ...
+
+    def configuration(self) -> Mapping[str, Any]:
+        """Keys of the model's configuration that the pass changes."""
+        ...

@@ -1,0 +1,33 @@
+"""One entry of the table that everything reads: how a linear is stored, and how its numbers are chosen."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lowbit_quantize.methods.method import Method
+from lowbit_quantize.schemes.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class ModulePlan:
+    """A linear's scheme, and its methods in order, of which the last one quantizes."""
+
+    scheme: Scheme
+    methods: tuple[Method, ...]
+
+    @property
+    def quantizer(self) -> Method:
+        return self.methods[-1]
+
+    @property
+    def input_scalers(self) -> tuple[Method, ...]:
+        """Methods that may scale the inputs."""
+        return tuple(method for method in self.methods if method.scales_inputs)
+
+    @property
+    def compensates(self) -> bool:
+        """Whether the weight is aimed at what makes up for earlier errors, for which the base model walks too."""
+        return any("base_stream" in method.needs for method in self.methods)
+
+
+# What is quantized, by name; a linear that is not there stays as it is. Names are full, or relative to a decoder layer.
+Modules = Mapping[str, ModulePlan]

@@ -1,0 +1,277 @@
+"""The linears of a layer, quantized: scales folded into what comes before, weights replaced by what will be served.
+
+Everything here is arithmetic on the layer's weights and on what was observed; no forward pass. First each norm
+takes the scale of all that reads it; then each chain of linears, attention's or one network's, is folded and
+quantized by itself, so that the float32 copies of one expert are alive at a time.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lowbit_core.errors import NumericsError
+from lowbit_quantize.device.precision import exact_products
+from lowbit_quantize.methods.method import InputScale, Method, Site, SitePart
+from lowbit_quantize.model.architecture import Architecture, LinearGroup, linear_of
+from lowbit_quantize.model.folds import (
+    divide_bias,
+    divide_norm,
+    heads_between,
+    multiply_columns,
+    shared_by_heads,
+)
+from lowbit_quantize.schemes.scheme import Quantized
+from lowbit_quantize.statistics.hessian import output_error
+from lowbit_quantize.statistics.layer import LayerStatistics
+from lowbit_quantize.walk.layer import QuantizedLinear
+from lowbit_quantize.walk.module_plan import ModulePlan, Modules
+
+SITE_ROWS = 4096  # rows, over all its readers, that the scale of a norm is searched on
+
+
+@dataclass
+class QuantizedLayer:
+    """The quantized linears by name, and what each cached value channel was divided by.
+
+    `folded` holds, by first linear, the scales of groups that are quantized in a later stage, where the linear before
+    is divided already.
+    """
+
+    linears: dict[str, QuantizedLinear] = field(default_factory=dict)
+    value_divisor: Tensor | None = None
+    folded: dict[str, InputScale] = field(default_factory=dict)
+
+
+@dataclass
+class _GroupState:
+    """A group's weights (stacked), Hessian and scale of its inputs, on the way to being quantized."""
+
+    group: LinearGroup
+    plan: ModulePlan
+    weight: Tensor
+    hessian: Tensor
+    folded: InputScale | None = None
+    producer_divisor: Tensor | None = None
+
+    def scale_columns(self, folded: InputScale) -> None:
+        """Take a scale that the inputs were divided by, after those taken before."""
+        self.weight = self.weight * folded.scale
+        self.hessian = self.hessian / torch.outer(folded.scale, folded.scale)
+        self.folded = folded if self.folded is None else _product(self.folded, folded)
+
+
+def quantize_linears(
+    layer: nn.Module,
+    architecture: Architecture,
+    statistics: LayerStatistics,
+    modules: Modules,
+    stage: Sequence[LinearGroup],
+    done: QuantizedLayer,
+) -> None:
+    """Quantize the groups of a stage in place, by their entries in `modules`, and add what to store to `done`.
+
+    `statistics` are of the stage and of what `folded_later` says. Raises NumericsError on a weight that is not finite.
+    """
+    groups = architecture.groups_of(layer)
+    later = folded_later(groups, stage, modules)
+    norms = {
+        norm: folded
+        for norm in dict.fromkeys(group.fold_into for group in stage if group.fold == "norm")
+        if (folded := _fold_norm(layer, architecture, norm, stage, statistics, modules))
+    }
+    for chain in _chains([*stage, *later]):
+        states = [_state_of(layer, group, statistics, norms, modules, done) for group in chain]
+        for state in states:
+            _fold_linear(layer, architecture, state, states)
+        for state in states:
+            if state.group.fold == "kv_rows" and state.producer_divisor is not None:
+                done.value_divisor = state.producer_divisor
+            if state.group in later:
+                done.folded.update({state.group.linears[0]: state.folded} if state.folded else {})
+                continue
+            done.linears.update(
+                _install(
+                    layer,
+                    state,
+                    state.plan.quantizer.quantize(state.weight, state.hessian, state.plan.scheme),
+                )
+            )
+
+
+def folded_later(
+    groups: Sequence[LinearGroup], stage: Sequence[LinearGroup], modules: Modules
+) -> list[LinearGroup]:
+    """Groups of later stages whose scale folds into a linear of this one: it is chosen before that is quantized."""
+    producers = {name for group in stage for name in group.linears}
+    return [
+        group
+        for group in groups
+        if group.fold_into in producers
+        and group not in stage
+        and group.linears[0] in modules
+        and modules[group.linears[0]].input_scalers
+    ]
+
+
+def _chains(groups: Sequence[LinearGroup]) -> list[list[LinearGroup]]:
+    """Groups in runs: one whose scale folds into a linear joins the run that the linear is in."""
+    chains: list[list[LinearGroup]] = []
+    run_of: dict[str, list[LinearGroup]] = {}
+    for group in groups:
+        chain = run_of.get(group.fold_into)
+        if chain is None:
+            chain = []
+            chains.append(chain)
+        chain.append(group)
+        run_of.update(dict.fromkeys(group.linears, chain))
+    return chains
+
+
+def _weight_of(layer: nn.Module, group: LinearGroup, step: int = 1) -> Tensor:
+    """Every `step`-th row of a group's stacked weight, float32; raises NumericsError on one that is not finite."""
+    weights = [linear_of(layer, name).weight[::step].float() for name in group.linears]
+    for name, weight in zip(group.linears, weights, strict=True):
+        if not torch.isfinite(weight).all():
+            raise NumericsError(f"the weight {name} of the base model holds values that are not finite")
+    return torch.cat(weights)
+
+
+def _state_of(
+    layer: nn.Module,
+    group: LinearGroup,
+    statistics: LayerStatistics,
+    norms: dict[str, InputScale],
+    modules: Modules,
+    done: QuantizedLayer,
+) -> _GroupState:
+    hessian = statistics.hessian(group)
+    weight, folded = _weight_of(layer, group), done.folded.get(group.linears[0])
+    if folded is not None:  # its inputs are divided already
+        weight = weight * folded.scale
+    target = statistics.target(group, weight, hessian)
+    state = _GroupState(group, modules[group.linears[0]], target, hessian, folded)
+    if group.fold == "norm" and group.fold_into in norms:
+        state.scale_columns(norms[group.fold_into])
+    return state
+
+
+def _fold_norm(
+    layer: nn.Module,
+    architecture: Architecture,
+    name: str,
+    stage: Sequence[LinearGroup],
+    statistics: LayerStatistics,
+    modules: Modules,
+) -> InputScale | None:
+    """Search one scale for all groups that read a norm and divide the norm by it, for each method that scales.
+
+    What reads the norm and is not quantized (a router, an ignored linear) is multiplied in its own dtype: the scale
+    is then of powers of two, so that it computes bit for bit what it did.
+    """
+    readers = [
+        group for group in architecture.groups_of(layer) if group.fold_into == name and group.fold == "norm"
+    ]
+    quantized = [group for group in readers if group in stage]
+    plain = {other for group in readers for other in group.other_readers}
+    plain.update(linear for group in readers if group not in stage for linear in group.linears)
+    norm, folded = layer.get_submodule(name), None
+    for method in dict.fromkeys(m for group in quantized for m in modules[group.linears[0]].input_scalers):
+        choice = method.input_scale(_norm_site(layer, method, quantized, statistics, modules, folded))
+        if choice is None:
+            continue
+        scale = choice.scale.log2().round().exp2() if plain else choice.scale
+        scale = divide_norm(norm, scale, architecture.norm_offset)
+        for other in plain:
+            multiply_columns(layer.get_submodule(other), scale)
+        choice = InputScale(scale, choice.alpha)
+        folded = choice if folded is None else _product(folded, choice)
+    return folded
+
+
+def _norm_site(
+    layer: nn.Module,
+    method: Method,
+    quantized: Sequence[LinearGroup],
+    statistics: LayerStatistics,
+    modules: Modules,
+    folded: InputScale | None,
+) -> Site:
+    """The linears behind a norm that a method scales; those that are quantized alike are one part.
+
+    `folded` is what an earlier method has divided the inputs by.
+    """
+    rows = sum(linear_of(layer, name).out_features for group in quantized for name in group.linears)
+    step = 1 if len(quantized) == 1 else max(1, -(-rows // SITE_ROWS))
+    hessian = statistics.joint_hessian(quantized)
+    if folded is not None:
+        hessian = hessian / torch.outer(folded.scale, folded.scale)
+    alike: dict[ModulePlan, list[Tensor]] = {}
+    for group in quantized:
+        plan = modules[group.linears[0]]
+        if method in plan.methods:
+            weight = _weight_of(layer, group, step)
+            alike.setdefault(plan, []).append(weight if folded is None else weight * folded.scale)
+    return Site(
+        [
+            SitePart(torch.cat(weights), plan.scheme, plan.quantizer.cost(hessian))
+            for plan, weights in alike.items()
+        ]
+    )
+
+
+def _fold_linear(
+    layer: nn.Module, architecture: Architecture, state: _GroupState, states: list[_GroupState]
+) -> None:
+    """Search a group's scale for each method that scales, multiply its columns, and divide the linear before it."""
+    group = state.group
+    owner = next((other for other in states if group.fold_into in other.group.linears), None)
+    if group.fold == "norm" or owner is None:
+        return  # done already, or the linear before it is not quantized and is left alone
+    heads = heads_between(layer, architecture, group, state.weight.shape[1])
+    if heads is None:
+        return
+    for method in state.plan.input_scalers:
+        cost = state.plan.quantizer.cost(state.hessian)
+        part = SitePart(state.weight, state.plan.scheme, cost)
+        choice = method.input_scale(Site([part], lambda channels: shared_by_heads(channels, heads)))
+        if choice is None:
+            continue
+        scale = shared_by_heads(choice.scale, heads)
+        divisor = scale.view(*heads, -1)[:, 0].flatten()  # once for each channel of the producer
+        _divide_rows(layer, group.fold_into, owner, divisor)
+        before = state.producer_divisor
+        state.producer_divisor = divisor if before is None else before * divisor
+        state.scale_columns(InputScale(scale, choice.alpha))
+
+
+def _divide_rows(layer: nn.Module, producer: str, owner: _GroupState, divisor: Tensor) -> None:
+    """Divide the last output channels of a linear, whose weight waits in `owner` to be quantized, and its bias."""
+    names = owner.group.linears
+    stop = sum(linear_of(layer, name).out_features for name in names[: names.index(producer) + 1])
+    owner.weight[stop - len(divisor) : stop] /= divisor.unsqueeze(1)
+    divide_bias(linear_of(layer, producer), divisor)
+
+
+def _product(first: InputScale, second: InputScale) -> InputScale:
+    return InputScale(first.scale * second.scale, second.alpha)
+
+
+def _install(
+    layer: nn.Module, state: _GroupState, quantized: Quantized
+) -> Iterator[tuple[str, QuantizedLinear]]:
+    """Split a stacked result back into its linears and give the layer the weights that will be served."""
+    start = 0
+    for name in state.group.linears:
+        linear = linear_of(layer, name)
+        stop = start + linear.weight.shape[0]
+        part = quantized.rows(start, stop)
+        served = part.dequantize()
+        original = state.weight[start:stop]
+        with exact_products(torch.bfloat16):  # not exact here: three digits are enough for a report
+            power = output_error(original, state.hessian).clamp(min=1e-30)
+            error = float(output_error(original - served, state.hessian) / power)
+        linear.weight = nn.Parameter(served.to(linear.weight.dtype), requires_grad=False)
+        yield name, QuantizedLinear(part, state.folded.alpha if state.folded else None, error)
+        start = stop

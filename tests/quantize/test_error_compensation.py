@@ -1,0 +1,110 @@
+"""What weights aim at: a step towards the least-squares answer, and nothing where nothing has gone wrong before."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tests.quantize.test_decoder import decoder_of, token_ids
+
+from lowbit_quantize.model.architecture import linear_of
+from lowbit_quantize.model.decoder import END, BasePass
+from lowbit_quantize.model.families import ARCHITECTURES
+from lowbit_quantize.statistics.error_compensation import RIDGE, STEP, Drift
+from lowbit_quantize.statistics.kv_absmax import KVAbsmax
+from lowbit_quantize.statistics.layer import LayerStatistics
+
+TOKENS, INPUTS, OUTPUTS = 400, 24, 16
+
+
+def drawn(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def least_squares(weight: torch.Tensor, x: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """The obvious slow version: append the ridge to the data as rows, and solve for what is added to the weight."""
+    ridge = (RIDGE * x.square().mean() * len(x)).sqrt() * torch.eye(x.shape[1])
+    rows = torch.cat([x, ridge]).double()
+    missing = torch.cat([wanted - x @ weight.T, torch.zeros(x.shape[1], len(weight))]).double()
+    step: torch.Tensor = torch.linalg.lstsq(rows, missing).solution.T.float()
+    return weight + step
+
+
+@pytest.mark.parametrize(("outputs", "residual"), [(OUTPUTS, False), (OUTPUTS, True), (INPUTS // 2, False)])
+def test_a_target_is_a_step_towards_least_squares(outputs: int, residual: bool) -> None:
+    """Whether D is summed, as for the first, or W D + R, as for a residual stream and for few outputs."""
+    weight, base = drawn(outputs, INPUTS, seed=1), drawn(TOKENS, INPUTS, seed=2)
+    inputs = base + 0.3 * drawn(TOKENS, INPUTS, seed=3)
+    stream, base_stream = drawn(TOKENS, outputs, seed=4), drawn(TOKENS, outputs, seed=5)
+    drift = Drift(weight.split(4), residual=residual)
+    for part in torch.arange(TOKENS).split(128):
+        if residual:
+            drift.expect_residual(base_stream[part])
+            drift.see_residual(stream[part])
+        drift.expect(base[part])
+        drift.add(inputs[part])
+    wanted = base @ weight.T + (base_stream - stream if residual else 0)
+    expected = weight + STEP * (least_squares(weight, inputs, wanted) - weight)
+    found = drift.target(weight, inputs.T @ inputs / TOKENS)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    assert (wanted - inputs @ found.T).square().sum() < (wanted - inputs @ weight.T).square().sum()
+
+
+def test_base_inputs_are_divided_by_what_was_folded() -> None:
+    weight, base = drawn(OUTPUTS, INPUTS, seed=6), drawn(TOKENS, INPUTS, seed=7)
+    scale = drawn(INPUTS, seed=8).exp()
+    drift = Drift([weight], scale)
+    drift.expect(base)
+    drift.add(base / scale)
+    folded = base / scale
+    torch.testing.assert_close(drift.target(weight * scale, folded.T @ folded / TOKENS), weight * scale)
+
+
+def test_attended_tokens_count_as_they_do_in_the_hessian() -> None:
+    """A token that receives three times the mean attention counts twice."""
+    weight, base = drawn(OUTPUTS, INPUTS, seed=9), drawn(TOKENS, INPUTS, seed=10)
+    inputs = base + 0.3 * drawn(TOKENS, INPUTS, seed=11)
+    weighed, repeated = (Drift([weight], attended=attended) for attended in (True, False))
+    weighed.expect(base)
+    weighed.add(inputs)
+    assert weighed.waiting
+    weighed.weigh(torch.cat([torch.full((TOKENS // 2,), 3.0), torch.full((TOKENS // 2,), 1.0)]))
+    twice = torch.cat([torch.arange(TOKENS // 2).repeat(2), torch.arange(TOKENS // 2, TOKENS)])
+    repeated.expect(base[twice])
+    repeated.add(inputs[twice])
+    hessian = inputs[twice].T @ inputs[twice] / TOKENS
+    ours = weighed.target(weight, hessian) - weight
+    theirs = (repeated.target(weight, hessian) - weight) * len(twice) / TOKENS
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_a_layer_whose_inputs_are_the_base_models_keeps_its_weights_and_moves_the_base_on(
+    tiny_model: Callable[[str], Path], any_family: str
+) -> None:
+    decoder = decoder_of(tiny_model(any_family))
+    architecture, layer = decoder.architecture, decoder.load_layer(0)
+    hidden, base = decoder.embed(token_ids()), decoder.embed(token_ids())
+    groups = [g for g in architecture.groups_of(layer) if not (g.other_readers or architecture.is_expert(g))]
+    paired = dict.fromkeys(group.linears[0] for group in groups)
+    statistics = LayerStatistics(layer, architecture, decoder.device, paired=paired)
+    side = BasePass(layer, base, statistics.base_observers, END)
+    decoder.observe(layer, 0, hidden, statistics.observers, KVAbsmax(), stop=False, base=side)
+    for group in groups:
+        width = sum(linear_of(layer, name).out_features for name in group.linears)
+        weight = drawn(width, linear_of(layer, group.linears[0]).in_features, seed=12)
+        with torch.no_grad():
+            assert torch.equal(statistics.target(group, weight, statistics.hessian(group)), weight)
+    decoder.advance(layer, 0, hidden)
+    assert torch.equal(base, hidden)
+
+
+def test_stages_follow_the_order_in_which_a_layer_computes(
+    tiny_model: Callable[[str], Path], any_family: str
+) -> None:
+    """A scale folds into a linear of a lower stage, so that it is chosen before that linear is rounded."""
+    decoder = decoder_of(tiny_model(any_family))
+    for index in range(decoder.depth):
+        groups = ARCHITECTURES[any_family].groups_of(decoder.load_layer(index))
+        stage_of = {name: group.stage for group in groups for name in group.linears}
+        assert all(stage_of[group.fold_into] < group.stage for group in groups if group.fold_into in stage_of)
+        assert [group.stage for group in groups if group.attended] < [stage_of["self_attn.o_proj"]]
