@@ -1,6 +1,6 @@
 """Quality on held-out text, measured on models loaded whole: the figures of the manifest a second time.
 
-Plain transformers runs each model from its files, independently of the walk; only the arithmetic of `quality.py` is
+Plain transformers runs each model from its files, independently of the walk; only the arithmetic of `quality/kl.py` is
 shared with it.
 """
 
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from lowbit_core.errors import ConfigError
 from lowbit_core.manifest import Manifest, QualityRecord
+from lowbit_core.progress import track
 from lowbit_evaluate.loaded_model import LoadedModel
-from lowbit_quantize import quality
-from lowbit_quantize.calibration import TokenText, load_texts
-from lowbit_quantize.progress import track
+from lowbit_quantize.model.decoder import BATCH_TOKENS
+from lowbit_quantize.quality import kl
+from lowbit_quantize.quality.dataset import TokenText, load_texts
 from lowbit_quantize.recipe import BUNDLED, Recipe, Text, parse_recipe
-from lowbit_quantize.stream import BATCH_TOKENS
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def load_heldout(source: str | None, manifest: Manifest | None, tokenizer: Any, 
     if source is not None:
         ids = source.endswith(".json")
         heldout = heldout.model_copy(
-            update={"token_ids": source if ids else None, "source": BUNDLED if ids else source}
+            update={"token_ids": source if ids else None, "dataset": BUNDLED if ids else source}
         )
     return load_texts(recipe.calibration, heldout, tokenizer, vocabulary)[1]
 
@@ -70,8 +70,8 @@ def compare_text(base: TextStates, ours: TextStates, text: TokenText, *, fp8_cac
         head = torch.cat([base.head.float(), ours.head.float()], dim=1)
         p = torch.cat([p.float(), p.new_zeros(*p.shape[:2], ours.head.shape[1]).float()], dim=-1)
         q = torch.cat([q.new_zeros(*q.shape[:2], base.head.shape[1]).float(), q.float()], dim=-1)
-    predictions = quality.compare(p, q, same, same, head, text.ids)
-    return quality.summarize(predictions, text, kv_cache_included=fp8_cache)
+    predictions = kl.compare(p, q, same, same, head, text.ids)
+    return kl.summarize(predictions, text, kv_cache_included=fp8_cache)
 
 
 def beside_manifest(measured: QualityRecord, manifest: Manifest | None) -> dict[str, Any] | None:

@@ -12,12 +12,12 @@ from lowbit_core.evals.items import Item, Key
 from lowbit_core.evals.scoring import Answer
 from lowbit_core.log import get_logger
 from lowbit_evaluate.heldout_text import TextStates, beside_manifest, compare_text, load_heldout, run_text
-from lowbit_evaluate.loaded_model import check_loadable, load_model, manifest_of
+from lowbit_evaluate.loaded_model import check_loadable, checkpoint_manifest, load_model
 from lowbit_evaluate.loglikelihood import encode, score_items
 from lowbit_evaluate.settings import Settings
-from lowbit_quantize.calibration import TokenText
-from lowbit_quantize.memory import keep_no_freed_memory
-from lowbit_quantize.source import ModelReference, find_model
+from lowbit_quantize.device.memory import keep_no_freed_memory
+from lowbit_quantize.model.reference import ModelReference, find_model
+from lowbit_quantize.quality.dataset import TokenText
 
 log = get_logger("evaluate")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -36,7 +36,7 @@ def find(name: str) -> ModelReference:
     """A model that can be loaded in process; ModelError where there is none."""
     reference = find_model(name)
     check_loadable(reference)
-    manifest_of(reference)
+    checkpoint_manifest(reference)
     return reference
 
 
@@ -75,7 +75,7 @@ def run_model(
 def text_of(source: str | None, reference: ModelReference) -> TokenText:
     """The held-out text for MODEL."""
     return load_heldout(
-        source, manifest_of(reference), reference.tokenizer(), int(reference.config.vocab_size)
+        source, checkpoint_manifest(reference), reference.tokenizer(), int(reference.config.vocab_size)
     )
 
 
@@ -93,7 +93,7 @@ def text_document(
     if not base:
         keep = ("heldout", "predictions", "perplexity", "kv_cache_included")
         return {name: found[name] for name in keep}
-    return {**found, "manifest": beside_manifest(measured, manifest_of(reference))}
+    return {**found, "manifest": beside_manifest(measured, checkpoint_manifest(reference))}
 
 
 def check_same_tokens(model: ModelReference, base: ModelReference) -> None:

@@ -17,11 +17,13 @@ from transformers.utils.logging import disable_progress_bar
 
 from lowbit_core.errors import ModelError
 from lowbit_core.manifest import Manifest, read_manifest, verify_files
-from lowbit_quantize.architectures import Architecture, architecture_of
-from lowbit_quantize.kv_scales import KVScales
-from lowbit_quantize.plan import skeleton_of
-from lowbit_quantize.source import ModelReference, WeightFiles, fetch_weights
-from lowbit_quantize.stream import SeamCache
+from lowbit_quantize.model.architecture import Architecture
+from lowbit_quantize.model.families import architecture_of
+from lowbit_quantize.model.hooks import HookedCache
+from lowbit_quantize.model.reference import ModelReference, fetch_weights
+from lowbit_quantize.model.skeleton import skeleton_of
+from lowbit_quantize.model.weights import WeightFiles
+from lowbit_quantize.schemes.kv_cache import KVScales
 
 READERS = {
     "awq": "gptqmodel",
@@ -70,7 +72,7 @@ def load_model(
 
     `dtype` is by default the one that it is served in. Without `fp8_cache` the checkpoint's scales are not used.
     """
-    architecture, manifest = check_loadable(reference), manifest_of(reference)
+    architecture, manifest = check_loadable(reference), checkpoint_manifest(reference)
     fetch_weights(reference)
     scales = _scales(reference, architecture, manifest) if fp8_cache else {}
     model = _load(reference, dtype or _served_dtype(reference)).to(device).eval()
@@ -91,13 +93,13 @@ def check_loadable(reference: ModelReference) -> Architecture:
         )
     architecture = architecture_of(reference.model_type, reference.name)
     if reference.kind == "gguf":
-        from lowbit_quantize.gguf_file import GgufFile  # imported for GGUF files only
+        from lowbit_quantize.model.gguf_file import GgufFile  # imported for GGUF files only
 
         GgufFile(reference, skeleton_of(reference, architecture))  # refuses what transformers drops
     return architecture
 
 
-def manifest_of(reference: ModelReference) -> Manifest | None:
+def checkpoint_manifest(reference: ModelReference) -> Manifest | None:
     """The manifest of a checkpoint, once its files are all there; None of any other model."""
     if reference.kind != "directory":
         return None
@@ -172,6 +174,6 @@ def _with_cache(scales: KVScales) -> Any:
     def hook(
         _: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return arguments, {**named, "past_key_values": SeamCache(scales)}
+        return arguments, {**named, "past_key_values": HookedCache(scales)}
 
     return hook

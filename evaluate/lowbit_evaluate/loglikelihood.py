@@ -13,10 +13,10 @@ from torch import Tensor
 from lowbit_core.errors import ConfigError
 from lowbit_core.evals.items import Item, Key, encode_pair
 from lowbit_core.evals.scoring import Answer, Scored, answer
+from lowbit_core.progress import track
 from lowbit_evaluate.loaded_model import LoadedModel
-from lowbit_quantize.precision import exact_products
-from lowbit_quantize.progress import track
-from lowbit_quantize.source import ModelReference
+from lowbit_quantize.device.precision import exact_products
+from lowbit_quantize.model.reference import ModelReference
 
 BATCH_TOKENS = 2048  # padding included
 BATCH_LOGITS = 1 << 25  # float32 logits at a time: 128 MiB

@@ -106,7 +106,7 @@ def text_table(text: dict[str, Any]) -> Table:
     """Quality on held-out text, and the manifest's mean KL beside it."""
     heldout = text["heldout"]
     shown = Table(
-        show_header=False, title=f"held-out text: {heldout['source']}, {text['predictions']:,} predictions"
+        show_header=False, title=f"held-out text: {heldout['dataset']}, {text['predictions']:,} predictions"
     )
     if "mean_kld" in text:
         shown.add_row(

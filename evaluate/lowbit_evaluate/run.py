@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 from lowbit_core.errors import ConfigError
 from lowbit_core.evals.items import Item
 from lowbit_core.evals.results import Answers
+from lowbit_core.progress import track
 from lowbit_evaluate.endpoint import Endpoint, find_connect
 from lowbit_evaluate.report import read_base
 from lowbit_evaluate.settings import FROM_MANIFEST, Evaluation
-from lowbit_quantize.progress import track
 
 if TYPE_CHECKING:
-    from lowbit_quantize.source import ModelReference
+    from lowbit_quantize.model.reference import ModelReference
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,16 @@ from lowbit_evaluate.endpoint import GROUP, find_connect
 from lowbit_evaluate.heldout_text import TextStates, compare_text, load_heldout, run_text
 from lowbit_evaluate.loaded_model import load_model
 from lowbit_evaluate.loglikelihood import BATCH_TOKENS, Encoded, batches, encode, score_items
+from lowbit_quantize.export.autoawq import AutoAwq
+from lowbit_quantize.export.exporter import export
+from lowbit_quantize.model.reference import find_model
 from lowbit_quantize.pipeline import quantize
 from lowbit_quantize.recipe import Recipe, load_recipe
-from lowbit_quantize.source import find_model
 
 CPU = torch.device("cpu")
 SMALL = (
-    "weights.group_size=32", "calibration.sequences=16", "calibration.sequence_tokens=64", "quality.sequences=8",
-    "quality.sequence_tokens=64", "quality.isolate=false",
+    "modules.0.group_size=32", "calibration.num_samples=16", "calibration.max_seq_length=64", "quality.num_samples=8",
+    "quality.max_seq_length=64", "quality.isolate=false",
 )  # fmt: skip
 
 
@@ -89,7 +91,7 @@ def test_a_model_loaded_whole_gives_the_manifests_quality(
 
 @pytest.mark.parametrize(
     ("family", "overrides"),
-    [("gemma3_text", ()), ("qwen3_moe", ("experts.prune=0.5",))],
+    [("gemma3_text", ()), ("qwen3_moe", ("passes=[{prune_experts: {prune_ratio: 0.5}}, quantize]",))],
     ids=["sliding", "pruned experts"],
 )
 def test_other_kinds_of_models_give_the_manifests_quality_too(
@@ -108,7 +110,8 @@ def test_an_older_format_names_the_package_that_opens_it(
     tiny_model: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base, out = tiny_model("mistral"), tmp_path / "out"
-    quantize(str(base), recipe_of("format=autoawq", "weights.method=rtn"), out, CPU)
+    quantize(str(base), recipe_of("modules.0.methods=rtn"), tmp_path / "made of", CPU)
+    export(tmp_path / "made of", AutoAwq(), out)
     status, _, error = run(capsys, out, "--base", base, "--text")
     assert status == 2
     assert "opens with gptqmodel" in error
