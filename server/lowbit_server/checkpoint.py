@@ -49,12 +49,6 @@ class Checkpoint:
         kv_cache = self.manifest.kv_cache if self.manifest else None
         return kv_cache is not None and kv_cache.dtype.startswith(("fp8", "float8"))
 
-    @property
-    def measured_with_unit_scales(self) -> bool:
-        """Whether that FP8 cache had scales of 1, as with formats that store none."""
-        layers = self.manifest.kv_cache.layers if self.manifest and self.manifest.kv_cache else []
-        return bool(layers) and all(layer.k_scale == layer.v_scale == 1.0 for layer in layers)
-
 
 def served_name(config: ServeConfig, checkpoint: Checkpoint) -> str:
     """The model's name in the API."""

@@ -10,12 +10,12 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from lowbit_core import __version__
-from lowbit_core.manifest import Manifest
+from lowbit_core.manifest import Manifest, weights_summary
 from lowbit_server.engine.memory import DeviceMemory
 from lowbit_server.engine.nvml import GpuMemory
 from lowbit_server.engine.throughput import Throughput
 from lowbit_server.gateway.request_tracker import RequestTracker
-from lowbit_server.report import Service, weights_summary
+from lowbit_server.report import Service
 
 
 class LowbitCollector(Collector):
@@ -34,8 +34,7 @@ class LowbitCollector(Collector):
         self._model = service.model
         self._manifest = service.checkpoint.manifest
         self._facts = service.facts
-        unmeasured = service.proof.scales == "unit" and not service.checkpoint.measured_with_unit_scales
-        self._kv_scales = "unmeasured" if unmeasured else service.proof.scales
+        self._kv_scales = "unmeasured" if service.proof.scales == "unit" else service.proof.scales
         self._throughput = throughput
         self._tracker = tracker
         self._memory = memory
@@ -146,7 +145,7 @@ class LowbitCollector(Collector):
         return family
 
     def _unmeasured(self) -> dict[str, str]:
-        return {"method": self._facts.quantization or "none", "bits": "", "group_size": ""}
+        return {"scheme": self._facts.quantization or "none", "bits": "", "group_size": "", "methods": ""}
 
     def _quality(self) -> Iterator[GaugeMetricFamily]:
         if manifest := self._manifest:

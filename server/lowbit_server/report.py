@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lowbit_core import __version__
-from lowbit_core.manifest import Manifest
+from lowbit_core.manifest import Manifest, weights_summary
 from lowbit_server.checkpoint import Checkpoint
 from lowbit_server.engine.interface import EngineFacts
 from lowbit_server.engine.kv_scales import KVProof
@@ -74,10 +74,9 @@ def kv_scales_in_words(service: Service) -> str:
     if proof.scales == "unused":
         return f"KV scales: not in use, the cache is {service.facts.kv_cache_dtype}"
     method = checkpoint.quantization.get("quant_method", "unquantized")
-    measured = "as it was measured" if checkpoint.measured_with_unit_scales else "which was not measured"
     return (
         f"KV scales: this {method} checkpoint carries none; the FP8 cache of all {proof.layers} layers "
-        f"runs with scale 1, {measured}"
+        "runs with scale 1, which was not measured"
     )
 
 
@@ -90,15 +89,3 @@ def manifest_document(manifest: Manifest) -> dict[str, Any]:
     document = json.loads(manifest.model_dump_json(include=parts))
     base = manifest.base.model_dump(mode="json", exclude={"sha256"})
     return {**document, "base": base, "weights": weights_summary(manifest)}
-
-
-def weights_summary(manifest: Manifest) -> dict[str, str]:
-    """Methods, bits and group sizes of the quantized linears; several values are joined by `+`."""
-    modules = manifest.modules
-    return {
-        "method": "+".join(sorted({module.method for module in modules})) or "none",
-        "bits": "+".join(map(str, sorted({module.bits for module in modules}))),
-        "group_size": "+".join(
-            map(str, sorted({module.group_size or "channel" for module in modules}, key=str))
-        ),
-    }

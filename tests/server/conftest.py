@@ -42,7 +42,7 @@ CONFIG: dict[str, Any] = {
     "dtype": "bfloat16",
     "quantization_config": {"quant_method": "compressed-tensors", "kv_cache_scheme": KV_SCHEME},
 }
-TEXT = TextRecord(source="test", sequences=1, sequence_tokens=8, tokens=8, seed=0, sha256="0" * 64)
+TEXT = TextRecord(dataset="test", num_samples=1, max_seq_length=8, tokens=8, seed=0, sha256="0" * 64)
 
 
 class MakeCheckpoint(Protocol):
@@ -125,7 +125,7 @@ def _manifest(directory: Path, accepted: bool, mean_kld: float) -> Manifest:
             parameters=1000, base_bytes=2000, bytes=600, quantized_parameters=900, linear_bits_per_weight=4.25
         ),
         modules=[
-            _module("model.layers.0.self_attn.q_proj", "awq+gptq"),
+            _module("model.layers.0.self_attn.q_proj", "awq", "gptq"),
             _module("model.layers.0.mlp.up_proj", "rtn"),
         ],
         kv_cache=KVCacheRecord(
@@ -146,9 +146,16 @@ def _manifest(directory: Path, accepted: bool, mean_kld: float) -> Manifest:
     )
 
 
-def _module(name: str, method: str) -> ModuleRecord:
+def _module(name: str, *methods: str) -> ModuleRecord:
     return ModuleRecord(
-        name=name, method=method, bits=4, group_size=64, symmetric=True, error=0.01, alpha=None
+        name=name,
+        scheme="W4A16",
+        bits=4,
+        group_size=64,
+        symmetric=True,
+        methods=list(methods),
+        error=0.01,
+        alpha=None,
     )
 
 

@@ -16,7 +16,7 @@ from lowbit_server.config import Device, ServeConfig
 from lowbit_server.engine.kv_scales import read_checkpoint_scales, tensor_names
 
 EXPERT_CODES = re.compile(r"\.experts\.(?:.*\.)?(?:weight_packed|qweight)$")
-PLAIN_EXPERTS = "--set \"weights.ignore=['lm_head','re:.*[.]experts[.].*']\""
+PLAIN_EXPERTS = "a rule {match: '*.experts.*', scheme: none} in modules (recipe awq-g64-plain-experts)"
 
 
 @dataclass(frozen=True)
@@ -58,17 +58,25 @@ def quantized_experts(checkpoint: Checkpoint) -> QuantizedExperts | None:
     tensor = next((name for name in tensor_names(checkpoint.directory) if EXPERT_CODES.search(name)), None)
     if tensor is None:
         return None
-    bits, group_size = _weight_format(checkpoint.quantization)
+    bits, group_size = _weight_format(checkpoint.quantization, tensor.rpartition(".")[0])
     return QuantizedExperts(bits, group_size, tensor)
 
 
-def _weight_format(quantization: dict[str, Any]) -> tuple[int, int]:
-    """Bits and group size of the integer weights; -1 means one scale per channel, as in vLLM."""
-    groups = quantization.get("config_groups", {}).values()
-    weights = [group.get("weights") or {} for group in groups]
+def _weight_format(quantization: dict[str, Any], module: str) -> tuple[int, int]:
+    """Bits and group size of a module's integer weights; -1 means one scale per channel, as in vLLM."""
+    groups = [group for group in quantization.get("config_groups", {}).values() if group.get("weights")]
+    named = [group for group in groups if any(_targets(target, module) for target in group["targets"])]
+    weights = [group["weights"] for group in named or groups]
     found = next((given for given in weights if given.get("type") == "int"), quantization)
     bits = found.get("num_bits", found.get("bits", 4))
     return int(bits), int(found.get("group_size") or -1)
+
+
+def _targets(target: str, module: str) -> bool:
+    """Whether a target of a quantization configuration is a module's name, or a pattern that matches it."""
+    if target.startswith("re:"):
+        return re.match(target.removeprefix("re:"), module) is not None
+    return target == module
 
 
 def _refuse_quantized_experts(checkpoint: Checkpoint, runs_experts: RunsExperts) -> None:

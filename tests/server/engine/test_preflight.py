@@ -81,7 +81,7 @@ def test_int4_experts_need_a_kernel(
     with pytest.raises(CheckpointError, match="has 4-bit experts in groups of") as refused:
         refuse_unfit_machine(config, checkpoint, "cpu", unable)
     assert "\n" not in str(refused.value)
-    assert "weights.ignore" in str(refused.value)
+    assert "scheme: none" in str(refused.value)
     refuse_unfit_machine(config, checkpoint, "cpu", able)
     refuse_unfit_machine(config, checkpoint, "gpu", unable)  # vLLM has several kernels there and picks one
 
