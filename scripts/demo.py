@@ -104,6 +104,7 @@ def serving(checkpoint: Path, port: int, *flags: str, keep: bool = False) -> Ite
         "--enforce-eager",
     ]
     command += ["--kv-cache-gib", KV_CACHE_GIB, *flags]
+    WORK.mkdir(exist_ok=True)
     server = start_server(command, f"http://127.0.0.1:{port}", WORK / "serve.log", name="lowbit serve")
     try:
         print(f"    ready after {server.wait_until_ready():.0f} s", file=sys.stderr)

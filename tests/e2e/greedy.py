@@ -17,7 +17,7 @@ import torch
 from tests.tiny_models import CONTEXT, SENTENCES
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from lowbit_quantize.kv_scales import KVScales
+from lowbit_quantize.schemes.kv_cache import KVScales
 from lowbit_server.engine.kv_scales import KVScale, read_checkpoint_scales
 
 PROMPTS = SENTENCES[:, :CONTEXT]

@@ -19,7 +19,7 @@ import torch
 from scripts.demo import LOWBIT
 from tests.tiny_models import CONTEXT, SENTENCES, write_tiny_model
 
-from lowbit_quantize.architectures import ARCHITECTURES
+from lowbit_quantize.model.families import ARCHITECTURES
 from lowbit_quantize.pipeline import quantize
 from lowbit_quantize.recipe import load_recipe
 
@@ -27,16 +27,16 @@ pytestmark = pytest.mark.engine
 
 CAN_RUN = "from lowbit_server.engine.vllm_engine import runs_quantized_experts as runs; print(runs(4, 64))"
 SMALL = (
-    "calibration.sequences=4",
-    "calibration.sequence_tokens=64",
-    "quality.sequences=2",
-    "quality.sequence_tokens=64",
+    "calibration.num_samples=4",
+    "calibration.max_seq_length=64",
+    "quality.num_samples=2",
+    "quality.max_seq_length=64",
 )
-PLAIN_EXPERTS = "weights.ignore=['lm_head','re:.*[.]experts[.].*']"
-HALF = ("experts.prune=0.5", "weights.method=none", "kv_cache.dtype=none")
+PLAIN_EXPERTS = "modules=[{match: '*', scheme: W4A16, group_size: 64}, {match: '*.experts.*', scheme: none}]"
+HALF = ("passes=[{prune_experts: {prune_ratio: 0.5}}]", "modules=[]", "kv_cache.dtype=none")
 CASES: dict[str, tuple[str, ...]] = {
     **{
-        family: (*([PLAIN_EXPERTS] if family_has.moe_block else []),)
+        family: ((PLAIN_EXPERTS,) if family_has.moe_block else ())
         for family, family_has in ARCHITECTURES.items()
     },
     "qwen3_moe pruned": HALF,
@@ -171,6 +171,6 @@ def test_int4_experts_run_where_the_engine_has_a_kernel_and_are_refused_in_one_l
     assert done.returncode == 2
     last = done.stderr.splitlines()[-1]
     assert "has 4-bit experts in groups of 64" in last
-    assert "weights.ignore" in last
+    assert "{match: '*.experts.*', scheme: none} in modules" in last
     assert "Traceback" not in done.stderr
     assert "starting vLLM" not in done.stderr

@@ -9,18 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 from openai import OpenAI
-from scripts.demo import MODEL, get, serving
+from scripts.demo import LOWBIT, MODEL, get, serving
 from tests.e2e.test_main_job import quantize_demo_model
 from tests.tiny_models import write_tiny_model
 
 from lowbit_core.server_process import free_port
+from lowbit_quantize.export.autoawq import AutoAwq
+from lowbit_quantize.export.autogptq import AutoGptq
+from lowbit_quantize.export.exporter import Exporter, export
 from lowbit_quantize.pipeline import quantize
 from lowbit_quantize.recipe import load_recipe
 
 pytestmark = pytest.mark.engine
 
-FEW = ("calibration.sequences=8", "quality.sequences=2")
-SHORT = (*FEW, "calibration.sequence_tokens=64", "quality.sequence_tokens=64", "kv_cache.dtype=none")
+FEW = ("calibration.num_samples=8", "quality.num_samples=2")
+SHORT = (*FEW, "calibration.max_seq_length=64", "quality.max_seq_length=64", "kv_cache.dtype=none")
 PROMPTS = [[1 + (start * step) % 500 for step in range(1, 24)] for start in (3, 17, 101, 251)]
 TOKENS = 48
 STOCK = """
@@ -44,13 +47,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def answers(model: Path, out: Path, *overrides: str) -> list[list[int]]:
-    """Greedy token ids of stock vLLM on the model, quantized by AWQ with these overrides."""
-    quantize(str(model), load_recipe("awq-g64", (*SHORT, *overrides)), out, torch.device("cpu"))
+def answers(checkpoint: Path) -> list[list[int]]:
+    """Greedy token ids of stock vLLM."""
     # Where the machine's memory is shared, stock vLLM's CPU engine needs to be told how much to take.
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", STOCK, str(out), json.dumps(PROMPTS), str(TOKENS)],
+        [sys.executable, "-c", STOCK, str(checkpoint), json.dumps(PROMPTS), str(TOKENS)],
         stdout=subprocess.PIPE,
         text=True,
         check=True,
@@ -61,14 +63,16 @@ def answers(model: Path, out: Path, *overrides: str) -> list[list[int]]:
     return found
 
 
-@pytest.mark.parametrize("symmetric", ["true", "false"])
-def test_stock_vllm_answers_alike_in_every_format(model: Path, tmp_path: Path, symmetric: str) -> None:
-    formats = ["autoawq", "autogptq"] if symmetric == "true" else ["autoawq"]
-    grid = f"weights.symmetric={symmetric}"
-    expected = answers(model, tmp_path / "default", grid)
+@pytest.mark.parametrize("scheme", ["W4A16", "W4A16_ASYM"])
+def test_stock_vllm_answers_alike_in_every_format(model: Path, tmp_path: Path, scheme: str) -> None:
+    exporters: list[Exporter] = [AutoAwq(), AutoGptq()] if scheme == "W4A16" else [AutoAwq()]
+    recipe = load_recipe("awq-g64", (*SHORT, f"modules.0.scheme={scheme}"))
+    quantize(str(model), recipe, tmp_path / "default", torch.device("cpu"))
+    expected = answers(tmp_path / "default")
     assert len({token for answer in expected for token in answer}) > 20  # not one token over and over
-    for name in formats:
-        assert answers(model, tmp_path / name, grid, f"format={name}") == expected
+    for exporter in exporters:
+        export(tmp_path / "default", exporter, tmp_path / exporter.name)
+        assert answers(tmp_path / exporter.name) == expected
 
 
 def test_the_server_answers_where_every_linear_has_4_bits(model: Path, tmp_path: Path) -> None:
@@ -83,16 +87,25 @@ def test_the_server_answers_where_every_linear_has_4_bits(model: Path, tmp_path:
     assert answer.choices[0].finish_reason in ("length", "stop")
 
 
-def test_the_server_runs_an_fp8_cache_with_unit_scales_as_the_manifest_says(tmp_path: Path) -> None:
-    sets = [part for override in (*FEW, "kv_cache.dtype=fp8") for part in ("--set", override)]
-    quantize_demo_model(tmp_path / "out", "--recipe", "awq-g64-autoawq", *sets)
+def test_the_server_runs_an_exported_checkpoint_whose_cache_scales_were_left_out(tmp_path: Path) -> None:
+    sets = [part for override in FEW for part in ("--set", override)]
+    quantize_demo_model(tmp_path / "default", "--recipe", "awq-g64", *sets)
+    command = [
+        *LOWBIT,
+        "export",
+        str(tmp_path / "default"),
+        "--to",
+        "autoawq",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    assert json.loads(done.stdout.strip().splitlines()[-1])["left_out"] == ["scales of an FP8 KV cache"]
     with serving(tmp_path / "out", free_port()) as url:
         document = get(f"{url}/lowbit/checkpoint")
         client = OpenAI(base_url=f"{url}/v1", api_key="none")
         messages = [{"role": "user", "content": "What is the capital of France?"}]
         answer = client.chat.completions.create(model=MODEL, messages=messages, temperature=0, max_tokens=24)  # type: ignore[arg-type]
-    engine = document["engine"]
-    assert document["manifest"]["kv_cache"]["source"] == "unit scales: the autoawq format carries none"
-    assert (engine["kv_cache_dtype"], engine["kv_scales_in_force"]) == ("fp8", "unit")
-    assert {(layer["k_scale"], layer["v_scale"]) for layer in engine["kv_scales"]} == {(1.0, 1.0)}
+    assert document["manifest"]["kv_cache"] is None
+    assert not document["engine"]["kv_cache_dtype"].startswith("fp8")
     assert "Paris" in (answer.choices[0].message.content or "")

@@ -20,7 +20,7 @@ from tests.e2e.conftest import Demo
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from lowbit_core.manifest import Manifest, read_manifest
-from lowbit_quantize.calibration import load_texts
+from lowbit_quantize.quality.dataset import load_texts
 from lowbit_quantize.recipe import parse_recipe
 
 pytestmark = pytest.mark.engine
@@ -171,13 +171,20 @@ def test_awq_has_at_most_half_the_divergence_of_round_to_nearest(demo: Demo, tmp
     assert ours.quality.heldout == control.quality.heldout
     assert ours.calibration == control.calibration
     assert ours.calibration is not None
-    assert (ours.calibration.sequences, ours.calibration.sequence_tokens) == (32, 512)
+    assert (ours.calibration.num_samples, ours.calibration.max_seq_length) == (32, 512)
     assert demo.report["mean_kld"] <= 0.5 * rtn["mean_kld"]
 
 
 def test_riding_along_measures_what_a_reload_in_plain_transformers_measures(tmp_path: Path) -> None:
     out = tmp_path / "weights-only"
-    few = ("--set", "calibration.sequences=8", "--set", "quality.sequences=8", "--set", "kv_cache.dtype=none")
+    few = (
+        "--set",
+        "calibration.num_samples=8",
+        "--set",
+        "quality.num_samples=8",
+        "--set",
+        "kv_cache.dtype=none",
+    )
     result = quantize_demo_model(out, "--recipe", "awq-g64", *few)
     recipe = parse_recipe(manifest_of(out).recipe, "manifest")
     ids = load_texts(recipe.calibration, recipe.quality, AutoTokenizer.from_pretrained(out), 49152)[1].ids
