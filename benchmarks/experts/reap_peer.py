@@ -23,16 +23,11 @@ from transformers import AutoModelForCausalLM
 sys.path.append(str(Path(__file__).resolve().parents[1] / "quantizers"))  # which has a run.py too
 from environments import REPOSITORY, environment
 from provenance import hardware, revision, sha256, versions
-from run import SHARES, text_of
+from run import SHARES, pruning, text_of
+from walked import kept_experts, walked
 
-from lowbit_quantize.calibration import TokenText
-from lowbit_quantize.export import CheckpointWriter
-from lowbit_quantize.pipeline import Walk
-from lowbit_quantize.plan import make_plan
-from lowbit_quantize.quality import compare, figures
-from lowbit_quantize.recipe import parse_recipe
-from lowbit_quantize.source import WeightFiles, find_model
-from lowbit_quantize.stream import Decoder
+from lowbit_quantize.quality.dataset import TokenText
+from lowbit_quantize.quality.kl import compare, figures
 
 FORWARD_ROWS = 4  # in one pass
 Kept = dict[int, list[int]]
@@ -96,24 +91,8 @@ def prune_here(
 ) -> tuple[Kept, float]:
     """Prune into `out`; which experts stay, and CPU seconds without the comparison at the end."""
     started_s = time.process_time()
-    recipe = parse_recipe(
-        {
-            "weights": {"method": "none"},
-            "kv_cache": {"dtype": "none"},
-            "quality": {"isolate": False},
-            "experts": {"prune": share, "criterion": "reap"},
-        },
-        "benchmark",
-    )
-    reference = find_model(str(model))
-    plan = make_plan(reference, recipe)
-    files, device = WeightFiles(reference.path), torch.device("cpu")
-    decoder = Decoder(reference.config, plan.architecture, files, device, plan.skeleton)
-    out.mkdir(parents=True, exist_ok=True)
-    walk = Walk(decoder, plan, calibration, heldout, CheckpointWriter(out, decoder.depth + 1))
-    walk.run()
-    walk.write_rest()
-    return walk.kept_experts, round(time.process_time() - started_s, 1)
+    walk = walked(model, {"passes": [pruning(share, "reap")]}, (calibration, heldout), out)
+    return kept_experts(walk), round(time.process_time() - started_s, 1)
 
 
 def prune_there(
@@ -124,7 +103,7 @@ def prune_there(
     tokens = out / "tokens.json"
     tokens.write_text(json.dumps({"input_ids": calibration.ids.tolist()}), encoding="utf-8")
     program = Path(__file__).with_name("reap_program.py")
-    command = [python, program, "--model", model, "--token-ids", tokens, "--out", out]
+    command: list[str | Path] = [python, program, "--model", model, "--token-ids", tokens, "--out", out]
     command += ["--sparsity", str(share), "--threads", str(torch.get_num_threads())]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     kept = json.loads((out / "kept.json").read_text(encoding="utf-8"))

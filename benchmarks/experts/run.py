@@ -3,15 +3,17 @@
     python benchmarks/experts/run.py MODEL --out benchmarks/experts/results/NAME.json
 
 MODEL is a directory with a model and `held.json`, token ids by domain. The first half of each domain gives
-calibration rows, the second held-out rows, 512 tokens each. Every run is the walk of `lowbit quantize`, without FP8
-cache and without files. Runs that the result holds already are not repeated, so a stopped script goes on where it
-was; `tables.py RESULT` prints the tables.
+calibration rows, the second held-out rows, 512 tokens each. Every run is the walk of `lowbit quantize` (walked.py).
+Runs that the result holds already are not repeated, so a stopped script goes on where it was; `tables.py RESULT`
+prints the tables.
 """
 
 import argparse
 import json
 import sys
+import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,56 +21,63 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "quantizers"))
 from provenance import hardware, revision, sha256, versions
+from walked import kept_experts, walked
 
 from lowbit_core.manifest import TextRecord
-from lowbit_quantize.calibration import TokenText, token_runs
-from lowbit_quantize.export import NothingWritten
-from lowbit_quantize.pipeline import Walk
-from lowbit_quantize.plan import make_plan
-from lowbit_quantize.recipe import parse_recipe
-from lowbit_quantize.source import WeightFiles, find_model
-from lowbit_quantize.stream import Decoder
+from lowbit_quantize.quality.dataset import TokenText, token_runs
 
 ROW_TOKENS = 512
-METHODS = ("rtn", "awq", "gptq", "awq+gptq")
+METHODS = (["rtn"], ["awq"], ["gptq"], ["awq", "gptq"])
 CRITERIA = ("reap", "gated-norm", "man", "ean", "frequency")
 SEEDS = 5
 SHARES = (0.25, 0.5)
 
 
 def scenarios(domains: list[str]) -> list[dict[str, Any]]:
-    """Every run: what the recipe changes, and the one domain it is calibrated on, if it is one."""
+    """Every run: keys of its recipe, and the one domain it is calibrated on, if it is one."""
     runs: list[dict[str, Any]] = []
     for share in SHARES:
-        runs += [{"experts": {"prune": share, "criterion": name}} for name in CRITERIA]
-    runs += [{"weights": {"method": method, "group_size": 64}} for method in METHODS]
+        runs += [{"passes": [pruning(share, name)]} for name in CRITERIA]
+    runs += [quantized(methods, 64) for methods in METHODS]
     for seed in range(SEEDS):
-        runs += [{"experts": {"prune": share, "criterion": "random", "seed": seed}} for share in SHARES]
-    reap = [{"prune": share, "criterion": "reap"} for share in SHARES]
-    runs += [{"experts": {**how, "router_distillation": True}} for how in reap]
-    runs += [{"experts": reap[-1], "domain": domain} for domain in domains]
-    for bits in (4, 8):
-        weights = {"method": "awq+gptq", "bits": bits, "group_size": 64}
-        runs += [{"weights": weights, "experts": how} for how in reap]
-    runs.append({"weights": {"method": "awq+gptq", "bits": 8, "group_size": 64}})
-    return runs + [{"weights": {"method": method, "group_size": 128}} for method in METHODS]
+        runs += [{"passes": [pruning(share, "random", seed=seed)]} for share in SHARES]
+    reap = [pruning(share, "reap") for share in SHARES]
+    runs += [{"passes": [step, "distill_router"]} for step in reap]
+    runs += [{"passes": [reap[-1]], "domain": domain} for domain in domains]
+    for scheme in ("W4A16", "W8A16"):
+        runs += [quantized(["awq", "gptq"], 64, scheme, before=[step]) for step in reap]
+    runs.append(quantized(["awq", "gptq"], 64, "W8A16"))
+    return runs + [quantized(methods, 128) for methods in METHODS]
+
+
+def pruning(share: float, criterion: str, **options: int) -> dict[str, Any]:
+    """The pass that prunes a share of the experts."""
+    return {"prune_experts": {"prune_ratio": share, "criterion": criterion, **options}}
+
+
+def quantized(
+    methods: list[str], group_size: int, scheme: str = "W4A16", before: Sequence[dict[str, Any]] = ()
+) -> dict[str, Any]:
+    """The keys of a recipe that quantizes every linear, after these passes."""
+    rule = {"match": "*", "scheme": scheme, "group_size": group_size, "methods": methods}
+    return {"modules": [rule], "passes": [*before, "quantize"]}
 
 
 def text_of(held: dict[str, list[int]], half: int, rows: int, domain: str | None) -> TokenText:
     """The first `rows` rows of one half of each domain."""
     found, names = [], []
-    for name, ids in held.items():
-        middle = len(ids) // 2
-        part = torch.tensor(ids[middle:] if half else ids[:middle])
+    for name, tokens in held.items():
+        middle = len(tokens) // 2
+        part = torch.tensor(tokens[middle:] if half else tokens[:middle])
         chosen = part[: len(part) // ROW_TOKENS * ROW_TOKENS].view(-1, ROW_TOKENS)[:rows]
         if domain in (None, name):
             found.append(chosen)
             names += [name] * len(chosen)
     ids = torch.cat(found)
     record = TextRecord(
-        source="held.json",
-        sequences=len(ids),
-        sequence_tokens=ROW_TOKENS,
+        dataset="held.json",
+        num_samples=len(ids),
+        max_seq_length=ROW_TOKENS,
         tokens=ids.numel(),
         seed=0,
         sha256="",
@@ -76,27 +85,20 @@ def text_of(held: dict[str, list[int]], half: int, rows: int, domain: str | None
     return TokenText(ids, tuple(names), record)
 
 
-def measure(model: str, run: dict[str, Any], calibration: TokenText, heldout: TokenText) -> dict[str, Any]:
-    """One walk in memory: bytes and quality."""
+def measure(model: Path, run: dict[str, Any], calibration: TokenText, heldout: TokenText) -> dict[str, Any]:
+    """One walk: bytes and quality."""
     start = time.process_time()
-    data = {"weights": {"method": "none"}, "kv_cache": {"dtype": "none"}, "quality": {"isolate": False}}
-    recipe = parse_recipe(data | {key: run[key] for key in ("weights", "experts") if key in run}, "scenario")
-    reference = find_model(model)
-    plan = make_plan(reference, recipe)
-    device = torch.device("cpu")
-    decoder = Decoder(reference.config, plan.architecture, WeightFiles(reference.path), device, plan.skeleton)
-    distill = recipe.experts.router_distillation
-    walk = Walk(decoder, plan, calibration, heldout, NothingWritten(), distill=distill)
-    walk.run()
-    measured = walk.quality()
-    walk.write_rest()
+    keys = {key: value for key, value in run.items() if key != "domain"}
+    with tempfile.TemporaryDirectory() as folder:
+        walk = walked(model, keys, (calibration, heldout), Path(folder) / "checkpoint")
+        measured = walk.quality()
     quality = measured.model_dump(include={"mean_kld", "kld_stderr", "top1_agreement", "perplexity_ratio"})
     return {
         "run": run,
         **quality,
         "domains": {name: values["mean_kld"] for name, values in measured.domains.items()},
         "bytes": walk.writer.tensor_bytes,
-        "kept_by_layer": walk.kept_experts,
+        "kept_by_layer": kept_experts(walk),
         "calibration_rows": len(calibration.ids),
         "cpu_s": round(time.process_time() - start, 1),
     }
@@ -116,17 +118,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", help="model directory with held.json")
+    parser.add_argument("model", type=Path, help="model directory with held.json")
     parser.add_argument("--out", type=Path, required=True, help="result file; extended where it exists")
     parser.add_argument("--rows", type=int, default=8, help="calibration rows of each domain")
     parser.add_argument("--heldout-rows", type=int, default=8, help="held-out rows of each domain")
     arguments = parser.parse_args()
-    held = json.loads((Path(arguments.model) / "held.json").read_text(encoding="utf-8"))
+    held = json.loads((arguments.model / "held.json").read_text(encoding="utf-8"))
     heldout, every = text_of(held, 1, arguments.heldout_rows, None), text_of(held, 0, arguments.rows, None)
     result: dict[str, Any] = {
-        "model": Path(arguments.model).name,
-        "model_sha256": sha256([Path(arguments.model) / "model.safetensors"]),
-        "held_sha256": sha256([Path(arguments.model) / "held.json"]),
+        "model": arguments.model.name,
+        "model_sha256": sha256([arguments.model / "model.safetensors"]),
+        "held_sha256": sha256([arguments.model / "held.json"]),
         "revision": revision(Path(__file__).resolve().parents[2]),
         "hardware": hardware(),
         "versions": versions(Path(sys.executable)),

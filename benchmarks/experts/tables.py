@@ -3,18 +3,47 @@
 import json
 import statistics
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PLAIN = {"bits": 16}
+BITS = {"W4A16": 4, "W8A16": 8}
+PLAIN_BITS = 16
+Result = dict[str, Any]
 
 
-def weights_of(run: dict[str, Any]) -> dict[str, Any]:
-    return run.get("weights", PLAIN)
+@dataclass(frozen=True)
+class Mix:
+    """What a run's recipe says. Weights without methods are as they are; `domain` is what calibrated, if one did."""
+
+    methods: str
+    bits: int
+    group_size: int | None
+    pruned: float
+    criterion: str
+    distilled: bool
+    domain: str | None
+
+    @property
+    def plain(self) -> bool:
+        return not self.methods
 
 
-def share_of(run: dict[str, Any]) -> float:
-    return float(run.get("experts", {}).get("prune", 0))
+def mix_of(result: Result) -> Mix:
+    """The recipe of a result, read from its keys `modules` and `passes`."""
+    run = result["run"]
+    rule: dict[str, Any] = next(iter(run.get("modules", ())), {})
+    steps = [step for step in run["passes"] if isinstance(step, dict)]
+    pruning = steps[0]["prune_experts"] if steps else {}
+    return Mix(
+        methods="+".join(rule.get("methods", ())),
+        bits=BITS[rule["scheme"]] if rule else PLAIN_BITS,
+        group_size=rule.get("group_size"),
+        pruned=float(pruning.get("prune_ratio", 0)),
+        criterion=pruning.get("criterion", ""),
+        distilled="distill_router" in run["passes"],
+        domain=run.get("domain"),
+    )
 
 
 def grid(head: list[str], rows: list[list[str]]) -> str:
@@ -22,31 +51,26 @@ def grid(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
-def quantized(results: list[dict[str, Any]]) -> str:
+def quantized(results: list[Result]) -> str:
     """4 bits by method, against round to nearest at the same group size."""
-    found = [r for r in results if share_of(r["run"]) == 0 and weights_of(r["run"]).get("bits", 4) == 4]
-    nearest = {
-        weights_of(r["run"])["group_size"]: r["mean_kld"]
-        for r in found
-        if weights_of(r["run"])["method"] == "rtn"
-    }
+    found = [(mix, r) for r in results for mix in [mix_of(r)] if not mix.pruned and mix.bits == 4]
+    nearest = {mix.group_size: r["mean_kld"] for mix, r in found if mix.methods == "rtn"}
     rows = []
-    for r in found:
-        weights = weights_of(r["run"])
-        size = weights["group_size"]
+    for mix, r in found:
+        size = mix.group_size
         ratio = f"{r['mean_kld'] / nearest[size]:.2f}" if size in nearest else "–"
-        rows.append([weights["method"], str(size), f"{r['mean_kld']:.5f} ± {r['kld_stderr']:.5f}", ratio])
+        rows.append([mix.methods, str(size), f"{r['mean_kld']:.5f} ± {r['kld_stderr']:.5f}", ratio])
     return grid(["method", "group", "mean KL", "of round to nearest"], rows)
 
 
-def pruned(results: list[dict[str, Any]]) -> str:
+def pruned(results: list[Result]) -> str:
     """bfloat16 weights, calibrated on every domain: KL by criterion and domain."""
-    groups: dict[tuple[float, str], list[dict[str, Any]]] = {}
+    groups: dict[tuple[float, str], list[Result]] = {}
     for r in results:
-        run = r["run"]
-        if share_of(run) and weights_of(run) == PLAIN and "domain" not in run:
-            distilled = " + router distillation" if run["experts"].get("router_distillation") else ""
-            groups.setdefault((share_of(run), run["experts"]["criterion"] + distilled), []).append(r)
+        mix = mix_of(r)
+        if mix.pruned and mix.plain and mix.domain is None:
+            distilled = " + router distillation" if mix.distilled else ""
+            groups.setdefault((mix.pruned, mix.criterion + distilled), []).append(r)
     domains = list(results[0]["domains"])
     rows = []
     for (share, name), runs in sorted(groups.items(), key=lambda item: (item[0][0], mean(item[1]))):
@@ -56,27 +80,27 @@ def pruned(results: list[dict[str, Any]]) -> str:
     return grid(["pruned", "criterion", "mean KL", *domains], rows)
 
 
-def mean(runs: list[dict[str, Any]]) -> float:
+def mean(runs: list[Result]) -> float:
     return statistics.fmean(r["mean_kld"] for r in runs)
 
 
-def one_domain(results: list[dict[str, Any]]) -> str:
+def one_domain(results: list[Result]) -> str:
     """Half pruned by REAP: KL on each domain when calibrated on all, or on one."""
-    half = [r for r in results if share_of(r["run"]) == 0.5 and weights_of(r["run"]) == PLAIN]
-    found = [r for r in half if r["run"]["experts"] == {"prune": 0.5, "criterion": "reap"}]
+    half = [(mix, r) for r in results for mix in [mix_of(r)] if mix.pruned == 0.5 and mix.plain]
+    found = [(mix.domain, r) for mix, r in half if mix.criterion == "reap" and not mix.distilled]
     domains = list(results[0]["domains"])
     rows = [
         [
-            r["run"].get("domain", "all"),
+            own or "all",
             f"{r['mean_kld']:.4f}",
-            *(f"**{v:.4f}**" if r["run"].get("domain") == d else f"{v:.4f}" for d, v in r["domains"].items()),
+            *(f"**{kld:.4f}**" if own == domain else f"{kld:.4f}" for domain, kld in r["domains"].items()),
         ]
-        for r in found
+        for own, r in found
     ]
     return grid(["calibrated on", "mean KL", *domains], rows)
 
 
-def frontier(results: list[dict[str, Any]]) -> str:
+def frontier(results: list[Result]) -> str:
     """KL against bytes: REAP and AWQ + GPTQ in groups of 64."""
     cells = [
         [f"{size / 1e6:.2f}", f"{share:.0%}", str(bits), f"{kld:.5f}"]
@@ -85,16 +109,15 @@ def frontier(results: list[dict[str, Any]]) -> str:
     return grid(["MB", "pruned", "bits", "mean KL"], cells)
 
 
-def frontier_points(results: list[dict[str, Any]]) -> list[tuple[int, float, int, float]]:
+def frontier_points(results: list[Result]) -> list[tuple[int, float, int, float]]:
     """Bytes, share pruned, bits and mean KL of every mix, by bytes."""
     points = []
     for r in results:
-        run, weights = r["run"], weights_of(r["run"])
-        method, criterion = weights.get("method"), run.get("experts", {}).get("criterion", "reap")
-        if "domain" in run or criterion != "reap" or "router_distillation" in run.get("experts", {}):
+        mix = mix_of(r)
+        if mix.domain or mix.distilled or mix.criterion not in ("", "reap"):
             continue
-        if method in (None, "awq+gptq") and weights.get("group_size", 64) == 64:
-            points.append((r["bytes"], share_of(run), weights.get("bits", 4), r["mean_kld"]))
+        if mix.plain or (mix.methods, mix.group_size) == ("awq+gptq", 64):
+            points.append((r["bytes"], mix.pruned, mix.bits, r["mean_kld"]))
     return sorted(points)
 
 

@@ -2,7 +2,7 @@
 
     python load_transformers.py --checkpoint DIR --twin DIR --prompt TEXT
 
-The twin is the same run in the default format, which transformers unpacks with compressed-tensors. GPTQModel
+The twin is the checkpoint that it was exported from, which transformers unpacks with compressed-tensors. GPTQModel
 computes with its own CPU kernels, so the logits are close and not equal. The last line of stdout is a JSON object.
 """
 

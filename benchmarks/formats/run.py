@@ -2,15 +2,16 @@
 
     python -m benchmarks.formats.run --out benchmarks/formats/results/NAME.json
 
-Each case is quantized twice by Lowbit, in the case's format and in the default one. The twin's weights, dequantized
-by the compressed-tensors package, are the reference for what the tool unpacks from the case's files. Each tool has
-its own environment under `--work`, made once and reused. The standard library suffices here.
+Each case is quantized by Lowbit and exported to its format. The weights of the checkpoint that it was exported from,
+dequantized by the compressed-tensors package, are the reference for what the tool unpacks from the exported files.
+Each tool has its own environment under `--work`, made once and reused. The standard library suffices here.
 """
 
 import argparse
 import datetime
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -28,29 +29,42 @@ PROMPT = "What is the capital of France?"
 
 @dataclass(frozen=True)
 class Case:
-    """One recipe in one of the older formats, and the tool that comes with it."""
+    """A scheme and a method in one of the older formats; `tool` reads it and has given it its name."""
 
     name: str
     tool: str
-    settings: tuple[str, ...]
+    scheme: str
+    method: str
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        return f"modules.0.scheme={self.scheme}", f"modules.0.methods=[{self.method}]"
 
 
 CASES = (
-    Case("awq-4", "autoawq", ("weights.method=awq", "format=autoawq")),
-    Case("rtn-4-asymmetric", "autoawq", ("weights.method=rtn", "weights.symmetric=false", "format=autoawq")),
-    Case("gptq-4", "autogptq", ("weights.method=gptq", "format=autogptq")),
-    Case("rtn-8", "autogptq", ("weights.method=rtn", "weights.bits=8", "format=autogptq")),
+    Case("awq-4", "autoawq", "W4A16", "awq"),
+    Case("rtn-4-asymmetric", "autoawq", "W4A16_ASYM", "rtn"),
+    Case("gptq-4", "autogptq", "W4A16", "gptq"),
+    Case("rtn-8", "autogptq", "W8A16", "rtn"),
 )
 
 
-def quantized(
-    lowbit: Path, model: Path, out: Path, settings: tuple[str, ...], common: tuple[str, ...]
-) -> Path:
-    """A checkpoint of `model` by Lowbit; a finished one of the same recipe is reused."""
-    options = [word for setting in (*common, *settings) for word in ("--set", setting)]
-    command = [lowbit.parent / "lowbit", "quantize", "--model", model, "--recipe", RECIPE, "--out", out]
-    subprocess.run([*command, *options], check=True, stdout=subprocess.DEVNULL, env=quiet())
-    return out
+def lowbit(python: Path, *words: str | Path) -> None:
+    """Run `lowbit` of an environment."""
+    command = [python.parent / "lowbit", *words]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=quiet())
+
+
+def quantized_and_exported(
+    case: Case, python: Path, model: Path, work: Path, common: tuple[str, ...]
+) -> tuple[Path, Path]:
+    """A checkpoint of `model`, which is reused where it is finished, and what it is exported to."""
+    twin, exported = work / f"{case.name}-twin", work / case.name
+    options = [word for setting in (*common, *case.settings) for word in ("--set", setting)]
+    lowbit(python, "quantize", "--model", model, "--recipe", RECIPE, "--out", twin, *options)
+    shutil.rmtree(exported, ignore_errors=True)
+    lowbit(python, "export", twin, "--to", case.tool, "--out", exported)
+    return twin, exported
 
 
 def answer(python: Path, script: str, *arguments: str | Path) -> dict[str, Any]:
@@ -66,13 +80,11 @@ def quiet() -> dict[str, str]:
     return {**os.environ, **settings, "GPTQMODEL_CPU_WORKERS": "2", "OMP_NUM_THREADS": str(os.cpu_count())}
 
 
-def examined(case: Case, lowbit: Path, model: Path, work: Path, common: tuple[str, ...]) -> dict[str, Any]:
-    """Quantize a case and its twin, unpack with the case's tool, and open with transformers."""
-    checkpoint = quantized(lowbit, model, work / case.name, case.settings, common)
-    twin_settings = (*case.settings, "format=compressed-tensors")
-    twin = quantized(lowbit, model, work / f"{case.name}-twin", twin_settings, common)
+def examined(case: Case, python: Path, model: Path, work: Path, common: tuple[str, ...]) -> dict[str, Any]:
+    """Quantize and export a case, unpack it with its tool, and open it with transformers."""
+    twin, checkpoint = quantized_and_exported(case, python, model, work, common)
     reference = work / f"{case.name}.safetensors"
-    subprocess.run([lowbit, HERE / "reference.py", "--checkpoint", twin, "--out", reference], check=True)
+    subprocess.run([python, HERE / "reference.py", "--checkpoint", twin, "--out", reference], check=True)
     files = ("--checkpoint", checkpoint, "--reference", reference)
     found: dict[str, Any] = {"case": case.name, "tool": case.tool, "settings": case.settings}
     found["unpacked"] = answer(environment(case.tool, work), f"unpack_{case.tool}.py", *files)
@@ -87,7 +99,7 @@ def finished(out: Path) -> list[dict[str, Any]]:
     return list(json.loads(out.read_text(encoding="utf-8"))["cases"]) if out.exists() else []
 
 
-def main() -> None:
+def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path(".bench/formats"), help="environments and outputs")
     parser.add_argument(
@@ -98,14 +110,19 @@ def main() -> None:
         "--lowbit-python", type=Path, required=True, help="an environment with lowbit[quantize]"
     )
     parser.add_argument("--sequences", type=int, default=2, help="calibration sequences of 512 tokens")
-    arguments = parser.parse_args()
-    work, lowbit, model = (
-        arguments.work.resolve(),
-        arguments.lowbit_python.absolute(),
-        arguments.model.resolve(),
-    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = options()
+    work, model = arguments.work.resolve(), arguments.model.resolve()
+    python = arguments.lowbit_python.absolute()
     work.mkdir(parents=True, exist_ok=True)
-    common = (f"calibration.sequences={arguments.sequences}", "quality.sequences=2", "kv_cache.dtype=none")
+    common = (
+        f"calibration.num_samples={arguments.sequences}",
+        "quality.num_samples=2",
+        "kv_cache.dtype=none",
+    )
     facts = {
         "hardware": hardware(),
         "model": model.name,
@@ -117,13 +134,12 @@ def main() -> None:
         if case.name in {done["case"] for done in cases}:
             continue
         started_from = revision(REPOSITORY)
-        found = examined(case, lowbit, model, work, common)
+        found = examined(case, python, model, work, common)
         tools = {tool: versions(environment(tool, work)) for tool in (case.tool, "gptqmodel")}
-        date = datetime.datetime.now(datetime.UTC).date().isoformat()
         where = {
-            "date": date,
+            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
             "git_revision": started_from,
-            "versions": {**tools, "lowbit": versions(lowbit)},
+            "versions": {**tools, "lowbit": versions(python)},
         }
         cases.append({**found, **where})
         arguments.out.write_text(json.dumps({**facts, "cases": cases}, indent=2) + "\n", encoding="utf-8")

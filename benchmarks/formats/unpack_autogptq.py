@@ -6,11 +6,12 @@ The tensors are loaded into both of AutoGPTQ's layers that unpack in Python, whi
 on the way to a matrix product; `unpacked` is what they hand to it.
 """
 
-from unittest import mock
+from typing import Any
 
 import torch
 from auto_gptq.nn_modules.qlinear import qlinear_cuda, qlinear_cuda_old
 from comparison import Tensors, compared
+from torch.overrides import TorchFunctionMode
 
 LAYERS = (qlinear_cuda.QuantLinear, qlinear_cuda_old.QuantLinear)
 
@@ -23,16 +24,26 @@ def unpack(linear: Tensors, dtype: torch.dtype) -> torch.Tensor:
     return weights[0]
 
 
+class _Products(TorchFunctionMode):
+    """Sees the second factor of the last `torch.matmul`."""
+
+    weight: torch.Tensor
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.matmul:
+            self.weight = args[1]
+        return function(*args, **(kwargs or {}))
+
+
 def unpacked(layer: type[torch.nn.Module], linear: Tensors, dtype: torch.dtype) -> torch.Tensor:
     inputs, outputs = len(linear["g_idx"]), linear["scales"].shape[1]
     group_size, bits = inputs // len(linear["scales"]), 32 * linear["qweight"].shape[0] // inputs
     module = layer(bits, group_size, inputs, outputs, bias="bias" in linear, weight_dtype=torch.float16)
     module.load_state_dict(linear)
     module.scales = module.scales.to(dtype)
-    with mock.patch.object(torch, "matmul", side_effect=torch.matmul) as product:
+    with _Products() as products:
         module(torch.zeros(1, inputs, dtype=dtype))
-    weight: torch.Tensor = product.call_args.args[1]
-    return weight
+    return products.weight
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ NEEDED = (
     "pydantic",
     "rich",
     "safetensors",
+    "scipy",
     "yaml",
 )
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -88,21 +88,21 @@ def _ways(inputs: Tensor, place: Place) -> dict[str, Callable[[], Tensor]]:
     return ways
 
 
-def rounding(name: str) -> Callable[[Place], Found]:
-    """The section of an expert: milliseconds of GPTQ by part, with blocks as they are and with blocks for a GPU."""
+def quantizing(name: str) -> Callable[[Place], Found]:
+    """The section of an expert: milliseconds of GPTQ by part, in the blocks of a CPU and in those of a GPU."""
 
     def run(place: Place) -> Found:
         shapes, experts = EXPERTS[name]
         weights = [_weight(shape, place) for shape in (TINY_EXPERT if place.tiny else shapes)]
         values: dict[str, Any] = {}
-        for label, sizes in (("blocks as they are", {}), ("blocks for a GPU", seams.GPU_BLOCKS)):
-            with seams.sizes(sizes):
+        for kind in seams.DEVICES:
+            with seams.blocks_of(kind):
                 parts: Counter[str] = Counter()
                 for weight, of_inputs in weights:
                     parts.update(_parts_ms(weight, of_inputs, place))
             hours = round(parts.total() * experts / 3.6e6, 3)
             by_part = {part: round(taken_ms, 2) for part, taken_ms in parts.items()}
-            values[label] = {
+            values[f"blocks for a {kind}"] = {
                 "ms": {"all": round(parts.total(), 2)} | by_part,
                 f"hours_for_{experts}_experts": hours,
             }
@@ -126,7 +126,7 @@ def _parts_ms(weight: Tensor, of_inputs: Tensor, place: Place) -> dict[str, floa
 
 
 def operations(place: Place) -> Found:
-    """How many operations, and on a GPU launches, the rounding of one expert of 30B-A3B is made of."""
+    """How many operations, and on a GPU launches, quantizing one expert of 30B-A3B is made of."""
     shapes, _ = EXPERTS["Qwen3-30B-A3B"]
     weights = [_weight(shape, place) for shape in (TINY_EXPERT if place.tiny else shapes)]
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if place.cuda else [])]

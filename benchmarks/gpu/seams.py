@@ -17,36 +17,33 @@ from torch import Tensor
 
 # What each second of a quantize run went to. What runs inside another is not counted twice.
 RUN_CAUSES = {
-    "lowbit_quantize.pipeline:Walk._step": "the rest of a layer",
-    "lowbit_quantize.stream:Decoder.load_layer": "reading weights",
-    "lowbit_quantize.stream:Decoder.observe": "observing",
-    "lowbit_quantize.stream:Decoder.advance": "advancing",
-    "lowbit_quantize.stream:Decoder.advance_to": "advancing",
-    "lowbit_quantize.stages:compress_layer": "quantizing",
-    "lowbit_quantize.pipeline:Walk._write": "writing",
-    "lowbit_quantize.pipeline:Walk.quality": "quality",
+    "lowbit_quantize.walk.forward:Walk._step": "the rest of a layer",
+    "lowbit_quantize.model.decoder:Decoder.load_layer": "reading weights",
+    "lowbit_quantize.model.decoder:Decoder.observe": "observing",
+    "lowbit_quantize.model.decoder:Decoder.advance": "advancing",
+    "lowbit_quantize.model.decoder:Decoder.advance_to": "advancing",
+    "lowbit_quantize.walk.stages:quantize_linears": "quantizing",
+    "lowbit_quantize.walk.forward:Walk._write": "writing",
+    "lowbit_quantize.walk.forward:Walk.quality": "quality",
 }
 ONCE = ("quality", "the rest of the run")  # causes that a deeper model does not have more of
-# What each part of rounding one weight by GPTQ took.
+# What each part of quantizing one weight by GPTQ took.
 GPTQ_CAUSES = {
-    "lowbit_quantize.gptq:_ordered_factor": "factor",
-    "lowbit_quantize.gptq:search_grids": "grids",
-    "lowbit_quantize.gptq:parallel_map": "columns",
-    "lowbit_quantize.gptq:solve_scales": "scales",
+    "lowbit_quantize.methods.gptq:_ordered_factor": "factor",
+    "lowbit_quantize.schemes.integer:search_params": "search",
+    "lowbit_quantize.methods.gptq:parallel_map": "columns",
+    "lowbit_quantize.schemes.integer:solve_scales": "refine",
 }
-# Pieces sized for a CPU core's cache, and what they might be on a GPU.
-GPU_BLOCKS = {
-    "lowbit_quantize.gptq:BLOCK_ROWS": 1 << 30,
-    "lowbit_quantize.clip:BLOCK_WEIGHTS": 1 << 26,
-    "lowbit_quantize.clip:SOLVE_ROWS": 1 << 30,
-}
+BLOCKS = "lowbit_quantize.device.blocks"
+BLOCK_SIZES = ("SEARCH_WEIGHTS", "COLUMN_ROWS", "SOLVE_ROWS")
+DEVICES = ("CPU", "GPU")
 # Small texts, and groups that divide the widths of tiny models.
 SMALL = (
-    "weights.group_size=32",
-    "calibration.sequences=8",
-    "calibration.sequence_tokens=64",
-    "quality.sequences=4",
-    "quality.sequence_tokens=64",
+    "modules.0.group_size=32",
+    "calibration.num_samples=8",
+    "calibration.max_seq_length=64",
+    "quality.num_samples=4",
+    "quality.max_seq_length=64",
 )
 
 
@@ -61,18 +58,19 @@ def quantize(
 
 
 def quantize_by_gptq(weight: Tensor, hessian: Tensor) -> Tensor:
-    """The codes of a weight (out, in) in 4 bits and groups of 128, symmetric, by GPTQ on inputs of this Hessian."""
-    from lowbit_quantize.gptq import round_gptq
-    from lowbit_quantize.grid import GridSpec
+    """The codes of a weight (out, in), W4A16 in groups of 128, by GPTQ on inputs of this Hessian."""
+    from lowbit_quantize.methods.gptq import Gptq
+    from lowbit_quantize.schemes.integer import PRESETS
 
-    return round_gptq(weight, hessian, GridSpec(4, 128, True)).codes
+    scheme = next(preset for preset in PRESETS if preset.name == "W4A16").make(128)
+    return Gptq().quantize(weight, hessian, scheme).codes
 
 
 def hessian_of(inputs: Tensor) -> Tensor:
     """The mean of x xᵀ over (tokens, features) as the walk computes it."""
-    from lowbit_quantize.observe import Covariance
+    from lowbit_quantize.statistics.hessian import Hessian
 
-    statistic = Covariance(inputs.shape[1], inputs.device)
+    statistic = Hessian(inputs.shape[1], inputs.device)
     statistic.add(inputs)
     return statistic.matrix()
 
@@ -101,11 +99,13 @@ def timed(causes: Mapping[str, str], spent: Spent) -> Iterator[None]:
 
 
 @contextmanager
-def sizes(values: Mapping[str, int]) -> Iterator[None]:
-    """While the block runs, these constants have these values."""
+def blocks_of(kind: str) -> Iterator[None]:
+    """While the block runs, every device works in the blocks of one of `DEVICES`."""
     with ExitStack() as stack:
-        for place, value in values.items():
-            stack.enter_context(_replaced(*_found(place), value))
+        for size in BLOCK_SIZES:
+            value = getattr(*_found(f"{BLOCKS}:{kind}_{size}"))
+            for device in DEVICES:
+                stack.enter_context(_replaced(*_found(f"{BLOCKS}:{device}_{size}"), value))
         yield
 
 
@@ -122,11 +122,13 @@ def _found(place: str) -> tuple[Any, str]:
     """The object that holds an attribute, and the attribute's name; raises LookupError where it is not."""
     module, _, path = place.partition(":")
     *owners, name = path.split(".")
-    owner: Any = import_module(module)
-    for part in owners:
-        owner = getattr(owner, part)
-    if not hasattr(owner, name):
-        raise LookupError(f"{place} is not there any more; benchmarks/gpu/seams.py has to follow")
+    try:
+        owner: Any = import_module(module)
+        for part in owners:
+            owner = getattr(owner, part)
+        getattr(owner, name)
+    except (ModuleNotFoundError, AttributeError):
+        raise LookupError(f"{place} is not there any more; benchmarks/gpu/seams.py has to follow") from None
     return owner, name
 
 

@@ -2,7 +2,7 @@
 
 from benchmarks.gpu.agreement import CASES, SAME_TWICE, agreement
 from benchmarks.gpu.layers import SHAPES, layer
-from benchmarks.gpu.parts import EXPERTS, hessian, machine, operations, rounding
+from benchmarks.gpu.parts import EXPERTS, hessian, machine, operations, quantizing
 from benchmarks.gpu.place import Place
 from benchmarks.gpu.report import Section
 
@@ -18,7 +18,7 @@ def sections(place: Place) -> list[Section]:
         Section("Hessian", 20, hessian),
         *alike[:3],
         *(Section(f"a layer of {shape.name}", shape.seconds, layer(shape)) for shape in SHAPES),
-        *(Section(f"an expert of {name}", 30, rounding(name)) for name in EXPERTS),
+        *(Section(f"an expert of {name}", 30, quantizing(name)) for name in EXPERTS),
         Section("operations of an expert", 20, operations),
         *alike[3:],
     ]

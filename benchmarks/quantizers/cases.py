@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-BARE = ("kv_cache.dtype=none", "quality.sequences=2", "quality.isolate=false")
+BARE = ("kv_cache.dtype=none", "quality.num_samples=2", "quality.isolate=false")
 
 
 @dataclass(frozen=True)
@@ -100,10 +100,9 @@ def command(case: Case, python: Path, scenario: Scenario, out: Path) -> list[str
 
 def lowbit_command(case: Case, python: Path, scenario: Scenario, out: Path) -> list[str]:
     settings = (
-        f"weights.method={case.method}",
-        f"weights.bits={scenario.bits}",
-        f"weights.group_size={scenario.group_size}",
-        f"weights.symmetric={str(case.symmetric).lower()}",
+        f"modules.0.scheme=W{scenario.bits}A16" + ("" if case.symmetric else "_ASYM"),
+        f"modules.0.group_size={scenario.group_size}",
+        f"modules.0.methods=[{case.method.replace('+', ', ')}]",
         f"calibration.token_ids={scenario.token_ids}",
         *case.recipe_settings,
     )

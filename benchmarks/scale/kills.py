@@ -28,7 +28,7 @@ from tests.quantize.stoppable import Point, renaming, run, start
 from tests.quantize.tiny_gguf import write_tiny_gguf
 
 from lowbit_core.manifest import MANIFEST_NAME, PROGRESS_NAME, file_sha256
-from lowbit_quantize.output import STATE
+from lowbit_quantize.run.directory import STATE
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPTH = 3
@@ -42,10 +42,10 @@ PHASES = {
     "finish": renaming("model-00004-of-00004"),
 }
 SETTINGS = (
-    "calibration.sequences=8",
-    "calibration.sequence_tokens=64",
-    "quality.sequences=4",
-    "quality.sequence_tokens=64",
+    "calibration.num_samples=8",
+    "calibration.max_seq_length=64",
+    "quality.num_samples=4",
+    "quality.max_seq_length=64",
 )
 TMPFS_BYTES = 192 << 20
 

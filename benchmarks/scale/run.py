@@ -145,10 +145,10 @@ def measured(model: Path, layers: int, arguments: argparse.Namespace) -> Run:
         str(out),
     ]
     for setting in (
-        f"calibration.sequences={ROWS}",
-        f"quality.sequences={HELDOUT_ROWS}",
-        f"calibration.sequence_tokens={ROW_TOKENS}",
-        f"quality.sequence_tokens={ROW_TOKENS}",
+        f"calibration.num_samples={ROWS}",
+        f"quality.num_samples={HELDOUT_ROWS}",
+        f"calibration.max_seq_length={ROW_TOKENS}",
+        f"quality.max_seq_length={ROW_TOKENS}",
     ):
         command += ["--set", setting]
     load_average, started_s = os.getloadavg()[0], time.time()
