@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.quantize.test_decoder import decoder_of, token_ids
+from tests.quantize.layers.test_decoder import decoder_of, token_ids
 
 from lowbit_quantize.model.architecture import linear_of
 from lowbit_quantize.model.decoder import END, BasePass

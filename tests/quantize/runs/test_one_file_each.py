@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.quantize.additions.dequantized import Dequantized
-from tests.quantize.additions.measure_layers import MeasureLayersKind
-from tests.quantize.additions.powers_of_two import PRESET, PowersOfTwo, nearest
-from tests.quantize.additions.random_rounding import RandomRounding
-from tests.quantize.additions.rescale_experts import RescaleExpertsKind
+from tests.quantize.runs.additions.dequantized import Dequantized
+from tests.quantize.runs.additions.measure_layers import MeasureLayersKind
+from tests.quantize.runs.additions.powers_of_two import PRESET, PowersOfTwo, nearest
+from tests.quantize.runs.additions.random_rounding import RandomRounding
+from tests.quantize.runs.additions.rescale_experts import RescaleExpertsKind
 from tests.quantize.small_runs import CPU, recipe_with, reloaded_kld, stored_bytes, tensors_of
 
 from lowbit_core.errors import CheckpointError, RecipeError

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.quantize.test_decoder import decoder_of
+from tests.quantize.layers.test_decoder import decoder_of
 
 from lowbit_quantize.catalog import CATALOG
 from lowbit_quantize.methods.awq import Awq, awq_scale, column_weight, search_scale

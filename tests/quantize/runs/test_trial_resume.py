@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.quantize.runs.test_resume import command, contents
 from tests.quantize.stoppable import Point, renaming, run
-from tests.quantize.test_resume import command, contents
 
 from lowbit_core.manifest import MANIFEST_NAME, PROGRESS_NAME, file_sha256
 from lowbit_quantize.run.directory import STATE, TRIAL_NAME

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from tests.quantize.layers.test_prune_experts import observed, pruned_only
 from tests.quantize.small_runs import CPU, PLAIN_CACHE, recipe_of, reloaded_kld
-from tests.quantize.test_prune_experts import observed, pruned_only
 from torch import Tensor
 
 from lowbit_quantize.passes.distill_router import distill_router

@@ -12,7 +12,7 @@ from tests.quantize.older_formats import random_linear
 from lowbit_quantize.export import autoawq, autogptq
 from lowbit_quantize.schemes.scheme import Quantized
 
-FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "quantizers"
+FOLDER = Path(__file__).resolve().parents[3] / "benchmarks" / "quantizers"
 PACK: dict[str, Callable[[Quantized], dict[str, torch.Tensor]]] = {
     "compressed-tensors": Quantized.tensors,
     "autoawq": autoawq.pack,

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.quantize.conftest import ROUTED
+from tests.quantize.layers.test_decoder import decoder_of, token_ids
 from tests.quantize.small_runs import (
     CPU,
     PLAIN_CACHE,
@@ -17,7 +18,6 @@ from tests.quantize.small_runs import (
     reloaded_kld,
     tensors_of,
 )
-from tests.quantize.test_decoder import decoder_of, token_ids
 from tests.tiny_models import write_tiny_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from tests.quantize.layers.test_decoder import decoder_of
+from tests.quantize.layers.test_prune_experts import EVERY
 from tests.quantize.small_runs import CPU, SMALL_FLAGS, pruning, recipe_of
-from tests.quantize.test_decoder import decoder_of
-from tests.quantize.test_prune_experts import EVERY
 
 from lowbit_core.cli import main
 from lowbit_quantize.check.expert_report import report_experts
