@@ -175,7 +175,7 @@ def test_awq_has_at_most_half_the_divergence_of_round_to_nearest(demo: Demo, tmp
     assert demo.report["mean_kld"] <= 0.5 * rtn["mean_kld"]
 
 
-def test_riding_along_measures_what_a_reload_in_plain_transformers_measures(tmp_path: Path) -> None:
+def test_quality_of_the_walk_is_what_a_reload_in_plain_transformers_measures(tmp_path: Path) -> None:
     out = tmp_path / "weights-only"
     few = (
         "--set",

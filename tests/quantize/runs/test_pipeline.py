@@ -44,7 +44,7 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
-def test_riding_along_measures_what_a_reload_measures(
+def test_quality_of_the_walk_is_what_a_reload_measures(
     tiny_model: Callable[[str], Path], kind: str, tmp_path: Path
 ) -> None:
     recipe = recipe_with({"match": "*", "group_size": 64, **RUNS[kind]})
