@@ -90,12 +90,13 @@ class UnderCalibratedExpert(_Record):
     tokens: int
 
 
-class RouterDistillationRecord(_Record):
-    """Mean KL on the held-out text with and without distilled routers; `kept`: they are in the checkpoint.
+class TrialRecord(_Record):
+    """Passes that were on trial, mean KL on held-out text with and without them; `kept`: they are in the checkpoint.
 
     The choice was made on the text that `quality` reports, which flatters the chosen one a little.
     """
 
+    passes: list[str]
     kept: bool
     kld_without: float
     kld_with: float
@@ -111,7 +112,6 @@ class ExpertsRecord(_Record):
     kept: int
     criterion: str | None
     kept_by_layer: dict[int, list[int]]
-    router_distillation: RouterDistillationRecord | None = None
     under_calibrated: list[UnderCalibratedExpert]
 
 
@@ -210,6 +210,7 @@ class Manifest(_Record):
     unquantized: list[str] = []
     kv_cache: KVCacheRecord | None
     experts: ExpertsRecord | None = None
+    trial: TrialRecord | None = None
     calibration: TextRecord | None
     quality: QualityRecord
     gate: GateRecord

@@ -97,7 +97,8 @@ def _finished_walk(
     if run.trial is None:
         without = walked(prepared(WITHOUT, settled, run.shards(WITHOUT)))[1].mean_kld
         with_them = walked(prepared(WALK, plan.passes, run.out))[1].mean_kld
-        log.info("router distillation: mean KL %.4g with, %.4g without", with_them, without)
+        names = ", ".join(one.name for one in plan.passes if one.on_trial)
+        log.info("%s: mean KL %.4g with, %.4g without", names, with_them, without)
         run.end_trial(TrialResult(kept=with_them < without, kld_without=without, kld_with=with_them))
     if run.trial is not None and run.trial.kept:
         return walked(prepared(WALK, plan.passes, run.out))

@@ -12,9 +12,9 @@ from lowbit_core.manifest import (
     KVCacheRecord,
     Manifest,
     QualityRecord,
-    RouterDistillationRecord,
     RunRecord,
     SizeRecord,
+    TrialRecord,
     UnderCalibratedExpert,
     record_files,
 )
@@ -70,7 +70,8 @@ def manifest_of(
         modules=[module for record in walk.layers for module in record.modules],
         unquantized=list(plan.unquantized_linears),
         kv_cache=_kv_cache(walk.layers),
-        experts=_experts(plan, walk.layers, run),
+        experts=_experts(plan, walk.layers),
+        trial=_trial(plan, run),
         calibration=calibration.record,
         quality=measured,
         gate=kl.judge(measured, plan.recipe.quality),
@@ -100,7 +101,12 @@ def _kv_cache(layers: Sequence[LayerRecord]) -> KVCacheRecord | None:
     return KVCacheRecord(dtype="fp8_e4m3", source=source, layers=scales)
 
 
-def _experts(plan: Plan, layers: Sequence[LayerRecord], run: RunDirectory) -> ExpertsRecord | None:
+def _trial(plan: Plan, run: RunDirectory) -> TrialRecord | None:
+    passes = [one.name for one in plan.passes if one.on_trial]
+    return TrialRecord(passes=passes, **run.trial.model_dump()) if run.trial else None
+
+
+def _experts(plan: Plan, layers: Sequence[LayerRecord]) -> ExpertsRecord | None:
     if plan.experts is None:
         return None
     pruning = next((one for one in plan.passes if isinstance(one, PruneExperts)), None)
@@ -109,7 +115,6 @@ def _experts(plan: Plan, layers: Sequence[LayerRecord], run: RunDirectory) -> Ex
         kept=plan.experts,
         criterion=pruning.recipe.criterion if pruning else None,
         kept_by_layer={r.layer: r.kept_experts for r in layers if r.kept_experts is not None},
-        router_distillation=RouterDistillationRecord(**run.trial.model_dump()) if run.trial else None,
         under_calibrated=[
             UnderCalibratedExpert(layer=record.layer, expert=expert, tokens=tokens)
             for record in layers

@@ -43,7 +43,7 @@ class InputScale:
 
 
 class Method(Protocol):
-    """One way to choose numbers.
+    """One way to choose numbers; hashable, because linears that are quantized alike are found by it.
 
     `needs`: what it must be given beside the weight; `base_stream` lets the base model's calibration tokens walk too,
     and weights are then aimed at what makes up for earlier errors (statistics/error_compensation.py).

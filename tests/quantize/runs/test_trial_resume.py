@@ -34,7 +34,7 @@ def straight(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPat
     model, out = tiny_model("qwen3_moe"), directory / "out"
     assert run(distilling(model, out), directory / "log")[0] == 0
     manifest = json.loads((out / MANIFEST_NAME).read_text())
-    return Straight(model, out, manifest["experts"]["router_distillation"]["kept"])
+    return Straight(model, out, manifest["trial"]["kept"])
 
 
 def distilling(model: Path, out: Path) -> list[str]:
