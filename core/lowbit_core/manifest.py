@@ -199,7 +199,10 @@ class ExportRecord(_Record):
 
 
 class Manifest(_Record):
-    """The whole manifest; `unquantized` names the decoder's linears that stay as they are."""
+    """The whole manifest; `unquantized` names the decoder's linears that stay as they are.
+
+    `figures` are what passes have measured of each layer, by their names.
+    """
 
     format_version: int = FORMAT_VERSION
     created: str
@@ -211,6 +214,7 @@ class Manifest(_Record):
     kv_cache: KVCacheRecord | None
     experts: ExpertsRecord | None = None
     trial: TrialRecord | None = None
+    figures: dict[int, dict[str, float]] = {}
     calibration: TextRecord | None
     quality: QualityRecord
     gate: GateRecord

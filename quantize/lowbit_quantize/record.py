@@ -72,6 +72,7 @@ def manifest_of(
         kv_cache=_kv_cache(walk.layers),
         experts=_experts(plan, walk.layers),
         trial=_trial(plan, run),
+        figures={record.layer: record.figures for record in walk.layers if record.figures},
         calibration=calibration.record,
         quality=measured,
         gate=kl.judge(measured, plan.recipe.quality),

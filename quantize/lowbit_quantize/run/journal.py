@@ -44,6 +44,7 @@ class LayerRecord(_Record):
     kv_scales: KVLayerRecord | None
     kept_experts: list[int] | None
     under_calibrated: dict[int, int]
+    figures: dict[str, float]
     packed_bytes: int
     quantized_parameters: int
     base_files: list[str]

@@ -161,6 +161,7 @@ class Walk:
                 else None,
                 kept_experts=result.kept_experts,
                 under_calibrated=result.under_calibrated,
+                figures=result.figures,
                 packed_bytes=sum(tensor.nbytes for one in packed.values() for tensor in one.values()),
                 quantized_parameters=sum(one.quantized.codes.numel() for one in result.linears.values()),
                 base_files=self._base_files,

@@ -28,6 +28,7 @@ class LayerResult:
 
     `base_kv_scales` are those of the same layer as it was; `kept_experts` are the base model's numbers of those that
     stay, `under_calibrated` the tokens of each expert, by its number after pruning, that borrowed statistics.
+    `figures` are whatever a pass has measured of the layer, for the manifest.
     """
 
     linears: dict[str, QuantizedLinear] = field(default_factory=dict)
@@ -35,6 +36,7 @@ class LayerResult:
     base_kv_scales: KVScales | None = None
     kept_experts: list[int] | None = None
     under_calibrated: dict[int, int] = field(default_factory=dict)
+    figures: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass

@@ -161,15 +161,15 @@ def test_a_pass_of_one_file_brings_layers_nearer_to_the_base(
 def test_a_pass_after_quantize_sees_quantized_layers_and_changes_no_file(
     tiny_model: Callable[[str], Path], methods: list[str], tmp_path: Path
 ) -> None:
-    rule, model, kind = {**NEAREST, "methods": methods}, tiny_model("qwen3"), MeasureLayersKind()
-    measuring = dataclasses.replace(MORE, passes=(*MORE.passes, kind))
+    rule, model = {**NEAREST, "methods": methods}, tiny_model("qwen3")
+    measuring = dataclasses.replace(MORE, passes=(*MORE.passes, MeasureLayersKind()))
     plain = run(model, recipe_with(rule), tmp_path / "plain")
     passes = ["quantize", "measure_layers"]
     measured = run(model, recipe_with(rule, passes=passes), tmp_path / "measured", measuring)
     assert measured.files == plain.files
     assert measured.quality == plain.quality
-    assert list(kind.found) == [0, 1, 2]
-    assert all(1e-4 < error < 0.5 for error in kind.found.values())
+    assert list(measured.figures) == [0, 1, 2]
+    assert all(1e-4 < layer["error"] < 0.5 for layer in measured.figures.values())
 
 
 def test_its_options_and_its_place_are_checked_like_any_others(tiny_model: Callable[[str], Path]) -> None:

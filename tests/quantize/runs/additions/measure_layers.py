@@ -1,6 +1,5 @@
 """A pass of one file that changes nothing: how far each quantized layer's output is from the base model's."""
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,29 +11,23 @@ from lowbit_quantize.walk.layer import LayerContext
 
 
 class MeasureLayers(PlainPass):
-    """Relative squared error by layer."""
+    """Relative squared error by layer, as a figure of the manifest."""
 
     name = "measure_layers"
     before_quantize = False
 
-    def __init__(self, found: dict[int, float]) -> None:
-        self._found = found
-
     def run(self, layer: nn.Module, context: LayerContext) -> None:
         given = torch.cat(list(context.decoder.run_layer(layer, context.index, context.calibration))).float()
         wanted = context.base_output().float()
-        self._found[context.index] = float((given - wanted).square().sum() / wanted.square().sum())
+        context.result.figures["error"] = float((given - wanted).square().sum() / wanted.square().sum())
 
 
-@dataclass(frozen=True)
 class MeasureLayersKind:
-    """What was found is held here: a checkpoint has no place for a pass's figures."""
-
-    found: dict[int, float] = field(default_factory=dict)
+    """It has no options."""
 
     name = MeasureLayers.name
     options = NoOptions
     after = ("quantize",)
 
     def make(self, options: NoOptions, config: Any, architecture: Architecture, model: str) -> MeasureLayers:
-        return MeasureLayers(self.found)
+        return MeasureLayers()
