@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.quantizers.provenance import hardware, versions
 from benchmarks.revisions.cases import DEMO, DEMO_RECIPES, Case, demo_cases, tiny_cases
 from benchmarks.revisions.comparison import Compared, compared
-from benchmarks.revisions.pairs import as_json, measured_pairs
+from benchmarks.revisions.pairs import as_json, fewer, measured_pairs
 from benchmarks.revisions.trees import Ended, Tree, two_trees
 from scripts.demo import find_demo_model
 
@@ -69,6 +69,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--recipe", action="append", help=f"of --pairs (default: {' and '.join(DEMO_RECIPES)})"
     )
+    parser.add_argument(
+        "--samples", type=int, metavar="N", help="of --pairs: N calibration and N held-out sequences"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too")
     parser.add_argument("--work", type=Path, metavar="DIR", help="where temporary files go (1 GB)")
     return parser.parse_args()
@@ -87,9 +90,9 @@ def _facts(trees: tuple[Tree, Tree]) -> dict[str, Any]:
 def _pairs(
     trees: tuple[Tree, Tree], work: Path, arguments: argparse.Namespace
 ) -> tuple[dict[str, Any], bool]:
-    model = find_demo_model()
+    model, settings = find_demo_model(), fewer(arguments.samples) if arguments.samples else ()
     found = [
-        as_json(recipe, measured_pairs(trees, arguments.pairs, model, recipe, work))
+        as_json(recipe, measured_pairs(trees, arguments.pairs, model, recipe, work, settings))
         for recipe in arguments.recipe or DEMO_RECIPES
     ]
     for one in found:
@@ -97,7 +100,7 @@ def _pairs(
             print(
                 f"{one['recipe']:<10} {figure:<15} {ratio['mean']:.3f} ± {ratio['standard_error']:.3f} of the old"
             )
-    return {"model": DEMO, "pairs": found}, True
+    return {"model": DEMO, "samples": arguments.samples, "pairs": found}, True
 
 
 def _bytes(

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.revisions.trees import Tree
+from benchmarks.revisions.trees import Setting, Tree
 
 
 @dataclass(frozen=True)
@@ -36,20 +36,33 @@ class Pair:
 FIGURES = ("cpu_s", "peak_rss_bytes")
 
 
-def measured_pairs(trees: tuple[Tree, Tree], count: int, model: Path, recipe: str, work: Path) -> list[Pair]:
+def fewer(samples: int) -> tuple[Setting, ...]:
+    """So many calibration sequences, and as many held-out ones."""
+    return tuple(
+        Setting(
+            f"{section}.sequences={samples}", f"{section}.num_samples={samples}", f"{section}.num_samples"
+        )
+        for section in ("calibration", "quality")
+    )
+
+
+def measured_pairs(
+    trees: tuple[Tree, Tree], count: int, model: Path, recipe: str, work: Path, settings: tuple[Setting, ...]
+) -> list[Pair]:
     """Measure `count` pairs, one run at a time, and print each."""
     pairs = []
     for number in range(count):
         order = trees if number % 2 == 0 else trees[::-1]
-        runs = {tree.name: _measured(tree, model, recipe, work) for tree in order}
+        runs = {tree.name: _measured(tree, model, recipe, work, settings) for tree in order}
         pairs.append(Pair(runs["old"], runs["new"]))
         print(f"{recipe} {number + 1}/{count}: {pairs[-1]}", file=sys.stderr, flush=True)
     return pairs
 
 
-def _measured(tree: Tree, model: Path, recipe: str, work: Path) -> Run:
+def _measured(tree: Tree, model: Path, recipe: str, work: Path, settings: tuple[Setting, ...]) -> Run:
     out = work / f"{tree.name}-{recipe}"
-    command = tree.command("quantize", "--model", str(model), "--recipe", recipe, "--out", str(out))
+    arguments = ("--model", str(model), "--recipe", recipe, "--out", str(out), *tree.spelled(settings))
+    command = tree.command("quantize", *arguments)
     load_average, started_s = os.getloadavg()[0], time.monotonic()
     with (work / f"{tree.name}.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=tree.environment, cwd=tree.root)
