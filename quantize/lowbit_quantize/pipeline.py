@@ -118,9 +118,10 @@ def write_rest(plan: Plan, walk: Walk) -> None:
     for key, value in plan.configuration.items():
         setattr(config, key, value)
     schemes = {
-        architecture.published_name(name): entry.scheme
+        known: entry.scheme
         for name, entry in plan.modules.items()
         if plan.stays(name)
+        for known in architecture.engine_names(name)
     }
     quantization = quantization_config(schemes, plan.unquantized, fp8_cache=plan.fp8_cache)
     served = served_config(config, quantization, decoder.dtype)

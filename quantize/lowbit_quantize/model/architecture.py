@@ -42,7 +42,8 @@ class Architecture:
     `middle` is the module that reads the residual stream between attention and the network; `norm_offset` is
     what a norm adds to its weight; `latent_cache`: attention caches a normed latent and one rotary key
     (DeepSeek-AI 2024, arXiv 2405.04434) instead of keys and values; `published` are the differences
-    between transformers' module names and the names in published files, as (ours, theirs).
+    between transformers' module names and the names in published files, as (ours, theirs); `fused` are
+    linears whose matrix vLLM 0.32 joins with another's without its own table saying so, as (linear, joint matrix).
     """
 
     model_type: str
@@ -58,6 +59,7 @@ class Architecture:
     norm_offset: float = 0.0
     latent_cache: bool = False
     published: tuple[tuple[str, str], ...] = ()
+    fused: tuple[tuple[str, str], ...] = ()
 
     @property
     def router(self) -> str:
@@ -83,6 +85,15 @@ class Architecture:
         for ours, theirs in self.published:
             name = name.replace(ours, theirs)
         return name
+
+    def engine_names(self, name: str) -> tuple[str, ...]:
+        """The names of a linear in quantization configurations: its published one, and that of the joint matrix that it
+        begins where an engine's own table of these is not enough.
+        """
+        published = self.published_name(name)
+        joint = [f"{name.removesuffix(one)}{other}" for one, other in self.fused if name.endswith(f".{one}")]
+        inside = bool(self.moe_block) and f".{self.experts}." in name
+        return (published, *(() if inside else joint))
 
     def groups_of(self, layer: nn.Module) -> tuple[LinearGroup, ...]:
         """The groups that this decoder layer has, one for each expert where a name says `*`."""

@@ -23,10 +23,14 @@ def _experts(shared: str = "", gates: tuple[str, ...] = ()) -> tuple[LinearGroup
     )
 
 
+_GATE_UP = (("gate_proj", "gate_up_proj"),)
 FAMILIES = (
-    Architecture("qwen3_moe", groups=DENSE + _experts(), moe_block="mlp"),
+    Architecture("qwen3_moe", groups=DENSE + _experts(), moe_block="mlp", fused=_GATE_UP),
     Architecture(
-        "qwen2_moe", groups=DENSE + _experts("shared_expert", ("mlp.shared_expert_gate",)), moe_block="mlp"
+        "qwen2_moe",
+        groups=DENSE + _experts("shared_expert", ("mlp.shared_expert_gate",)),
+        moe_block="mlp",
+        fused=_GATE_UP,
     ),
     Architecture("olmoe", groups=attention() + _experts(), moe_block="mlp"),
     Architecture(
@@ -45,5 +49,6 @@ FAMILIES = (
         groups=_LATENT_ATTENTION + GATED + _experts("shared_experts"),
         moe_block="mlp",
         latent_cache=True,
+        fused=(("q_a_proj", "fused_qkv_a_proj"),),
     ),
 )
