@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.stats import bootstrap
 from torch import Tensor, nn
 
 from lowbit_core.manifest import DivergenceRecord, GateRecord, QualityRecord
@@ -136,6 +135,8 @@ def bootstrap_stderr(values: Tensor, statistic: Callable[[NDArray[Any]], Any]) -
 
     √(n / (n − 1)) makes up for n draws out of n, so that a mean has its clustered standard error.
     """
+    from scipy.stats import bootstrap  # 23 MB, when the walk's own are gone
+
     count, found = len(values), values.numpy()
     if count < 2:
         return math.inf
