@@ -1,72 +1,96 @@
-"""uvicorn's HTTP parser with limits on the request head: its size, and how long a client may take to send it.
+"""uvicorn's HTTP/1.1 protocol with bounds on all that arrives: how large, and how long it may take.
 
 llhttp, the parser, refuses what could smuggle a request past a proxy: two lengths, a length together with chunks, a
-space before a colon, folded headers (tests/server/test_http_parser.py). It has no limit on headers of its own.
+space before a colon, folded headers (tests/server/gateway/test_http_parser.py). It has no limits of its own, and
+uvicorn none on how long a head, a body or a client that reads nothing may take. Nothing here runs for a piece of a
+response; how a connection ends is in `http_endings.py`.
+
+An offer to go on in another protocol (`Upgrade: h2c`, which Java's HttpClient and `curl --http2` make) is declined, as
+HTTP allows: the request is answered in HTTP/1.1. httptools drops the body of such a request, so its head is parsed
+again without the offer.
 """
 
-from asyncio import Transport
-from asyncio.events import TimerHandle
+import httptools
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from lowbit_server.gateway.http_endings import EndingHttp, Times
 
-from lowbit_server.gateway.openai_errors import error_document
+FRAMING_FACTOR = 8  # bytes that chunks of one byte take, and then some
+DEFAULT_TIMES = Times()
+OFFER = (b"upgrade", b"http2-settings")
 
-HEAD_S = 30.0
 
-
-class BoundedHttp(HttpToolsProtocol):
-    """One connection. `head_s` are the seconds in which its first head must have arrived."""
+class BoundedHttp(EndingHttp):
+    """One connection."""
 
     max_header_bytes = 64 << 10
-    head_s = HEAD_S
-    _head_bytes = 0
-    _in_head = True
-    _head_timer: TimerHandle | None = None
-
-    def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._head_timer = self.loop.call_later(self.head_s, self._close_if_silent)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_timer()
-        super().connection_lost(exc)
+    _framed_bytes = _body_bytes = 0
 
     def data_received(self, data: bytes) -> None:
-        self._head_bytes = self._head_bytes + len(data) if self._in_head else 0
-        super().data_received(data)
-        if self._in_head and self._head_bytes > self.max_header_bytes and not self.transport.is_closing():
-            self._refuse(431, f"the request head is larger than {self.max_header_bytes} bytes")
+        if self.ending:
+            return
+        self._unset_keepalive_if_required()
+        if self.in_head:
+            self.head_bytes += len(data)
+        else:
+            self._framed_bytes += len(data)
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as offer:
+            self._decline(data[offer.args[0] :])
+        except httptools.HttpParserError:
+            self.refuse(400, "these bytes are no HTTP request")
+        else:
+            self._check_bounds()
+
+    def _check_bounds(self) -> None:
+        if self.in_head:
+            if self.head_bytes > self.max_header_bytes:
+                self.refuse(431, f"the request head is larger than {self.max_header_bytes} bytes")
+            elif self.head_bytes and self.deadline is None:
+                self.set_deadline(self.times.head_s)
+        elif self._framed_bytes > self.max_header_bytes + FRAMING_FACTOR * self._body_bytes:
+            self.refuse(431, f"what frames the body is larger than {self.max_header_bytes} bytes")
+        elif self.deadline is None:
+            self.set_deadline(self.times.body_s)
+
+    def _decline(self, rest: bytes) -> None:
+        head = [self.parser.get_method(), b" ", self.url, b" HTTP/1.1\r\n"]
+        for name, value in self.headers:
+            if name == b"connection":
+                options = [option.strip() for option in value.split(b",")]
+                value = b", ".join(option for option in options if option.lower() not in OFFER)
+            if name not in OFFER:
+                head += [name, b": ", value, b"\r\n"]
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        self.head_bytes = 0
+        self.data_received(b"".join([*head, b"\r\n", rest]))
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self.in_head:  # a trailer is no header
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        self._in_head, self._head_bytes = False, 0
-        self._stop_timer()
+        if self.ending or (self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT"):
+            return  # `_decline` parses it again
         super().on_headers_complete()
+        self.in_head = False
+        self.head_bytes = self._framed_bytes = self._body_bytes = 0
+        self.set_deadline(None)
+        self.request_begun(self.cycle)
+
+    def on_body(self, body: bytes) -> None:
+        self._body_bytes += len(body)
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
-        self._in_head = True
+        if self.in_head:  # of a head that is parsed again
+            return
+        self.in_head = True
         super().on_message_complete()
-
-    def send_400_response(self, msg: str) -> None:
-        self._refuse(400, msg)
-
-    def _close_if_silent(self) -> None:
-        if self._in_head and not self.transport.is_closing():
-            self.transport.close()
-
-    def _stop_timer(self) -> None:
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-
-    def _refuse(self, status: int, message: str) -> None:
-        body = error_document(status, message)
-        head = (
-            f"HTTP/1.1 {status} \r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
-            "connection: close\r\n\r\n"
-        )
-        self.transport.write(head.encode() + body)
-        self.transport.close()
+        self.request_arrived(self.cycle)
 
 
-def bounded_http(max_header_bytes: int) -> type[BoundedHttp]:
-    """The protocol class with this limit, as uvicorn's configuration takes it."""
-    return type("BoundedHttp", (BoundedHttp,), {"max_header_bytes": max_header_bytes})
+def bounded_http(max_header_bytes: int, times: Times = DEFAULT_TIMES) -> type[BoundedHttp]:
+    """The protocol class with these limits, as uvicorn's configuration takes it."""
+    return type("BoundedHttp", (BoundedHttp,), {"max_header_bytes": max_header_bytes, "times": times})

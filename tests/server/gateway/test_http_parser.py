@@ -8,6 +8,7 @@ import pytest
 import uvicorn
 from starlette.types import Receive, Scope, Send
 
+from lowbit_server.gateway.http_endings import Times
 from lowbit_server.gateway.http_parser import bounded_http
 
 POST = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\n"
@@ -38,8 +39,7 @@ def echo() -> Echo:
 
 @pytest.fixture
 async def port(echo: Echo) -> AsyncIterator[int]:
-    http = bounded_http(4096)
-    http.head_s = 0.5
+    http = bounded_http(4096, Times(head_s=0.5))
     server = uvicorn.Server(uvicorn.Config(echo, http=http, ws="none", lifespan="off", log_level="error"))
     listener = socket.create_server(("127.0.0.1", 0))
     serving = asyncio.create_task(server.serve([listener]))
