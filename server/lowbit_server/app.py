@@ -17,7 +17,7 @@ from starlette.types import ASGIApp
 from lowbit_core import __version__
 from lowbit_core.log import get_logger
 from lowbit_server.checkpoint import Checkpoint, served_name
-from lowbit_server.config import ServeConfig, address
+from lowbit_server.config import ServeConfig, base_url
 from lowbit_server.engine.adapters import open_adapters
 from lowbit_server.engine.arguments import derive_engine_arguments
 from lowbit_server.engine.forecast import refuse_what_does_not_fit
@@ -27,14 +27,16 @@ from lowbit_server.engine.memory import MemoryReader, host_memory_bytes
 from lowbit_server.engine.nvml import GpuMemory, Nvml
 from lowbit_server.engine.preflight import refuse_unfit_machine, refuse_unknown_parsers
 from lowbit_server.engine.throughput import Throughput
-from lowbit_server.gateway.http_server import bind, serve_until_stopped, serving_operators
+from lowbit_server.gateway.entrance import Entrance
+from lowbit_server.gateway.http_server import serve_until_stopped, serving
 from lowbit_server.gateway.keys import KeyStore
-from lowbit_server.gateway.loading import answering_that_it_loads
+from lowbit_server.gateway.listeners import bind, listener_of
+from lowbit_server.gateway.loading import Loading
 from lowbit_server.gateway.middleware import AdminPort, Gateway
 from lowbit_server.gateway.openapi import describe_answers
 from lowbit_server.gateway.request_limits import Models, ServerLimits
 from lowbit_server.gateway.request_tracker import RequestTracker
-from lowbit_server.lifecycle import DrainState, interruptible_start
+from lowbit_server.lifecycle import DrainState, end_children, unless_stopped
 from lowbit_server.metrics import LowbitCollector
 from lowbit_server.report import Service, checkpoint_document, kv_scales_in_words, model_card
 from lowbit_server.routes import (
@@ -69,25 +71,39 @@ async def serve(config: ServeConfig, checkpoint: Checkpoint) -> None:
     tracker = RequestTracker(write_log=not config.no_request_log)
     throughput.on_finished = tracker.engine_finished
     models = Models(model, lambda name: name == model or adapters.path_of(name) is not None)
+
+    async def load(engines: contextlib.AsyncExitStack) -> tuple[ServingEngine, FastAPI]:
+        log.info("starting vLLM on the %s with %s", device, _readable(arguments))
+        engine = await engines.enter_async_context(vllm.start_engine(arguments, throughput, adapters))
+        loading.next_stage()
+        service = await inspect_engine(engine, config, checkpoint)
+        loading.next_stage()
+        return engine, await build_app(
+            engine, service, throughput, tracker, nvml.read, lambda: state.draining
+        )
+
     async with contextlib.AsyncExitStack() as stack:
-        listener = stack.enter_context(bind(config.host, config.port))
+        stack.callback(end_children)
+        listener = stack.enter_context(listener_of(config))
         admin = stack.enter_context(bind(config.host, config.admin_port)) if config.admin_port else None
-        with interruptible_start(), answering_that_it_loads(listener, config) as progress:
-            log.info("starting vLLM on the %s with %s", device, _readable(arguments))
-            engine = await stack.enter_async_context(vllm.start_engine(arguments, throughput, adapters))
-            progress.next_stage()
-            service = await inspect_engine(engine, config, checkpoint)
-            progress.next_stage()
-            app = await build_app(engine, service, throughput, tracker, nvml.read, lambda: state.draining)
-            gateway = Gateway(
-                app, _limits(config), keys, tracker, models,
-                is_draining=lambda: state.draining, admin_elsewhere=admin is not None,
-            )  # fmt: skip
+        state.listen_to_signals()
+        loading = Loading()
+        front, operators = (Entrance(loading, config.root_path, config.max_body_bytes) for _ in range(2))
+        server = await stack.enter_async_context(serving(with_cors(front, config), listener, config))
+        if admin is not None:
+            await stack.enter_async_context(serving(operators, admin, config))
+        engines = await stack.enter_async_context(contextlib.AsyncExitStack())  # ends before the servers
+        engine, app = await unless_stopped(load(engines), state.requested)
+        app.state.server = server.server  # vLLM's error handler asks it to stop when the engine is dead
+        await engines.enter_async_context(app.router.lifespan_context(app))
+        operators.open(AdminPort(app))
+        front.open(Gateway(
+            app, _limits(config), keys, tracker, models,
+            is_draining=lambda: state.draining, admin_elsewhere=admin is not None,
+        ))  # fmt: skip
         log.info("ready in %.1f s", time.monotonic() - began)
-        scheme = "https" if config.ssl_certfile else "http"
-        log.info("serving %s at %s://%s/v1", model, scheme, address(config.host, config.port))
-        async with serving_operators(AdminPort(app), admin, config):
-            await serve_until_stopped(app, listener, engine, state, config, with_cors(gateway, config))
+        log.info("serving %s at %s", model, base_url(config))
+        await serve_until_stopped(server, engine, state)
     log.info("stopped")
 
 

@@ -5,6 +5,7 @@ Nothing of vLLM or torch is imported before the checkpoint has been checked.
 
 import argparse
 import os
+import sys
 from collections.abc import Mapping, MutableMapping
 from dataclasses import fields
 from pathlib import Path
@@ -15,6 +16,7 @@ from lowbit_core.log import get_logger
 from lowbit_server.checkpoint import open_checkpoint
 from lowbit_server.config import ServeConfig, refuse_uneven_nodes
 from lowbit_server.flags import add_arguments
+from lowbit_server.lifecycle import INTERRUPTED, StoppedWhileLoadingError, leave_at_once_on_signals
 
 log = get_logger("serve")
 
@@ -46,8 +48,9 @@ def config_from(arguments: argparse.Namespace) -> ServeConfig:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Serve until a signal; 0 after a clean stop."""
+    """Serve until a signal; 0 after a clean stop, 130 for one before the server was ready."""
     config = config_from(arguments)
+    leave_at_once_on_signals()
     log.info("checking the files of %s", config.directory)
     checkpoint = open_checkpoint(config)
     if checkpoint.manifest is None:
@@ -68,7 +71,14 @@ def run(arguments: argparse.Namespace) -> int:
         raise EngineError(
             f"{error.name} is not installed; pip install 'lowbit[cpu]' (no GPU) or 'lowbit[gpu]' (CUDA)"
         ) from error
-    uvloop.run(follower.follow(config, checkpoint) if config.node_rank else app.serve(config, checkpoint))
+    try:
+        uvloop.run(follower.follow(config, checkpoint) if config.node_rank else app.serve(config, checkpoint))
+    except StoppedWhileLoadingError:
+        sys.stderr.write("lowbit: interrupted\n")
+        sys.stderr.flush()
+        os._exit(
+            INTERRUPTED
+        )  # the engine's constructor may still run, and Python's own end would wait for it
     return 0
 
 
@@ -82,6 +92,7 @@ def prepare_environment(log_level: str, environment: MutableMapping[str, str] = 
         "HF_HUB_OFFLINE": "1",  # the checkpoint is a directory; nothing is to be downloaded
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CPU_INT4_W4A8": "0",
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # as vLLM's own server: this process has threads
         "VLLM_LOGGING_LEVEL": "DEBUG" if log_level == "DEBUG" else "WARNING",
     }
     for name, setting in defaults.items():

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from lowbit_core.errors import ConfigError
-from lowbit_server.flags import between, flag, fraction, gib, named_paths, one_of
+from lowbit_server.flags import between, flag, fraction, gib, named_paths, one_of, proxies, url_prefix
 
 Device = Literal["cpu", "gpu"]
 KVDtype = Literal["auto", "fp8", "bfloat16"]
@@ -88,6 +88,14 @@ class ServeConfig:
 
     host: str = _http("address to listen on", str, "127.0.0.1")
     port: int = _http("port to listen on", _port, 8000)
+    uds: Path | None = _http("Unix socket to listen on, in place of --host and --port", Path)
+    root_path: str = _http(
+        "prefix that a proxy puts before every path (/llm), stripped or not", url_prefix, ""
+    )
+    forwarded_allow_ips: tuple[str, ...] = _http(
+        "proxies whose X-Forwarded-For and -Proto are believed: addresses, networks (10.0.0.0/8), or unix for "
+        "whoever reaches --uds; by comma (default: none)", proxies, ()
+    )  # fmt: skip
     admin_port: int | None = _http(
         "own port for /metrics and admin, without keys (default: on --port)", _port
     )
@@ -116,3 +124,11 @@ def refuse_uneven_nodes(config: ServeConfig) -> None:
 def address(host: str, port: int) -> str:
     """`host:port` as it stands in a URL."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def base_url(config: ServeConfig) -> str:
+    """Where clients reach the API, or the Unix socket on which it listens."""
+    if config.uds is not None:
+        return f"unix:{config.uds}"
+    scheme = "https" if config.ssl_certfile else "http"
+    return f"{scheme}://{address(config.host, config.port)}{config.root_path}/v1"

@@ -7,14 +7,17 @@ the variable, and the variable over the field's default.
 import argparse
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
 from lowbit_core.errors import ConfigError
 
 GIB = 1 << 30
+UNIX = "unix"  # a proxy on this machine that comes by the Unix socket
 TRUE, FALSE = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 
 Parse = Callable[[str], object]  # raises ValueError, whose text completes "it must be …"
@@ -147,3 +150,21 @@ def named_paths(text: str) -> tuple[tuple[str, Path], ...]:
     if not pairs or not all(name and path for name, _, path in pairs):
         raise ValueError("NAME=DIR, several by comma")
     return tuple((name, Path(path)) for name, _, path in pairs)
+
+
+def url_prefix(text: str) -> str:
+    """`/one` or `/one/two`, or nothing; a slash at the end is dropped."""
+    prefix = text.removesuffix("/")
+    if prefix and not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", prefix):
+        raise ValueError("a path such as /llm, of letters, digits and . _ ~ -")
+    return prefix
+
+
+def proxies(text: str) -> tuple[str, ...]:
+    """Addresses and networks of proxies, and `unix` for those that come by a Unix socket."""
+    named = tuple(part.strip() for part in text.split(",") if part.strip())
+    try:
+        networks = [ip_network(one) for one in named if one != UNIX]
+    except ValueError as error:
+        raise ValueError(f"IP addresses and networks by comma, or unix ({error})") from None
+    return tuple(str(network) for network in networks) + (UNIX,) * (UNIX in named)

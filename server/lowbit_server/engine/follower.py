@@ -20,7 +20,7 @@ from lowbit_server.engine.forecast import refuse_what_does_not_fit
 from lowbit_server.engine.memory import host_memory_bytes
 from lowbit_server.engine.nvml import Nvml
 from lowbit_server.engine.preflight import refuse_unfit_machine
-from lowbit_server.lifecycle import SIGNALS, Liveness, interruptible_start
+from lowbit_server.lifecycle import DrainState, Liveness, end_children, unless_stopped
 
 WATCH_S = 1.0
 CONNECT_S = 5.0
@@ -42,15 +42,19 @@ async def follow(config: ServeConfig, checkpoint: Checkpoint) -> None:
     refuse_what_does_not_fit(config, checkpoint, device, host_memory_bytes(), Nvml().read())
     leader = address(config.master_addr, config.master_port)
     log.info("node %d of %d on the %s, led by %s", config.node_rank, config.nnodes, device, leader)
-    began, stop = time.monotonic(), asyncio.Event()
-    with contextlib.ExitStack() as stack:
-        with interruptible_start():
-            workers = stack.enter_context(start_follower(derive_engine_arguments(config, checkpoint, device)))
-        for number in SIGNALS:
-            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    began, state = time.monotonic(), DrainState()
+    state.listen_to_signals()
+    arguments = derive_engine_arguments(config, checkpoint, device)
+    async with contextlib.AsyncExitStack() as stack:
+        stack.callback(end_children)
+        starting = stack.enter_async_context(start_follower(arguments))
+        workers = await unless_stopped(starting, state.requested)
         log.info("ready in %.1f s", time.monotonic() - began)
         await stay(
-            workers, lambda: answers(config.master_addr, config.master_port), stop, config.drain_timeout_s
+            workers,
+            lambda: answers(config.master_addr, config.master_port),
+            state.requested,
+            config.drain_timeout_s,
         )
     log.info("stopped")
 

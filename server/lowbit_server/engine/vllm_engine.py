@@ -1,19 +1,19 @@
 """The only module that imports vLLM, beside `worker.py`, which vLLM loads into its workers.
 
-vLLM is pinned, and tests/contract/test_vllm_symbols.py imports every symbol named here. This module is imported late:
-after everything that can be checked without vLLM, and after `cli.py` has set the variables that vLLM reads at import.
+tests/contract holds every symbol named here against the installed vLLM and every version that pyproject.toml allows.
+This module is imported late: after everything that can be checked without vLLM, and after `cli.py` has set the
+variables that vLLM reads at import.
 """
 
 import contextlib
 from argparse import Namespace
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from fastapi import FastAPI
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.api_server.routers import register_api_routers
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.entrypoints.launchers.utils.server_utils import lifespan
 from vllm.entrypoints.openai.models.protocol import LoRAModulePath
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
@@ -31,6 +31,11 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 from vllm.version import __version__ as vllm_version
 
+try:
+    from vllm.entrypoints.common.cli_args import make_arg_parser
+except ModuleNotFoundError:  # 0.32, which the CPU builds stay at
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+
 from lowbit_core.errors import EngineError
 from lowbit_server.config import Device
 from lowbit_server.engine.adapters import Adapters
@@ -38,6 +43,7 @@ from lowbit_server.engine.interface import EngineFacts
 from lowbit_server.engine.kv_scales import scales_from_workers
 from lowbit_server.engine.memory import DeviceMemory, merge_workers
 from lowbit_server.engine.throughput import Throughput
+from lowbit_server.lifecycle import in_thread
 
 WORKER_EXTENSION = "lowbit_server.engine.worker.WorkerExtension"
 PROCESS_STOP_S = 15  # time for the engine's processes to free their memory once all requests have ended
@@ -211,7 +217,7 @@ async def start_engine(
     if adapters.directory is not None:
         LoRAResolverRegistry.register_resolver("lowbit", _AdapterResolver(adapters))
     try:
-        client = _start(namespace, throughput)
+        client = await in_thread(lambda: _start(namespace, throughput))
     except Exception as error:
         raise EngineError(f"vLLM {vllm_version} did not start: {_one_line(error)}") from error
     try:
@@ -233,18 +239,15 @@ class Follower:
         return bool(self._executor.is_failed)
 
 
-@contextlib.contextmanager
-def start_follower(arguments: Mapping[str, Any]) -> Iterator[Follower]:
+@contextlib.asynccontextmanager
+async def start_follower(arguments: Mapping[str, Any]) -> AsyncIterator[Follower]:
     """Start this node's workers, wait until the leader has joined, and stop them when the block ends.
 
     What `vllm serve --headless` does. Raises EngineError when they do not start or the leader does not come.
     """
     namespace = _namespace({**arguments, "worker_extension_cls": WORKER_EXTENSION})
     try:
-        config = AsyncEngineArgs.from_cli_args(namespace).create_engine_config(
-            usage_context=UsageContext.OPENAI_API_SERVER, headless=True
-        )
-        executor = MultiprocExecutor(config)
+        executor = await in_thread(lambda: _start_workers(namespace))
     except Exception as error:
         raise EngineError(f"vLLM {vllm_version} did not start: {_one_line(error)}") from error
     try:
@@ -262,6 +265,13 @@ def _start(namespace: Namespace, throughput: Throughput) -> AsyncLLM:
         stat_loggers=[lambda _config, _engine: _ThroughputLogger(throughput)],
         enable_log_requests=False,
         disable_log_stats=False,
+    )
+
+
+def _start_workers(namespace: Namespace) -> MultiprocExecutor:
+    engine_arguments = AsyncEngineArgs.from_cli_args(namespace)
+    return MultiprocExecutor(
+        engine_arguments.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER, headless=True)
     )
 
 

@@ -113,13 +113,12 @@ def _status(body: bytes) -> int:
 
 async def send_error(send: Send, error: ApiError, headers: Mapping[str, str]) -> None:
     """Send an error as the whole response."""
-    body = error.body()
-    everything = {
-        "content-type": "application/json",
-        "content-length": str(len(body)),
-        **headers,
-        **error.headers,
-    }
+    await send_document(send, error.status, error.body(), {**headers, **error.headers})
+
+
+async def send_document(send: Send, status: int, body: bytes, headers: Mapping[str, str]) -> None:
+    """Send a JSON document as the whole response."""
+    everything = {"content-type": "application/json", "content-length": str(len(body)), **headers}
     raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in everything.items()]
-    await send({"type": "http.response.start", "status": error.status, "headers": raw})
+    await send({"type": "http.response.start", "status": status, "headers": raw})
     await send({"type": "http.response.body", "body": body})

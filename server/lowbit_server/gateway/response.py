@@ -15,6 +15,7 @@ from lowbit_server.gateway.openai_errors import (
 from lowbit_server.gateway.request_context import RequestContext
 
 QUEUE_FULL = (b"currently busy", b"backlog limit")  # in vLLM's two refusals (tests/contract checks them)
+STREAM_HEADERS = ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))  # for proxies that collect
 ERROR_EVENT = b'data: {"error"'  # the start of vLLM's event when a stream fails
 
 
@@ -81,6 +82,7 @@ class ResponseWriter:
         self._note(message["status"])
         self._begun, self._streams = True, content_type.startswith(b"text/event-stream")
         extra = [(n.encode("latin-1"), v.encode("latin-1")) for n, v in self._headers.items()]
+        extra += STREAM_HEADERS if self._streams else ()
         await self._send({**message, "headers": [*message.get("headers", ()), *extra]})
 
     async def _send_error(self) -> None:

@@ -1,7 +1,6 @@
 """The socket, the signals, and the stop: a whole HTTP server without an engine."""
 
 import asyncio
-import contextlib
 import os
 import signal
 import socket
@@ -16,9 +15,9 @@ from fastapi.responses import StreamingResponse
 
 from lowbit_core.errors import ConfigError, EngineError
 from lowbit_server.config import ServeConfig, address
-from lowbit_server.gateway.http_server import bind, serve_until_stopped
-from lowbit_server.gateway.loading import answering_that_it_loads
-from lowbit_server.lifecycle import DrainState, interruptible_start
+from lowbit_server.gateway.http_server import serve_until_stopped, serving
+from lowbit_server.gateway.listeners import bind
+from lowbit_server.lifecycle import DrainState
 
 if TYPE_CHECKING:
     from tests.server.conftest import FakeEngine
@@ -36,6 +35,14 @@ def drain_for(seconds: int) -> ServeConfig:
 
 def _url(listener: socket.socket, path: str) -> str:
     return f"http://127.0.0.1:{listener.getsockname()[1]}{path}"
+
+
+async def _serve(
+    app: FastAPI, listener: socket.socket, engine: "FakeEngine", state: DrainState, config: ServeConfig
+) -> None:
+    state.listen_to_signals()
+    async with serving(app, listener, config) as server:
+        await serve_until_stopped(server, engine, state)
 
 
 def _slow_app() -> FastAPI:
@@ -66,7 +73,7 @@ async def _until_up(listener: socket.socket) -> None:
 
 async def test_sigterm_lets_the_running_stream_finish(listener: socket.socket, engine: "FakeEngine") -> None:
     state, slow = DrainState(), _url(listener, "/slow")
-    server = asyncio.create_task(serve_until_stopped(_slow_app(), listener, engine, state, drain_for(5)))
+    server = asyncio.create_task(_serve(_slow_app(), listener, engine, state, drain_for(5)))
     await _until_up(listener)
     async with httpx.AsyncClient() as client, client.stream("GET", slow) as response:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -88,7 +95,7 @@ async def test_stream_longer_than_the_drain_timeout_is_cut(
     async def endless() -> None:
         await asyncio.Event().wait()
 
-    server = asyncio.create_task(serve_until_stopped(app, listener, engine, state, drain_for(1)))
+    server = asyncio.create_task(_serve(app, listener, engine, state, drain_for(1)))
     await _until_up(listener)
     async with httpx.AsyncClient() as client:
         waiting = asyncio.create_task(client.get(_url(listener, "/endless")))
@@ -106,7 +113,7 @@ async def test_a_second_signal_ends_the_drain_at_once(listener: socket.socket, e
     async def endless() -> None:
         await asyncio.Event().wait()
 
-    server = asyncio.create_task(serve_until_stopped(app, listener, engine, DrainState(), drain_for(600)))
+    server = asyncio.create_task(_serve(app, listener, engine, DrainState(), drain_for(600)))
     await _until_up(listener)
     async with httpx.AsyncClient() as client:
         waiting = asyncio.create_task(client.get(_url(listener, "/endless")))
@@ -120,26 +127,10 @@ async def test_a_second_signal_ends_the_drain_at_once(listener: socket.socket, e
         await asyncio.gather(waiting, return_exceptions=True)
 
 
-def test_the_port_says_that_it_loads_until_the_app_takes_over(listener: socket.socket) -> None:
-    config = ServeConfig(Path("unused"))
-    with answering_that_it_loads(listener, config) as progress, httpx.Client() as client:
-        assert client.get(_url(listener, "/livez")).status_code == 200
-        for path in ("/readyz", "/startupz"):
-            answer = client.get(_url(listener, path))
-            assert (answer.status_code, answer.json()["status"]) == (503, "loading")
-        assert answer.json()["stage"] == "starting the engine"
-        progress.next_stage()
-        after = client.get(_url(listener, "/startupz")).json()
-        assert (after["stage"], after["number"], after["of"]) == ("reading back what it loaded", 2, 3)
-        chat = client.post(_url(listener, "/v1/chat/completions"), json={"messages": []})
-        assert (chat.status_code, chat.headers["retry-after"]) == (503, "5")
-        assert chat.json()["error"]["code"] == "unavailable"
-
-
 async def test_dead_engine_ends_the_server_with_an_error(
     listener: socket.socket, engine: "FakeEngine"
 ) -> None:
-    server = asyncio.create_task(serve_until_stopped(FastAPI(), listener, engine, DrainState(), drain_for(5)))
+    server = asyncio.create_task(_serve(FastAPI(), listener, engine, DrainState(), drain_for(5)))
     await _until_up(listener)
     engine.dead = True
     with pytest.raises(EngineError, match="the engine died while serving"):
@@ -149,8 +140,8 @@ async def test_dead_engine_ends_the_server_with_an_error(
 def test_taken_port_is_one_line(listener: socket.socket) -> None:
     listener.listen()
     port = listener.getsockname()[1]
-    with pytest.raises(ConfigError) as raised:
-        bind("127.0.0.1", port)
+    with pytest.raises(ConfigError) as raised, bind("127.0.0.1", port):
+        pass
     assert str(raised.value) == (
         f"cannot listen on 127.0.0.1:{port}: Address already in use; choose another --port"
     )
@@ -162,20 +153,8 @@ async def test_port_taken_while_the_engine_started_is_the_same_line(
     with bind("127.0.0.1", listener.getsockname()[1]) as faster:
         faster.listen()
         with pytest.raises(ConfigError, match="Address already in use; choose another --port"):
-            await serve_until_stopped(FastAPI(), listener, engine, DrainState(), drain_for(5))
+            await _serve(FastAPI(), listener, engine, DrainState(), drain_for(5))
 
 
 def test_ipv6_address_is_bracketed() -> None:
     assert address("::1", 8000) == "[::1]:8000"
-
-
-def test_interrupt_that_was_swallowed_is_raised_when_the_start_ends() -> None:
-    with pytest.raises(KeyboardInterrupt), interruptible_start(), contextlib.suppress(KeyboardInterrupt):
-        signal.raise_signal(signal.SIGTERM)
-
-
-def test_signal_while_starting_interrupts_and_handlers_come_back() -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt), interruptible_start():
-        signal.raise_signal(signal.SIGTERM)
-    assert signal.getsignal(signal.SIGTERM) is before

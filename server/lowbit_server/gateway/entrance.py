@@ -1,0 +1,43 @@
+"""What every request passes first, whatever answers it: HTTP's general rules, so that nothing behind knows of them.
+
+HEAD is a GET whose body the HTTP server drops; a path may come with the prefix that a proxy has for this server; a body
+may be compressed. Behind it is the answer that the model loads, and then the gateway.
+"""
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from lowbit_server.gateway.content_encoding import PLAIN, Inflating, encoding_of
+
+
+class Entrance:
+    """The outermost app. `root_path` is a proxy's prefix, without a slash at its end; `most` bounds a body's bytes."""
+
+    def __init__(self, app: ASGIApp, root_path: str, most: int) -> None:
+        self._app, self._root_path, self._most = app, root_path, most
+
+    def open(self, app: ASGIApp) -> None:
+        """From the next request on `app` answers."""
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}
+        elif scope["method"] == "POST" and (encoding := encoding_of(scope)) not in PLAIN:
+            scope, receive = _without_encoding(scope), Inflating(encoding, receive, self._most)
+        if self._root_path:
+            scope = {**scope, "path": self._below_root(scope["path"])}
+        await self._app(scope, receive, send)
+
+    def _below_root(self, path: str) -> str:
+        """Proxies that strip their prefix and those that pass it on reach the same routes.
+
+        ASGI's `root_path` stays empty: routers strip it too, and stripped twice a path is another one for the gateway.
+        """
+        below = path.removeprefix(self._root_path)
+        return below if below.startswith("/") else path
+
+
+def _without_encoding(scope: Scope) -> Scope:
+    """The scope of the plain body, whose length nobody knows yet."""
+    gone = (b"content-encoding", b"content-length")
+    return {**scope, "headers": [header for header in scope["headers"] if header[0] not in gone]}
