@@ -52,6 +52,7 @@ CLOSED_ROUTES = frozenset(
         "/v1/chat/completions/render",
         "/v1/completions/derender",
         "/v1/completions/render",
+        "/v1/decisions",  # from 0.33 on
         "/v1/messages",
         "/v1/messages/count_tokens",
         "/v1/messages/render",
