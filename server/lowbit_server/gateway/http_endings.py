@@ -30,23 +30,38 @@ class Times:
 
     head_s: float = 30.0  # for a head, from its first byte or the connection's begin
     body_s: float = 90.0  # for the rest of a request
+    idle_s: float = (
+        65.0  # between requests: above the 60 s of common load balancers, so that they close first
+    )
     unread_s: float = 5.0  # for the rest of a request that is answered, and for a client to close
     stalled_s: float = 120.0  # for a client that takes nothing of its answer
     left_s: float = 5.0  # for the answer to begin, to an HTTP/1.0 client that may have left
     ask_s: tuple[float, ...] = (0.1, 0.5, 5.0, 15.0)  # between questions whether a client has left
 
 
+DEFAULT_TIMES = Times()
+
+
 class LingeringTransport:
-    """The transport as a response sees it: closing is the protocol's."""
+    """The transport as a response sees it: closing is the protocol's, and writing never raises.
+
+    uvloop raises RuntimeError between the end of a connection and `connection_lost`, which tells the response.
+    """
 
     def __init__(self, transport: Transport, close: Callable[[], None]) -> None:
-        self.write, self.is_closing, self.close = transport.write, transport.is_closing, close
+        self._write, self.is_closing, self.close = transport.write, transport.is_closing, close
+
+    def write(self, data: bytes) -> None:
+        try:
+            self._write(data)
+        except RuntimeError:
+            return
 
 
 class EndingHttp(HttpToolsProtocol):
     """One connection, with at most one deadline at a time. `ending`: what arrives is not read any more."""
 
-    times = Times()
+    times = DEFAULT_TIMES
     in_head = True
     head_bytes = 0
     ending = False

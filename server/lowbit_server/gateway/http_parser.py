@@ -12,10 +12,9 @@ again without the offer.
 
 import httptools
 
-from lowbit_server.gateway.http_endings import EndingHttp, Times
+from lowbit_server.gateway.http_endings import DEFAULT_TIMES, EndingHttp, Times
 
 FRAMING_FACTOR = 8  # bytes that chunks of one byte take, and then some
-DEFAULT_TIMES = Times()
 OFFER = (b"upgrade", b"http2-settings")
 
 

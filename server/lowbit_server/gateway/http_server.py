@@ -17,12 +17,12 @@ from lowbit_core.errors import EngineError
 from lowbit_core.log import get_logger
 from lowbit_server.config import ServeConfig
 from lowbit_server.flags import UNIX
+from lowbit_server.gateway.http_endings import DEFAULT_TIMES, Times
 from lowbit_server.gateway.http_parser import bounded_http
 from lowbit_server.gateway.listeners import listen
 from lowbit_server.lifecycle import DrainState, Liveness
 
 WATCH_S = 1.0
-KEEP_ALIVE_S = 65  # longer than the 60 s of common load balancers, so that they close idle connections first
 
 log = get_logger("serve")
 
@@ -50,7 +50,9 @@ class Serving:
 
 
 @contextlib.asynccontextmanager
-async def serving(app: ASGIApp, listener: socket.socket, config: ServeConfig) -> AsyncIterator[Serving]:
+async def serving(
+    app: ASGIApp, listener: socket.socket, config: ServeConfig, times: Times = DEFAULT_TIMES
+) -> AsyncIterator[Serving]:
     """Answer on `listener` until the block ends, which cuts off what still runs; ConfigError if the port is taken."""
     from_unix = listener.family == socket.AF_UNIX
     named = [one for one in config.forwarded_allow_ips if one != UNIX]
@@ -58,12 +60,12 @@ async def serving(app: ASGIApp, listener: socket.socket, config: ServeConfig) ->
     server = _Server(
         uvicorn.Config(
             app,
-            http=bounded_http(config.max_header_bytes),
+            http=bounded_http(config.max_header_bytes, times),
             ws="none",
             lifespan="off",
             log_level="warning",
             access_log=False,
-            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_keep_alive=times.idle_s,
             timeout_graceful_shutdown=config.drain_timeout_s,
             ssl_certfile=config.ssl_certfile,
             ssl_keyfile=config.ssl_keyfile,
