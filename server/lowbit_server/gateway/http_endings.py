@@ -30,9 +30,7 @@ class Times:
 
     head_s: float = 30.0  # for a head, from its first byte or the connection's begin
     body_s: float = 90.0  # for the rest of a request
-    idle_s: float = (
-        65.0  # between requests: above the 60 s of common load balancers, so that they close first
-    )
+    idle_s: int = 65  # between requests: above the 60 s of load balancers, so that they close first
     unread_s: float = 5.0  # for the rest of a request that is answered, and for a client to close
     stalled_s: float = 120.0  # for a client that takes nothing of its answer
     left_s: float = 5.0  # for the answer to begin, to an HTTP/1.0 client that may have left

@@ -29,7 +29,7 @@ from lowbit_server.gateway.request_tracker import RequestTracker
 
 NUMBER, AT_ONCE = 500, 20
 TIMES = Times(
-    head_s=0.5, body_s=0.8, unread_s=0.5, stalled_s=0.8, left_s=0.5, ask_s=(0.05, 0.1, 0.3), idle_s=0.6
+    head_s=0.5, body_s=0.8, unread_s=0.5, stalled_s=0.8, left_s=0.5, ask_s=(0.05, 0.1, 0.3), idle_s=1
 )
 BOUND_S = 4.0  # several bounds one after the other: a head, its body, the rest, the idle connection
 STATUS = re.compile(rb"HTTP/1\.1 (\d{3}) ")
