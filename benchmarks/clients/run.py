@@ -1,10 +1,10 @@
-"""Real OpenAI clients against a running `lowbit serve`: each a chat, a stream, and a tool call or a JSON-schema answer.
+"""Real clients against a running `lowbit serve`: each a chat, a stream, and a tool call or a JSON-schema answer.
 
     python benchmarks/clients/run.py CHECKPOINT --work DIR --out benchmarks/clients/results/NAME.json
 
-Makes an environment for the Python packages and a node_modules for the others under DIR (needs pip, node and npm),
-starts the server with an API key, and runs `python_clients.py` and `node_clients.mjs`. Exit status 1 when a step
-of a client failed.
+Makes two environments for Python packages and a node_modules for others under DIR (needs pip, node, npm, a JDK and
+curl), starts the server with an API key, and runs the scripts beside this one. Exit status 1 when a step of a client
+failed; what a framework refused of the model's own text is counted apart (agent_clients.py says how it is told).
 """
 
 import argparse
@@ -23,6 +23,14 @@ from benchmarks.endpoint import lowbit_serve, write_result  # noqa: E402
 
 MODEL = "smollm2"
 PYTHON_PACKAGES = ("openai", "langchain-openai", "litellm", "llm")
+AGENT_PACKAGES = (
+    "openai",
+    "instructor",
+    "pydantic-ai-slim[openai]",
+    "openai-agents",
+    "llama-index-llms-openai-like",
+)
+CLIENTS = 12
 NODE_PACKAGES = ("openai", "ai", "@ai-sdk/openai-compatible", "zod")
 
 
@@ -34,7 +42,10 @@ def main() -> int:
     parser.add_argument("--work", type=Path, required=True, help="environments and logs; reused")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    python, node = python_environment(arguments.work), node_environment(arguments.work)
+    work = arguments.work.resolve()
+    python = python_environment(work / "python", PYTHON_PACKAGES)
+    agents = python_environment(work / "agents", AGENT_PACKAGES)
+    node = node_environment(work)
     made = subprocess.run(
         [str(Path(sys.executable).with_name("lowbit")), "key", "clients"],
         capture_output=True,
@@ -54,23 +65,26 @@ def main() -> int:
         }
         steps = run([str(python), str(HERE / "python_clients.py")], environment)
         steps += run(["node", str(node / "node_clients.mjs")], environment)
-    versions = python_versions(python) | node_versions(node)
+        steps += run([str(agents), str(HERE / "agent_clients.py")], environment)
+        steps += run(["java", str(HERE / "JavaClient.java")], environment)
+        steps += run([sys.executable, str(HERE / "curl_clients.py")], environment)
+    versions = python_versions(python, PYTHON_PACKAGES) | python_versions(agents, AGENT_PACKAGES[1:])
+    versions |= node_versions(node)
     write_result(arguments.out, {"model": MODEL, "versions": versions, "steps": steps})
     failed = [step for step in steps if not step["ok"]]
     for step in steps:
-        print(
-            f"{'ok    ' if step['ok'] else 'FAILED'} {step['client']:28} {step['step']:12} {step['detail']}"
-        )
-    print(json.dumps({"steps": len(steps), "failed": len(failed)}))
-    return 1 if failed or len({step["client"] for step in steps}) != 6 else 0
+        outcome = step.get("outcome", "ok") if step["ok"] else "FAILED"
+        print(f"{outcome:6} {step['client']:28} {step['step']:16} {step['detail']}")
+    refused = [step for step in steps if step.get("outcome") == "model"]
+    print(json.dumps({"steps": len(steps), "failed": len(failed), "model's text": len(refused)}))
+    return 1 if failed or len({step["client"] for step in steps}) != CLIENTS else 0
 
 
-def python_environment(work: Path) -> Path:
-    directory = work / "python"
+def python_environment(directory: Path, packages: tuple[str, ...]) -> Path:
     python = directory / "bin" / "python"
     if not python.exists():
         venv.create(directory, with_pip=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", *PYTHON_PACKAGES], check=True)
+        subprocess.run([python, "-m", "pip", "install", "-q", *packages], check=True)
     return python
 
 
@@ -91,9 +105,10 @@ def run(command: list[str], environment: dict[str, str]) -> list[dict[str, Any]]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
-def python_versions(python: Path) -> dict[str, str]:
+def python_versions(python: Path, packages: tuple[str, ...]) -> dict[str, str]:
+    names = [name.partition("[")[0] for name in packages]
     script = "import importlib.metadata as m, json, sys; print(json.dumps({n: m.version(n) for n in sys.argv[1:]}))"
-    command = [python, "-c", script, *PYTHON_PACKAGES]
+    command = [python, "-c", script, *names]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return {f"{name} (Python)": version for name, version in json.loads(done.stdout).items()}
 

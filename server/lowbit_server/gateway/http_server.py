@@ -74,6 +74,7 @@ async def serving(
             forwarded_allow_ips=proxies,
         )
     )
+    server.config.load()  # a certificate that does not fit is found here, not in the task
     listen(listener)
     task = asyncio.create_task(server.serve(sockets=[listener]))
     try:
