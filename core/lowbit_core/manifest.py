@@ -37,6 +37,7 @@ class BaseModelRecord(_Record):
     model_type: str
     dtype: str
     sha256: dict[str, str]
+    remote_code: bool = False  # whether a tokenizer that is code of the base's own might be run
 
 
 class SizeRecord(_Record):

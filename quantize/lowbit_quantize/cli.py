@@ -27,7 +27,12 @@ def _path(text: str) -> Path:
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     names = ", ".join(bundled_recipes())
     parser.add_argument(
-        "--model", required=True, help="directory, FILE.gguf, or hub id OWNER/NAME[@REVISION]"
+        "--model", required=True, help="directory, FILE.gguf, hub id OWNER/NAME[@REVISION] or its page"
+    )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run a tokenizer that is code of the model's own; the model itself is always transformers'",
     )
     parser.add_argument("--recipe", required=True, help=f"FILE.yaml or one of: {names}")
     parser.add_argument("--out", type=_path, help="directory for the checkpoint, new or empty")
@@ -90,11 +95,9 @@ def _run(arguments: argparse.Namespace) -> int:
     device = _device(arguments.device)
     if arguments.dry_run:
         gpu_memory_gib = arguments.gpu_memory_gib or GPU_MEMORY_GIB
-        return _dry_run(
-            arguments.model, recipe, gpu_memory_gib, _stream_memory_bytes(arguments), arguments.out
-        )
+        return _dry_run(arguments, recipe, gpu_memory_gib)
     if arguments.experts_report is not None:
-        return _report(arguments.model, recipe, arguments.experts_report, device)
+        return _report(arguments, recipe, device)
     from lowbit_quantize.pipeline import quantize
 
     manifest = quantize(
@@ -104,6 +107,7 @@ def _run(arguments: argparse.Namespace) -> int:
         device,
         overwrite=arguments.overwrite,
         stream_memory_bytes=_stream_memory_bytes(arguments),
+        trust_remote_code=arguments.trust_remote_code,
     )
     sys.stdout.write(json.dumps(summary(manifest, arguments.out)) + "\n")
     if not manifest.gate.accepted:
@@ -129,23 +133,31 @@ def _stream_memory_bytes(arguments: argparse.Namespace) -> int:
     return int(arguments.stream_memory_gib * 2**30)
 
 
-def _dry_run(
-    model: str, recipe: Recipe, gpu_memory_gib: float, stream_memory_bytes: int, out: Path | None
-) -> int:
+def _dry_run(arguments: argparse.Namespace, recipe: Recipe, gpu_memory_gib: float) -> int:
     from rich.console import Console
 
     from lowbit_quantize.check.preflight import dry_run, table
 
-    report = dry_run(model, recipe, gpu_memory_gib, stream_memory_bytes, out)
+    report = dry_run(
+        arguments.model,
+        recipe,
+        gpu_memory_gib,
+        _stream_memory_bytes(arguments),
+        arguments.out,
+        trust_remote_code=arguments.trust_remote_code,
+    )
     Console(file=sys.stderr).print(table(report))
     sys.stdout.write(json.dumps(report) + "\n")
     return 0
 
 
-def _report(model: str, recipe: Recipe, file: Path, device: "torch.device") -> int:
+def _report(arguments: argparse.Namespace, recipe: Recipe, device: "torch.device") -> int:
     from lowbit_quantize.check.expert_report import report_experts, table
 
-    report = report_experts(model, recipe, file, device)
+    file = arguments.experts_report
+    report = report_experts(
+        arguments.model, recipe, file, device, trust_remote_code=arguments.trust_remote_code
+    )
     sys.stderr.write(table(report) + "\n")
     found = {"report": str(file), **{key: report[key] for key in ("mean_error", "least_error")}}
     sys.stdout.write(json.dumps(found) + "\n")

@@ -45,6 +45,7 @@ def quantize(
     *,
     overwrite: bool = False,
     stream_memory_bytes: int = MEMORY_BYTES,
+    trust_remote_code: bool = False,
     catalog: Catalog = CATALOG,
 ) -> Manifest:
     """Quantize `model` into `out` and return the manifest that was written.
@@ -53,7 +54,7 @@ def quantize(
     states beyond `stream_memory_bytes` are files.
     """
     clock = Clock()
-    reference = find_model(model)
+    reference = find_model(model, trust_remote_code=trust_remote_code)
     plan = make_plan(reference, recipe, catalog)
     refuse_foreign(out)
     texts = load_texts(recipe.calibration, recipe.quality, reference.tokenizer(), reference.config.vocab_size)
@@ -136,4 +137,4 @@ def _unpacked(stored: "GgufFile", run: RunDirectory) -> WeightFiles:
         stored.unpack(run.scratch / run.base.name)
         return_freed_memory()
         move(run.scratch / run.base.name, run.base)
-    return WeightFiles(run.base, unpacked_from=stored.path.name)
+    return WeightFiles(run.base, unpacked_from=stored.files)

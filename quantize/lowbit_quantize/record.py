@@ -64,6 +64,7 @@ def manifest_of(
             model_type=reference.model_type,
             dtype="+".join(sorted({weights.dtype(name) for name in stored})),
             sha256=reference.sha256,
+            remote_code=reference.trust_remote_code,
         ),
         recipe=plan.recipe.model_dump(mode="json"),
         size=_size(plan, walk, sum(weights.bytes(name) for name in stored)),

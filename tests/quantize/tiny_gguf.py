@@ -1,6 +1,7 @@
-"""A tiny model as a GGUF file, so that unpacking can be tested without a download."""
+"""A tiny model as a GGUF file, in one part or several, so that unpacking can be tested without a download."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of tokens
 
 
 def write_tiny_gguf(
@@ -36,14 +38,18 @@ def write_tiny_gguf(
     *,
     left_out: str = "",
     yarn_factor: float | None = None,
+    tensors_a_part: int = 0,
+    said: dict[str, Any] | None = None,
+    **sizes: Any,
 ) -> Path:
     """Write the tiny model and the same as `tiny.gguf` beside it, matrices as `kind`; returns the file.
 
-    `left_out` is a tensor that the file lacks, `yarn_factor` what it says its positions are stretched by.
+    `left_out` is a tensor that the file lacks, `yarn_factor` what it says its positions are stretched by, `said` what
+    it says of its tokenizer besides. With `tensors_a_part` it is split, and its first part is returned.
     """
-    model = write_tiny_model(directory, family)
+    model = write_tiny_model(directory, family, **sizes)
     config = json.loads((model / "config.json").read_text())
-    writer = gguf.GGUFWriter(directory / "tiny.gguf", family)
+    writer = gguf.GGUFWriter(directory / "tiny.gguf", family, split_max_tensors=tensors_a_part)
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])
@@ -58,7 +64,7 @@ def write_tiny_gguf(
     if yarn_factor is not None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(yarn_factor)
-    _add_tokenizer(writer, json.loads((model / "tokenizer.json").read_text()))
+    _add_tokenizer(writer, {**_tokenizer(json.loads((model / "tokenizer.json").read_text())), **(said or {})})
     tensors = load_file(model / "model.safetensors").items()
     for name, tensor in ((name, tensor) for name, tensor in tensors if _renamed(name) != left_out):
         heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
@@ -66,25 +72,62 @@ def write_tiny_gguf(
         values = _interleaved(tensor.float(), rows).numpy()
         raw = kind if values.ndim > 1 else gguf.GGMLQuantizationType.F32
         writer.add_tensor(_renamed(name), gguf.quantize(values, raw), raw_dtype=raw)
+    _write(writer)
+    return sorted(directory.glob("tiny*.gguf"))[0]
+
+
+def write_vocabulary(path: Path, said: dict[str, Any], architecture: str = "llama") -> Path:
+    """A GGUF file of a tokenizer and nothing else, as llama.cpp's tests have them; `said` by keys without prefix."""
+    writer = gguf.GGUFWriter(path, architecture)
+    _add_tokenizer(writer, said)
+    _write(writer)
+    return path
+
+
+def _tokenizer(tokenizer: dict[str, Any]) -> dict[str, Any]:
+    """What a GGUF file says of the tiny tokenizer."""
+    vocabulary = tokenizer["model"]["vocab"]
+    special = {entry["content"] for entry in tokenizer["added_tokens"]}
+    tokens = sorted(vocabulary, key=vocabulary.get)
+    return {
+        "model": "gpt2",
+        "pre": "gpt-2",
+        "tokens": tokens,
+        "token_type": [CONTROL if token in special else NORMAL for token in tokens],
+        "merges": [
+            pair if isinstance(pair, str) else " ".join(pair) for pair in tokenizer["model"]["merges"]
+        ],
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "padding_token_id": 0,
+    }
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, said: dict[str, Any]) -> None:
+    """Values of None are left out."""
+    for key, value in said.items():
+        name = _full_name(key)
+        if isinstance(value, bool):
+            writer.add_bool(name, value)
+        elif isinstance(value, int):
+            writer.add_uint32(name, value)
+        elif isinstance(value, str):
+            writer.add_string(name, value)
+        elif isinstance(value, Sequence):
+            writer.add_array(name, value)
+
+
+def _full_name(key: str) -> str:
+    if key.startswith("general."):
+        return key
+    return f"tokenizer.{key}" if key.startswith("chat_template") else f"tokenizer.ggml.{key}"
+
+
+def _write(writer: gguf.GGUFWriter) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return directory / "tiny.gguf"
-
-
-def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: dict[str, Any]) -> None:
-    vocabulary = tokenizer["model"]["vocab"]
-    special = {entry["content"] for entry in tokenizer["added_tokens"]}
-    tokens = sorted(vocabulary, key=vocabulary.get)
-    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in tokenizer["model"]["merges"]]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if token in special else 1 for token in tokens])
-    writer.add_token_merges(merges)
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(0)
-    writer.add_pad_token_id(0)
 
 
 def _renamed(name: str) -> str:

@@ -40,11 +40,13 @@ SHARES = (0.25, 0.5)  # reported where the recipe prunes nothing
 RANDOM_SEEDS = 5  # over which the error of `random` is a mean
 
 
-def report_experts(model: str, recipe: Recipe, file: Path, device: torch.device) -> dict[str, Any]:
+def report_experts(
+    model: str, recipe: Recipe, file: Path, device: torch.device, *, trust_remote_code: bool = False
+) -> dict[str, Any]:
     """Write the report on `model` to `file` and return it; raises RecipeError on a model without experts."""
     if not file.resolve().parent.is_dir() or file.is_dir():
         raise OutputError(f"--experts-report {file}: give a file in a directory that exists")
-    reference = find_model(model)
+    reference = find_model(model, trust_remote_code=trust_remote_code)
     pruning = tuple(step for step in recipe.passes if step.name == PruneExpertsKind.name)
     plain = {"modules": (), "passes": pruning, "kv_cache": KVCache(dtype="none")}
     plan = make_plan(reference, recipe.model_copy(update=plain))

@@ -24,10 +24,16 @@ KERNEL_NAMES = {"marlin": "GPU (Marlin)", "cpu": "CPU"}
 
 
 def dry_run(
-    model: str, recipe: Recipe, gpu_memory_gib: float, stream_memory_bytes: int, out: Path | None = None
+    model: str,
+    recipe: Recipe,
+    gpu_memory_gib: float,
+    stream_memory_bytes: int,
+    out: Path | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """The report on a model and a recipe; raises what a run into `out` would raise before its first token."""
-    reference = find_model(model)
+    reference = find_model(model, trust_remote_code=trust_remote_code)
     plan = make_plan(reference, recipe)
     if out is not None:
         refuse_foreign(out)

@@ -7,12 +7,13 @@ only. Its tables do the same here, tensor by tensor.
 import json
 import math
 import re
+from collections.abc import Collection
 from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import torch
-from gguf import GGUFReader, dequantize
+from gguf import GGUFReader, ReaderTensor, dequantize
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig
@@ -26,6 +27,8 @@ from lowbit_core.durable import disk_errors
 from lowbit_core.errors import ModelError
 from lowbit_core.progress import track
 from lowbit_quantize.model.reference import ModelReference
+from lowbit_quantize.model.sources.gguf_header import open_part
+from lowbit_quantize.model.sources.gguf_model import GgufModel
 from lowbit_quantize.model.weights import INDEX_NAME
 
 LAYER = "blk."
@@ -33,36 +36,37 @@ BLOCK_ROWS = 4096
 
 
 class GgufFile:
-    """Its tensors as bfloat16, by the names of `skeleton`, the model without weights.
+    """Its tensors, of all its parts, as bfloat16, by the names of `skeleton`, the model without weights.
 
-    Raises ModelError where the file cannot be read, or has tensors or stretched positions that the model does not know
+    Raises ModelError where a part cannot be read, or has tensors or stretched positions that the model does not know
     (transformers leaves those out, as Llama 3.1's `rope_freqs`).
     """
 
     def __init__(self, reference: ModelReference, skeleton: nn.Module) -> None:
-        self.path, self._reference = reference.path, reference
-        self._processor = TENSOR_PROCESSORS.get(reference.model_type, TensorProcessor)(
-            reference.config.to_dict()
-        )
+        self._model, self._config = GgufModel(reference.path), reference.config
+        self.path, self.files = reference.path, {part.name for part in self._model.parts}
+        self._processor = TENSOR_PROCESSORS.get(reference.model_type, TensorProcessor)(self._config.to_dict())
         names = get_gguf_hf_weights_map(skeleton, self._processor)
-        try:
-            reader = GGUFReader(reference.path)
-        except (ValueError, OSError, IndexError) as error:
-            raise ModelError(f"{reference.path} cannot be read: {error}; fetch it again") from error
+        self._tensors: dict[str, tuple[Path, ReaderTensor]] = {}
+        for path in self._model.parts:
+            reader = open_part(path)
+            self._refuse_unread(path, reader, names)
+            self._tensors |= {names[tensor.name]: (path, tensor) for tensor in reader.tensors}
+
+    def _refuse_unread(self, path: Path, reader: GGUFReader, names: Collection[str]) -> None:
         unread = [tensor.name for tensor in reader.tensors if tensor.name not in names]
         unread += [name for name in reader.fields if ".rope.scaling." in name]
         if unread:
             raise ModelError(
-                f"{reference.path} has {unread[0]}, which transformers does not read, so that another model would "
+                f"{path} has {unread[0]}, which transformers does not read, so that another model would "
                 "come out; give the model as a directory of safetensors"
             )
-        self._tensors = {names[tensor.name]: tensor for tensor in reader.tensors}
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(int(size) for size in reversed(self._tensors[name].shape))
+        return tuple(int(size) for size in reversed(self._tensors[name][1].shape))
 
     def dtype(self, _: str) -> str:
         """As safetensors calls what is read."""
@@ -73,7 +77,7 @@ class GgufFile:
 
         It is read and not mapped: the pages of a mapped file would count as memory of the process.
         """
-        tensor = self._tensors[name]
+        path, tensor = self._tensors[name]
         rows, *row = tensor.data.shape
         step = rows if tensor.name.startswith(LAYER) else BLOCK_ROWS
         values = torch.empty(self.shape(name), dtype=torch.bfloat16)
@@ -81,10 +85,10 @@ class GgufFile:
             count = min(step, rows - start)
             offset = int(tensor.data_offset) + start * (int(tensor.n_bytes) // rows)
             try:
-                stored = np.fromfile(self.path, tensor.data.dtype, count * math.prod(row), offset=offset)
+                stored = np.fromfile(path, tensor.data.dtype, count * math.prod(row), offset=offset)
                 block = dequantize(stored.reshape(count, *row), tensor.tensor_type)
             except (ValueError, OSError, NotImplementedError) as error:
-                raise ModelError(f"{self.path}: {tensor.name} cannot be read: {error}") from error
+                raise ModelError(f"{path}: {tensor.name} cannot be read: {error}") from error
             undone = self._processor.process(block, tensor.name).weights
             values[start : start + count] = torch.from_numpy(undone)
         return values
@@ -101,10 +105,18 @@ class GgufFile:
                 save_file({name: self.read(name) for name in names}, directory / shard)
             places |= dict.fromkeys(names, shard)
         with disk_errors():
-            self._reference.tokenizer().save_pretrained(directory)
-        GenerationConfig.from_model_config(self._reference.config).save_pretrained(directory)
+            self._model.write_tokenizer(directory)
+        self._generation().save_pretrained(directory)
         index = {"metadata": {}, "weight_map": places}
         (directory / INDEX_NAME).write_text(json.dumps(index), encoding="utf-8")
+
+    def _generation(self) -> GenerationConfig:
+        """Generation ends at any of the tokens that the file says end it."""
+        settings = GenerationConfig.from_model_config(self._config)
+        ends = self._model.ends
+        if len(ends) > 1:
+            settings.eos_token_id = ends
+        return settings
 
 
 def _shard(name: str) -> str:

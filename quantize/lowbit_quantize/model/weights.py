@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,11 @@ DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 class WeightFiles:
     """The safetensors of a directory, read one tensor at a time; raises ModelError on a file that is unreadable."""
 
-    def __init__(self, directory: Path, unpacked_from: str | None = None) -> None:
-        """`unpacked_from` names the file that the directory was unpacked from, which then counts as read."""
+    def __init__(self, directory: Path, unpacked_from: Collection[str] = ()) -> None:
+        """`unpacked_from` names the files that the directory was unpacked from, which then count as read."""
         self.directory, self._source = directory, unpacked_from
         self.files = _weight_files(directory)
-        self.read_files = {unpacked_from} if unpacked_from else set()
+        self.read_files = set(unpacked_from)
         self._places: dict[str, tuple[str, tuple[int, ...], str]] = {}  # name: file, shape, dtype
         for file in self.files:
             with self._open(file) as opened:
@@ -50,7 +50,7 @@ class WeightFiles:
         """One tensor, as stored; raises NumericsError where it holds what is no finite number."""
         if name not in self._places:
             raise ModelError(f"{self.directory} lacks the tensor {name}; the model is incomplete")
-        if self._source is None:
+        if not self._source:
             self.read_files.add(self._places[name][0])
         with self._open(self._places[name][0]) as file:
             tensor: torch.Tensor = file.get_tensor(name)

@@ -59,3 +59,20 @@ def test_every_tensor_is_what_transformers_makes_of_the_whole_file(
     for name, tensor in state.items():
         assert torch.equal(weights.read(name), tensor), name
         assert stored.shape(name) == tensor.shape
+
+
+def test_parts_are_unpacked_as_the_whole_file(tmp_path: Path) -> None:
+    for name, size in (("whole", 0), ("parts", 7)):
+        opened(write_tiny_gguf(tmp_path / name, tensors_a_part=size)).unpack(tmp_path / name / "base")
+    whole, parts = (tmp_path / name / "base" for name in ("whole", "parts"))
+    names = sorted(path.name for path in whole.iterdir())
+    assert names == sorted(path.name for path in parts.iterdir())
+    for name in names:
+        assert (whole / name).read_bytes() == (parts / name).read_bytes(), name
+
+
+def test_generation_ends_where_the_file_says_a_turn_ends(tmp_path: Path) -> None:
+    said = {"eos_token_id": 3, "eot_token_id": 2, "eom_token_id": 3}
+    opened(write_tiny_gguf(tmp_path / "model", said=said)).unpack(tmp_path / "base")
+    settings = GenerationConfig.from_pretrained(tmp_path / "base")
+    assert (settings.bos_token_id, settings.eos_token_id, settings.pad_token_id) == (0, [3, 2], 0)

@@ -249,7 +249,9 @@ def test_a_model_without_tokenizer(refused: Callable[..., str], tmp_path: Path) 
     directory = write_tiny_model(tmp_path / "m")
     for path in directory.glob("tokenizer*"):
         path.unlink()
-    assert "has no readable tokenizer" in refused(directory)
+    assert "m has no tokenizer (tokenizer.json, " in refused(directory)
+    (directory / "tokenizer.json").write_text("{")
+    assert "the tokenizer of m cannot be read: " in refused(directory)
 
 
 def test_a_chat_template_that_refuses_the_text(refused: Callable[..., str], tmp_path: Path) -> None:
