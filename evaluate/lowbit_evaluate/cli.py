@@ -67,6 +67,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("checkpoint", "none"),
         help="round keys and values as the checkpoint's FP8 cache does, or not, in process",
     )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run, in process, a tokenizer that is code of the model's own",
+    )
     parser.epilog = "With --target the API key is read from the environment variable LOWBIT_API_KEY."
 
 
@@ -82,7 +87,12 @@ def _run(arguments: argparse.Namespace) -> int:
             arguments.target,
             tuple(items),
             arguments.text,
-            Settings(arguments.device, arguments.dtype, arguments.kv_cache == "checkpoint"),
+            Settings(
+                arguments.device,
+                arguments.dtype,
+                arguments.kv_cache == "checkpoint",
+                arguments.trust_remote_code,
+            ),
         )
     )
     if arguments.json:

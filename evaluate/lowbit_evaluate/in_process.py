@@ -32,9 +32,9 @@ class ModelResult:
     fp8_cache: bool = False
 
 
-def find(name: str) -> ModelReference:
+def find(name: str, settings: Settings) -> ModelReference:
     """A model that can be loaded in process; ModelError where there is none."""
-    reference = find_model(name)
+    reference = find_model(name, trust_remote_code=settings.trust_remote_code)
     check_loadable(reference)
     checkpoint_manifest(reference)
     return reference

@@ -22,6 +22,7 @@ from lowbit_quantize.model.families import architecture_of
 from lowbit_quantize.model.hooks import HookedCache
 from lowbit_quantize.model.reference import ModelReference, fetch_weights
 from lowbit_quantize.model.skeleton import skeleton_of
+from lowbit_quantize.model.sources.gguf_parts import parts_of
 from lowbit_quantize.model.weights import WeightFiles
 from lowbit_quantize.schemes.kv_cache import KVScales
 
@@ -124,7 +125,9 @@ def quantization_of(reference: ModelReference) -> dict[str, Any]:
 
 def _load(reference: ModelReference, dtype: torch.dtype) -> Any:
     disable_progress_bar()  # ours is enough
-    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
+    if reference.kind == "gguf" and len(parts_of(reference.path)) > 1:
+        return _load_parts(reference, dtype)
+    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, "trust_remote_code": False}
     place = reference.path
     if reference.kind == "gguf":
         place, file = reference.path.parent, reference.path.name
@@ -137,6 +140,22 @@ def _load(reference: ModelReference, dtype: torch.dtype) -> Any:
         raise ModelError(f"{reference.name} cannot be opened by transformers: {error}") from error
     if missing := sorted(info["missing_keys"]):
         raise ModelError(f"{reference.name} lacks {len(missing)} tensors, the first is {missing[0]}")
+    return model
+
+
+def _load_parts(reference: ModelReference, dtype: torch.dtype) -> Any:
+    """A GGUF model of several parts, which transformers does not read, as quantize reads it: tensor by tensor."""
+    from lowbit_quantize.model.gguf_file import GgufFile  # as above
+
+    architecture = architecture_of(reference.model_type, reference.name)
+    stored = GgufFile(reference, skeleton_of(reference, architecture))
+    model = AutoModelForCausalLM.from_config(reference.config, dtype=dtype, attn_implementation="sdpa")
+    tied = {f"{architecture.head}.weight"} if reference.config.tie_word_embeddings else set()
+    state = model.state_dict()
+    if missing := sorted(name for name in state.keys() - tied if name not in stored):
+        raise ModelError(f"{reference.name} lacks {len(missing)} tensors, the first is {missing[0]}")
+    for name in state.keys() - tied:
+        state[name].copy_(stored.read(name))
     return model
 
 

@@ -42,7 +42,7 @@ def _in_process(asked: Evaluation) -> Outcome:
     from lowbit_evaluate import in_process
 
     in_process.check_device(asked.settings)
-    model = in_process.find(asked.model)
+    model = in_process.find(asked.model, asked.settings)
     reference, known = _base(asked)
     text = None
     if asked.text is not None:
@@ -86,7 +86,7 @@ def _base(asked: Evaluation) -> tuple["ModelReference | None", Answers | None]:
     from lowbit_evaluate import in_process
 
     in_process.check_device(asked.settings)
-    return in_process.find(asked.base), None
+    return in_process.find(asked.base, asked.settings), None
 
 
 def _check_torch() -> None:

@@ -10,11 +10,12 @@ FROM_MANIFEST = ""  # the held-out text that MODEL's manifest names
 @dataclass(frozen=True)
 class Settings:
     """How models are run in process. dtype "auto" is the one that is served; without `fp8_cache` keys and values are
-    not rounded."""
+    not rounded. With `trust_remote_code` a tokenizer may be code of the model's own."""
 
     device: str = "auto"
     dtype: str = "auto"
     fp8_cache: bool = True
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)

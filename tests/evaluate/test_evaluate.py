@@ -307,6 +307,21 @@ def test_a_gguf_file_is_evaluated_and_one_that_transformers_reads_in_part_is_ref
     assert "has llama.rope.scaling.type, which transformers does not read" in error
 
 
+def test_a_gguf_model_in_parts_is_evaluated_as_the_whole_one(
+    own_items: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [
+        write_tiny_gguf(tmp_path / f"{size}{tied}", tensors_a_part=size, tie_word_embeddings=tied)
+        for size, tied in ((0, False), (12, False), (0, True), (12, True))
+    ]
+    answers = []
+    for number, file in enumerate(files):
+        document = tmp_path / f"{number}.json"
+        assert run(capsys, file, "--items", own_items, "--json", document)[0] == 0
+        answers.append(json.loads(document.read_text())["answers"]["model"])
+    assert answers[0] == answers[1] != answers[2] == answers[3]
+
+
 def test_a_choice_needs_something_before_it(tiny_model: Callable[[str], Path]) -> None:
     item = Item("t", "1", "choice", (Request(" ", "a"), Request(" ", "b")), 0)
     with pytest.raises(ConfigError, match="item 1 of t has a choice with nothing before it"):
