@@ -56,6 +56,14 @@ def every_killed_run_ended_with_the_same_files() -> None:
     assert (result["filled_disk"]["status"], result["filled_disk"]["identical"]) == (2, True)
 
 
+def every_gguf_tokenizer_that_is_not_refused_encodes_all_published_samples_alike() -> None:
+    rows = _read("tokenizers/results/llama_cpp_vocabularies.json")["vocabularies"]
+    built = [row for row in rows if "refused" not in row]
+    assert len(built) >= 12
+    assert all(row["lowbit"] == row["checkpoint"] == row["texts"] for row in built)
+    assert any(row["transformers"] < row["texts"] for row in built)
+
+
 def the_picture_of_pruned_experts_is_drawn_from_its_result() -> None:
     committed = BENCHMARKS / "experts" / "results" / "tiny-moe.json"
     with tempfile.TemporaryDirectory() as temporary:
@@ -75,6 +83,7 @@ CHECKS = (
     the_readme_shows_the_table_of_the_large_runs,
     the_large_runs_kept_their_bound_and_their_pace,
     every_killed_run_ended_with_the_same_files,
+    every_gguf_tokenizer_that_is_not_refused_encodes_all_published_samples_alike,
     the_picture_of_pruned_experts_is_drawn_from_its_result,
 )
 

@@ -13,6 +13,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,9 @@ def main() -> None:
     if not rows:
         sys.exit(f"{arguments.directory} holds no ggml-vocab-*.gguf with .inp and .out beside it")
     if arguments.out:
-        arguments.out.write_text(json.dumps({"vocabularies": rows}, indent=1, ensure_ascii=False) + "\n")
+        versions = {name: version(name) for name in ("transformers", "tokenizers", "gguf")}
+        document = {"versions": versions, "vocabularies": rows}
+        arguments.out.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

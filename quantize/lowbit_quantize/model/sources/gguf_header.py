@@ -4,7 +4,6 @@ transformers' reader is an order of magnitude faster than the package gguf's whe
 no part but the first.
 """
 
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +53,7 @@ def read_metadata(path: Path, lists: Sequence[str] = ()) -> tuple[dict[str, Any]
     """What a first part says, with these `lists` of words, and the names of its tensors; ModelError of any other."""
     try:
         metadata, names = read_gguf_metadata(str(path), lists)
-    except (ValueError, OSError, IndexError, struct.error) as error:
+    except Exception as error:  # whatever a wrong file makes of its code
         raise _unreadable(path, error) from error
     return metadata, list(names)
 
@@ -63,7 +62,7 @@ def open_part(path: Path) -> GGUFReader:
     """A part with its tensors; raises ModelError where it is unreadable."""
     try:
         return GGUFReader(path)
-    except (ValueError, OSError, IndexError, KeyError) as error:
+    except Exception as error:  # as above
         raise _unreadable(path, error) from error
 
 
