@@ -4,6 +4,7 @@ Every document is checked by a pydantic model whose sections refuse unknown keys
 first wrong key with its path and says what is allowed. Knows nothing of what a document means.
 """
 
+import os
 import re
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, Va
 from pydantic_core import ErrorDetails
 
 from lowbit_core.errors import ConfigError, LowbitError
+from lowbit_core.names import did_you_mean
 from lowbit_core.strict_yaml import strict_load
 
 SUFFIXES = (".yaml", ".yml")
@@ -45,7 +47,7 @@ def document_path(is_path: Callable[[str, Path], bool] = lambda text, path: True
         if not isinstance(value, str):
             return value
         folder = Path() if isinstance(value, _Given) else (info.context or {}).get("folder", Path())
-        path = folder / Path(value).expanduser()  # an absolute path stays as it is
+        path = folder / os.path.expanduser(value)  # an absolute path stays as it is
         return str(path) if is_path(value, path) else str(value)
 
     return BeforeValidator(resolve)
@@ -117,12 +119,13 @@ def describe_error(failure: ValidationError, model: type[BaseModel]) -> str:
 
 
 def _find(kind: str, name_or_path: str, bundled: Mapping[str, Path], error: type[LowbitError]) -> Path:
-    path = Path(name_or_path)
+    path = Path(os.path.expanduser(name_or_path))
     names = ", ".join(bundled)
     if path.suffix not in SUFFIXES:
         if name_or_path in bundled:
             return bundled[name_or_path]
-        choices = f"neither a .yaml file nor one of: {names}; write the file or pick one of these"
+        hint = did_you_mean(name_or_path, bundled)
+        choices = f"neither a .yaml file nor one of: {names}; {hint}write the file or pick one of these"
         raise error(f"{kind} {name_or_path!r} is {choices if bundled else 'not a .yaml file'}")
     if not path.is_file():
         hint = f"; bundled {kind}s are: {names}" if bundled else ""

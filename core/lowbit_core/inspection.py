@@ -2,12 +2,11 @@
 
 import argparse
 import sys
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from lowbit_core.cli import Command
+from lowbit_core.cli import Command, file_path
 from lowbit_core.errors import CheckpointError
 from lowbit_core.manifest import (
     MANIFEST_NAME,
@@ -22,7 +21,7 @@ MOST_NAMES = 4  # that are shown of linears which are not quantized
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", type=Path, metavar="DIR")
+    parser.add_argument("checkpoint", type=file_path, metavar="DIR")
     parser.add_argument("--verify", action="store_true", help="hash every file and compare with the manifest")
     parser.add_argument("--json", action="store_true", help="print the whole manifest as JSON")
 

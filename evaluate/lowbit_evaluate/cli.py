@@ -6,15 +6,15 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from lowbit_core.cli import Command
+from lowbit_core.cli import Command, file_path
 from lowbit_core.errors import ConfigError, EngineError
 from lowbit_core.evals.items import Item
 from lowbit_core.evals.tasks import TASKS, load_items, load_own_items
+from lowbit_core.names import did_you_mean
 from lowbit_evaluate import report
 from lowbit_evaluate.run import Outcome, evaluate
 from lowbit_evaluate.settings import FROM_MANIFEST, Evaluation, Settings
@@ -34,13 +34,15 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="model to compare with, or RESULT.json of an earlier `lowbit evaluate --json`",
     )
     parser.add_argument("--tasks", metavar="A,B,…", type=_names, default=(), help=f"of: {', '.join(TASKS)}")
-    parser.add_argument("--items", metavar="FILE.jsonl", type=Path, help="your own items (docs/evaluate.md)")
+    parser.add_argument(
+        "--items", metavar="FILE.jsonl", type=file_path, help="your own items (docs/evaluate.md)"
+    )
     parser.add_argument(
         "--limit", metavar="N", type=_at_least_1, help="items of each task, drawn by --seed (all)"
     )
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="(0)")
     parser.add_argument(
-        "--tasks-dir", metavar="DIR", type=Path, help="the tasks' data, where it is not installed"
+        "--tasks-dir", metavar="DIR", type=file_path, help="the tasks' data, where it is not installed"
     )
     parser.add_argument(
         "--text",
@@ -52,7 +54,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--target", metavar="URL", help="ask a served OpenAI-compatible endpoint instead")
     parser.add_argument(
-        "--json", metavar="FILE", type=Path, help="also write everything here, answers included"
+        "--json", metavar="FILE", type=file_path, help="also write everything here, answers included"
     )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument(
@@ -150,7 +152,9 @@ def _show(arguments: argparse.Namespace, outcome: Outcome) -> None:
 def _names(text: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     if unknown := [name for name in names if name not in TASKS]:
-        raise ConfigError(f"unknown task {unknown[0]!r}; tasks are: {', '.join(TASKS)}")
+        raise ConfigError(
+            f"unknown task {unknown[0]!r}; {did_you_mean(unknown[0], TASKS)}tasks are: {', '.join(TASKS)}"
+        )
     return names
 
 

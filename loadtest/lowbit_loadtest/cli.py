@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from lowbit_core.cli import Command
+from lowbit_core.cli import Command, file_path
 from lowbit_core.errors import ConfigError
 from lowbit_core.log import get_logger
 from lowbit_loadtest.generate.prompts import read_prompts
@@ -60,16 +60,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="default: the first that the server lists")
     parser.add_argument("--seed", type=_at_least(0), help="of arrivals, prompts and sampling")
     parser.add_argument(
-        "--json", metavar="FILE", type=Path, help="also write the result here, with its requests"
+        "--json", metavar="FILE", type=file_path, help="also write the result here, with its requests"
     )
     parser.add_argument(
-        "--records", metavar="FILE.jsonl", type=Path, help="write every request, chunk by chunk"
+        "--records", metavar="FILE.jsonl", type=file_path, help="write every request, chunk by chunk"
     )
-    parser.add_argument("--html", metavar="FILE.html", type=Path, help="write a page with charts")
+    parser.add_argument("--html", metavar="FILE.html", type=file_path, help="write a page with charts")
     parser.add_argument(
         "--quality-base",
         metavar="BASE.json",
-        type=Path,
+        type=file_path,
         help="result of --json with quality, of the base model: count flips and estimate KL against it",
     )
     short = parser.add_argument_group("closed loop without a scenario")
@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompts = short.add_mutually_exclusive_group()
     prompts.add_argument("--prompt", metavar="TEXT", help="one prompt for all requests")
     prompts.add_argument(
-        "--prompts", metavar="FILE.jsonl", type=Path, help="one prompt or messages object a line"
+        "--prompts", metavar="FILE.jsonl", type=file_path, help="one prompt or messages object a line"
     )
     short.add_argument("--temperature", type=_non_negative, help="(0)")
     short.add_argument("--timeout-s", type=_positive, help="deadline of each request (300)")

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lowbit_core.cli import Command
+from lowbit_core.cli import Command, file_path
 from lowbit_core.errors import ConfigError
 from lowbit_core.log import get_logger
 from lowbit_loadtest.compare import Comparison, Difference, compare
@@ -22,9 +22,9 @@ log = get_logger("compare")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "a", metavar="A.json", type=Path, help="result of lowbit loadtest --json: the baseline"
+        "a", metavar="A.json", type=file_path, help="result of lowbit loadtest --json: the baseline"
     )
-    parser.add_argument("b", metavar="B.json", type=Path, help="the result that is judged")
+    parser.add_argument("b", metavar="B.json", type=file_path, help="the result that is judged")
     parser.add_argument(
         "--tolerance",
         type=_share,

@@ -9,10 +9,9 @@ import argparse
 import json
 import signal
 import sys
-from pathlib import Path
 from typing import Any
 
-from lowbit_core.cli import Command
+from lowbit_core.cli import Command, file_path
 from lowbit_core.errors import ConfigError
 from lowbit_core.log import get_logger
 from lowbit_loadtest.frontier.document import as_document
@@ -25,11 +24,11 @@ log = get_logger("frontier")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("plan", metavar="PLAN.yaml", type=Path, help="checkpoints, scenarios and constraints")
+    parser.add_argument("plan", metavar="PLAN.yaml", type=file_path, help="checkpoints, scenarios and constraints")
     parser.add_argument(
         "--out",
         metavar="DIR",
-        type=Path,
+        type=file_path,
         help="results; a run that was stopped goes on here (default: PLAN.d)",
     )
     parser.add_argument(

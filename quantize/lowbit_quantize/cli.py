@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowbit_core.cli import Command, RenamedFlag
+from lowbit_core.cli import Command, RenamedFlag, file_path
 from lowbit_core.errors import ConfigError, QualityError
 from lowbit_core.manifest import Manifest
 from lowbit_quantize.recipe import Recipe, bundled_recipes, load_recipe
@@ -18,10 +18,6 @@ if TYPE_CHECKING:
 
 GPU_MEMORY_GIB = 74.5  # what 80 GB are
 RENAMED_FLAGS = {"--check": "--dry-run", "--fresh": "--overwrite", "--gpu-gib": "--gpu-memory-gib"}
-
-
-def _path(text: str) -> Path:
-    return Path(text).expanduser()
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,10 +31,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="run a tokenizer that is code of the model's own; the model itself is always transformers'",
     )
     parser.add_argument("--recipe", required=True, help=f"FILE.yaml or one of: {names}")
-    parser.add_argument("--out", type=_path, help="directory for the checkpoint, new or empty")
+    parser.add_argument("--out", type=file_path, help="directory for the checkpoint, new or empty")
     parser.add_argument(
         "--experts-report",
-        type=Path,
+        type=file_path,
         nargs="?",
         const=Path("experts-report.json"),
         metavar="FILE",

@@ -8,9 +8,8 @@ import os
 import sys
 from collections.abc import Mapping, MutableMapping
 from dataclasses import fields
-from pathlib import Path
 
-from lowbit_core.cli import Command
+from lowbit_core.cli import Command, file_path
 from lowbit_core.errors import ConfigError, EngineError
 from lowbit_core.log import get_logger
 from lowbit_server.checkpoint import open_checkpoint
@@ -24,7 +23,7 @@ log = get_logger("serve")
 def add_serve_arguments(parser: argparse.ArgumentParser, environment: Mapping[str, str] = os.environ) -> None:
     """Declare the directory and the flags of ServeConfig."""
     parser.add_argument(
-        "directory", metavar="DIR", type=Path, nargs="?", default=environment.get("LOWBIT_DIR"),
+        "directory", metavar="DIR", type=file_path, nargs="?", default=environment.get("LOWBIT_DIR"),
         help="checkpoint directory that `lowbit quantize` wrote, or any Hugging Face model directory",
     )  # fmt: skip
     add_arguments(parser, ServeConfig, environment)

