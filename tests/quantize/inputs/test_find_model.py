@@ -82,6 +82,17 @@ def test_a_file_of_a_model_stands_for_its_directory(
     assert f"give its directory {directory}" in refusal(directory / "notes.md")
 
 
+def test_a_path_may_begin_at_a_home_directory(
+    tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = shutil.copytree(tiny_model("llama"), tmp_path / "models" / "tiny")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert find_model("~/models/tiny").path == directory
+    assert find_model("~/models/tiny/config.json").path == directory
+    assert "cannot be looked for" in refusal("~nobody-of-this-name/model")
+    assert "cannot be looked for: File name too long" in refusal("m" * 5000)
+
+
 def test_a_gguf_file_is_one_in_any_case_and_a_directory_may_hold_one(tmp_path: Path) -> None:
     file = write_tiny_gguf(tmp_path / "whole").rename(tmp_path / "Tiny.GGUF")
     alone = tmp_path / "alone"

@@ -5,6 +5,7 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
+from tests.quantize.small_runs import CPU, recipe_of
 from tests.quantize.tiny_gguf import write_tiny_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 
@@ -13,6 +14,7 @@ from lowbit_quantize.model import gguf_file
 from lowbit_quantize.model.gguf_file import GgufFile
 from lowbit_quantize.model.reference import find_model
 from lowbit_quantize.model.weights import WeightFiles
+from lowbit_quantize.pipeline import quantize
 from lowbit_quantize.plan import make_plan
 from lowbit_quantize.recipe import load_recipe
 
@@ -69,6 +71,18 @@ def test_parts_are_unpacked_as_the_whole_file(tmp_path: Path) -> None:
     assert names == sorted(path.name for path in parts.iterdir())
     for name in names:
         assert (whole / name).read_bytes() == (parts / name).read_bytes(), name
+
+
+def test_a_split_model_is_quantized_as_the_whole_one_and_the_manifest_names_its_parts(tmp_path: Path) -> None:
+    manifests = []
+    for name, size in (("whole", 0), ("parts", 20)):
+        model = write_tiny_gguf(tmp_path / name, tensors_a_part=size)
+        manifests.append(quantize(str(model), recipe_of("rtn-g64"), tmp_path / name / "out", CPU))
+    whole, parts = manifests
+    shards = [name for name in whole.files if name.endswith(".safetensors")]
+    assert [whole.files[name] for name in shards] == [parts.files[name] for name in shards]
+    assert list(parts.base.sha256) == ["tiny-00001-of-00002.gguf", "tiny-00002-of-00002.gguf"]
+    assert (parts.base.name, parts.base.kind) == ("tiny", "gguf")
 
 
 def test_generation_ends_where_the_file_says_a_turn_ends(tmp_path: Path) -> None:
