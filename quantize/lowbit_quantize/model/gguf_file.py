@@ -51,6 +51,8 @@ class GgufFile:
         for path in self._model.parts:
             reader = open_part(path)
             self._refuse_unread(path, reader, names)
+            for tensor in {tensor.tensor_type: tensor for tensor in reader.tensors}.values():
+                self._refuse_type(path, tensor)
             self._tensors |= {names[tensor.name]: (path, tensor) for tensor in reader.tensors}
 
     def _refuse_unread(self, path: Path, reader: GGUFReader, names: Collection[str]) -> None:
@@ -61,6 +63,17 @@ class GgufFile:
                 f"{path} has {unread[0]}, which transformers does not read, so that another model would "
                 "come out; give the model as a directory of safetensors"
             )
+
+    def _refuse_type(self, path: Path, tensor: ReaderTensor) -> None:
+        """One row of zeros says whether the numbers of this type can be read."""
+        row = np.zeros((1, *tensor.data.shape[1:]), tensor.data.dtype)
+        try:
+            dequantize(row, tensor.tensor_type)
+        except (ValueError, NotImplementedError) as error:
+            raise ModelError(
+                f"{path}: {tensor.name} is stored as {tensor.tensor_type.name}, which cannot be read ({error}); "
+                "give the model in another type, or its original directory"
+            ) from error
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors

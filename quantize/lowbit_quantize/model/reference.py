@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lowbit_core.errors import ModelError
-from lowbit_quantize.model.sources.contents import ADAPTER, CONFIG, gguf_models, has_weights, obstacle
+from lowbit_quantize.model.sources.contents import ADAPTER, CONFIG, gguf_models, is_weights, obstacle
 from lowbit_quantize.model.sources.directory import ModelDirectory, read_json
 from lowbit_quantize.model.sources.gguf_parts import all_parts, is_gguf, name_of, parts_of
 from lowbit_quantize.model.sources.hub_address import HubAddress, hub_id, page_address
@@ -103,7 +103,7 @@ def _local(name: str) -> Path | None:
 def _directory(path: Path) -> ModelReference:
     path = path.resolve()
     names = {str(one.relative_to(path)) for pattern in LISTED for one in path.glob(pattern)}
-    if files := _instead(names):
+    if files := gguf_models(names):
         return _gguf(path / _only(files, f"model directory {path}"))
     _check(f"model directory {path}", path, names, str(path))
     name, revision = _cached(path)
@@ -114,7 +114,7 @@ def _file(path: Path) -> ModelReference:
     """A GGUF file, or a file that stands for the directory it is in."""
     if is_gguf(path.name):
         return _gguf(path)
-    if path.name in OF_A_MODEL or path.suffix == ".safetensors":
+    if path.name in OF_A_MODEL or is_weights(path.name):
         return _directory(path.parent)
     raise ModelError(
         f"model {str(path)!r} is neither a directory nor a .gguf file; give its directory {path.parent}"
@@ -138,7 +138,7 @@ def _from_hub(address: HubAddress) -> ModelReference:
     if address.file is None:
         listed = _listed(repository, path.name)
         names = listed or {one.name for one in path.iterdir()}
-        if not (files := _instead(names)):
+        if not (files := gguf_models(names)):
             _check(f"hub repository {repository}", path, names, repository, complete=listed is not None)
             return ModelReference(name=repository, kind="hub", path=path, revision=path.name)
         address = replace(address, file=_only(files, f"hub repository {repository}"))
@@ -151,11 +151,6 @@ def fetch_weights(reference: ModelReference) -> None:
     if reference.kind == "hub":
         _download(reference.name, reference.revision, WEIGHTS)
         _directory(reference.path)
-
-
-def _instead(names: Collection[str]) -> list[str]:
-    """GGUF models among these files, where they are no model as Hugging Face publishes it."""
-    return [] if CONFIG in names and has_weights(names) else gguf_models(names)
 
 
 def _only(files: list[str], place: str) -> str:

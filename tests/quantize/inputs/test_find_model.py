@@ -32,7 +32,7 @@ def refusal(model: Path | str) -> str:
         ("https://huggingface.co/acme/tiny", HubAddress("acme/tiny")),
         ("https://huggingface.co/acme/tiny/", HubAddress("acme/tiny")),
         ("HTTPS://HuggingFace.co/acme/tiny?library=vllm#files", HubAddress("acme/tiny")),
-        ("http://hf.co/acme/tiny", HubAddress("acme/tiny")),
+        ("http://hf.co/acme/tiny.git", HubAddress("acme/tiny")),
         ("hf.co/acme/tiny-GGUF", HubAddress("acme/tiny-GGUF")),
         ("huggingface.co/acme/tiny/tree/main", HubAddress("acme/tiny", "main")),
         ("https://huggingface.co/acme/tiny/tree/refs%2Fpr%2F3/", HubAddress("acme/tiny", "refs/pr/3")),
@@ -79,6 +79,8 @@ def test_a_file_of_a_model_stands_for_its_directory(
     (tmp_path / "link").symlink_to(directory)
     assert find_model(str(tmp_path / "link")).path == directory
     (directory / "notes.md").write_text("")
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+    assert "write them as safetensors first" in refusal(directory / "pytorch_model.bin")
     assert f"give its directory {directory}" in refusal(directory / "notes.md")
 
 
@@ -216,6 +218,7 @@ def test_a_page_of_a_cached_repository_is_read_without_a_network(
         ("config.json weights.safetensors", "; weights.safetensors is no name that transformers looks for"),
         ("config.json onnx/model_q4.onnx", "is an export for ONNX; give the model that it was made of"),
         ("config.json openvino_model.xml openvino_model.bin", "is an export for OpenVINO"),
+        ("config.json pytorch_model.bin tiny-Q4_K_M.gguf", "has its weights as pytorch_model.bin"),
         ("config.json tf_model.h5", "is an export for TensorFlow"),
         ("rank0.engine config.json", "is an export for TensorRT-LLM"),
         ("checkpoint-50/config.json checkpoint-9/config.json", "holds models in checkpoint-50, checkpoint-9; give one"),

@@ -9,6 +9,7 @@ from tests.quantize.small_runs import CPU, recipe_of
 from tests.quantize.tiny_gguf import write_tiny_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 
+from lowbit_core.errors import ModelError
 from lowbit_quantize.check.weights import stored_weights
 from lowbit_quantize.model import gguf_file
 from lowbit_quantize.model.gguf_file import GgufFile
@@ -83,6 +84,16 @@ def test_a_split_model_is_quantized_as_the_whole_one_and_the_manifest_names_its_
     assert [whole.files[name] for name in shards] == [parts.files[name] for name in shards]
     assert list(parts.base.sha256) == ["tiny-00001-of-00002.gguf", "tiny-00002-of-00002.gguf"]
     assert (parts.base.name, parts.base.kind) == ("tiny", "gguf")
+
+
+def test_numbers_that_cannot_be_read_are_refused_before_the_walk(tmp_path: Path) -> None:
+    file = write_tiny_gguf(tmp_path)
+    stored = file.read_bytes()
+    name = b"output_norm.weight"
+    kind = stored.index(name) + len(name) + 4 + 8  # behind the number of its dimensions and the one dimension
+    file.write_bytes(stored[:kind] + bytes([Kind.I32.value]) + stored[kind + 1 :])
+    with pytest.raises(ModelError, match=r"output_norm.weight is stored as I32, which cannot be read"):
+        opened(file)
 
 
 def test_generation_ends_where_the_file_says_a_turn_ends(tmp_path: Path) -> None:

@@ -33,9 +33,21 @@ def has_weights(names: Collection[str]) -> bool:
     return SINGLE_NAME in names or INDEX_NAME in names
 
 
+def is_weights(name: str) -> bool:
+    """Whether a file holds weights in any library's format, so that its directory may be a model's."""
+    return name.endswith((".safetensors", *PICKLES, *OTHERS))
+
+
 def gguf_models(names: Collection[str]) -> list[str]:
-    """GGUF files that are models; of one that is split, one part."""
+    """GGUF files that are the model, where it is not there in a better form too; of one that is split, one part."""
+    if CONFIG in names and (has_weights(names) or _pickles(names)):
+        return []
     return [name for name in first_parts(names) if not name.rpartition("/")[2].lower().startswith(NO_MODEL)]
+
+
+def _pickles(names: Collection[str]) -> list[str]:
+    top = sorted(name for name in names if "/" not in name)
+    return [name for name in top if name.endswith(PICKLES) and not NO_WEIGHTS.match(name)]
 
 
 def obstacle(
@@ -87,11 +99,9 @@ def _quantized_by(config: Mapping[str, Any]) -> str | None:
 
 
 def _other_format(names: Collection[str], place: str) -> str | None:
-    top = sorted(name for name in names if "/" not in name)
-    if "consolidated.safetensors" in top or "params.json" in top:
+    if "consolidated.safetensors" in names or "params.json" in names:
         return "has the weights in their maker's own format (params.json); give them as Hugging Face publishes them"
-    pickles = [name for name in top if name.endswith(PICKLES) and not NO_WEIGHTS.match(name)]
-    if pickles:
+    if pickles := _pickles(names):
         return (
             f"has its weights as {pickles[0]}, which can hold code and is not read; write them as safetensors first: "
             'python -c "from transformers import AutoModelForCausalLM as M; '

@@ -56,7 +56,7 @@ def _address(text: str, path: str) -> HubAddress:
         raise ModelError(
             f"model {text!r} is no model's page; give OWNER/NAME[@REVISION] or the page of a model"
         )
-    repository, file = f"{owner}/{name}", "/".join(inside)
+    repository, file = f"{owner}/{name.removesuffix('.git')}", "/".join(inside)
     if not HUB_ID.fullmatch(repository):
         raise ModelError(f"model {text!r} names no hub id OWNER/NAME")
     if (file and view == "tree") or ("/" in file and not file.lower().endswith(".gguf")):
