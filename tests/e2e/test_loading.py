@@ -39,7 +39,8 @@ def server(model: Path, tmp_path: Path) -> Iterator[ServerProcess]:
 
 
 def descendants(server: ServerProcess) -> list[psutil.Process]:
-    return psutil.Process(server.process.pid).children(recursive=True)
+    found: list[psutil.Process] = psutil.Process(server.process.pid).children(recursive=True)
+    return found
 
 
 def wait_for_engine(server: ServerProcess) -> None:
