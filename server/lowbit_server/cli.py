@@ -5,17 +5,19 @@ Nothing of vLLM or torch is imported before the checkpoint has been checked.
 
 import argparse
 import os
+import pwd
 import sys
+import tempfile
 from collections.abc import Mapping, MutableMapping
 from dataclasses import fields
 
 from lowbit_core.cli import Command, file_path
 from lowbit_core.errors import ConfigError, EngineError
 from lowbit_core.log import get_logger
-from lowbit_server.checkpoint import open_checkpoint
+from lowbit_server.checkpoint import Checkpoint, open_checkpoint
 from lowbit_server.config import ServeConfig, refuse_uneven_nodes
 from lowbit_server.flags import add_arguments
-from lowbit_server.lifecycle import INTERRUPTED, StoppedWhileLoadingError, leave_at_once_on_signals
+from lowbit_server.lifecycle import INTERRUPTED, StoppedWhileLoadingError, leaving_at_once_on_signals
 
 log = get_logger("serve")
 
@@ -49,16 +51,21 @@ def config_from(arguments: argparse.Namespace) -> ServeConfig:
 def run(arguments: argparse.Namespace) -> int:
     """Serve until a signal; 0 after a clean stop, 130 for one before the server was ready."""
     config = config_from(arguments)
-    leave_at_once_on_signals()
-    log.info("checking the files of %s", config.directory)
-    checkpoint = open_checkpoint(config)
-    if checkpoint.manifest is None:
-        log.warning("%s has no manifest: how close it is to its base model is unknown", config.directory)
-    elif not checkpoint.manifest.gate.accepted:
-        log.warning("serving a checkpoint that its quality gate rejected, as --allow-rejected asks")
-    prepare_environment(arguments.log_level)
-    if config.lora_dir is not None:
-        os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"  # vLLM's own routes for that stay closed
+    with leaving_at_once_on_signals():
+        log.info("checking the files of %s", config.directory)
+        checkpoint = open_checkpoint(config)
+        if checkpoint.manifest is None:
+            log.warning("%s has no manifest: how close it is to its base model is unknown", config.directory)
+        elif not checkpoint.manifest.gate.accepted:
+            log.warning("serving a checkpoint that its quality gate rejected, as --allow-rejected asks")
+        prepare_environment(arguments.log_level)
+        if config.lora_dir is not None:
+            os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"  # vLLM's own routes for that stay closed
+        _serve(config, checkpoint)
+    return 0
+
+
+def _serve(config: ServeConfig, checkpoint: Checkpoint) -> None:
     try:
         import uvloop  # as vLLM's own server: cheaper for many streams
 
@@ -75,13 +82,12 @@ def run(arguments: argparse.Namespace) -> int:
     except StoppedWhileLoadingError:
         sys.stderr.write("lowbit: interrupted\n")
         sys.stderr.flush()
-        os._exit(
-            INTERRUPTED
-        )  # the engine's constructor may still run, and Python's own end would wait for it
-    return 0
+        os._exit(INTERRUPTED)  # the engine's constructor may still run; Python's own end would wait for it
 
 
-def prepare_environment(log_level: str, environment: MutableMapping[str, str] = os.environ) -> None:
+def prepare_environment(
+    log_level: str, environment: MutableMapping[str, str] = os.environ, uid: int | None = None
+) -> None:
     """Set what vLLM reads from the environment at import, where the user has not: offline, no telemetry, few log lines.
 
     `VLLM_CPU_INT4_W4A8` too: on CPUs with AMX vLLM's 4-bit linears quantize activations to 8 bits by default, and the
@@ -94,6 +100,10 @@ def prepare_environment(log_level: str, environment: MutableMapping[str, str] = 
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # as vLLM's own server: this process has threads
         "VLLM_LOGGING_LEVEL": "DEBUG" if log_level == "DEBUG" else "WARNING",
     }
+    if "HOME" not in environment and not _has_home(os.getuid() if uid is None else uid):
+        defaults["HOME"] = tempfile.mkdtemp(prefix="lowbit-home-")  # else a directory called ~ is made here
+        defaults["USER"] = "lowbit"
+        log.info("this user has no home directory: caches go to %s", defaults["HOME"])
     for name, setting in defaults.items():
         environment.setdefault(name, setting)
     if environment["VLLM_CPU_INT4_W4A8"] != "0":
@@ -101,6 +111,13 @@ def prepare_environment(log_level: str, environment: MutableMapping[str, str] = 
             "VLLM_CPU_INT4_W4A8 is set: on a CPU with AMX, 4-bit linears quantize activations to 8 bits, "
             "which was not measured"
         )
+
+
+def _has_home(uid: int) -> bool:
+    try:
+        return bool(pwd.getpwuid(uid).pw_dir)
+    except KeyError:
+        return False
 
 
 command = Command(

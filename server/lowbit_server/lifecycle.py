@@ -15,7 +15,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from multiprocessing import resource_tracker
 from typing import Any, Protocol, TypeVar
 
@@ -65,15 +65,20 @@ class DrainState:
         self.requested.set()
 
 
-def leave_at_once_on_signals() -> None:
+@contextlib.contextmanager
+def leaving_at_once_on_signals() -> Iterator[None]:
     """Until there is something to clean up: an exception might be swallowed by the import that it is raised in."""
 
     def leave(_number: int, _frame: object) -> None:
         os.write(2, b"lowbit: interrupted\n")
         os._exit(INTERRUPTED)
 
-    for number in SIGNALS:
-        signal.signal(number, leave)
+    previous = {number: signal.signal(number, leave) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 async def in_thread(work: Callable[[], T]) -> T:

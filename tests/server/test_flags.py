@@ -1,6 +1,7 @@
 """Flags and environment variables become one checked configuration, before vLLM is imported."""
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -105,3 +106,17 @@ def test_activations_are_not_quantized_unless_the_user_says_so_and_is_warned(
         log.removeHandler(caplog.handler)
     assert environment["VLLM_CPU_INT4_W4A8"] == (given or "0")
     assert any("was not measured" in record.getMessage() for record in caplog.records) == warned
+
+
+def test_a_user_without_a_home_gets_one_for_caches() -> None:
+    nobody: dict[str, str] = {}
+    prepare_environment("INFO", nobody, uid=123456)
+    assert Path(nobody["HOME"]).is_dir()
+    assert nobody["USER"] == "lowbit"
+    Path(nobody["HOME"]).rmdir()
+    given: dict[str, str] = {"HOME": "/mine"}
+    prepare_environment("INFO", given, uid=123456)
+    assert given["HOME"] == "/mine"
+    listed: dict[str, str] = {}
+    prepare_environment("INFO", listed, uid=0)
+    assert "HOME" not in listed

@@ -10,6 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from lowbit_server.lifecycle import leaving_at_once_on_signals
+
 # A parent that loads for ever, as vLLM's constructor does: children that ignore signals, grandchildren whose parent
 # dies, one child after the other while it is being stopped.
 PROGRAM = """
@@ -36,11 +38,11 @@ async def main():
     state.listen_to_signals()
     await unless_stopped(in_thread(load), state.requested)
 
-leave_at_once_on_signals()
-try:
-    asyncio.run(main())
-except StoppedWhileLoadingError:
-    os._exit(INTERRUPTED)
+with leaving_at_once_on_signals():
+    try:
+        asyncio.run(main())
+    except StoppedWhileLoadingError:
+        os._exit(INTERRUPTED)
 """
 
 
@@ -70,8 +72,8 @@ def _session(process: psutil.Process) -> int:
 
 def test_a_stop_before_anything_is_started_ends_the_process() -> None:
     program = (
-        "import time\nfrom lowbit_server.lifecycle import *\nleave_at_once_on_signals()\nprint(1, flush=True)\n"
-        "while True:\n try: time.sleep(9)\n except BaseException: pass"
+        "import time\nfrom lowbit_server.lifecycle import *\nwith leaving_at_once_on_signals():\n"
+        " print(1, flush=True)\n while True:\n  try: time.sleep(9)\n  except BaseException: pass"
     )
     for number in (signal.SIGINT, signal.SIGTERM):
         process = subprocess.Popen(
@@ -82,3 +84,10 @@ def test_a_stop_before_anything_is_started_ends_the_process() -> None:
         process.send_signal(number)
         assert process.communicate(timeout=5)[1] == b"lowbit: interrupted\n"
         assert process.returncode == 130
+
+
+def test_handlers_come_back_when_the_server_has_ended() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with leaving_at_once_on_signals():
+        assert signal.getsignal(signal.SIGTERM) is not before
+    assert signal.getsignal(signal.SIGTERM) is before
