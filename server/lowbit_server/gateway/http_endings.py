@@ -170,6 +170,8 @@ class EndingHttp(HttpToolsProtocol):
 
     def refuse(self, status: int, message: str) -> None:
         """Answer an error and end the connection, once the requests before are answered."""
+        if self.ending:
+            return
         body = error_document(status, message)
         head = (
             f"HTTP/1.1 {status} \r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"

@@ -44,13 +44,16 @@ class BoundedHttp(EndingHttp):
     def _check_bounds(self) -> None:
         if self.in_head:
             if self.head_bytes > self.max_header_bytes:
-                self.refuse(431, f"the request head is larger than {self.max_header_bytes} bytes")
+                self._refuse_large_head()
             elif self.head_bytes and self.deadline is None:
                 self.set_deadline(self.times.head_s)
         elif self._framed_bytes > self.max_header_bytes + FRAMING_FACTOR * self._body_bytes:
             self.refuse(431, f"what frames the body is larger than {self.max_header_bytes} bytes")
         elif self.deadline is None:
             self.set_deadline(self.times.body_s)
+
+    def _refuse_large_head(self) -> None:
+        self.refuse(431, f"the request head is larger than {self.max_header_bytes} bytes")
 
     def _decline(self, rest: bytes) -> None:
         head = [self.parser.get_method(), b" ", self.url, b" HTTP/1.1\r\n"]
@@ -72,13 +75,22 @@ class BoundedHttp(EndingHttp):
     def on_headers_complete(self) -> None:
         if self.ending or (self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT"):
             return  # `_decline` parses it again
+        if self.head_bytes > self.max_header_bytes and self._head_size() > self.max_header_bytes:
+            self._refuse_large_head()
+            return
         super().on_headers_complete()
         self.in_head = False
         self.head_bytes = self._framed_bytes = self._body_bytes = 0
         self.set_deadline(None)
         self.request_begun(self.cycle)
 
+    def _head_size(self) -> int:
+        """Without what came after it in the same piece."""
+        return len(self.url) + sum(len(name) + len(value) + len(b": \r\n") for name, value in self.headers)
+
     def on_body(self, body: bytes) -> None:
+        if self.in_head:  # of a head that was refused
+            return
         self._body_bytes += len(body)
         super().on_body(body)
 

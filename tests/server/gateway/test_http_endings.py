@@ -240,6 +240,16 @@ async def test_a_second_head_without_end_is_431(port: int) -> None:
     assert found.count(b"HTTP/1.1 200") == found.count(b"HTTP/1.1 431") == 1
 
 
+async def test_a_large_head_in_one_piece_is_431_and_a_large_body_is_none(port: int, app: App) -> None:
+    for body in (b"", b"Content-Length: 9\r\n\r\n{}"):
+        found = await exchange(port, POST + b"X: " + b"a" * 5000 + b"\r\n" + body + b"\r\n")
+        assert found.startswith(b"HTTP/1.1 431")
+        assert found.count(b"HTTP/1.1") == 1
+    assert app.seen == []
+    sent = POST + b"Connection: close\r\nContent-Length: 60000\r\n\r\n" + b"b" * 60000
+    assert (await exchange(port, sent)).startswith(b"HTTP/1.1 200")
+
+
 @pytest.mark.parametrize(
     "endless",
     [
