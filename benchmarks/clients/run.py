@@ -2,7 +2,7 @@
 
     python benchmarks/clients/run.py CHECKPOINT --work DIR --out benchmarks/clients/results/NAME.json
 
-Makes two environments for Python packages and a node_modules for others under DIR (needs pip, node, npm, a JDK and
+Makes environments for Python packages and a node_modules for others under DIR (needs pip, node, npm, a JDK and
 curl), starts the server with an API key, and runs the scripts beside this one. Exit status 1 when a step of a client
 failed; what a framework refused of the model's own text is counted apart (agent_clients.py says how it is told).
 """
@@ -23,13 +23,12 @@ from benchmarks.endpoint import lowbit_serve, write_result  # noqa: E402
 
 MODEL = "smollm2"
 PYTHON_PACKAGES = ("openai", "langchain-openai", "litellm", "llm")
-AGENT_PACKAGES = (
-    "openai",
-    "instructor",
-    "pydantic-ai-slim[openai]",
-    "openai-agents",
-    "llama-index-llms-openai-like",
-)
+FRAMEWORKS = {  # each in an environment of its own: together pip takes old versions of all
+    "instructor": "instructor",
+    "pydantic-ai": "pydantic-ai-slim[openai]",
+    "openai-agents": "openai-agents",
+    "llama-index": "llama-index-llms-openai-like",
+}
 CLIENTS = 12
 NODE_PACKAGES = ("openai", "ai", "@ai-sdk/openai-compatible", "zod")
 
@@ -44,7 +43,7 @@ def main() -> int:
     arguments = parser.parse_args()
     work = arguments.work.resolve()
     python = python_environment(work / "python", PYTHON_PACKAGES)
-    agents = python_environment(work / "agents", AGENT_PACKAGES)
+    frameworks = {name: python_environment(work / name, (package,)) for name, package in FRAMEWORKS.items()}
     node = node_environment(work)
     made = subprocess.run(
         [str(Path(sys.executable).with_name("lowbit")), "key", "clients"],
@@ -65,11 +64,13 @@ def main() -> int:
         }
         steps = run([str(python), str(HERE / "python_clients.py")], environment)
         steps += run(["node", str(node / "node_clients.mjs")], environment)
-        steps += run([str(agents), str(HERE / "agent_clients.py")], environment)
+        for name, its_python in frameworks.items():
+            steps += run([str(its_python), str(HERE / "agent_clients.py"), name], environment)
         steps += run(["java", str(HERE / "JavaClient.java")], environment)
         steps += run([sys.executable, str(HERE / "curl_clients.py")], environment)
-    versions = python_versions(python, PYTHON_PACKAGES) | python_versions(agents, AGENT_PACKAGES[1:])
-    versions |= node_versions(node)
+    versions = python_versions(python, PYTHON_PACKAGES) | node_versions(node)
+    for name, its_python in frameworks.items():
+        versions |= python_versions(its_python, (FRAMEWORKS[name],))
     write_result(arguments.out, {"model": MODEL, "versions": versions, "steps": steps})
     failed = [step for step in steps if not step["ok"]]
     for step in steps:

@@ -24,7 +24,9 @@ log = get_logger("frontier")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("plan", metavar="PLAN.yaml", type=file_path, help="checkpoints, scenarios and constraints")
+    parser.add_argument(
+        "plan", metavar="PLAN.yaml", type=file_path, help="checkpoints, scenarios and constraints"
+    )
     parser.add_argument(
         "--out",
         metavar="DIR",

@@ -14,7 +14,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "checkpoint", type=file_path, metavar="DIR", help="a checkpoint that `lowbit quantize` wrote"
     )
     parser.add_argument("--to", required=True, choices=TARGETS, help="the format")
-    parser.add_argument("--out", required=True, type=file_path, metavar="DIR", help="a directory, new or empty")
+    parser.add_argument(
+        "--out", required=True, type=file_path, metavar="DIR", help="a directory, new or empty"
+    )
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -2,6 +2,8 @@
 
 import asyncio
 import socket
+import ssl
+import subprocess
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -146,3 +148,39 @@ async def test_a_connection_kept_from_loading_reaches_the_app(
     front.open(app)
     after = await client.get("/readyz")
     assert [before.status_code, after.status_code] == [503, 200]
+
+
+async def test_https_is_answered_while_loading(
+    tmp_path: Path, loading: Loading, listener: socket.socket
+) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    command = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-subj",
+        "/CN=localhost",
+        "-keyout",
+        str(key),
+    ]
+    subprocess.run([*command, "-out", str(certificate)], check=True, capture_output=True)
+    config = ServeConfig(tmp_path, ssl_certfile=certificate, ssl_keyfile=key, drain_timeout_s=1)
+    async with serving(Entrance(loading, "", 1 << 20), listener, config):
+        context = ssl.create_default_context(cafile=str(certificate))
+        url = f"https://localhost:{listener.getsockname()[1]}"
+        async with httpx.AsyncClient(base_url=url, verify=context, timeout=5) as client:
+            assert (await client.get("/livez")).status_code == 200
+            assert (await client.post("/v1/completions", content=b"x" * 3_000_000)).status_code == 503
+
+
+async def test_a_certificate_that_does_not_fit_its_key_is_found_before_anything_is_loaded(
+    tmp_path: Path, loading: Loading, listener: socket.socket
+) -> None:
+    (tmp_path / "bad.pem").write_text("no certificate")
+    config = ServeConfig(tmp_path, ssl_certfile=tmp_path / "bad.pem", ssl_keyfile=tmp_path / "bad.pem")
+    with pytest.raises(ssl.SSLError):
+        async with serving(loading, listener, config):
+            pass
