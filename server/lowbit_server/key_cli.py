@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from lowbit_core.cli import Command
 from lowbit_core.errors import ConfigError
-from lowbit_server.gateway.keys import Key, digest, new_key
+from lowbit_server.gateway.keys import Key, digest, new_key, refuse_reserved
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,6 +16,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    refuse_reserved(arguments.name)
     key = new_key()
     try:
         entry = Key(name=arguments.name, sha256=digest(key))

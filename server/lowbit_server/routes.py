@@ -1,7 +1,7 @@
 """The routes that the server answers: OpenAI's, which are vLLM's code, and a few of its own.
 
-vLLM registers many more (elastic expert parallelism, other vendors' protocols, profiling). Routes that are not named
-here are removed, so that a new vLLM does not open one that nobody asked for.
+vLLM registers many more (elastic expert parallelism, other vendors' protocols, profiling). Those that
+gateway/route_table.py does not name are removed, so that a new vLLM does not open one that nobody asked for.
 """
 
 from collections.abc import Awaitable, Callable
@@ -12,61 +12,18 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from lowbit_server.engine.memory import MemoryReader
+from lowbit_server.gateway.route_table import is_allowed
 from lowbit_server.lifecycle import Liveness
 from lowbit_server.metrics import LowbitCollector, exposition
 
-OPENAI_ROUTES = frozenset(
-    {
-        "/v1/chat/completions",
-        "/v1/completions",
-        "/v1/responses",
-        "/v1/responses/{response_id}",
-        "/v1/responses/{response_id}/cancel",
-        "/v1/embeddings",
-        "/tokenize",
-        "/detokenize",
-    }
-)
-OPERATIONS_ROUTES = frozenset({"/health", "/version", "/openapi.json"})
-# Routes of vLLM 0.32 that are removed; a test fails when a new vLLM adds one that is on no list.
-CLOSED_ROUTES = frozenset(
-    {
-        "/docs",
-        "/docs/oauth2-redirect",
-        "/generative_scoring",
-        "/inference/v1/abort_requests",
-        "/inference/v1/generate",
-        "/invocations",
-        "/is_scaling_elastic_ep",
-        "/kv_event_sources",
-        "/load",
-        "/metrics",  # ours takes its place
-        "/v1/models",  # ours takes its place
-        "/ping",
-        "/redoc",
-        "/scale_elastic_ep",
-        "/v1/audio/transcriptions",
-        "/v1/audio/translations",
-        "/v1/chat/completions/batch",
-        "/v1/chat/completions/derender",
-        "/v1/chat/completions/render",
-        "/v1/completions/derender",
-        "/v1/completions/render",
-        "/v1/decisions",  # from 0.33 on
-        "/v1/messages",
-        "/v1/messages/count_tokens",
-        "/v1/messages/render",
-        "/v1/realtime",
-        "/v1/responses/render",
-        "/v1/systemone",
-    }
-)
-
 
 def keep_allowed_routes(app: FastAPI) -> None:
-    """Remove every route that is not in OPENAI_ROUTES or OPERATIONS_ROUTES."""
-    allowed = OPENAI_ROUTES | OPERATIONS_ROUTES
-    app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in allowed]
+    """Remove every route of vLLM that the table does not name, with each of its methods."""
+    app.router.routes[:] = [route for route in app.router.routes if _allowed(route)]
+
+
+def _allowed(route: Any) -> bool:
+    return is_allowed(getattr(route, "path", ""), frozenset(getattr(route, "methods", None) or {"MOUNT"}))
 
 
 def add_health_routes(app: FastAPI, engine: Liveness, is_draining: Callable[[], bool]) -> None:
@@ -116,7 +73,7 @@ def add_models_routes(app: FastAPI, models: Models, facts: dict[str, Any]) -> No
     async def all_models() -> JSONResponse:
         return JSONResponse({"object": "list", "data": await listed()})
 
-    @app.get("/v1/models/{model}", tags=["models"])
+    @app.get("/v1/models/{model:path}", tags=["models"])
     async def one_model(model: str) -> JSONResponse:
         card = next((card for card in await listed() if card["id"] == model), None)
         if card is None:

@@ -224,7 +224,8 @@ class FakeEngine:
             "/scale_elastic_ep",
             "/invocations",
         ):
-            app.add_api_route(path, lambda: {"from": "vllm"}, methods=["GET"])
+            method = "POST" if path == "/v1/chat/completions" else "GET"
+            app.add_api_route(path, lambda: {"from": "vllm"}, methods=[method])
 
     async def models(self) -> list[dict[str, Any]]:
         base = {"id": "Tiny-Chat", "object": "model", "root": "/secret/path", "parent": None}

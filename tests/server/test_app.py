@@ -20,8 +20,9 @@ from lowbit_server.checkpoint import open_checkpoint
 from lowbit_server.config import ServeConfig
 from lowbit_server.engine.nvml import GpuMemory
 from lowbit_server.engine.throughput import Throughput
-from lowbit_server.gateway.key_limits import KeyUsages
+from lowbit_server.gateway.key_limits import KeyUsage
 from lowbit_server.gateway.keys import ANONYMOUS
+from lowbit_server.gateway.lease import Capacity, Lease
 from lowbit_server.gateway.request_context import RequestContext
 from lowbit_server.gateway.request_tracker import RequestTracker
 from lowbit_server.report import kv_scales_in_words
@@ -63,12 +64,13 @@ async def start(
     throughput = Throughput(10.0, clock)
     running: Running
     tracker = RequestTracker(write_log=False)
-    context = RequestContext("/v1/chat/completions", "", KeyUsages().of(ANONYMOUS))
+    capacity, usage = Capacity(1, 1, lambda: 1), KeyUsage(ANONYMOUS, clock)
+    context = RequestContext("/v1/chat/completions", "", Lease(capacity, usage))
     tracker.open(context)
     tracker.engine_finished(f"chatcmpl-{context.id}", 3, 4)
     context.outcome = "ok"
     tracker.close(context)
-    tracker.reject(RequestContext("/v1/chat/completions", "", KeyUsages().of(ANONYMOUS)), 401, "key")
+    tracker.reject(RequestContext("/v1/chat/completions", "", Lease(capacity, usage)), 401, "key")
     gpus = (GpuMemory(0, "GPU-a", total=80, used=30, free=50),)
     app = await build_app(engine, service, throughput, tracker, lambda: gpus, lambda: running.draining)
     running = Running(app, throughput)
@@ -149,7 +151,7 @@ async def test_the_openapi_document_names_each_status_and_no_closed_route(runnin
         "/health", "/livez", "/readyz", "/startupz", "/metrics", "/lowbit/checkpoint", "/v1/models",
         "/v1/models/{model}", "/v1/chat/completions",
     }  # fmt: skip
-    chat = document["paths"]["/v1/chat/completions"]["get"]["responses"]
+    chat = document["paths"]["/v1/chat/completions"]["post"]["responses"]
     assert {"200", "401", "403", "404", "431", "500"} <= set(chat)
     assert chat["401"]["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/Error"}
     assert document == (await running.get("/openapi.json")).json()

@@ -1,22 +1,22 @@
 """Each key's limits: requests and tokens per minute, as token buckets, and concurrent requests.
 
 A bucket holds one minute's worth and fills steadily, so a key may burst but cannot exceed its rate for long.
-An estimate of a request's tokens is reserved when it comes in and corrected to the engine's count when it ends. That
-can take a bucket below zero; the key then waits until it has filled again.
+An estimate of a request's tokens is reserved when it comes in and corrected to the engine's count when it ends. Where
+more was used than reserved, that takes a bucket below zero; the key then waits until it has filled again.
 """
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from lowbit_server.gateway.keys import Key
-from lowbit_server.gateway.openai_errors import ApiError
+from lowbit_server.gateway.openai_errors import ApiError, too_large
 
 MINUTE_S = 60.0
 
 
 class Bucket:
-    """At most `per_minute` a minute."""
+    """At most `per_minute` a minute. A clock that is set back fills nothing, and one that leaps fills it once."""
 
     def __init__(self, per_minute: int, clock: Callable[[], float]) -> None:
         self.per_minute, self._clock = per_minute, clock
@@ -25,47 +25,105 @@ class Bucket:
     def level(self) -> float:
         """What may be taken now."""
         now = self._clock()
-        self._level = min(self.per_minute, self._level + (now - self._at) * self.per_minute / MINUTE_S)
+        passed_s = max(0.0, now - self._at)
+        self._level = min(self.per_minute, self._level + passed_s * self.per_minute / MINUTE_S)
         self._at = now
         return self._level
 
     def wait_s(self, amount: float) -> float:
-        """Seconds until `amount` may be taken; more than a full bucket waits for a full one."""
-        missing = min(amount, self.per_minute) - self.level()
-        return max(0.0, missing * MINUTE_S / self.per_minute)
+        """Seconds until `amount`, at most a full bucket, may be taken."""
+        return max(0.0, (amount - self.level()) * MINUTE_S / self.per_minute)
 
     def take(self, amount: float) -> None:
         """Take `amount`, or give back where it is negative, whatever the level is."""
-        self._level = self.level() - amount
+        self._level = min(self.per_minute, self.level() - amount)
+
+    def change(self, per_minute: int) -> None:
+        """Another limit from now on: what has been used stays used, as far as the new limit goes."""
+        level = self.level()
+        used = self.per_minute - level
+        self.per_minute, self._level = per_minute, max(min(level, 0.0), per_minute - used)
+
+
+Taken = tuple[Bucket, int]  # what was taken, and from where
 
 
 class KeyUsage:
     """How much one key has used of its limits."""
 
     def __init__(self, key: Key, clock: Callable[[], float]) -> None:
+        self._clock, self.active = clock, 0
+        self.requests: Bucket | None = None
+        self.tokens: Bucket | None = None
+        self.change(key)
+
+    def change(self, key: Key) -> None:
+        """The key's entry in the file has changed; what is in use stays in use."""
         self.key = key
-        self.active = 0
-        self.requests = Bucket(key.requests_per_minute, clock) if key.requests_per_minute else None
-        self.tokens = Bucket(key.tokens_per_minute, clock) if key.tokens_per_minute else None
+        self.requests = self._changed(self.requests, key.requests_per_minute)
+        self.tokens = self._changed(self.tokens, key.tokens_per_minute)
 
-    def admit(self, tokens: int) -> None:
-        """Count one request and an estimate of its tokens; raises ApiError 429 when a limit is reached."""
+    def _changed(self, bucket: Bucket | None, per_minute: int | None) -> Bucket | None:
+        if per_minute is None:
+            return None
+        if bucket is None:
+            return Bucket(per_minute, self._clock)
+        if bucket.per_minute != per_minute:
+            bucket.change(per_minute)
+        return bucket
+
+    @property
+    def idle(self) -> bool:
+        """Whether it could be forgotten: nothing runs, and every bucket is full."""
+        buckets = (self.requests, self.tokens)
+        return not self.active and all(one is None or one.level() >= one.per_minute for one in buckets)
+
+    def refuse_impossible(self, prompts: int) -> None:
+        """Raise ApiError 429 for more prompts in one request than the key may ever send at once."""
+        limits = ("concurrent", self.key.concurrent_requests, "at once"), (
+            "requests", self.key.requests_per_minute, "per minute",
+        )  # fmt: skip
+        for reason, most, unit in limits:
+            if most is not None and prompts > most:
+                raise too_large(f"{prompts} prompts", f"{most} {unit}", f"key_{reason}")
+
+    def refuse_places(self, more: int) -> None:
+        """Raise ApiError 429 where `more` requests at once are too many."""
         limit = self.key.concurrent_requests
-        if limit is not None and self.active >= limit:
+        if more > 0 and limit is not None and self.active + more > limit:
             raise self._refusal("concurrent", f"{limit} concurrent requests", 1.0)
-        for bucket, amount, unit in ((self.requests, 1, "requests"), (self.tokens, tokens, "tokens")):
-            if bucket is not None and (wait_s := bucket.wait_s(amount)) > 0:
-                raise self._refusal(unit, f"{bucket.per_minute} {unit} per minute", wait_s)
-        if self.requests is not None:
-            self.requests.take(1)
-        if self.tokens is not None:
-            self.tokens.take(tokens)
-        self.active += 1
 
-    def settle(self, reserved: int, used: int) -> None:
-        """Correct the estimate by what the engine counted."""
-        if self.tokens is not None:
-            self.tokens.take(used - reserved)
+    def refuse_requests(self, more: int) -> None:
+        """Raise ApiError 429 where the minute's requests are used up."""
+        if more > 0 and self.requests is not None and (wait_s := self.requests.wait_s(more)) > 0:
+            raise self._refusal("requests", f"{self.requests.per_minute} requests per minute", wait_s)
+
+    def reserve(self, certain: int, possible: int) -> Taken | None:
+        """Take tokens and say from where; raises ApiError 429. `possible`: more, as far as a bucket goes."""
+        bucket = self.tokens
+        if bucket is None:
+            return None
+        limit = f"{bucket.per_minute} tokens per minute"
+        if certain > bucket.per_minute:
+            raise too_large(f"{certain} tokens", limit, "key_tokens")
+        tokens = min(certain + possible, bucket.per_minute)
+        if (wait_s := bucket.wait_s(tokens)) > 0:
+            raise self._refusal("tokens", limit, wait_s)
+        bucket.take(tokens)
+        return bucket, tokens
+
+    def count_request(self, count: int) -> Taken | None:
+        """Take requests of the minute and say from where."""
+        if self.requests is None:
+            return None
+        self.requests.take(count)
+        return self.requests, count
+
+    def use_tokens(self, used: int, reserved: Taken | None) -> None:
+        """Count used tokens in place of those reserved from a bucket, which a change of limits may have replaced."""
+        back = reserved[1] if reserved is not None and reserved[0] is self.tokens else 0
+        if self.tokens is not None and used != back:
+            self.tokens.take(used - back)
 
     def headers(self) -> dict[str, str]:
         """OpenAI's `x-ratelimit-*` headers for the limits that this key has."""
@@ -87,7 +145,10 @@ class KeyUsage:
 
 
 class KeyUsages:
-    """The usage of every key seen so far; a key whose entry in the file changed starts with full buckets."""
+    """The usage of every key. A key keeps it when its entry changes, under its name or under its hash.
+
+    The usage of a key that is gone is kept while it is not idle, so that one taken out and put back has no fresh start.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -96,6 +157,20 @@ class KeyUsages:
     def of(self, key: Key) -> KeyUsage:
         """The usage of a key."""
         usage = self._by_name.get(key.name)
-        if usage is None or usage.key != key:
+        if usage is None:
             usage = self._by_name[key.name] = KeyUsage(key, self._clock)
         return usage
+
+    def replace(self, keys: Iterable[Key]) -> None:
+        """The file was read again. A renamed key is found by its hash, where no other key has taken its name."""
+        keys = tuple(keys)
+        names = {key.name for key in keys}
+        left = {usage.key.sha256: usage for name, usage in self._by_name.items() if name not in names}
+        found: dict[str, KeyUsage] = {}
+        for key in keys:
+            usage = self._by_name.get(key.name) or left.pop(key.sha256, None)
+            if usage is not None:
+                usage.change(key)
+                found[key.name] = usage
+        gone = {name: usage for name, usage in self._by_name.items() if usage in left.values()}
+        self._by_name = {name: usage for name, usage in gone.items() if not usage.idle} | found

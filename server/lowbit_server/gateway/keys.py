@@ -17,7 +17,7 @@ import hashlib
 import hmac
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,8 @@ class _File(BaseModel):
 
 
 ANONYMOUS = Key(name="anonymous", sha256="0" * 64, admin=True)  # everyone, where no keys are configured
+OTHER = "other"  # keys beyond those that metrics show one by one
+RESERVED = (ANONYMOUS.name, OTHER)
 
 
 def digest(key: str) -> str:
@@ -73,8 +75,9 @@ class KeyStore:
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self._path, self._clock = path, clock
-        self._keys = read_keys(path)
         self._stamp, self._looked_at = _stamp(path), clock()
+        self._keys = read_keys(path)
+        self.on_change: Callable[[Iterable[Key]], None] = lambda _keys: None
 
     def find(self, presented: str) -> Key | None:
         """The key that a client presented; None where the file does not have it."""
@@ -90,7 +93,7 @@ class KeyStore:
 
     def _reload_if_changed(self) -> None:
         now = self._clock()
-        if now - self._looked_at < RELOAD_S:
+        if 0 <= now - self._looked_at < RELOAD_S:
             return
         self._looked_at = now
         stamp = _stamp(self._path)
@@ -103,6 +106,7 @@ class KeyStore:
             log.error("API keys: %s; the keys read before stay in force", error)
         else:
             log.info("API keys: read %d again from %s", len(self._keys), self._path)
+            self.on_change(self._keys.values())
 
 
 def read_keys(path: Path) -> dict[str, Key]:
@@ -122,7 +126,17 @@ def read_keys(path: Path) -> dict[str, Key]:
         values = [getattr(key, field) for key in keys]
         if twice := next((value for value in values if values.count(value) > 1), None):
             raise ConfigError(f"API key file {path}: the {field} {twice} stands twice")
+    for key in keys:
+        refuse_reserved(key.name)
     return {key.sha256: key for key in keys}
+
+
+def refuse_reserved(name: str) -> None:
+    """Raise ConfigError for a name under which metrics and logs count something else."""
+    if name in RESERVED:
+        raise ConfigError(
+            f"the key name {name} is taken: metrics use {' and '.join(RESERVED)}; choose another"
+        )
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:

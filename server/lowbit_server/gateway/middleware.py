@@ -1,32 +1,32 @@
 """The gateway before vLLM's routers: who may ask, how much, how long, and what an error looks like.
 
 Pure ASGI: the request's body is read once, checked and handed on, and the response streams through unchanged unless
-it is an error. The checks in order: path, key, draining, body, model, limits. Then the engine works, under a deadline.
+it is an error. The checks in order: path, key, draining, a place, body, model, limits. Then the engine works, under a
+deadline. What the request holds meanwhile is its lease's, which is closed in one place whatever happens.
 """
 
 import asyncio
 import json
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from lowbit_server.gateway.key_limits import KeyUsages
+from lowbit_server.gateway.key_limits import KeyUsage, KeyUsages
 from lowbit_server.gateway.keys import ANONYMOUS, Key, KeyStore
+from lowbit_server.gateway.lease import BODIES_AT_ONCE, Capacity, Lease
 from lowbit_server.gateway.openai_errors import ApiError, send_error
 from lowbit_server.gateway.request_body import BufferedReceive, parse, read_body
 from lowbit_server.gateway.request_context import RequestContext
-from lowbit_server.gateway.request_limits import Models, ServerLimits, estimated_tokens
+from lowbit_server.gateway.request_limits import Models, ServerLimits, demand_of
 from lowbit_server.gateway.request_tracker import RequestTracker
 from lowbit_server.gateway.response import ResponseWriter
+from lowbit_server.gateway.route_table import paths_for, route_at
 
-OPEN_PATHS = frozenset({"/health", "/livez", "/readyz", "/startupz", "/version"})
-ADMIN_PATHS = frozenset({"/metrics", "/lowbit/checkpoint", "/openapi.json"})
-WORK_PATHS = frozenset(  # a POST to one of these is work for the engine; /v1/responses/ID/cancel is not
-    {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings", "/tokenize", "/detokenize"}
-)
+OPEN_PATHS, ADMIN_PATHS = paths_for("everyone"), paths_for("admin")
 LONGEST_WAIT_S = 60
 BODY_S = 60.0  # the longest that a client may take to send its body
 REQUEST_ID_CHARACTERS = 128
@@ -45,38 +45,60 @@ class Gateway:
         models: Models,
         is_draining: Callable[[], bool],
         admin_elsewhere: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._app, self._limits, self._keys, self._models = app, limits, keys, models
         self._tracker, self._is_draining, self._admin_elsewhere = tracker, is_draining, admin_elsewhere
-        self._usages = KeyUsages()
+        self._capacity = Capacity(
+            limits.max_num_queued_reqs, BODIES_AT_ONCE * limits.max_body_bytes, self._retry_after
+        )
+        self._usages, self._anonymous = KeyUsages(clock), KeyUsage(ANONYMOUS, clock)
+        if keys is not None:
+            keys.on_change = self._usages.replace
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             if scope["type"] == "lifespan":
                 await self._app(scope, receive, send)
             return
-        if scope["path"] in OPEN_PATHS:
+        route = route_at(scope["path"])
+        if route.access == "everyone":
             await self._app(scope, receive, ResponseWriter(send, {}).send)
             return
-        headers = Headers(scope=scope)
-        context = RequestContext(scope["path"], _request_id(headers), self._usages.of(ANONYMOUS))
+        headers, lease = Headers(scope=scope), Lease(self._capacity, self._anonymous)
+        context = RequestContext(scope["path"], _request_id(headers), lease, route)
         context.client_id = context.client_id or context.id
+        try:
+            await self._answer(scope, receive, send, headers, context)
+        finally:  # whatever was raised
+            lease.close()
+            self._tracker.close(context)
+
+    async def _answer(
+        self, scope: Scope, receive: Receive, send: Send, headers: Headers, context: RequestContext
+    ) -> None:
         try:
             body = await self._check(scope, receive, headers, context)
         except ApiError as error:
-            self._tracker.reject(context, error.status, error.reason)
-            await send_error(send, error, {"x-request-id": context.client_id})
-            return
-        if body is None:
-            await self._app(scope, receive, ResponseWriter(send, {"x-request-id": context.client_id}).send)
-            return
-        self._tracker.open(context)
-        try:
+            await self._refuse(send, error, context)
+        except Exception:
+            await self._refuse(send, ApiError(500, "the server failed on this request", "error"), context)
+            raise
+        else:
+            if body is None:
+                await self._app(
+                    scope, receive, ResponseWriter(send, {"x-request-id": context.client_id}).send
+                )
+                return
+            self._tracker.open(context)
             await self._forward(
                 _with_id(scope, context), BufferedReceive(body, receive, context), send, context
             )
-        finally:
-            self._tracker.close(context)
+
+    async def _refuse(self, send: Send, error: ApiError, context: RequestContext) -> None:
+        context.lease.close()  # nobody else waits while the client reads that it was refused
+        self._tracker.reject(context, error.status, error.reason)
+        await send_error(send, error, {"x-request-id": context.client_id})
 
     async def _check(
         self, scope: Scope, receive: Receive, headers: Headers, context: RequestContext
@@ -86,32 +108,33 @@ class Gateway:
             most = self._limits.max_header_bytes
             raise ApiError(431, f"the request head is larger than {most} bytes", "header_size")
         key = self._key_of(headers)
-        context.usage = self._usages.of(key)
-        if scope["path"] in ADMIN_PATHS:
-            self._refuse_admin(scope["path"], key)
-        if scope["method"] != "POST" or scope["path"] not in WORK_PATHS:
+        lease, most = context.lease, self._limits.max_body_bytes
+        lease.usage = self._anonymous if key is ANONYMOUS else self._usages.of(key)
+        if context.route.access == "admin":
+            self._refuse_admin(context.path, key)
+        if scope["method"] != "POST" or context.route.cost == "nothing":
             return None
-        self._refuse_new_work()
+        self._refuse_while_draining()
+        lease.enter()
         try:
-            body = await asyncio.wait_for(read_body(receive, headers, self._limits.max_body_bytes), BODY_S)
+            body = await asyncio.wait_for(read_body(receive, headers, most, lease.hold), BODY_S)
         except TimeoutError:
             raise ApiError(408, f"the body did not arrive within {BODY_S:g} s", "incomplete") from None
         document = parse(body, headers)
-        changed = self._apply(document, key, context)
-        context.usage.admit(context.reserved_tokens)
-        return json.dumps(document, ensure_ascii=False).encode() if changed else body
+        try:
+            changed = self._apply(document, key, context)
+            lease.charge(demand_of(document, context.route, self._limits))
+            return json.dumps(document, ensure_ascii=False).encode() if changed else body
+        except RecursionError:
+            raise ApiError(
+                400, "the request body is nested too deeply", "json", code="invalid_json"
+            ) from None
 
-    def _refuse_new_work(self) -> None:
-        """Before the body is read: while the server drains, and while its queue is full."""
+    def _refuse_while_draining(self) -> None:
         if self._is_draining():
             raise ApiError(
                 503, "the server is shutting down; send the request again", "draining",
                 headers={"retry-after": "1", "connection": "close"},
-            )  # fmt: skip
-        if self._tracker.active >= self._limits.max_num_queued_reqs:  # cheaper here than in the engine
-            raise ApiError(
-                429, "the server is busy; try again later", "queue_full",
-                headers={"retry-after": str(self._retry_after())},
             )  # fmt: skip
 
     def _key_of(self, headers: Headers) -> Key:
@@ -135,10 +158,9 @@ class Gateway:
             raise ApiError(403, f"the key {key.name!r} may not read {path}", "not_admin")
 
     def _apply(self, document: dict[str, Any], key: Key, context: RequestContext) -> bool:
-        """Check what a request asks for and estimate its tokens; returns whether the document was changed."""
+        """Check which model a request asks for, and set its priority; returns whether the document was changed."""
         context.stream = document.get("stream") is True
         context.model = self._models.name_in(document, key)
-        context.reserved_tokens = estimated_tokens(document, self._limits)
         if self._keys is None or not self._keys.uses_priorities:
             return False
         document["priority"] = key.priority  # the key's, whatever the client says
@@ -147,7 +169,7 @@ class Gateway:
     async def _forward(
         self, scope: Scope, receive: BufferedReceive, send: Send, context: RequestContext
     ) -> None:
-        headers = {"x-request-id": context.client_id, **context.usage.headers()}
+        headers = {"x-request-id": context.client_id, **context.lease.usage.headers()}
         writer = ResponseWriter(send, headers, context, self._retry_after)
         timeout_s = _deadline(Headers(scope=scope), self._limits.request_timeout_s)
         try:

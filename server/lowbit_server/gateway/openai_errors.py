@@ -10,6 +10,8 @@ from typing import Any
 
 from starlette.types import Send
 
+from lowbit_server.gateway.route_table import ErrorShape
+
 TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -50,6 +52,14 @@ class ApiError(Exception):
         return error_document(self.status, self.message, self.code, self.param)
 
 
+def too_large(asked: str, limit: str, reason: str) -> ApiError:
+    """A request that can never be admitted; `x-should-retry` tells OpenAI's clients so."""
+    message = (
+        f"this request is too large: it asks for {asked}, the limit is {limit}; send less in one request"
+    )
+    return ApiError(429, message, reason, headers={"x-should-retry": "false"})
+
+
 def error_document(status: int, message: str, code: str | None = None, param: str | None = None) -> bytes:
     """An error document for an HTTP status."""
     kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
@@ -85,9 +95,9 @@ def _read(body: bytes) -> tuple[str, str | None, str | None]:
     )
 
 
-def stream_event(error: ApiError, path: str) -> bytes:
+def stream_event(error: ApiError, shape: ErrorShape) -> bytes:
     """An error as the last event of a stream that has begun; the Responses API has a shape of its own."""
-    if not path.startswith("/v1/responses"):
+    if shape != "responses":
         return b"data: " + error.body() + b"\n\n"
     data = {
         "type": "error", "code": error.code or CODES.get(error.status), "message": error.message,

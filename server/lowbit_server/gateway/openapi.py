@@ -5,11 +5,12 @@ from typing import Any
 from fastapi import FastAPI
 
 from lowbit_server.gateway.openai_errors import CODES
+from lowbit_server.gateway.route_table import ROUTES, Route
 
 METHODS = frozenset({"get", "post", "put", "delete", "patch"})
 EVERYWHERE = (401, 403, 404, 431, 500)
 WITH_BODY = (400, 408, 413, 415, 429, 501, 503, 504)
-OPEN_STATUSES = {"/health": (200, 503), "/livez": (200, 503), "/readyz": (200, 503), "/startupz": (200, 503)}
+PROBE = (200, 503)
 ERROR_SCHEMA: dict[str, Any] = {
     "type": "object",
     "required": ["error"],
@@ -41,21 +42,27 @@ def describe_answers(app: FastAPI) -> None:
                 completion["required"] = sorted({*completion.get("required", ()), "prompt"})
             for path, operations in document["paths"].items():
                 for method in METHODS & operations.keys():
-                    _describe(path, operations[method])
+                    _describe(_route(path), operations[method])
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-def _describe(path: str, operation: dict[str, Any]) -> None:
+def _describe(route: Route, operation: dict[str, Any]) -> None:
     answers = operation.setdefault("responses", {})
     answers.pop("422", None)  # FastAPI's: the gateway answers 400
-    if path in OPEN_STATUSES:
-        for status in OPEN_STATUSES[path]:
+    if route.errors == "state":
+        for status in PROBE:
             answers.setdefault(str(status), {"description": "the state, as JSON or empty"})
         return
-    for status in EVERYWHERE + (WITH_BODY if "requestBody" in operation or "{" in path else ()):
+    work = route.cost != "nothing" or "{" in route.path
+    for status in EVERYWHERE + (WITH_BODY if work else ()):
         answers[str(status)] = {
             "description": CODES.get(status, "error").replace("_", " "),
             "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
         }
+
+
+def _route(path: str) -> Route:
+    """The table's route for a path as OpenAPI writes it, which has no converters."""
+    return next(route for route in ROUTES if route.path.replace(":path", "") == path)

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import Callable
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -9,9 +10,12 @@ from starlette.types import Message, Receive
 
 from lowbit_server.gateway.openai_errors import ApiError
 from lowbit_server.gateway.request_context import RequestContext
+from lowbit_server.gateway.route_table import Route
+from lowbit_server.gateway.unicode_text import decoded
 
 OUTPUT_FIELDS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
-PROMPT_FIELDS = ("messages", "prompt", "input", "instructions", "tools", "suffix")
+PROMPT_FIELDS = ("messages", "prompt", "input", "instructions", "tools", "suffix", "documents", "tokens")
+ABSURD = 1 << 50  # larger numbers count as this; vLLM refuses them
 
 
 class BufferedReceive:
@@ -47,8 +51,13 @@ class BufferedReceive:
         return message
 
 
-async def read_body(receive: Receive, headers: Headers, most: int) -> bytes:
-    """The whole body, of at most `most` bytes; raises ApiError 413, or 400 where the connection closes."""
+async def read_body(
+    receive: Receive, headers: Headers, most: int, hold: Callable[[int], None] = lambda _count: None
+) -> bytes:
+    """The whole body, of at most `most` bytes; raises ApiError 413, or 400 where the connection closes.
+
+    `hold` is told of bytes as they come, and may raise too.
+    """
     declared = headers.get("content-length", "")
     too_large = ApiError(413, f"the request body is larger than {most} bytes", "body_size")
     if declared.isdigit() and int(declared) > most:
@@ -63,6 +72,7 @@ async def read_body(receive: Receive, headers: Headers, most: int) -> bytes:
         size += len(part)
         if size > most:
             raise too_large
+        hold(len(part))
         parts.append(part)
         if not message.get("more_body"):
             return b"".join(parts)
@@ -74,19 +84,29 @@ def parse(body: bytes, headers: Headers) -> dict[str, Any]:
     if content_type != "application/json":
         message = f"the content type is {content_type or 'not given'!r}; send application/json"
         raise ApiError(415, message, "content_type")
-    try:
-        document = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"the request body is not JSON: {error}", "json", code="invalid_json") from None
+    document = decoded(body)
     if not isinstance(document, dict):
         raise ApiError(400, "the request body is not a JSON object", "json", code="invalid_json")
     return document
 
 
-def output_tokens(document: dict[str, Any]) -> int:
-    """Most output tokens that a request asks for, over all its choices; 0 where it does not say."""
-    asked = max(_number(document.get(name)) for name in OUTPUT_FIELDS)
-    return asked * max(1, _number(document.get("n")))
+def output_tokens(document: dict[str, Any]) -> int | None:
+    """Most output tokens that a request asks for each of its choices; None where it does not say."""
+    given = [document[name] for name in OUTPUT_FIELDS if document.get(name) is not None]
+    return max(map(_number, given)) if given else None
+
+
+def choices(document: dict[str, Any]) -> int:
+    """How many answers a request asks for to each prompt, kept or only generated."""
+    return max(1, _number(document.get("n")), _number(document.get("best_of")))
+
+
+def prompts(document: dict[str, Any], route: Route) -> int:
+    """How many prompts a request holds: a list of token ids is one, a list of anything else is as many as it has."""
+    given = document.get(route.prompt) if route.batch and route.prompt else None
+    if not isinstance(given, list) or not given or isinstance(given[0], int | float):
+        return 1
+    return len(given)
 
 
 def prompt_characters(document: dict[str, Any]) -> int:
@@ -100,8 +120,9 @@ def _json(part: Any) -> str:
 
 
 def _number(given: Any) -> int:
-    """A number as vLLM reads it: `"5"` and `5.0` are 5. What is no number counts 0, and vLLM refuses it."""
+    """A number as vLLM reads it, from 0 to ABSURD: `"5"` and `5.0` are 5. What is none counts 0; vLLM refuses it."""
     try:
-        return int(float(given))
+        number = given if isinstance(given, int) else float(given)
+        return int(min(max(number, 0), ABSURD))
     except (TypeError, ValueError, OverflowError):
         return 0

@@ -4,20 +4,21 @@ import time
 import uuid
 from dataclasses import dataclass, field
 
-from lowbit_server.gateway.key_limits import KeyUsage
+from lowbit_server.gateway.lease import Lease
+from lowbit_server.gateway.route_table import UNLISTED, Route
 
 
 @dataclass
 class RequestContext:
-    """One request. Times are readings of the monotonic clock; `usage` is that of its key."""
+    """One request. Times are readings of the monotonic clock; `lease` is what it holds of its key's limits."""
 
     path: str
     client_id: str
-    usage: KeyUsage
+    lease: Lease
+    route: Route = UNLISTED
     id: str = field(default_factory=lambda: f"lb{uuid.uuid4().hex}")
     model: str = ""
     stream: bool = False
-    reserved_tokens: int = 0
     began: float = field(default_factory=time.monotonic)
     first_byte: float | None = None
     ended: float | None = None
@@ -25,5 +26,6 @@ class RequestContext:
     outcome: str = ""
     prompt_tokens: int = 0
     generated_tokens: int = 0
+    finished: int = 0  # sequences that the engine has counted
+    prompts: tuple[str, ...] = ()  # the engine's ids of those whose prompt is counted
     response_ended: bool = False
-    tokens_counted: bool = False

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowbit_server.gateway.keys import Key
+from lowbit_server.gateway.lease import Demand
 from lowbit_server.gateway.openai_errors import ApiError
-from lowbit_server.gateway.request_body import output_tokens, prompt_characters
+from lowbit_server.gateway.request_body import choices, output_tokens, prompt_characters, prompts
+from lowbit_server.gateway.route_table import Route
 
 CHARACTERS_PER_TOKEN = 4  # for the estimate that stands until the engine has counted
 MODEL_CHARACTERS = 128
@@ -44,14 +46,23 @@ class Models:
         return model
 
 
-def estimated_tokens(document: dict[str, Any], limits: ServerLimits) -> int:
-    """Tokens that a request may take, prompt and output; raises ApiError where it asks for more than is allowed."""
-    wanted, size = output_tokens(document), prompt_characters(document)
+def demand_of(document: dict[str, Any], route: Route, limits: ServerLimits) -> Demand:
+    """What a request asks for; raises ApiError where that is more than is allowed. A limit is for each prompt."""
+    number, many, size = prompts(document, route), choices(document), prompt_characters(document)
+    stated = output_tokens(document)
     most, longest = limits.max_output_tokens, limits.max_prompt_characters
-    if most is not None and wanted > most:
-        message = f"{wanted} output tokens are asked for; this server allows {most}"
+    if most is not None and stated is not None and stated * many > most:
+        message = f"{stated * many} output tokens are asked for; this server allows {most}"
         raise ApiError(400, message, "max_tokens", code="max_tokens_too_large", param="max_tokens")
     if longest is not None and size > longest:
         message = f"the prompt has {size} characters; this server allows {longest}"
-        raise ApiError(400, message, "prompt_size", code="context_length_exceeded")
-    return size // CHARACTERS_PER_TOKEN + wanted
+        raise ApiError(400, message, "prompt_size", code="context_length_exceeded", param=route.prompt)
+    if route.cost != "tokens":
+        return Demand(number)
+    return Demand(
+        number,
+        many,
+        prompt_tokens=size // CHARACTERS_PER_TOKEN,
+        output_tokens=(stated or 0) * many * number,
+        default_tokens=(most or 0) * many * number if stated is None else 0,
+    )

@@ -4,20 +4,21 @@ The engine reports a request's tokens when it finishes it, under the id that the
 """
 
 import asyncio
+import contextlib
 import json
 import re
 import sys
 import time
 from collections import Counter, defaultdict
 
-from lowbit_server.gateway.keys import ANONYMOUS
+from lowbit_server.gateway.keys import ANONYMOUS, OTHER
 from lowbit_server.gateway.request_context import RequestContext
 from lowbit_server.sliding_window import SlidingWindow
 
 ID = re.compile(r"lb[0-9a-f]{32}")
 LATE_S = 10.0  # how long to wait for the engine's count after the response has ended
 KEY_WINDOW_S = 60.0  # tokens are counted when a request ends: over a shorter window the rate would flicker
-MOST_KEY_LABELS = 200  # further keys share the label "other"
+MOST_KEY_LABELS = 200  # further keys share the label OTHER
 
 
 class RequestTracker:
@@ -38,35 +39,54 @@ class RequestTracker:
 
     def open(self, context: RequestContext) -> None:
         """A request was admitted and goes to the engine."""
+        context.lease.admitted = True
         self._open[context.id] = context
         self.active += 1
 
     def engine_finished(self, engine_id: str, prompt_tokens: int, generated_tokens: int) -> None:
-        """The engine's own count of one finished sequence."""
+        """The engine's own count of one sequence that has ended; the choices of one prompt share its id."""
         found = ID.search(engine_id)
         context = self._open.get(found.group()) if found else None
         if context is None:
             return
-        context.prompt_tokens = max(
-            context.prompt_tokens, prompt_tokens
-        )  # the prompt counts once, however many choices
+        if engine_id in context.prompts:
+            prompt_tokens = 0
+        else:
+            context.prompts += (engine_id,)
+        context.prompt_tokens += prompt_tokens
         context.generated_tokens += generated_tokens
+        context.finished += 1
         if context.ended is not None:
-            self._count(context)
+            self._count(context, prompt_tokens, generated_tokens)
 
     def close(self, context: RequestContext) -> None:
-        """The response to an admitted request has ended, in whatever way."""
+        """The response to an admitted request has ended, in whatever way. Nothing for one that was not admitted."""
+        lease = context.lease
+        if not lease.admitted:
+            return
         context.ended = time.monotonic()
-        context.usage.active -= 1
         self.active -= 1
         self.finished.add(1)
+        context.outcome = context.outcome or "error"
         self.outcomes[self._label(context), context.outcome] += 1
-        if context.generated_tokens or context.prompt_tokens:
-            self._count(context)
+        refused = 400 <= context.status < 500
+        if context.finished:
+            self._count(context, context.prompt_tokens, context.generated_tokens)
+        elif refused:
+            lease.refund()
+        elif context.status >= 500 or context.route.cost != "tokens":
+            lease.settle(0)
+        if refused or context.finished >= lease.demand.sequences:
             del self._open[context.id]
         else:
-            asyncio.get_running_loop().call_later(LATE_S, self._open.pop, context.id, None)
+            asyncio.get_running_loop().call_later(LATE_S, self._forget, context)
         self._log(context)
+
+    def _forget(self, context: RequestContext) -> None:
+        """The engine has not counted in time: the prompt is what it certainly read."""
+        del self._open[context.id]
+        if not context.lease.settled:
+            context.lease.settle(context.lease.demand.prompt_tokens)
 
     def reject(self, context: RequestContext, status: int, reason: str) -> None:
         """A request was refused before the engine saw it."""
@@ -75,34 +95,32 @@ class RequestTracker:
         self.outcomes[self._label(context), "rejected"] += 1
         self._log(context)
 
-    def _count(self, context: RequestContext) -> None:
-        if context.tokens_counted:
-            return
-        context.tokens_counted = True
+    def _count(self, context: RequestContext, prompt_tokens: int, generated_tokens: int) -> None:
         label = self._label(context)
-        for kind, count in (("prompt", context.prompt_tokens), ("generated", context.generated_tokens)):
+        for kind, count in (("prompt", prompt_tokens), ("generated", generated_tokens)):
             self.tokens[label, kind] += count
             self.rates[label, kind].add(count)
-        context.usage.settle(context.reserved_tokens, context.prompt_tokens + context.generated_tokens)
+        context.lease.settle(prompt_tokens + generated_tokens)
 
     def _label(self, context: RequestContext) -> str:
-        name = context.usage.key.name
+        name = context.lease.usage.key.name
         if name in self._labels or len(self._labels) < MOST_KEY_LABELS:
             self._labels.add(name)
             return name
-        return "other"
+        return OTHER
 
     def _log(self, context: RequestContext) -> None:
         """One JSON line, without the prompt, the output or the key."""
         if not self._write_log:
             return
         ended = context.ended or time.monotonic()
+        key = context.lease.usage.key
         first = None if context.first_byte is None else round(context.first_byte - context.began, 4)
         line = {
             "time": round(time.time(), 3),
             "request_id": context.client_id,
             "engine_id": context.id,
-            "key": context.usage.key.name if context.usage.key is not ANONYMOUS else None,
+            "key": key.name if key is not ANONYMOUS else None,
             "path": context.path,
             "model": context.model or None,
             "stream": context.stream,
@@ -113,4 +131,7 @@ class RequestTracker:
             "first_byte_s": first,
             "seconds": round(ended - context.began, 4),
         }
-        sys.stderr.write(json.dumps(line, ensure_ascii=False) + "\n")
+        with contextlib.suppress(
+            OSError, ValueError
+        ):  # whoever read the log is gone: no reason to fail a request
+            sys.stderr.write(json.dumps(line, ensure_ascii=False) + "\n")

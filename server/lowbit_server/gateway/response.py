@@ -63,8 +63,8 @@ class ResponseWriter:
             self._note(error.status)
             await send_error(self._send, error, self._headers)
         elif self._streams and not self._ended:
-            path = self._context.path if self._context is not None else ""
-            await self._send({"type": "http.response.body", "body": stream_event(error, path)})
+            shape = self._context.route.errors if self._context is not None else "openai"
+            await self._send({"type": "http.response.body", "body": stream_event(error, shape)})
 
     async def _end_failed(self, event: bytes) -> None:
         """Make vLLM's error event the last one: the `[DONE]` that it sends afterwards is dropped."""

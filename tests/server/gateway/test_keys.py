@@ -70,4 +70,6 @@ def test_a_bucket_fills_steadily_and_never_over() -> None:
     assert bucket.wait_s(1) == pytest.approx(21)
     now[0] = 1000
     assert bucket.level() == 60
-    assert bucket.wait_s(1000) == 0
+    assert bucket.wait_s(61) == pytest.approx(1)
+    bucket.take(-100)
+    assert bucket.level() == 60

@@ -1,0 +1,377 @@
+"""No sequence of requests, refusals, exceptions, aborts, deadlines, key reloads and clock steps leaves a place or
+tokens behind, or lets more through than the limits say.
+
+hypothesis' stateful machine drives the whole stack of middleware over an engine that obeys it, on a clock and an event
+loop that pass when it says so. An oracle counts beside it, by the documentation and without the code's help.
+LOWBIT_LIMIT_SEQUENCES=2000 runs as many sequences; the default is for every day.
+"""
+
+import json
+import logging
+import os
+import tempfile
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from tests.server.gateway.key_files import key_file
+from tests.server.gateway.limit_oracle import BAD_BODIES, CHOICES, LIMITS, NAMES, OUTPUTS, PROMPTS, Account
+from tests.server.gateway.scripted_engine import Broken, Exchange, ScriptedEngine
+from tests.server.gateway.stepped_loop import SteppedLoop
+
+from lowbit_server.app import with_cors
+from lowbit_server.config import ServeConfig
+from lowbit_server.gateway.entrance import Entrance
+from lowbit_server.gateway.keys import KeyStore
+from lowbit_server.gateway.lease import BODIES_AT_ONCE
+from lowbit_server.gateway.middleware import Gateway
+from lowbit_server.gateway.request_limits import Models, ServerLimits
+from lowbit_server.gateway.request_tracker import LATE_S, RequestTracker
+
+SEQUENCES = int(os.environ.get("LOWBIT_LIMIT_SEQUENCES", "40"))
+PLACES, BODY_BYTES = 6, 400
+
+
+class LimitSequences(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        logging.disable(logging.CRITICAL)
+        self.folder = tempfile.TemporaryDirectory()
+        self.loop = SteppedLoop()
+        self.now, self.draining = 5000.0, False
+        self.file = Path(self.folder.name) / "keys"
+        self.entries: dict[str, dict[str, Any]] = {"a": LIMITS[2], "b": LIMITS[4], "c": LIMITS[0]}
+        self.secrets = {name: name for name in NAMES}  # name -> whose secret it has
+        self.accounts = {name: Account() for name in NAMES}
+        self.gone: dict[str, Account] = {}  # by secret
+        self._write()
+        for name, account in self.accounts.items():
+            account.change(self.entries[name])
+        self.tracker = RequestTracker(write_log=False)
+        self.keys = KeyStore(self.file, lambda: self.now)
+        engine = ScriptedEngine(self.tracker.engine_finished, self._on_admitted)
+        limits = ServerLimits(PLACES, 4000, BODY_BYTES, None, None, None)
+        self.gateway = Gateway(
+            engine, limits, self.keys, self.tracker, Models("tiny", {"tiny"}.__contains__),
+            is_draining=lambda: self.draining, clock=lambda: self.now,
+        )  # fmt: skip
+        front = Entrance(self.gateway, "", BODY_BYTES)
+        self.app = with_cors(front, ServeConfig(Path("unused"), cors_origins="https://a.example"))
+        self.open: list[Exchange] = []
+        self.facts: dict[Exchange, dict[str, Any]] = {}
+        self.late: list[tuple[float, Account, dict[str, Any]]] = []
+
+    # Requests
+
+    @rule(
+        name=st.sampled_from(NAMES), output=st.sampled_from(OUTPUTS), choices=st.sampled_from(CHOICES),
+        prompt=st.sampled_from(PROMPTS), pieces=st.integers(1, 3), heeds=st.booleans(),
+        timeout=st.sampled_from(("", "3", "nan", "-1")), priority=st.booleans(),
+    )  # fmt: skip
+    def request(
+        self, name: str, output: Any, choices: Any, prompt: Any, pieces: int, heeds: bool, timeout: str,
+        priority: bool,
+    ) -> None:  # fmt: skip
+        document = {"model": "tiny", "prompt": prompt[0]}
+        if output[0] is not None:
+            document["max_tokens"] = output[0]
+        if choices[0] is not None:
+            document["n"] = choices[0]
+        if priority:
+            document["priority"] = -9
+        text = prompt[0] if isinstance(prompt[0], str) else json.dumps(prompt[0])
+        read = len(text) // 4
+        facts = {
+            "prompts": prompt[1], "read": read, "sequences": prompt[1] * choices[1], "counted": 0, "finished": 0,
+            "reserved": read + min(1 << 50, output[1]) * choices[1] * prompt[1], "name": name,
+        }  # fmt: skip
+        self._start(name, json.dumps(document).encode(), pieces, facts, heeds, timeout)
+
+    @rule(name=st.sampled_from(NAMES), body=st.sampled_from(BAD_BODIES), pieces=st.integers(1, 2))
+    def bad_request(self, name: str, body: bytes, pieces: int) -> None:
+        self._start(name, body, pieces, {"bad": True}, False, "")
+
+    @rule(
+        encoding=st.sampled_from(("gzip", "zstd", "br")),
+        path=st.sampled_from(("/v1/completions", "/tokenize")),
+    )
+    def compressed_nonsense(self, encoding: str, path: str) -> None:
+        exchange = Exchange(path, {"authorization": "Bearer c-secret", "content-encoding": encoding})
+        self._run(exchange, {"bad": True})
+        exchange.body(b"nonsense")
+        self.loop.settle()
+
+    @rule(path=st.sampled_from(("/v1/models", "/metrics", "/v1/completions", "/nowhere")))
+    def without_a_key(self, path: str) -> None:
+        exchange = Exchange(path, {"authorization": "Bearer nobody"})
+        self._run(exchange, {"bad": True})
+        assert exchange.status == 401
+
+    def _start(
+        self, name: str, body: bytes, pieces: int, facts: dict[str, Any], heeds: bool, timeout: str
+    ) -> None:
+        exchange = Exchange("/v1/completions", {"authorization": f"Bearer {name}-secret"})
+        if timeout:
+            exchange.headers.append((b"x-request-timeout", timeout.encode()))
+        exchange.heeds_disconnect = heeds
+        cuts = [len(body) * i // pieces for i in range(pieces + 1)]
+        facts["parts"] = [body[start:end] for start, end in pairwise(cuts)]
+        facts["delivered"] = 0
+        self._run(exchange, facts)
+        if pieces == 1:
+            self._deliver(exchange)
+
+    def _run(self, exchange: Exchange, facts: dict[str, Any]) -> None:
+        self.facts[exchange] = facts
+        self.open.append(exchange)
+        scope, receive, send = exchange.scope, exchange.receive, exchange.send
+        exchange.task = self.loop.start(self.app(scope, receive, send))
+        self._reap()
+
+    def _deliver(self, exchange: Exchange) -> None:
+        facts = self.facts[exchange]
+        part = facts["parts"].pop(0)
+        facts["delivered"] += len(part)
+        exchange.body(part, more=bool(facts["parts"]))
+        self.loop.settle()
+        self._reap()
+
+    def _pick(self, data: Any, admitted: bool | None = None) -> Exchange | None:
+        some = [one for one in self.open if admitted is None or one.admitted == admitted]
+        return data.draw(st.sampled_from(some)) if some else None
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data())
+    def more_of_a_body(self, data: Any) -> None:
+        exchange = self._pick(data, admitted=False)
+        if exchange is not None and self.facts[exchange].get("parts"):
+            self._deliver(exchange)
+
+    # How they go on
+
+    @precondition(lambda self: self.open)
+    @rule(
+        data=st.data(),
+        order=st.sampled_from(("chunk", "chunk", "count", "end", "end", "raise", "refuse", "busy", "answer", "fail")),
+        used=st.integers(0, 90),
+    )  # fmt: skip
+    def engine(self, data: Any, order: str, used: int) -> None:
+        exchange = self._pick(data, admitted=True)
+        if exchange is None:
+            return
+        facts = self.facts[exchange]
+        if order == "count":
+            facts["counted"] += used + 1
+            facts["finished"] += 1
+            exchange.order("count", (facts["finished"], 1, used))
+        elif order in ("refuse", "busy", "answer", "fail"):
+            status = {"refuse": 400, "busy": 429, "answer": 200, "fail": 500}[order]
+            exchange.order("answer", status)
+        else:
+            exchange.order(order)
+        self.loop.settle()
+        self._reap()
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data())
+    def client_leaves(self, data: Any) -> None:
+        exchange = self._pick(data)
+        assert exchange is not None
+        exchange.disconnect()
+        exchange.heeds_disconnect = True
+        self.loop.settle()
+        self._reap()
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data())
+    def server_cancels(self, data: Any) -> None:
+        exchange = self._pick(data)
+        assert exchange is not None
+        assert exchange.task is not None
+        exchange.task.cancel()
+        self.loop.settle()
+        self._reap()
+
+    # Time, keys and operators
+
+    @rule(seconds=st.sampled_from((0.5, 2.5, 11.0, 31.0, 61.0)))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+        for account in self._all_accounts():
+            account.flow(seconds)
+        self.loop.advance(seconds)
+        self._reap()
+
+    @rule(seconds=st.sampled_from((-5000.0, -30.0, 600.0)))
+    def clock_steps(self, seconds: float) -> None:
+        self.now += seconds
+        for account in self._all_accounts():
+            account.flow(max(0.0, seconds))
+
+    @rule()
+    def drain_or_not(self) -> None:
+        self.draining = not self.draining
+
+    @rule(name=st.sampled_from(NAMES), limits=st.sampled_from(LIMITS))
+    def limits_change(self, name: str, limits: dict[str, int]) -> None:
+        if name in self.entries:
+            self.entries[name] = limits
+            self._reload()
+
+    @precondition(lambda self: len(self.entries) > 1)
+    @rule(name=st.sampled_from(NAMES))
+    def key_goes(self, name: str) -> None:
+        if name in self.entries:
+            del self.entries[name]
+            self._reload()
+
+    @rule(name=st.sampled_from(NAMES), limits=st.sampled_from(LIMITS))
+    def key_comes_back(self, name: str, limits: dict[str, int]) -> None:
+        if name not in self.entries and name not in {self.secrets[one] for one in self.entries}:
+            self.entries[name], self.secrets[name] = limits, name
+            self._reload()
+
+    @rule(name=st.sampled_from(NAMES))
+    def key_is_renamed(self, name: str) -> None:
+        """Under its new name it has its old secret."""
+        if name in self.entries and f"{name}-new" not in self.entries:
+            self.entries[f"{name}-new"] = self.entries.pop(name)
+            self.secrets[f"{name}-new"] = self.secrets[name]
+            self._reload()
+
+    @rule()
+    def key_file_is_broken_for_a_while(self) -> None:
+        self.file.write_text("keys: [")
+        self._look_again()
+        self._reload()
+
+    def _write(self) -> None:
+        entries = (
+            {"name": name, "secret": self.secrets[name], **limits} for name, limits in self.entries.items()
+        )
+        key_file(self.file, *entries)
+
+    def _reload(self) -> None:
+        self._write()
+        before = dict(self.accounts)
+        after = {name: before[name] for name in self.entries if name in before}
+        left = {self.secrets[name]: account for name, account in before.items() if name not in self.entries}
+        left |= self.gone
+        for name in self.entries:
+            if name not in after:
+                secret = self.secrets[name]
+                after[name] = left.pop(secret) if secret in left else Account()
+        self.accounts, self.gone = after, left
+        self._look_again()
+        for name, account in self.accounts.items():
+            account.change(self.entries[name])
+
+    def _look_again(self) -> None:
+        self.now += 3
+        for account in self._all_accounts():
+            account.flow(3)
+        os.utime(self.file, ns=(int(self.now * 1e9), id(object()) % 1000 + int(self.now * 1e9)))
+        self.keys.find("nobody")
+
+    # What the oracle says
+
+    def _all_accounts(self) -> list[Account]:
+        running = [facts["account"] for facts in self.facts.values() if "account" in facts]
+        return list(
+            {id(one): one for one in (*self.accounts.values(), *self.gone.values(), *running)}.values()
+        )
+
+    def _account_of(self, name: str) -> Account:
+        return next(self.accounts[one] for one in self.entries if self.secrets[one] == name)
+
+    def _on_admitted(self, exchange: Exchange) -> None:
+        facts = self.facts[exchange]
+        assert "bad" not in facts
+        account = facts["account"] = self._account_of(facts["name"])
+        account.running += facts["prompts"]
+        account.spent["requests_per_minute"] += facts["prompts"]
+        account.spent["tokens_per_minute"] += facts["reserved"]
+        in_engine = sum(self.facts[one]["prompts"] for one in self.open if one.admitted)
+        assert in_engine <= PLACES
+        assert account.running <= account.limits.get("concurrent_requests", 1 << 30)
+        for unit, spent in account.spent.items():
+            assert unit not in account.limits or spent <= account.allowed[unit] + 1e-6, unit
+
+    def _reap(self) -> None:
+        """Requests that have ended, however."""
+        for exchange in [one for one in self.open if one.done]:
+            self.open.remove(exchange)
+            assert exchange.task is not None
+            if not exchange.task.cancelled() and (error := exchange.task.exception()) is not None:
+                assert isinstance(error, Broken)
+            facts = self.facts[exchange]
+            if exchange.admitted:
+                self._settle(exchange, facts)
+            elif not exchange.task.cancelled():
+                assert exchange.status in (400, 401, 403, 404, 408, 413, 415, 429, 503), exchange.sent
+        due = [one for one in self.late if one[0] <= self.loop.now_s]
+        self.late = [one for one in self.late if one not in due]
+        for _, account, facts in due:
+            account.spent["tokens_per_minute"] += facts["read"] - facts["reserved"]
+
+    def _settle(self, exchange: Exchange, facts: dict[str, Any]) -> None:
+        account: Account = facts["account"]
+        account.running -= facts["prompts"]
+        if facts["counted"]:
+            account.spent["tokens_per_minute"] += facts["counted"] - facts["reserved"]
+        elif 400 <= exchange.status < 500:
+            account.spent["tokens_per_minute"] -= facts["reserved"]
+            account.spent["requests_per_minute"] -= facts["prompts"]
+        elif exchange.status >= 500:
+            account.spent["tokens_per_minute"] -= facts["reserved"]
+        else:
+            self.late.append((self.loop.now_s + LATE_S, account, facts))
+
+    @invariant()
+    def no_more_is_held_than_runs(self) -> None:
+        capacity = self.gateway._capacity
+        held = sum(self.facts[one].get("delivered", 0) for one in self.open)
+        assert 0 <= capacity.places_taken <= PLACES
+        assert capacity.bytes_taken <= min(held + 100, BODIES_AT_ONCE * BODY_BYTES)
+        if not self.open:
+            assert (capacity.places_taken, capacity.bytes_taken, self.tracker.active) == (0, 0, 0)
+
+    def teardown(self) -> None:
+        try:
+            self._end_everything()
+            self._nothing_is_left()
+        finally:
+            self.loop.close()
+            self.folder.cleanup()
+            logging.disable(logging.NOTSET)
+
+    def _end_everything(self) -> None:
+        for exchange in list(self.open):
+            exchange.disconnect()
+            exchange.order("end")
+        self.loop.settle()
+        self.time_passes(100.0)
+        for exchange in list(self.open):
+            assert exchange.done, (exchange.path, exchange.status)
+
+    def _nothing_is_left(self) -> None:
+        usages = self.gateway._usages._by_name.values()
+        capacity = self.gateway._capacity
+        assert (capacity.places_taken, capacity.bytes_taken, self.tracker.active) == (0, 0, 0)
+        assert self.tracker._open == {}
+        assert [usage.active for usage in usages] == [0] * len(usages)
+        self.now += 1e9
+        assert all(usage.idle for usage in usages)
+
+
+TestLimitSequences = LimitSequences.TestCase
+TestLimitSequences.settings = settings(
+    max_examples=SEQUENCES,
+    stateful_step_count=40,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
