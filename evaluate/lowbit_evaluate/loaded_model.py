@@ -149,7 +149,9 @@ def _load_parts(reference: ModelReference, dtype: torch.dtype) -> Any:
 
     architecture = architecture_of(reference.model_type, reference.name)
     stored = GgufFile(reference, skeleton_of(reference, architecture))
-    model = AutoModelForCausalLM.from_config(reference.config, dtype=dtype, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_config(
+        reference.config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
+    )
     tied = {f"{architecture.head}.weight"} if reference.config.tie_word_embeddings else set()
     state = model.state_dict()
     if missing := sorted(name for name in state.keys() - tied if name not in stored):

@@ -16,7 +16,9 @@ from lowbit_quantize.model.reference import ModelReference
 def build_skeleton(config: Any, architecture: Architecture) -> nn.Module:
     """The model of a transformers configuration."""
     with init_empty_weights(include_buffers=False):
-        model: nn.Module = AutoModelForCausalLM.from_config(config, attn_implementation=register_attention())
+        model: nn.Module = AutoModelForCausalLM.from_config(
+            config, attn_implementation=register_attention(), trust_remote_code=False
+        )
     layers: Any = model.get_submodule(architecture.layers)
     for layer in layers:
         if architecture.has_experts(layer):
