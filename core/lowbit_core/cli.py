@@ -56,7 +56,7 @@ class Parser(argparse.ArgumentParser):
         message = re.sub(r"invalid (\w+) value", lambda name: f"invalid {_words(name[1])} value", message)
         raise ConfigError(f"{self.prog}: {message}; `{self.prog} --help` lists the flags")
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def read(self, args: Sequence[str]) -> argparse.Namespace:
         """As argparse does, but an unknown flag or word is named although a required one is missing too."""
         required = [action for action in self._actions if action.required]
         for action in required:
@@ -69,7 +69,7 @@ class Parser(argparse.ArgumentParser):
             raise ConfigError(
                 f"{self.prog}: {unknown[0]!r} is not understood; {self._hint(unknown, missing)}"
             )
-        return super().parse_args(args, namespace)
+        return self.parse_args(args)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
@@ -125,7 +125,7 @@ def _dispatch(arguments: list[str], commands: dict[str, EntryPoint]) -> int:
             raise ConfigError(
                 f"{arguments[0]} stands before the command; write: lowbit {late} {arguments[0]} …"
             )
-        _overview(commands).parse_args(arguments or ["--help"])
+        _overview(commands).read(arguments or ["--help"])
         return 0
     name = arguments[0]
     if name not in commands:
@@ -134,7 +134,7 @@ def _dispatch(arguments: list[str], commands: dict[str, EntryPoint]) -> int:
     parser = Parser(prog=f"lowbit {name}", description=command.help)
     parser.add_argument("--log-level", default="INFO", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
     command.add_arguments(parser)
-    parsed = parser.parse_args(arguments[1:])
+    parsed = parser.read(arguments[1:])
     configure_logging(parsed.log_level)
     return command.run(parsed)
 
@@ -155,7 +155,7 @@ def load_command(entry: EntryPoint) -> Command:
     return command
 
 
-def _overview(commands: dict[str, EntryPoint]) -> argparse.ArgumentParser:
+def _overview(commands: dict[str, EntryPoint]) -> Parser:
     parser = Parser(prog="lowbit", description="Quantize, prove, serve and load-test language models.")
     parser.add_argument("--version", action="version", version=f"lowbit {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND")

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, ValidationInfo
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, ValidationInfo, model_validator
 from pydantic_core import ErrorDetails
 
 from lowbit_core.errors import ConfigError, LowbitError
 from lowbit_core.names import did_you_mean
 from lowbit_core.strict_yaml import strict_load
+from lowbit_core.wrong_values import OWN, allowed, shown
 
 SUFFIXES = (".yaml", ".yml")
 
@@ -25,9 +26,23 @@ Location = Sequence[int | str]
 
 
 class Section(BaseModel):
-    """A part of a document: unknown keys are refused, and nothing changes after it is read."""
+    """A part of a document: unknown keys are refused, and nothing changes after it is read.
+
+    Where a list is meant, one value stands for a list of one.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_is_a_list_of_one(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        lists = {name for name, field in cls.model_fields.items() if _is_list(field.annotation)}
+        return {
+            key: [value] if key in lists and isinstance(value, str | int | float | dict) else value
+            for key, value in data.items()
+        }
 
 
 M = TypeVar("M", bound=BaseModel)
@@ -83,7 +98,9 @@ def load_document(
         raise error(f"{kind} {path} must be a mapping with the keys {', '.join(model.model_fields)}")
     for override in overrides:
         _override(data, override, error)
-    return parse_document(kind, data, str(path), model, folder=path.parent, renamed=renamed, error=error)
+    return parse_document(
+        kind, data, str(path), model, folder=path.parent, overrides=overrides, renamed=renamed, error=error
+    )
 
 
 def parse_document(
@@ -93,29 +110,60 @@ def parse_document(
     model: type[M],
     *,
     folder: Path | None = None,
+    overrides: Sequence[str] = (),
     renamed: Mapping[str, str] | None = None,
     error: type[LowbitError] = ConfigError,
 ) -> M:
-    """Validate a document's data; relative paths in it are relative to `folder`, or to the working directory."""
+    """Validate a document's data; relative paths in it are relative to `folder`, or to the working directory.
+
+    An error below a key that one of `overrides` gave is said of that override.
+    """
     for key, pattern in _keys(data):
         if new := (renamed or {}).get(pattern):
-            raise error(f"{kind} {origin}: unknown key {key!r}; it is called '{new}' now")
+            place = _origin(kind, origin, key, overrides)
+            raise error(f"{place}: unknown key {key!r}; it is called '{new}' now")
     try:
         return model.model_validate(data, context={"folder": folder or Path()})
     except ValidationError as failure:
-        raise error(f"{kind} {origin}: {describe_error(failure, model)}") from None
+        key, words = _describe(failure, model)
+        raise error(f"{_origin(kind, origin, key, overrides)}: {words}") from None
 
 
 def describe_error(failure: ValidationError, model: type[BaseModel]) -> str:
     """The first unknown key, or else the first wrong value, with its path as the document writes it."""
-    first: ErrorDetails = min(failure.errors(), key=lambda one: one["type"] != "extra_forbidden")
-    path, section = _locate(model, first["loc"])
+    return _describe(failure, model)[1]
+
+
+def _describe(failure: ValidationError, model: type[BaseModel]) -> tuple[str, str]:
+    """The path of the key, and the words."""
+    errors = failure.errors()
+    first: ErrorDetails = min(errors, key=lambda one: one["type"] != "extra_forbidden")
+    path, section, annotation = _locate(model, first["loc"])
     key = ".".join(path)
     if first["type"] == "extra_forbidden":
-        return f"unknown key {key!r}; allowed here: {', '.join(section.model_fields)}"
-    given = f" = {first['input']!r}" if key and first["type"] != "missing" else ""
-    message = first["msg"].removeprefix("Value error, ")
-    return f"{key}{given}: {message}" if key else message
+        hint = did_you_mean(path[-1], section.model_fields)
+        return key, f"unknown key {key!r}; {hint}allowed here: {', '.join(section.model_fields)}"
+    if first["type"] == "missing":
+        return key, f"{key} is missing; give it"
+    given = f"{key} = {shown(first['input'])}: " if key else ""
+    if first["type"] in OWN:
+        return key, f"{given}{first['msg'].partition(', ')[2]}"
+    choices = [  # of a union: what each of its members allows
+        allowed(one, place)
+        for one in errors
+        if (found := _locate(model, one["loc"]))[0] == path and (place := found[2]) is not None
+    ]
+    words = f"allowed is {' or '.join(dict.fromkeys(choices or [allowed(first, annotation)]))}"
+    return key, f"{given or 'not a mapping: '}{words}"
+
+
+def _origin(kind: str, origin: str, key: str, overrides: Sequence[str]) -> str:
+    """What an error at `key` is said of: the last override of it or around it, or the document."""
+    for override in reversed(overrides):
+        changed = override.partition("=")[0]
+        if f"{key}.".startswith(f"{changed}.") or f"{changed}.".startswith(f"{key}."):
+            return f"--set {override!r}"
+    return f"{kind} {origin}"
 
 
 def _find(kind: str, name_or_path: str, bundled: Mapping[str, Path], error: type[LowbitError]) -> Path:
@@ -183,9 +231,9 @@ def _keys(data: Any, key: str = "", pattern: str = "") -> Iterator[tuple[str, st
         yield inner
 
 
-def _locate(model: type[BaseModel], location: Location) -> tuple[list[str], type[BaseModel]]:
-    """pydantic's location of an error as the document writes it, without what pydantic adds to it for unions; and
-    the innermost section on the way."""
+def _locate(model: type[BaseModel], location: Location) -> tuple[list[str], type[BaseModel], Any]:
+    """pydantic's location of an error as the document writes it, without what pydantic adds to it for unions; the
+    innermost section on the way; and the type of the place."""
     path: list[str] = []
     section, rest = model, list(location)
     annotation: Any = model
@@ -201,7 +249,14 @@ def _locate(model: type[BaseModel], location: Location) -> tuple[list[str], type
         else:  # an item of a list, a tuple or a mapping; or a label below something that holds no sections
             path.append(str(rest.pop(0)))
             annotation = next((one for one in reversed(get_args(annotation)) if one is not Ellipsis), Any)
-    return path, section
+    return path, section, annotation
+
+
+def _is_list(annotation: Any) -> bool:
+    if get_origin(annotation) in (Union, types.UnionType):
+        members = [one for one in get_args(annotation) if one is not types.NoneType]
+        return len(members) == 1 and _is_list(members[0])
+    return get_origin(annotation) in (tuple, list)
 
 
 def _choose(annotation: Any, label: int | str) -> tuple[Any, bool]:

@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from lowbit_core.documents import describe_error
 from lowbit_core.errors import CheckpointError
 
 MANIFEST_NAME = "lowbit.json"
@@ -293,7 +294,7 @@ def read_manifest(directory: Path) -> Manifest | None:
         _refuse_other_version(path, json.loads(text))
         return Manifest.model_validate_json(text)
     except (ValueError, OSError) as error:
-        detail = _first(error) if isinstance(error, ValidationError) else str(error)
+        detail = describe_error(error, Manifest) if isinstance(error, ValidationError) else str(error)
         raise CheckpointError(f"{path} is not a version {FORMAT_VERSION} manifest: {detail}") from error
 
 
@@ -309,11 +310,6 @@ def _refuse_other_version(path: Path, data: Any) -> None:
             f"{path} is a version {version} manifest, of an older Lowbit; quantize the model again "
             f"(this one reads version {FORMAT_VERSION})"
         )
-
-
-def _first(error: ValidationError) -> str:
-    first = error.errors()[0]
-    return f"{'.'.join(str(part) for part in first['loc']) or 'file'}: {first['msg']}"
 
 
 def file_sha256(path: Path) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
+from lowbit_core.documents import describe_error
 from lowbit_core.errors import CheckpointError
 
 BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
@@ -79,8 +80,7 @@ def shape_from_config(config: dict[str, Any]) -> ModelShape:
     try:
         fields = _Config.model_validate({**config, **(config.get("text_config") or {})})
     except ValidationError as error:
-        first = error.errors()[0]
-        raise CheckpointError(f"config.json: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        raise CheckpointError(f"config.json: {describe_error(error, _Config)}") from error
     return ModelShape(
         model_type=str(config.get("model_type", fields.model_type)),
         layers=fields.num_hidden_layers,

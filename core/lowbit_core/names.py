@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable
 
-LIKENESS = 0.7  # difflib's ratio: one letter wrong in four passes, another word with the same ending does not
+LIKENESS = 0.65  # difflib's ratio: one letter wrong in three passes, a word inside a longer one does not
 LEAST_PREFIX = 3  # letters that a name and its beginning share at least
 
 

@@ -17,5 +17,19 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def strict_load(text: str) -> Any:
-    """The document; raises yaml.YAMLError."""
-    return yaml.load(text, _StrictLoader)
+    """The document; raises yaml.YAMLError, whose text is one line with the place."""
+    try:
+        return yaml.load(text, _StrictLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        raise yaml.YAMLError(f"{error.problem or error.context}{place}") from error
+    except yaml.reader.ReaderError as error:
+        raise yaml.YAMLError(f"it has the character {error.character!r}; save it as UTF-8 text") from error
+    except (
+        ValueError,
+        OverflowError,
+    ) as error:  # a date that no calendar has, a number of thousands of digits
+        raise yaml.YAMLError(f"a value cannot be read; put it in quotes: {error}") from error
+    except RecursionError as error:
+        raise yaml.YAMLError("it is nested too deeply") from error

@@ -1,9 +1,9 @@
 """What a recipe may name. To add a scheme, a method or a pass, write one file in its room and name it here."""
 
-import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from lowbit_core.names import did_you_mean
 from lowbit_quantize.methods.awq import Awq
 from lowbit_quantize.methods.gptq import Gptq
 from lowbit_quantize.methods.method import Method
@@ -12,6 +12,7 @@ from lowbit_quantize.passes.distill_router import DistillRouterKind
 from lowbit_quantize.passes.kind import PassKind
 from lowbit_quantize.passes.prune_experts import PruneExpertsKind
 from lowbit_quantize.passes.quantize import QuantizeKind
+from lowbit_quantize.recipe import NONE
 from lowbit_quantize.schemes import integer
 from lowbit_quantize.schemes.scheme import Preset
 
@@ -32,10 +33,16 @@ CATALOG = Catalog(
 )
 
 
+USUAL_NAMES = {  # what other tools call schemes and methods
+    "int4": "W4A16", "int8": "W8A16", "int3": "W3A16", "int2": "W2A16", "4bit": "W4A16", "8bit": "W8A16", "4": "W4A16",
+    "8": "W8A16", "w4": "W4A16", "w8": "W8A16", "bf16": NONE, "bfloat16": NONE, "fp16": NONE, "skip": NONE,
+    "round": "rtn", "optq": "gptq",
+}  # fmt: skip
+
+
 def unknown_name(key: str, given: str, known: Iterable[str]) -> str:
     """The words for a name that is not in the catalog, with what may be meant."""
     names = list(known)
-    close = difflib.get_close_matches(given.upper(), [name.upper() for name in names], n=1)
-    meant = next((name for name in names if close and name.upper() == close[0]), None)
-    hint = f"did you mean {meant}? " if meant else ""
+    usual = USUAL_NAMES.get(given.casefold())
+    hint = f"did you mean {usual}? " if usual in names else did_you_mean(given, names)
     return f"{key}: {given!r} is unknown; {hint}allowed are {', '.join(names)}"

@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_serializer, model_validator
+from pydantic import Field, field_validator, model_serializer, model_validator
 
 from lowbit_core.documents import Section, document_path, load_document, parse_document
 from lowbit_core.errors import RecipeError
@@ -40,10 +40,6 @@ RENAMED = {
     },
 }  # fmt: skip
 
-_Names = Annotated[
-    tuple[str, ...], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
-]
-
 
 def _is_file(text: str, path: Path) -> bool:
     """Whether a dataset is a file rather than a name."""
@@ -58,10 +54,10 @@ class Rule(Section):
     row. `methods` in order: the last one quantizes.
     """
 
-    match: _Names = Field(min_length=1)
+    match: tuple[str, ...] = Field(min_length=1)
     scheme: str
     group_size: Literal["channel"] | int | None = None
-    methods: _Names | None = None
+    methods: tuple[str, ...] | None = None
 
     @field_validator("group_size", mode="plain")
     @classmethod
@@ -80,9 +76,14 @@ class Rule(Section):
 
 
 class KVCache(Section):
-    """`fp8` stores one calibrated scale for keys and one for values in each layer."""
+    """`fp8` stores one calibrated scale for keys and one for values in each layer. Written `fp8` or `{dtype: fp8}`."""
 
     dtype: Literal["fp8", "none"] = "fp8"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _dtype_alone(cls, data: Any) -> Any:
+        return {"dtype": str(data)} if isinstance(data, str) else data
 
 
 class PassStep(Section):

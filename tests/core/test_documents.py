@@ -87,19 +87,27 @@ def test_an_override_reaches_sections_that_the_file_leaves_out_and_items_by_thei
 @pytest.mark.parametrize(
     ("text", "overrides", "message"),
     [
-        ("titel: x", (), "unknown key 'titel'; allowed here: title, shape, layers, mixed, palette, ratio"),
-        ("layers: [{name: a}, {nam: b}]", (), "unknown key 'layers.1.nam'; allowed here: name, size, path"),
+        (
+            "titel: x",
+            (),
+            "unknown key 'titel'; did you mean title? allowed here: title, shape, layers, mixed, palette, ratio",
+        ),
+        (
+            "layers: [{name: a}, {nam: b}]",
+            (),
+            "unknown key 'layers.1.nam'; did you mean name? allowed here: name, size, path",
+        ),
         (
             "shape: {kind: circle, radios: 1}",
             (),
-            "unknown key 'shape.radios'; allowed here: kind, radius",
+            "unknown key 'shape.radios'; did you mean radius? allowed here: kind, radius",
         ),
         ("shape: {kind: picture, radius: 1}", (), "unknown key 'shape.radius'; allowed here: kind, path"),
         ("mixed: {kind: circle, height: 1}", (), "unknown key 'mixed.height'; allowed here: kind, radius"),
-        ("shape: {kind: picture}", (), "shape.path: Field required"),
-        ("shape: {kind: square}", (), "does not match any of the expected tags: 'circle', 'picture'"),
+        ("shape: {kind: picture}", (), "shape.path is missing; give it"),
+        ("shape: {kind: square}", (), "shape = {'kind': 'square'}: allowed is kind: circle, picture"),
         ("ratio: 2.5", (), "ratio = 2.5: "),
-        ("layers: [{name: a, size: big}]", (), "layers.0.size = 'big': Input should be a valid integer"),
+        ("layers: [{name: a, size: big}]", (), "layers.0.size = 'big': allowed is a whole number"),
         (
             "layers: [{name: a, width: 3}]",
             (),
@@ -134,7 +142,8 @@ def test_a_document_that_is_not_there_names_those_that_are(tmp_path: Path) -> No
         return load_document("drawing", name, Drawing, bundled=bundled)
 
     with pytest.raises(
-        ConfigError, match=r"'plane' is neither a \.yaml file nor one of: plain; write the file"
+        ConfigError,
+        match=r"'plane' is neither a \.yaml file nor one of: plain; did you mean plain\? write the file",
     ):
         find("plane", BUNDLED)
     with pytest.raises(

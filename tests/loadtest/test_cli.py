@@ -70,9 +70,12 @@ def test_prompts_file_gives_prompts_and_conversations(fake_server: "FakeServer",
     [
         ("", "has no line"),
         ('{"prompt": "a"}\nnot json', "line 2: not JSON"),
-        ('{"prompt": "a", "n": 2}', "line 1: n: Extra inputs are not permitted"),
-        ("{}", "line 1: line: .*either prompt or messages or turns"),
-        ('{"messages": [{"role": "robot", "content": "a"}]}', r"line 1: messages\.0\.role: Input should be"),
+        ('{"prompt": "a", "n": 2}', "line 1: unknown key 'n'; allowed here: prompt, messages"),
+        ("{}", "line 1: give either prompt or messages or turns"),
+        (
+            '{"messages": [{"role": "robot", "content": "a"}]}',
+            r"line 1: messages\.0\.role = 'robot': allowed is system",
+        ),
     ],
 )
 def test_wrong_prompts_file_is_refused_with_its_line(tmp_path: Path, text: str, message: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from lowbit_core.documents import describe_error
 from lowbit_core.errors import ConfigError
 from lowbit_core.jsonl import read_jsonl
 from lowbit_loadtest.generate.arrivals import Draw, draw_lengths, generator
@@ -80,9 +81,7 @@ def _parse_prompt(path: Path, number: int, row: dict[str, Any]) -> Turns:
     try:
         return _PromptLine.model_validate(row).as_turns()
     except ValidationError as error:
-        first: Any = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "line"
-        raise ConfigError(f"prompts {path}, line {number}: {where}: {first['msg']}") from error
+        raise ConfigError(f"prompts {path}, line {number}: {describe_error(error, _PromptLine)}") from error
 
 
 @dataclass(frozen=True)

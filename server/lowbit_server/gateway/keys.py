@@ -24,6 +24,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from lowbit_core.documents import describe_error
 from lowbit_core.errors import ConfigError
 from lowbit_core.log import get_logger
 from lowbit_core.strict_yaml import strict_load
@@ -117,11 +118,8 @@ def read_keys(path: Path) -> dict[str, Key]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"API key file {path} cannot be read: {error}") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "file"
-        raise ConfigError(
-            f"API key file {path}: {place}: {first['msg']}; `lowbit key NAME` prints an entry"
-        ) from None
+        wrong = describe_error(error, _File)
+        raise ConfigError(f"API key file {path}: {wrong}; `lowbit key NAME` prints an entry") from None
     for field in ("name", "sha256"):
         values = [getattr(key, field) for key in keys]
         if twice := next((value for value in values if values.count(value) > 1), None):

@@ -28,10 +28,10 @@ def test_changed_keys_are_read_again_and_broken_ones_are_not(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("keys: []", "keys: Tuple should have at least 1 item"),
-        ("keys: [{name: a}]", "keys.0.sha256: Field required"),
-        ("keys: [{name: a, sha256: plain}]", "String should match pattern"),
-        (f"keys: [{{name: a, sha256: '{'0' * 64}', rpm: 3}}]", "keys.0.rpm: Extra inputs"),
+        ("keys: []", "keys = []: allowed is 1 or more of them"),
+        ("keys: [{name: a}]", "keys.0.sha256 is missing"),
+        ("keys: [{name: a, sha256: plain}]", "keys.0.sha256 = 'plain': allowed is text that matches"),
+        (f"keys: [{{name: a, sha256: '{'0' * 64}', rpm: 3}}]", "unknown key 'keys.0.rpm'"),
         (
             f"keys: [{{name: a, sha256: '{'0' * 64}'}}, {{name: a, sha256: '{'1' * 64}'}}]",
             "name a stands twice",
