@@ -16,7 +16,7 @@ from starlette.types import ASGIApp
 
 from lowbit_core import __version__
 from lowbit_core.log import get_logger
-from lowbit_server.checkpoint import Checkpoint, served_name
+from lowbit_server.checkpoint import Checkpoint, served_names
 from lowbit_server.config import ServeConfig, base_url
 from lowbit_server.engine.adapters import open_adapters
 from lowbit_server.engine.arguments import derive_engine_arguments
@@ -59,18 +59,16 @@ async def serve(config: ServeConfig, checkpoint: Checkpoint) -> None:
     nvml = Nvml()
     refuse_what_does_not_fit(config, checkpoint, device, host_memory_bytes(), nvml.read())
     refuse_unknown_parsers(config, vllm.known_parsers())
-    model = served_name(config, checkpoint)
-    adapters = open_adapters(config, model)
+    names = served_names(config, checkpoint)
+    adapters = open_adapters(config, names)
     keys = KeyStore(config.api_keys) if config.api_keys else None
     arguments = derive_engine_arguments(config, checkpoint, device)
-    if keys is not None and keys.uses_priorities:
-        arguments["scheduling_policy"] = "priority"
     if checkpoint.latent and (checkpoint.declares_fp8_kv or checkpoint.measured_with_fp8_kv):
         log.warning("the engine has no FP8 cache for latent attention: it caches in the model's own dtype")
     throughput, state, began = Throughput(), DrainState(), time.monotonic()
     tracker = RequestTracker(write_log=not config.no_request_log)
     throughput.on_finished = tracker.engine_finished
-    models = Models(model, lambda name: name == model or adapters.path_of(name) is not None)
+    models = Models(names[0], lambda name: name in names or adapters.path_of(name) is not None)
 
     async def load(engines: contextlib.AsyncExitStack) -> tuple[ServingEngine, FastAPI]:
         log.info("starting vLLM on the %s with %s", device, _readable(arguments))
@@ -102,18 +100,17 @@ async def serve(config: ServeConfig, checkpoint: Checkpoint) -> None:
             is_draining=lambda: state.draining, admin_elsewhere=admin is not None,
         ))  # fmt: skip
         log.info("ready in %.1f s", time.monotonic() - began)
-        log.info("serving %s at %s", model, base_url(config))
+        log.info("serving %s at %s", ", ".join(names), base_url(config))
         await serve_until_stopped(server, engine, state)
     log.info("stopped")
 
 
 def with_cors(app: ASGIApp, config: ServeConfig) -> ASGIApp:
     """CORS goes before the gateway: browsers send a preflight without a key, and must be able to read refusals."""
-    origins = [origin for origin in config.cors_origins.split(",") if origin]
-    if not origins:
+    if not config.cors_origins:
         return app
     return CORSMiddleware(
-        app, allow_origins=origins, allow_methods=["*"], allow_headers=["*"], expose_headers=["*"]
+        app, allow_origins=config.cors_origins, allow_methods=["*"], allow_headers=["*"], expose_headers=["*"]
     )
 
 
@@ -136,7 +133,7 @@ async def inspect_engine(engine: ServingEngine, config: ServeConfig, checkpoint:
         kv_dtype=facts.kv_cache_dtype,
         quant_method=checkpoint.quantization.get("quant_method"),
     )
-    service = Service(served_name(config, checkpoint), checkpoint, facts, proof)
+    service = Service(served_names(config, checkpoint)[0], checkpoint, facts, proof)
     log.log(logging.WARNING if proof.scales == "unit" else logging.INFO, kv_scales_in_words(service))
     return service
 

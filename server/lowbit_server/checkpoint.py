@@ -50,9 +50,9 @@ class Checkpoint:
         return kv_cache is not None and kv_cache.dtype.startswith(("fp8", "float8"))
 
 
-def served_name(config: ServeConfig, checkpoint: Checkpoint) -> str:
-    """The model's name in the API."""
-    return config.served_model_name or checkpoint.name
+def served_names(config: ServeConfig, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The model's names in the API, the one that answers and metrics show first."""
+    return config.served_model_name or (checkpoint.name,)
 
 
 def open_checkpoint(config: ServeConfig) -> Checkpoint:

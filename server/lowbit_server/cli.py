@@ -17,6 +17,7 @@ from lowbit_core.log import get_logger
 from lowbit_server.checkpoint import Checkpoint, open_checkpoint
 from lowbit_server.config import ServeConfig, refuse_uneven_nodes
 from lowbit_server.flags import add_arguments
+from lowbit_server.gateway.certificates import open_certificate
 from lowbit_server.lifecycle import INTERRUPTED, StoppedWhileLoadingError, leaving_at_once_on_signals
 
 log = get_logger("serve")
@@ -51,6 +52,8 @@ def config_from(arguments: argparse.Namespace) -> ServeConfig:
 def run(arguments: argparse.Namespace) -> int:
     """Serve until a signal; 0 after a clean stop, 130 for one before the server was ready."""
     config = config_from(arguments)
+    if config.ssl_certfile is not None and config.ssl_keyfile is not None:
+        open_certificate(config.ssl_certfile, config.ssl_keyfile)
     with leaving_at_once_on_signals():
         log.info("checking the files of %s", config.directory)
         checkpoint = open_checkpoint(config)

@@ -9,7 +9,18 @@ from typing import Literal, get_args
 
 from lowbit_core.cli import file_path
 from lowbit_core.errors import ConfigError
-from lowbit_server.flags import between, flag, fraction, gib, named_paths, one_of, proxies, url_prefix
+from lowbit_server.flags import (
+    between,
+    flag,
+    fraction,
+    gib,
+    model_names,
+    named_paths,
+    one_of,
+    origins,
+    proxies,
+    url_prefix,
+)
 
 Device = Literal["cpu", "gpu"]
 KVDtype = Literal["auto", "fp8", "bfloat16"]
@@ -27,10 +38,21 @@ class ServeConfig:
 
     directory: Path
 
-    served_model_name: str | None = _model("name in the API (default: the base model's name)", str)
+    served_model_name: tuple[str, ...] = _model(
+        "name in the API, several by comma: the first stands in answers and metrics (default: the base model's name)",
+        model_names, (),
+    )  # fmt: skip
     max_model_len: int | None = _model("context length (default: the model's, if it fits)", _tokens)
     tool_call_parser: str | None = _model("how the model writes tool calls (hermes, llama3_json, …)", str)
     reasoning_parser: str | None = _model("how the model marks its reasoning (qwen3, deepseek_r1, …)", str)
+    strict_tools: str = _model(
+        "what binds the model when it calls tools: auto (a tool's own `strict`), function (the form of the call, "
+        "always), parameter (every tool's schema too)", one_of("auto", "function", "parameter"), "auto",
+    )  # fmt: skip
+    json_whitespace: str = _model(
+        "whitespace in JSON that a schema binds: any, or none (small models may write it without end)",
+        one_of("any", "none"), "any",
+    )  # fmt: skip
     lora_modules: tuple[tuple[str, Path], ...] = _model(
         "LoRA adapters to load at the start: NAME=DIR, several by comma", named_paths, ()
     )
@@ -100,7 +122,9 @@ class ServeConfig:
     admin_port: int | None = _http(
         "own port for /metrics and admin, without keys (default: on --port)", _port
     )
-    cors_origins: str = _http("origins that browsers may call from, by comma (default: none)", str, "")
+    cors_origins: tuple[str, ...] = _http(
+        "origins that browsers may call from, by comma (default: none)", origins, ()
+    )
     ssl_certfile: Path | None = _http("certificate for HTTPS, with --ssl-keyfile", file_path)
     ssl_keyfile: Path | None = _http("private key for HTTPS", file_path)
     drain_timeout_s: int = _http("longest wait at SIGTERM for running requests", between(0, 3600), 30)

@@ -21,6 +21,11 @@ GIB = 1 << 30
 UNIX = "unix"  # a proxy on this machine that comes by the Unix socket
 TRUE, FALSE = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 
+ORIGIN = re.compile(
+    r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<host>[a-z0-9._-]+|\[[0-9a-f:.]+\])(:(?P<port>[1-9][0-9]{0,4}))?"
+)
+DEFAULT_PORTS = (("http", "80"), ("https", "443"))  # browsers leave them out
+
 Parse = Callable[[str], object]  # raises ValueError, whose text completes "it must be …"
 
 
@@ -169,3 +174,25 @@ def proxies(text: str) -> tuple[str, ...]:
     except ValueError as error:
         raise ValueError(f"IP addresses and networks by comma, or unix ({error})") from None
     return tuple(str(network) for network in networks) + (UNIX,) * (UNIX in named)
+
+
+def model_names(text: str) -> tuple[str, ...]:
+    """One name or several, by comma; they may hold slashes, as names on a hub do."""
+    names = tuple(part.strip() for part in text.split(",") if part.strip())
+    sound = all(name.isprintable() and name == name.strip("/") for name in names)
+    if not names or not sound or len(set(names)) < len(names):
+        raise ValueError("names by comma, each once, without a slash at their ends")
+    return names
+
+
+def origins(text: str) -> tuple[str, ...]:
+    """Origins as browsers write them in the header `Origin`, or `*` for every one."""
+    named = tuple(part.strip() for part in text.split(",") if part.strip())
+    for one in named:
+        match = ORIGIN.fullmatch(one)
+        if one != "*" and (match is None or (match["scheme"], match["port"]) in DEFAULT_PORTS):
+            raise ValueError(
+                f"origins by comma, such as https://a.example or http://localhost:3000, or *; {one} is none: an origin "
+                "is a scheme and a host in small letters, with a port only where it is not the scheme's own, no path"
+            )
+    return named

@@ -59,6 +59,7 @@ PARAMETERS: list[tuple[tuple[str, ...], set[str]]] = [
         },
     ),
     (("vllm.v1.engine.async_llm:AsyncLLM.shutdown",), {"timeout"}),
+    (("vllm.v1.engine.async_llm:AsyncLLM.abort",), {"request_id", "internal"}),
     (("vllm.v1.engine.async_llm:AsyncLLM.collective_rpc",), {"method"}),
     (("vllm.engine.arg_utils:AsyncEngineArgs.create_engine_config",), {"usage_context", "headless"}),
     (
@@ -75,7 +76,12 @@ PARAMETERS: list[tuple[tuple[str, ...], set[str]]] = [
         {"scheduler_stats", "iteration_stats", "mm_cache_stats", "engine_idx"},
     ),
     (("vllm.lora.resolver:LoRAResolver.resolve_lora",), {"base_model_name", "lora_name"}),
-    (FRONTEND_ARGUMENTS, {"allowed_origins", "lora_modules", "tool_call_parser", "enable_auto_tool_choice"}),
+    (
+        FRONTEND_ARGUMENTS,
+        {
+            "allowed_origins", "lora_modules", "tool_call_parser", "enable_auto_tool_choice", "tool_strict_level",
+        },
+    ),
     (
         ("vllm.engine.arg_utils:AsyncEngineArgs",),
         {
@@ -85,6 +91,7 @@ PARAMETERS: list[tuple[tuple[str, ...], set[str]]] = [
             "distributed_executor_backend", "nnodes", "node_rank", "master_addr", "master_port", "enforce_eager",
             "shutdown_timeout", "worker_extension_cls", "trust_remote_code", "reasoning_parser", "enable_lora",
             "otlp_traces_endpoint", "override_generation_config", "max_loras", "max_lora_rank",
+            "structured_outputs_config",
         },
     ),
 ]  # fmt: skip
@@ -102,7 +109,17 @@ ATTRIBUTES: list[tuple[str, str]] = [
     ("vllm.v1.metrics.stats", "self.num_generation_tokens"),
     ("vllm.v1.worker.gpu_worker", "self.cudagraph_memory_estimate"),
     ("vllm.utils.mem_utils", "self.torch_peak"),
+    ("vllm.v1.engine.output_processor", "self.request_states"),
+    ("vllm.v1.engine.output_processor", "self.external_req_ids"),
+    ("vllm.v1.engine.output_processor", "self.parent_requests"),
+    ("vllm.v1.engine.output_processor", "self.external_req_id"),
+    ("vllm.v1.engine.output_processor", "self.prompt_len"),
+    ("vllm.v1.engine.parallel_sampling", "self.child_requests"),
+    ("vllm.v1.metrics.stats", "scheduled_ts"),
     # What the gateway reads in answers and streams.
+    ("vllm.renderers.params", 'parameter="input_tokens"'),
+    ("vllm.renderers.params", 'parameter="input_text"'),
+    ("vllm.v1.engine.input_processor", "longer than the maximum model length"),
     ("vllm.exceptions", "currently busy"),
     ("vllm.exceptions", "backlog limit"),
 ]

@@ -50,6 +50,10 @@ EVERY_FLAG: Resource = {
     "allowRejected": True,
     "skipHashCheck": True,
     "toolCallParser": "hermes",
+    "rootPath": "/llm",
+    "forwardedAllowIps": ["10.0.0.0/8", "192.0.2.1"],
+    "strictTools": "parameter",
+    "jsonWhitespace": "none",
     "reasoningParser": "qwen3",
     "loraModules": ["poet=/checkpoint/poet"],
     "loraDir": "/checkpoint/adapters",
@@ -60,8 +64,9 @@ EVERY_FLAG: Resource = {
     "otlpTracesEndpoint": "http://collector:4318/v1/traces",
     "trustRemoteCode": True,
 }
-# Set by no value: the same as LOWBIT_KV_CACHE_GIB; and a port without keys, which a pod's network would open to all.
-UNSET = {"LOWBIT_KV_CACHE_MEMORY_BYTES", "LOWBIT_ADMIN_PORT"}
+# Set by no value: the same as LOWBIT_KV_CACHE_GIB; a port without keys, which a pod's network would open to all; and a
+# Unix socket, which nobody outside the pod reaches.
+UNSET = {"LOWBIT_KV_CACHE_MEMORY_BYTES", "LOWBIT_ADMIN_PORT", "LOWBIT_UDS"}
 
 
 def test_chart_sets_exactly_the_variables_that_the_server_reads() -> None:
@@ -77,7 +82,7 @@ def test_every_value_of_server_reaches_the_server_as_meant() -> None:
         directory=Path("/checkpoint"),
         host="0.0.0.0",
         port=8000,
-        served_model_name="a name",
+        served_model_name=("a name",),
         max_model_len=1048576,
         kv_cache_memory_bytes=3 * GIB // 2,
         kv_cache_dtype="fp8",
@@ -90,7 +95,7 @@ def test_every_value_of_server_reaches_the_server_as_meant() -> None:
         request_timeout_s=3600,
         max_body_bytes=1 << 30,
         max_output_tokens=4096,
-        cors_origins="https://a.example,https://b.example",
+        cors_origins=("https://a.example", "https://b.example"),
         ssl_certfile=Path("/etc/lowbit/tls/tls.crt"),
         ssl_keyfile=Path("/etc/lowbit/tls/tls.key"),
         no_request_log=True,
@@ -99,6 +104,10 @@ def test_every_value_of_server_reaches_the_server_as_meant() -> None:
         skip_hash_check=True,
         drain_timeout_s=45,
         tool_call_parser="hermes",
+        root_path="/llm",
+        forwarded_allow_ips=("10.0.0.0/8", "192.0.2.1/32"),
+        strict_tools="parameter",
+        json_whitespace="none",
         reasoning_parser="qwen3",
         lora_modules=(("poet", Path("/checkpoint/poet")),),
         lora_dir=Path("/checkpoint/adapters"),

@@ -145,6 +145,18 @@ async def test_models_are_listed_with_the_checkpoints_facts_and_without_paths(ru
     assert (await running.get("/v1/models/other")).status_code == 404
 
 
+@pytest.mark.parametrize("path", ["/v1/models/org/poet", "/v1/models/org%2Fpoet"])
+async def test_a_model_whose_name_holds_a_slash_is_found_under_it(
+    engine: "FakeEngine", make_checkpoint: "MakeCheckpoint", clock: "Clock", path: str
+) -> None:
+    class Slashed(type(engine)):  # type: ignore[misc]
+        async def models(self) -> list[dict[str, Any]]:
+            return [{"id": "org/poet", "object": "model", "root": "/secret", "parent": None}]
+
+    found = (await (await start(Slashed(), make_checkpoint(), clock)).get(path)).json()
+    assert (found["id"], found["root"]) == ("org/poet", "org/poet")
+
+
 async def test_the_openapi_document_names_each_status_and_no_closed_route(running: Running) -> None:
     document = (await running.get("/openapi.json")).json()
     assert set(document["paths"]) == {

@@ -120,3 +120,53 @@ def test_a_user_without_a_home_gets_one_for_caches() -> None:
     listed: dict[str, str] = {}
     prepare_environment("INFO", listed, uid=0)
     assert "HOME" not in listed
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "https://a.example",
+        "*",
+        "http://localhost:3000,https://b.example:8443",
+        "http://[::1]:8080",
+        "tauri://localhost",
+        "chrome-extension://abcdef",
+        " https://a.b , ",
+    ],
+)
+def test_origins_as_browsers_send_them_are_taken(given: str) -> None:
+    assert _parse(["ckpt", "--cors-origins", given]).cors_origins == tuple(
+        one.strip() for one in given.split(",") if one.strip()
+    )
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "https://a.example/",
+        "a.example",
+        "https://a.example/page",
+        "https://A.example",
+        "HTTPS://a.example",
+        "null",
+        "https://a.example:443",
+        "http://a.example:80",
+        "https://*.example",
+        "https://a.example;https://b.example",
+        "https://ü.example",
+        "https://a.example:0",
+        "https://user@a.example",
+        "//a.example",
+    ],
+)
+def test_origins_that_no_browser_sends_are_refused_at_the_start(given: str) -> None:
+    with pytest.raises(ConfigError, match=r"--cors-origins .* it must be origins by comma"):
+        _parse(["ckpt", "--cors-origins", f"https://sound.example,{given}"])
+
+
+def test_a_model_may_have_several_names_and_slashes_in_them() -> None:
+    assert _parse(["ckpt"]).served_model_name == ()
+    assert _parse(["ckpt", "--served-model-name", "org/smol, smol"]).served_model_name == ("org/smol", "smol")
+    for wrong in ("", ",", "a,a", "/a", "a/", "a\nb"):
+        with pytest.raises(ConfigError, match="names by comma"):
+            _parse(["ckpt", "--served-model-name", wrong])

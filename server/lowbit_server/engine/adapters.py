@@ -6,6 +6,7 @@ leads out of the directory.
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,13 +34,17 @@ class Adapters:
         return path if inside and all((path / file).is_file() for file in (CONFIG, WEIGHTS)) else None
 
 
-def open_adapters(config: ServeConfig, model: str) -> Adapters:
-    """The adapters that the flags name, checked; raises ConfigError for one that cannot be served."""
+def open_adapters(config: ServeConfig, taken: Sequence[str]) -> Adapters:
+    """The adapters that the flags name, checked; raises ConfigError for one that cannot be served.
+
+    A name that a flag gives may hold slashes, as the model's may; one of a folder may not. `taken`: the model's names.
+    """
     names = [name for name, _ in config.lora_modules]
     for name, path in config.lora_modules:
-        if NAME.fullmatch(name) is None or name == model or names.count(name) > 1:
+        sound = all(NAME.fullmatch(part) for part in name.split("/"))
+        if not sound or name in taken or names.count(name) > 1:
             raise ConfigError(f"--lora-modules {name}={path}: the name is taken or holds other than letters, "
-                              "digits, '.', '_' and '-'")  # fmt: skip
+                              "digits, '.', '_', '-' and slashes between them")  # fmt: skip
         _check(name, path, config.max_lora_rank)
     if config.lora_dir is not None and not config.lora_dir.is_dir():
         raise ConfigError(f"--lora-dir {config.lora_dir} is not a directory")

@@ -8,7 +8,7 @@ import math
 from typing import Any
 
 from lowbit_core.errors import ConfigError
-from lowbit_server.checkpoint import Checkpoint, served_name
+from lowbit_server.checkpoint import Checkpoint, served_names
 from lowbit_server.config import Device, ServeConfig
 from lowbit_server.flags import GIB
 
@@ -31,10 +31,12 @@ def derive_engine_arguments(config: ServeConfig, checkpoint: Checkpoint, device:
             "--pipeline-parallel-size with --enforce-eager: this engine then fails at the first request on a CPU; "
             "leave one of them out"
         )
+    if config.strict_tools != "auto" and config.tool_call_parser is None:
+        raise ConfigError("--strict-tools binds calls of tools, which --tool-call-parser turns on; give both")
     kv_bytes = _kv_cache_bytes(config, device)
     arguments: dict[str, Any] = {
         "model": str(checkpoint.directory),
-        "served_model_name": [served_name(config, checkpoint)],
+        "served_model_name": list(served_names(config, checkpoint)),
         "dtype": checkpoint.shape.dtype if checkpoint.shape.dtype in ENGINE_DTYPES else "auto",
         "kv_cache_dtype": _kv_cache_dtype(config, checkpoint),
         "max_model_len": _max_model_len(config, checkpoint, kv_bytes),
@@ -54,6 +56,14 @@ def derive_engine_arguments(config: ServeConfig, checkpoint: Checkpoint, device:
         "max_num_queued_tokens": config.max_num_queued_tokens,
         "tool_call_parser": config.tool_call_parser,
         "enable_auto_tool_choice": True if config.tool_call_parser else None,
+        "tool_strict_level": config.strict_tools if config.strict_tools != "auto" else None,
+        # The engine's own choice among several takes this switch from none of them.
+        "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True}
+        if config.json_whitespace == "none"
+        else None,
+        # Always where there are keys, because a priority may come with a change of their file. With equal ones it is
+        # first come, first served.
+        "scheduling_policy": "priority" if config.api_keys else None,
         "reasoning_parser": config.reasoning_parser,
         "otlp_traces_endpoint": config.otlp_traces_endpoint,
         "override_generation_config": config.max_output_tokens

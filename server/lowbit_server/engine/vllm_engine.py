@@ -7,7 +7,7 @@ variables that vLLM reads at import.
 
 import contextlib
 from argparse import Namespace
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from typing import Any
 
 from fastapi import FastAPI
@@ -115,6 +115,31 @@ class _ThroughputLogger(StatLoggerBase):  # type: ignore[misc]  # vLLM has no ty
         """No log line: app.py reports the start."""
 
 
+class _CountedEngine(AsyncLLM):  # type: ignore[misc]  # vLLM has no type information here
+    """AsyncLLM that reports what an aborted request had used: vLLM's own statistics leave it out."""
+
+    throughput: Throughput
+
+    async def abort(self, request_id: str | Iterable[str], internal: bool = False) -> None:
+        """vLLM's own, for a client that has left or a deadline."""
+        ids = [request_id] if isinstance(request_id, str) else list(request_id)
+        for state in self._states(ids, internal):
+            if state.stats is not None and state.stats.scheduled_ts:
+                counts = state.prompt_len, state.stats.num_generation_tokens
+                self.throughput.on_finished(state.external_req_id, *counts)
+        await super().abort(ids, internal)
+
+    def _states(self, ids: Iterable[str], internal: bool) -> Iterator[Any]:
+        """The sequences that `abort_requests` will end: those of these ids, and the choices of these parents."""
+        found = self.output_processor
+        for one in ids:
+            for name in (one,) if internal else found.external_req_ids.get(one, ()):
+                parent = found.parent_requests.get(name)
+                for sequence in parent.child_requests if parent is not None else (name,):
+                    if (state := found.request_states.get(sequence)) is not None:
+                        yield state
+
+
 class _AdapterResolver(LoRAResolver):  # type: ignore[misc]  # vLLM has no type information here
     """Finds the adapter that a request names."""
 
@@ -198,7 +223,9 @@ def _namespace(arguments: Mapping[str, Any]) -> Namespace:
     for name, value in arguments.items():
         if not hasattr(namespace, name):
             raise EngineError(f"vLLM {vllm_version} has no engine argument {name!r}")
-        setattr(namespace, name, value)
+        kind: Any = type(getattr(namespace, name))
+        several = hasattr(kind, "__dataclass_fields__")  # a configuration object of vLLM's
+        setattr(namespace, name, kind(**value) if several else value)
     return namespace
 
 
@@ -259,13 +286,15 @@ async def start_follower(arguments: Mapping[str, Any]) -> AsyncIterator[Follower
 def _start(namespace: Namespace, throughput: Throughput) -> AsyncLLM:
     engine_arguments = AsyncEngineArgs.from_cli_args(namespace)
     config = engine_arguments.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
-    return AsyncLLM.from_vllm_config(
+    client = _CountedEngine.from_vllm_config(
         vllm_config=config,
         usage_context=UsageContext.OPENAI_API_SERVER,
         stat_loggers=[lambda _config, _engine: _ThroughputLogger(throughput)],
         enable_log_requests=False,
         disable_log_stats=False,
     )
+    client.throughput = throughput
+    return client
 
 
 def _start_workers(namespace: Namespace) -> MultiprocExecutor:

@@ -17,6 +17,7 @@ from lowbit_core.errors import EngineError
 from lowbit_core.log import get_logger
 from lowbit_server.config import ServeConfig
 from lowbit_server.flags import UNIX
+from lowbit_server.gateway.certificates import Certificates
 from lowbit_server.gateway.http_endings import DEFAULT_TIMES, Times
 from lowbit_server.gateway.http_parser import bounded_http
 from lowbit_server.gateway.listeners import listen
@@ -57,6 +58,7 @@ async def serving(
     from_unix = listener.family == socket.AF_UNIX
     named = [one for one in config.forwarded_allow_ips if one != UNIX]
     proxies = ["*"] if from_unix and UNIX in config.forwarded_allow_ips else named
+    certificates = _certificates(config)
     server = _Server(
         uvicorn.Config(
             app,
@@ -67,21 +69,31 @@ async def serving(
             access_log=False,
             timeout_keep_alive=times.idle_s,
             timeout_graceful_shutdown=config.drain_timeout_s,
-            ssl_certfile=config.ssl_certfile,
-            ssl_keyfile=config.ssl_keyfile,
+            ssl_context_factory=None
+            if certificates is None
+            else lambda _config, _default: certificates.context,
             server_header=False,
             proxy_headers=bool(proxies),
             forwarded_allow_ips=proxies,
         )
     )
-    server.config.load()  # a certificate that does not fit is found here, not in the task
+    server.config.load()
     listen(listener)
     task = asyncio.create_task(server.serve(sockets=[listener]))
+    renewal = None if certificates is None else asyncio.create_task(certificates.watch())
     try:
         yield Serving(server, task)
     finally:
+        if renewal is not None:
+            renewal.cancel()
         server.cut_off()
         await task
+
+
+def _certificates(config: ServeConfig) -> Certificates | None:
+    if config.ssl_certfile is None or config.ssl_keyfile is None:
+        return None
+    return Certificates(config.ssl_certfile, config.ssl_keyfile)
 
 
 async def serve_until_stopped(serving: Serving, engine: Liveness, state: DrainState) -> None:

@@ -161,7 +161,7 @@ class Gateway:
         """Check which model a request asks for, and set its priority; returns whether the document was changed."""
         context.stream = document.get("stream") is True
         context.model = self._models.name_in(document, key)
-        if self._keys is None or not self._keys.uses_priorities:
+        if self._keys is None or not (self._keys.uses_priorities or "priority" in document):
             return False
         document["priority"] = key.priority  # the key's, whatever the client says
         return True

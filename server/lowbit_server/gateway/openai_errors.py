@@ -34,6 +34,9 @@ CODES = {
     503: "unavailable",
     504: "deadline_exceeded",
 }
+# What vLLM says of a prompt that is too long: parameters that no API has, and words of its messages.
+PROMPT_PARAMETERS = ("input_tokens", "input_text")
+PROMPT_TOO_LONG = ("is longer than the maximum model length", "plus the number of requested output tokens")
 
 
 @dataclass(frozen=True)
@@ -67,10 +70,15 @@ def error_document(status: int, message: str, code: str | None = None, param: st
     return json.dumps({"error": error}).encode()
 
 
-def normalized(status: int, body: bytes) -> tuple[int, bytes]:
-    """Status and document for another component's error response; 422 becomes 400, which is what OpenAI sends."""
+def normalized(status: int, body: bytes, prompt: str | None = None) -> tuple[int, bytes]:
+    """Status and document for another component's error response; 422 becomes 400, which is what OpenAI sends.
+
+    `prompt`: the field that holds the prompt, which is the one to blame where the engine says that it is too long.
+    """
     status = 400 if status == 422 else status
     message, param, code = _read(body)
+    if status == 400 and (param in PROMPT_PARAMETERS or any(mark in message for mark in PROMPT_TOO_LONG)):
+        code, param = "context_length_exceeded", prompt
     return status, error_document(
         status, message or CODES.get(status, "error").replace("_", " "), code, param
     )
@@ -106,11 +114,11 @@ def stream_event(error: ApiError, shape: ErrorShape) -> bytes:
     return b"event: error\ndata: " + json.dumps(data).encode() + b"\n\n"
 
 
-def normalized_event(event: bytes) -> bytes:
+def normalized_event(event: bytes, prompt: str | None = None) -> bytes:
     """Another component's error event in a stream, in the one shape."""
     body = event.removeprefix(b"data: ")
     status = _status(body)
-    return b"data: " + normalized(status, body)[1] + b"\n\n"
+    return b"data: " + normalized(status, body, prompt)[1] + b"\n\n"
 
 
 def _status(body: bytes) -> int:

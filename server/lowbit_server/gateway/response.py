@@ -72,7 +72,7 @@ class ResponseWriter:
         if self._context is not None:
             self._context.outcome = self._context.outcome or "error"
             self._context.response_ended = True
-        await self._send({"type": "http.response.body", "body": normalized_event(event)})
+        await self._send({"type": "http.response.body", "body": normalized_event(event, self._prompt)})
 
     async def _start(self, message: Message) -> None:
         content_type = next((v for n, v in message.get("headers", ()) if n.lower() == b"content-type"), b"")
@@ -93,13 +93,17 @@ class ResponseWriter:
             status = 429
             headers["retry-after"] = str(self._retry_after())
         if self._headers:  # health responses have none and keep their own shape
-            status, body = normalized(status, body)
+            status, body = normalized(status, body, self._prompt)
         headers |= {"content-type": "application/json", "content-length": str(len(body))}
         self._note(status)
         self._begun = self._ended = True
         raw = [(n.encode("latin-1"), v.encode("latin-1")) for n, v in headers.items()]
         await self._send({"type": "http.response.start", "status": status, "headers": raw})
         await self._send({"type": "http.response.body", "body": body})
+
+    @property
+    def _prompt(self) -> str | None:
+        return self._context.route.prompt if self._context is not None else None
 
     def _note(self, status: int) -> None:
         if self._context is not None:

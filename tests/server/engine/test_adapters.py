@@ -41,7 +41,7 @@ def test_a_directory_gives_its_adapters_by_name_and_nothing_else(tmp_path: Path)
 
 def test_named_adapters_are_checked_before_the_engine_starts(tmp_path: Path) -> None:
     config = ServeConfig(tmp_path, lora_modules=(("poet", adapter(tmp_path / "poet")),))
-    assert open_adapters(config, "base").path_of("poet") == tmp_path / "poet"
+    assert open_adapters(config, ("base",)).path_of("poet") == tmp_path / "poet"
 
 
 @pytest.mark.parametrize(
@@ -60,9 +60,9 @@ def test_an_adapter_that_cannot_be_served_is_refused(
 ) -> None:
     config = ServeConfig(tmp_path, lora_modules=((name, adapter(tmp_path / "x", weights, **changes)),))
     with pytest.raises(ConfigError, match=f"--lora-modules {name}.*{words}"):
-        open_adapters(config, "base")
+        open_adapters(config, ("base",))
 
 
 def test_a_missing_directory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--lora-dir .* is not a directory"):
-        open_adapters(ServeConfig(tmp_path, lora_dir=tmp_path / "none"), "base")
+        open_adapters(ServeConfig(tmp_path, lora_dir=tmp_path / "none"), ("base",))

@@ -160,3 +160,27 @@ def test_stages_that_the_cpu_engine_would_fail_in_are_refused(make_checkpoint: "
     with pytest.raises(ConfigError, match="fails at the first request on a CPU"):
         derive_engine_arguments(config, open_checkpoint(config), "cpu")
     assert derive_engine_arguments(config, open_checkpoint(config), "gpu")["pipeline_parallel_size"] == 2
+
+
+def test_several_names_reach_the_engine_in_their_order(make_checkpoint: "MakeCheckpoint") -> None:
+    config = ServeConfig(make_checkpoint(), served_model_name=("org/smol", "smol"))
+    assert _arguments(config)["served_model_name"] == ["org/smol", "smol"]
+
+
+def test_with_keys_priorities_are_in_force_from_the_start(make_checkpoint: "MakeCheckpoint") -> None:
+    """The file may get one later, and the engine's policy cannot change."""
+    directory = make_checkpoint()
+    assert "scheduling_policy" not in _arguments(ServeConfig(directory))
+    assert _arguments(ServeConfig(directory, api_keys=directory / "keys"))["scheduling_policy"] == "priority"
+
+
+def test_whitespace_and_strict_tools_are_the_engines_own_switches(make_checkpoint: "MakeCheckpoint") -> None:
+    directory = make_checkpoint()
+    none = _arguments(ServeConfig(directory, json_whitespace="none"))["structured_outputs_config"]
+    assert none == {"backend": "xgrammar", "disable_any_whitespace": True}
+    strict = ServeConfig(directory, strict_tools="parameter", tool_call_parser="hermes")
+    assert _arguments(strict)["tool_strict_level"] == "parameter"
+    with pytest.raises(
+        ConfigError, match="--strict-tools binds calls of tools, which --tool-call-parser turns on"
+    ):
+        _arguments(ServeConfig(directory, strict_tools="function"))

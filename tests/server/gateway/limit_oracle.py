@@ -32,7 +32,7 @@ PROMPTS: tuple[tuple[Any, int], ...] = (
 )  # fmt: skip
 BAD_BODIES = (
     b"", b"{", b"[]", b'{"model": "other"}', b'{"prompt": "\\ud83d", "user": "u"}', b'{"prompt": "\xff"}',
-    b'{"metadata": {"x": "\\udc00"}}', b"[" * 200, b'{"prompt": ' + b"[" * 150 + b"]" * 150 + b"}", b"x" * 500,
+    b'{"metadata": {"x": "\\udc00"}}', b"[" * 200, b"x" * 500,
 )  # fmt: skip
 
 

@@ -59,7 +59,7 @@ class LimitSequences(RuleBasedStateMachine):
             is_draining=lambda: self.draining, clock=lambda: self.now,
         )  # fmt: skip
         front = Entrance(self.gateway, "", BODY_BYTES)
-        self.app = with_cors(front, ServeConfig(Path("unused"), cors_origins="https://a.example"))
+        self.app = with_cors(front, ServeConfig(Path("unused"), cors_origins=("https://a.example",)))
         self.open: list[Exchange] = []
         self.facts: dict[Exchange, dict[str, Any]] = {}
         self.late: list[tuple[float, Account, dict[str, Any]]] = []

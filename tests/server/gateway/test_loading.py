@@ -12,6 +12,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
+from lowbit_core.errors import ConfigError
 from lowbit_server.app import with_cors
 from lowbit_server.config import ServeConfig
 from lowbit_server.gateway.entrance import Entrance
@@ -19,7 +20,7 @@ from lowbit_server.gateway.http_server import serving
 from lowbit_server.gateway.listeners import bind
 from lowbit_server.gateway.loading import Loading
 
-CONFIG = ServeConfig(Path("unused"), cors_origins="https://a.example", drain_timeout_s=1)
+CONFIG = ServeConfig(Path("unused"), cors_origins=("https://a.example",), drain_timeout_s=1)
 
 
 @pytest.fixture
@@ -181,6 +182,6 @@ async def test_a_certificate_that_does_not_fit_its_key_is_found_before_anything_
 ) -> None:
     (tmp_path / "bad.pem").write_text("no certificate")
     config = ServeConfig(tmp_path, ssl_certfile=tmp_path / "bad.pem", ssl_keyfile=tmp_path / "bad.pem")
-    with pytest.raises(ssl.SSLError):
+    with pytest.raises(ConfigError):
         async with serving(loading, listener, config):
             pass

@@ -182,6 +182,20 @@ async def test_priority_is_the_keys_and_not_the_clients(tmp_path: Path) -> None:
     assert served.seen["body"]["priority"] == 0
 
 
+async def test_a_priority_that_comes_with_a_new_key_file_counts_at_once(tmp_path: Path) -> None:
+    now = [0.0]
+    path = key_file(tmp_path / "k", {"name": "a"})
+    served = Served(KeyStore(path, lambda: now[0]))
+    await served.chat(key="a-secret", priority=-100)  # a client's own is never followed
+    assert served.seen["body"]["priority"] == 0
+    await served.chat(key="a-secret")
+    assert "priority" not in served.seen["body"]
+    key_file(path, {"name": "a", "priority": 5})
+    now[0] = 10
+    await served.chat(key="a-secret")
+    assert served.seen["body"]["priority"] == 5
+
+
 async def test_a_full_queue_is_429_with_a_time_to_come_back() -> None:
     served = Served()
     answer = await served.chat("busy")
@@ -275,7 +289,7 @@ async def test_admin_paths_may_have_a_port_of_their_own(tmp_path: Path) -> None:
 
 async def test_browsers_may_ask_from_the_allowed_origins_and_read_refusals(tmp_path: Path) -> None:
     served = Served(KeyStore(key_file(tmp_path / "k", {"name": "a"})))
-    app = with_cors(served.app, ServeConfig(tmp_path, cors_origins="https://a.example"))
+    app = with_cors(served.app, ServeConfig(tmp_path, cors_origins=("https://a.example",)))
     assert with_cors(served.app, ServeConfig(tmp_path)) is served.app
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as browser:
         for origin, allowed in (("https://a.example", "https://a.example"), ("https://b.example", None)):
