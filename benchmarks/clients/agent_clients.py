@@ -21,7 +21,8 @@ URL, KEY, MODEL = os.environ["CLIENT_URL"], os.environ["CLIENT_KEY"], os.environ
 ASK = "Paris is a big city."
 MODELS_TEXT = (ValidationError, json.JSONDecodeError)
 MODELS_TEXT_NAMES = {  # the frameworks' own errors for it
-    "InstructorRetryException", "UnexpectedModelBehavior", "ModelBehaviorError", "MaxTurnsExceeded",
+    "InstructorRetryException", "IncompleteOutputException", "UnexpectedModelBehavior", "ModelBehaviorError",
+    "MaxTurnsExceeded",
 }  # fmt: skip
 
 
