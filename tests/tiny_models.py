@@ -26,7 +26,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from lowbit_quantize.quality.dataset import _documents
+from lowbit_quantize.quality.sources import find_documents
 from lowbit_quantize.recipe import Text
 
 VOCABULARY = 512
@@ -175,6 +175,6 @@ def _trained() -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
-    sample = [document.words for document in _documents(Text(), "heldout", Text())[:40]]
+    sample = [document.words for document in find_documents(Text(), "heldout", Text())[:40]]
     tokenizer.train_from_iterator(sample, trainer)
     return tokenizer

@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT / "benchmarks" / "quantizers"), str(ROOT)]
 from provenance import hardware, revision, versions  # noqa: E402
 from scripts.demo import LOWBIT, find_demo_model  # noqa: E402
 
-from lowbit_quantize.quality.dataset import token_runs  # noqa: E402
+from lowbit_quantize.quality.overlap import token_runs  # noqa: E402
 
 ROW_TOKENS = 512
 ROWS = 4  # of each domain

@@ -24,7 +24,8 @@ from provenance import hardware, revision, sha256, versions
 from walked import kept_experts, walked
 
 from lowbit_core.manifest import TextRecord
-from lowbit_quantize.quality.dataset import TokenText, token_runs
+from lowbit_quantize.quality.dataset import TokenText
+from lowbit_quantize.quality.overlap import token_runs
 
 ROW_TOKENS = 512
 METHODS = (["rtn"], ["awq"], ["gptq"], ["awq", "gptq"])

@@ -1,13 +1,12 @@
 """Reads JSON lines, plain or gzipped; an error names the file and the line."""
 
-import gzip
 import json
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from lowbit_core.errors import ConfigError, LowbitError
+from lowbit_core.text_file import half_character, open_text, quote, reading
 
 
 def read_jsonl(
@@ -17,19 +16,31 @@ def read_jsonl(
 
     `what` is what errors call the file: "trace", "prompts". Raises `error`.
     """
-    number = 0
-    opened: Callable[..., IO[str]] = gzip.open if path.suffix == ".gz" else open
+    with reading(path, what, error), open_text(path) as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            place = f"{what} {path}, line {number}"
+            row = parse_json(line, place, error)
+            if not isinstance(row, dict):
+                hint = "; an array of rows belongs into a .json" if isinstance(row, list) else ""
+                raise error(f"{place}: not a JSON object: {quote(line.strip())}{hint}")
+            yield number, row
+
+
+def parse_json(text: str, place: str, error: type[LowbitError]) -> Any:
+    """A JSON text; raises `error` where it is none, is nested too deeply or holds half a character."""
     try:
-        with opened(path, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise error(f"{what} {path}, line {number}: not a JSON object")
-                    yield number, row
-    except (OSError, EOFError, zlib.error) as failure:
-        raise error(f"{what} {path} cannot be read: {failure}") from failure
-    except UnicodeDecodeError as failure:
-        raise error(f"{what} {path}, after line {number}: not UTF-8: {failure}") from failure
-    except ValueError as failure:
-        raise error(f"{what} {path}, line {number}: not JSON: {failure}") from failure
+        data = json.loads(text)
+    except json.JSONDecodeError as failure:
+        around = quote(text[max(0, failure.pos - 20) : failure.pos + 40].strip())
+        raise error(f"{place}: not JSON: {failure.msg} (character {failure.pos + 1}): {around}") from None
+    except ValueError as failure:  # a whole number of thousands of digits
+        raise error(f"{place}: not JSON that can be read: {quote(str(failure))}") from None
+    except RecursionError:
+        raise error(f"{place}: nested too deeply: {quote(text[:40])}") from None
+    if "\\ud" in text.lower() and (half := half_character(json.dumps(data, ensure_ascii=False))):
+        raise error(
+            f"{place}: half of a surrogate pair in {half}; write the whole character, or leave it out"
+        )
+    return data

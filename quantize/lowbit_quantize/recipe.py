@@ -43,7 +43,7 @@ RENAMED = {
 
 def _is_file(text: str, path: Path) -> bool:
     """Whether a dataset is a file rather than a name."""
-    return text != BUNDLED and not text.startswith("hub:")
+    return text not in ("", BUNDLED) and not text.startswith("hub:")
 
 
 class Rule(Section):

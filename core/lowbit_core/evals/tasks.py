@@ -113,7 +113,9 @@ def load_text(path: Path, count: int, characters: int, seed: int) -> list[Item]:
     """
     by_domain: defaultdict[str, list[Item]] = defaultdict(list)
     for number, row in read_jsonl(path, "text"):
-        text = row.get("text") or "\n".join(str(one.get("content")) for one in row.get("messages", ()))
+        messages = row.get("messages")
+        said = messages if isinstance(messages, list) else []
+        text = row.get("text") or "\n".join(str(one.get("content")) for one in said if isinstance(one, dict))
         if not isinstance(text, str) or not text:
             raise ConfigError(f'text {path}, line {number}: a line needs "text" or "messages"')
         task = f"text:{row.get('domain', 'text')}"

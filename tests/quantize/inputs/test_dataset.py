@@ -8,13 +8,17 @@ import torch
 from tests.tiny_models import VOCABULARY, tiny_tokenizer
 
 from lowbit_core.errors import RecipeError
-from lowbit_quantize.quality.dataset import Document, _documents, drop_overlap, load_texts, word_runs
+from lowbit_quantize.quality.dataset import load_texts
+from lowbit_quantize.quality.document import Document
+from lowbit_quantize.quality.overlap import drop_overlap, word_runs
+from lowbit_quantize.quality.sources import find_documents
+from lowbit_quantize.quality.templates import render
 from lowbit_quantize.recipe import Quality, Text
 
 
 def test_default_calibration_and_heldout_text_never_overlap() -> None:
-    calibration = _documents(Text(), "calibration", Quality())
-    heldout = _documents(Quality(), "heldout", Text())
+    calibration = find_documents(Text(), "calibration", Quality())
+    heldout = find_documents(Quality(), "heldout", Text())
     runs = {run for document in calibration for run in word_runs(document.words)}
     assert len(runs) > 100_000
     assert len(heldout) > 100
@@ -48,8 +52,8 @@ def test_conversations_go_through_the_chat_template() -> None:
     conversation = Document(
         "dialogue", messages=({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"})
     )
-    assert conversation.render(tiny_tokenizer()) == "<|user|>Hi<|end|><|assistant|>Yes<|end|>"
-    assert conversation.render(tiny_tokenizer(chat=False)) == "Hi\n\nYes"
+    assert render(conversation, tiny_tokenizer()) == "<|user|>Hi<|end|><|assistant|>Yes<|end|>"
+    assert render(conversation, tiny_tokenizer(chat=False)) == "Hi\n\nYes"
 
 
 def test_a_document_that_shares_thirteen_words_is_dropped() -> None:
@@ -67,8 +71,8 @@ def test_one_file_for_both_texts_is_split(tmp_path: Path) -> None:
         for n in range(120)
     ]
     path.write_text("\n".join(lines))
-    calibration = _documents(Text(dataset=str(path)), "calibration", Quality(dataset=str(path)))
-    heldout = _documents(Quality(dataset=str(path)), "heldout", Text(dataset=str(path)))
+    calibration = find_documents(Text(dataset=str(path)), "calibration", Quality(dataset=str(path)))
+    heldout = find_documents(Quality(dataset=str(path)), "heldout", Text(dataset=str(path)))
     assert len(calibration) + len(heldout) == 120
     assert 10 < len(heldout) < 50
     assert {d.text for d in calibration}.isdisjoint(d.text for d in heldout)
@@ -77,7 +81,7 @@ def test_one_file_for_both_texts_is_split(tmp_path: Path) -> None:
 def test_a_text_file_is_cut_at_blank_lines(tmp_path: Path) -> None:
     path = tmp_path / "mine.txt"
     path.write_text("\n\n".join(f"paragraph {n} " + "x" * 900 for n in range(10)))
-    documents = _documents(Text(dataset=str(path)), "calibration", Quality())
+    documents = find_documents(Text(dataset=str(path)), "calibration", Quality())
     assert len(documents) == 2
     assert documents[0].text.startswith("paragraph 0")
 

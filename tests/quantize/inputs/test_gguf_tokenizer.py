@@ -26,7 +26,7 @@ from lowbit_quantize.model.reference import find_model
 from lowbit_quantize.model.sources.gguf_model import GgufModel
 from lowbit_quantize.model.sources.gguf_tokenizer import build_tokenizer, read_vocabulary
 from lowbit_quantize.model.sources.pre_tokenizers import PRE_TOKENIZERS
-from lowbit_quantize.quality.dataset import _documents
+from lowbit_quantize.quality.sources import find_documents
 from lowbit_quantize.recipe import Text
 
 CHARACTERS = (
@@ -48,7 +48,7 @@ def texts(seed: int) -> Iterator[str]:
 
 @cache
 def sample() -> tuple[str, ...]:
-    documents = [document.words for document in _documents(Text(), "heldout", Text())[:20]]
+    documents = [document.words for document in find_documents(Text(), "heldout", Text())[:20]]
     return (*documents, *texts(1))
 
 

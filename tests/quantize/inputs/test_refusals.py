@@ -153,7 +153,7 @@ def test_too_little_disk(tiny_model: Callable[[str], Path], tmp_path: Path) -> N
 
 
 def test_text_that_does_not_exist(refused: Callable[..., str], tiny_model: Callable[[str], Path]) -> None:
-    assert "'nowhere.jsonl' is not an existing" in refused(
+    assert "'nowhere.jsonl' is not an existing file or folder" in refused(
         tiny_model("llama"), "--calibration", "nowhere.jsonl"
     )
 
@@ -257,7 +257,7 @@ def test_a_model_without_tokenizer(refused: Callable[..., str], tmp_path: Path) 
 def test_a_chat_template_that_refuses_the_text(refused: Callable[..., str], tmp_path: Path) -> None:
     directory = write_tiny_model(tmp_path / "m")
     (directory / "chat_template.jinja").write_text("{{ raise_exception('no such role') }}")
-    assert "chat template refuses a conversation of the text: no such role" in refused(directory)
+    assert "chat template refuses this conversation: TemplateError: 'no such role'" in refused(directory)
 
 
 def test_sequences_longer_than_the_models_positions(

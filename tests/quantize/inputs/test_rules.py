@@ -196,7 +196,7 @@ PRUNE = {"prune_experts": {"prune_ratio": 0.5}}
         ([PRUNE, "quantize", "distill_router"], "passes.2: distill_router stands after quantize; put it before"),
         ([PRUNE], "linears and passes lacks quantize; add it to passes"),
         ([{"quantize": {"bits": 4}}], "passes.0.quantize: unknown key 'bits'"),
-        ([{"prune_experts": {"ratio": 0.5}}], "unknown key 'ratio'; did you mean prune_ratio? allowed here: prune_ratio, keep_experts"),
+        ([{"prune_experts": {"ratio": 0.5}}], "unknown key 'ratio'; did you mean prune_ratio? allowed here"),
         ([{"prune_experts": {}}], "give prune_ratio, the share of experts that goes, or keep_experts"),
         ([{"prune_experts": {"prune_ratio": 0.5, "keep_experts": 4}}], "or keep_experts, the count that stays"),
         ([{"prune_experts": {"prune_ratio": 1.0}}], "prune_ratio = 1.0"),
