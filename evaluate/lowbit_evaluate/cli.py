@@ -50,7 +50,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         const=FROM_MANIFEST,
         metavar="SOURCE",
         help="KL, agreement and perplexity on held-out text: without SOURCE that of MODEL's manifest; SOURCE is "
-        "default, FILE.jsonl, FILE.txt, IDS.json or hub:DATASET",
+        "default, a file, a folder or hub:NAME[:CONFIG][:SPLIT] (docs/texts.md), or IDS.json",
     )
     parser.add_argument("--target", metavar="URL", help="ask a served OpenAI-compatible endpoint instead")
     parser.add_argument(

@@ -4,8 +4,10 @@ Plain transformers runs each model from its files, independently of the walk; on
 shared with it.
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from lowbit_evaluate.loaded_model import LoadedModel
 from lowbit_quantize.model.decoder import BATCH_TOKENS
 from lowbit_quantize.quality import kl
 from lowbit_quantize.quality.dataset import TokenText, load_texts
+from lowbit_quantize.quality.token_ids import holds_token_ids
 from lowbit_quantize.recipe import BUNDLED, Recipe, Text, parse_recipe
 
 
@@ -32,13 +35,14 @@ class TextStates:
 def load_heldout(source: str | None, manifest: Manifest | None, tokenizer: Any, vocabulary: int) -> TokenText:
     """The text that the manifest's recipe names, or without a manifest the bundled one; `source` replaces either.
 
-    A source that ends in .json holds token ids. Documents that overlap with the calibration text are left out, as in
+    A .json file with `input_ids` holds token ids. Documents that overlap with the calibration text are left out, as in
     a run of `lowbit quantize`.
     """
     recipe = parse_recipe(manifest.recipe, "of the manifest") if manifest else Recipe()
     heldout: Text = recipe.quality
     if source is not None:
-        ids = source.endswith(".json")
+        source = os.path.expanduser(source)
+        ids = holds_token_ids(Path(source))
         heldout = heldout.model_copy(
             update={"token_ids": source if ids else None, "dataset": BUNDLED if ids else source}
         )

@@ -81,7 +81,7 @@ def _base(asked: Evaluation) -> tuple["ModelReference | None", Answers | None]:
     if asked.base is None:
         return None, None
     if asked.base.endswith(".json"):
-        return None, read_base(Path(asked.base), asked.items)
+        return None, read_base(Path(asked.base).expanduser(), asked.items)
     _check_torch()
     from lowbit_evaluate import in_process
 

@@ -67,7 +67,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(old, action=RenamedFlag, now=now)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument(
-        "--calibration", metavar="SOURCE", help="text: default, FILE.jsonl, FILE.txt, hub:DATASET"
+        "--calibration",
+        metavar="SOURCE",
+        help="text: default, a file, a folder, or hub:NAME[:CONFIG][:SPLIT] (docs/texts.md)",
     )
     parser.add_argument(
         "--heldout", metavar="SOURCE", help="text that quality is measured on, as --calibration"

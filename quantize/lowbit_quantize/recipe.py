@@ -108,7 +108,7 @@ class PassStep(Section):
 
 
 class Text(Section):
-    """Where token sequences come from: `default`, FILE.jsonl, FILE.txt, hub:DATASET[@REVISION], or exact ids."""
+    """Where token sequences come from: `default`, a file, a folder, `hub:NAME[:CONFIG][:SPLIT][@REVISION]`; or ids."""
 
     dataset: Annotated[str, document_path(_is_file)] = BUNDLED
     num_samples: int = Field(default=64, ge=1)

@@ -248,7 +248,7 @@ def test_what_is_wrong_is_said_in_one_line(
     long.write_text(json.dumps({"context": "word " * 2000, "choices": [" b", " c"]}) + "\n")
     cases: list[tuple[tuple[object, ...], str]] = [
         ((base,), "nothing is asked"),
-        ((base, "--tasks", "arc"), "unknown task 'arc'; tasks are: arc_challenge"),
+        ((base, "--tasks", "arc"), "unknown task 'arc'; did you mean arc_easy? tasks are: arc_challenge"),
         ((base, "--tasks", "piqa", "--tasks-dir", tmp_path), "has no arc_easy"),
         ((base, "--items", tmp_path / "none.jsonl"), "cannot be read"),
         ((base, "--items", twice), "2 items of task own have the id 1"),

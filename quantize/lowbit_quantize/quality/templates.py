@@ -56,7 +56,7 @@ def _refuse_unnamed(templates: Any, document: Document) -> None:
     if not (document.tools and "tool_use" in templates):
         raise RecipeError(
             f"text {document.place}: the model has the chat templates {', '.join(sorted(templates))} and none is "
-            "called default; call one of them default in its tokenizer_config.json, or give plain text"
+            "called default; save one of them as chat_template.jinja in the model's directory, or give plain text"
         )
 
 

@@ -10,6 +10,19 @@ from lowbit_core.errors import RecipeError
 from lowbit_core.text_file import quote
 
 
+def holds_token_ids(path: Path) -> bool:
+    """Whether a file is meant as token ids: JSON with `input_ids`, or a .json that cannot be read as anything."""
+    if path.suffix.lower() != ".json":
+        return False
+    try:
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        return error.msg != "Extra data"  # JSON lines
+    except (OSError, ValueError, RecursionError):
+        return True
+    return isinstance(data, dict) and "input_ids" in data
+
+
 def read_token_ids(path: Path, vocabulary: int, section: str) -> tuple[Tensor, tuple[str, ...]]:
     """Rows of token ids from a file, and the domain of each row: "all" where the file names none."""
     wanted = (

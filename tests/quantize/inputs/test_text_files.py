@@ -19,6 +19,7 @@ from lowbit_core.errors import RecipeError
 from lowbit_quantize.quality.dataset import load_texts
 from lowbit_quantize.quality.readers import read_file, read_folder
 from lowbit_quantize.quality.sources import find_documents
+from lowbit_quantize.quality.token_ids import holds_token_ids
 from lowbit_quantize.recipe import Quality, Text
 
 ROWS = [{"text": f"Zeile {n}: äß 漢字 😀, “quoted” text", "domain": "x"} for n in range(5)]
@@ -228,3 +229,22 @@ def test_random_bytes_and_random_json_end_as_tokens_or_as_one_line(
     assert "\n" not in line
     assert len(line.replace(str(tmp_path), "")) < 600
     line.encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "ids"),
+    [
+        ("a.json", '{"input_ids": [[1, 2]]}', True),
+        ("a.json", '\ufeff{"domains": ["x"], "input_ids": [[1, 2]]}', True),
+        ("a.json", "{", True),
+        ("a.json", json.dumps(ROWS), False),
+        ("a.json", lines(), False),
+        ("a.jsonl", lines(), False),
+    ],
+)
+def test_a_json_file_is_token_ids_by_what_it_holds(
+    tmp_path: Path, name: str, content: str, ids: bool
+) -> None:
+    (tmp_path / name).write_text(content)
+    assert holds_token_ids(tmp_path / name) is ids
+    assert holds_token_ids(tmp_path / "none.json")
