@@ -3,7 +3,8 @@ tokens behind, or lets more through than the limits say.
 
 hypothesis' stateful machine drives the whole stack of middleware over an engine that obeys it, on a clock and an event
 loop that pass when it says so. An oracle counts beside it, by the documentation and without the code's help.
-LOWBIT_LIMIT_SEQUENCES=2000 runs as many sequences; the default is for every day.
+LOWBIT_LIMIT_SEQUENCES=2000 runs as many sequences; the default is for every day. A machine's rules are one class, hence
+the module's length.
 """
 
 import json
@@ -18,7 +19,16 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from tests.server.gateway.key_files import key_file
-from tests.server.gateway.limit_oracle import BAD_BODIES, CHOICES, LIMITS, NAMES, OUTPUTS, PROMPTS, Account
+from tests.server.gateway.limit_oracle import (
+    BAD_BODIES,
+    CHOICES,
+    LIMITS,
+    NAMES,
+    OUTPUTS,
+    PROMPTS,
+    UNITS,
+    Account,
+)
 from tests.server.gateway.scripted_engine import Broken, Exchange, ScriptedEngine
 from tests.server.gateway.stepped_loop import SteppedLoop
 
@@ -26,13 +36,13 @@ from lowbit_server.app import with_cors
 from lowbit_server.config import ServeConfig
 from lowbit_server.gateway.entrance import Entrance
 from lowbit_server.gateway.keys import KeyStore
-from lowbit_server.gateway.lease import BODIES_AT_ONCE
 from lowbit_server.gateway.middleware import Gateway
 from lowbit_server.gateway.request_limits import Models, ServerLimits
 from lowbit_server.gateway.request_tracker import LATE_S, RequestTracker
 
 SEQUENCES = int(os.environ.get("LOWBIT_LIMIT_SEQUENCES", "40"))
-PLACES, BODY_BYTES = 6, 400
+PLACES, BODY_BYTES, ALL_BODIES = 6, 400, 420
+REFUSALS = (400, 401, 403, 404, 408, 413, 415, 429, 503)
 
 
 class LimitSequences(RuleBasedStateMachine):
@@ -43,7 +53,7 @@ class LimitSequences(RuleBasedStateMachine):
         self.loop = SteppedLoop()
         self.now, self.draining = 5000.0, False
         self.file = Path(self.folder.name) / "keys"
-        self.entries: dict[str, dict[str, Any]] = {"a": LIMITS[2], "b": LIMITS[4], "c": LIMITS[0]}
+        self.entries: dict[str, dict[str, Any]] = {"a": LIMITS[6], "b": LIMITS[4], "c": LIMITS[3]}
         self.secrets = {name: name for name in NAMES}  # name -> whose secret it has
         self.accounts = {name: Account() for name in NAMES}
         self.gone: dict[str, Account] = {}  # by secret
@@ -58,6 +68,7 @@ class LimitSequences(RuleBasedStateMachine):
             engine, limits, self.keys, self.tracker, Models("tiny", {"tiny"}.__contains__),
             is_draining=lambda: self.draining, clock=lambda: self.now,
         )  # fmt: skip
+        self.gateway._capacity.body_bytes = ALL_BODIES
         front = Entrance(self.gateway, "", BODY_BYTES)
         self.app = with_cors(front, ServeConfig(Path("unused"), cors_origins=("https://a.example",)))
         self.open: list[Exchange] = []
@@ -90,25 +101,50 @@ class LimitSequences(RuleBasedStateMachine):
         }  # fmt: skip
         self._start(name, json.dumps(document).encode(), pieces, facts, heeds, timeout)
 
-    @rule(name=st.sampled_from(NAMES), body=st.sampled_from(BAD_BODIES), pieces=st.integers(1, 2))
-    def bad_request(self, name: str, body: bytes, pieces: int) -> None:
-        self._start(name, body, pieces, {"bad": True}, False, "")
+    @rule(data=st.data(), name=st.sampled_from(NAMES), kind=st.integers(0, 7))
+    def refused(self, data: Any, name: str, kind: int) -> None:
+        """Most are bodies that are refused; the rest never get so far."""
+        if kind == 0:
+            self.without_a_key(data.draw(st.sampled_from(("/v1/models", "/v1/completions", "/nowhere"))))
+        elif kind == 1:
+            self.request_while_draining(name)
+        elif kind == 2:
+            self.compressed_nonsense(data.draw(st.sampled_from(("gzip", "zstd", "br"))), "/v1/completions")
+        else:
+            self.bad_request(name, data.draw(st.sampled_from(BAD_BODIES)), kind % 2 + 1)
 
-    @rule(
-        encoding=st.sampled_from(("gzip", "zstd", "br")),
-        path=st.sampled_from(("/v1/completions", "/tokenize")),
-    )
+    def bad_request(self, name: str, body: bytes, pieces: int) -> None:
+        self._start(name, body, pieces, {"bad": True, "name": name}, False, "")
+
     def compressed_nonsense(self, encoding: str, path: str) -> None:
         exchange = Exchange(path, {"authorization": "Bearer c-secret", "content-encoding": encoding})
         self._run(exchange, {"bad": True})
         exchange.body(b"nonsense")
         self.loop.settle()
 
-    @rule(path=st.sampled_from(("/v1/models", "/metrics", "/v1/completions", "/nowhere")))
     def without_a_key(self, path: str) -> None:
         exchange = Exchange(path, {"authorization": "Bearer nobody"})
         self._run(exchange, {"bad": True})
         assert exchange.status == 401
+
+    @rule(
+        name=st.sampled_from(NAMES), output=st.sampled_from(OUTPUTS), prompt=st.sampled_from(PROMPTS),
+        end=st.sampled_from(("end", "end", "raise", "refuse", "fail", "leave")), used=st.integers(0, 90),
+    )  # fmt: skip
+    def whole_exchange(self, name: str, output: Any, prompt: Any, end: str, used: int) -> None:
+        before = list(self.open)
+        self.request(name, output, CHOICES[0], prompt, 1, end == "leave", "", False)
+        exchange = next((one for one in self.open if one not in before and one.admitted), None)
+        if exchange is None:
+            return
+        if used % 2:
+            self.obey(exchange, "count", used)
+        if end == "leave":
+            exchange.disconnect()
+            self.loop.settle()
+            self._reap()
+        else:
+            self.obey(exchange, end, used)
 
     def _start(
         self, name: str, body: bytes, pieces: int, facts: dict[str, Any], heeds: bool, timeout: str
@@ -129,6 +165,12 @@ class LimitSequences(RuleBasedStateMachine):
         self.open.append(exchange)
         scope, receive, send = exchange.scope, exchange.receive, exchange.send
         exchange.task = self.loop.start(self.app(scope, receive, send))
+        if "name" in facts and not exchange.done:  # its body is awaited: it has a place, and is one request
+            account = facts["account"] = self._account_of(facts["name"])
+            account.places += 1
+            facts["held"] = 1
+            assert account.places <= account.limits.get("concurrent_requests", 1 << 30)
+            facts["requests"] = [account.take("requests_per_minute", 1)]
         self._reap()
 
     def _deliver(self, exchange: Exchange) -> None:
@@ -160,8 +202,11 @@ class LimitSequences(RuleBasedStateMachine):
     )  # fmt: skip
     def engine(self, data: Any, order: str, used: int) -> None:
         exchange = self._pick(data, admitted=True)
-        if exchange is None:
-            return
+        if exchange is not None:
+            self.obey(exchange, order, used)
+
+    def obey(self, exchange: Exchange, order: str, used: int) -> None:
+        """Let the engine do something with a request that it has."""
         facts = self.facts[exchange]
         if order == "count":
             facts["counted"] += used + 1
@@ -211,30 +256,39 @@ class LimitSequences(RuleBasedStateMachine):
         for account in self._all_accounts():
             account.flow(max(0.0, seconds))
 
-    @rule()
-    def drain_or_not(self) -> None:
-        self.draining = not self.draining
+    def request_while_draining(self, name: str) -> None:
+        self.draining = True
+        self._start(name, b"[]", 1, {"bad": True, "name": name}, False, "")
+        self.draining = False
 
-    @rule(name=st.sampled_from(NAMES), limits=st.sampled_from(LIMITS))
+    @rule(name=st.sampled_from(NAMES), limits=st.sampled_from(LIMITS), kind=st.integers(0, 5))
+    def key_file_changes(self, name: str, limits: dict[str, int], kind: int) -> None:
+        if kind == 0:
+            self.key_file_is_broken_for_a_while()
+        elif kind == 1 and len(self.entries) > 1:
+            self.key_goes(name)
+        elif kind == 2:
+            self.key_is_renamed(name)
+        elif kind == 3:
+            self.limits_change(name, limits)
+        else:
+            self.key_comes_back(name, limits)
+
     def limits_change(self, name: str, limits: dict[str, int]) -> None:
         if name in self.entries:
             self.entries[name] = limits
             self._reload()
 
-    @precondition(lambda self: len(self.entries) > 1)
-    @rule(name=st.sampled_from(NAMES))
     def key_goes(self, name: str) -> None:
         if name in self.entries:
             del self.entries[name]
             self._reload()
 
-    @rule(name=st.sampled_from(NAMES), limits=st.sampled_from(LIMITS))
     def key_comes_back(self, name: str, limits: dict[str, int]) -> None:
         if name not in self.entries and name not in {self.secrets[one] for one in self.entries}:
             self.entries[name], self.secrets[name] = limits, name
             self._reload()
 
-    @rule(name=st.sampled_from(NAMES))
     def key_is_renamed(self, name: str) -> None:
         """Under its new name it has its old secret."""
         if name in self.entries and f"{name}-new" not in self.entries:
@@ -242,7 +296,6 @@ class LimitSequences(RuleBasedStateMachine):
             self.secrets[f"{name}-new"] = self.secrets[name]
             self._reload()
 
-    @rule()
     def key_file_is_broken_for_a_while(self) -> None:
         self.file.write_text("keys: [")
         self._look_again()
@@ -290,15 +343,16 @@ class LimitSequences(RuleBasedStateMachine):
     def _on_admitted(self, exchange: Exchange) -> None:
         facts = self.facts[exchange]
         assert "bad" not in facts
-        account = facts["account"] = self._account_of(facts["name"])
-        account.running += facts["prompts"]
-        account.spent["requests_per_minute"] += facts["prompts"]
-        account.spent["tokens_per_minute"] += facts["reserved"]
+        account: Account = facts["account"]
+        more = facts["prompts"] - 1
+        account.places += more
+        facts["held"] += more
+        assert account.places <= account.limits.get("concurrent_requests", 1 << 30) or not more
+        if more:
+            facts["requests"].append(account.take("requests_per_minute", more))
+        facts["tokens"] = account.take("tokens_per_minute", facts["reserved"])
         in_engine = sum(self.facts[one]["prompts"] for one in self.open if one.admitted)
         assert in_engine <= PLACES
-        assert account.running <= account.limits.get("concurrent_requests", 1 << 30)
-        for unit, spent in account.spent.items():
-            assert unit not in account.limits or spent <= account.allowed[unit] + 1e-6, unit
 
     def _reap(self) -> None:
         """Requests that have ended, however."""
@@ -307,35 +361,46 @@ class LimitSequences(RuleBasedStateMachine):
             assert exchange.task is not None
             if not exchange.task.cancelled() and (error := exchange.task.exception()) is not None:
                 assert isinstance(error, Broken)
-            facts = self.facts[exchange]
-            if exchange.admitted:
-                self._settle(exchange, facts)
-            elif not exchange.task.cancelled():
-                assert exchange.status in (400, 401, 403, 404, 408, 413, 415, 429, 503), exchange.sent
+            self._ended(exchange, self.facts[exchange])
         due = [one for one in self.late if one[0] <= self.loop.now_s]
         self.late = [one for one in self.late if one not in due]
         for _, account, facts in due:
-            account.spent["tokens_per_minute"] += facts["read"] - facts["reserved"]
+            account.use(facts["read"], facts["tokens"])
 
-    def _settle(self, exchange: Exchange, facts: dict[str, Any]) -> None:
-        account: Account = facts["account"]
-        account.running -= facts["prompts"]
-        if facts["counted"]:
-            account.spent["tokens_per_minute"] += facts["counted"] - facts["reserved"]
-        elif 400 <= exchange.status < 500:
-            account.spent["tokens_per_minute"] -= facts["reserved"]
-            account.spent["requests_per_minute"] -= facts["prompts"]
-        elif exchange.status >= 500:
-            account.spent["tokens_per_minute"] -= facts["reserved"]
-        else:
-            self.late.append((self.loop.now_s + LATE_S, account, facts))
+    def _ended(self, exchange: Exchange, facts: dict[str, Any]) -> None:
+        account: Account | None = facts.get("account")
+        if account is not None:
+            account.places -= facts["held"]
+        refused = 400 <= exchange.status < 500 or not exchange.admitted
+        if refused and account is not None and not facts.get("counted"):
+            for receipt in facts["requests"]:
+                account.use(0, receipt)
+        if not exchange.admitted:
+            assert exchange.task is not None
+            assert exchange.task.cancelled() or exchange.status in REFUSALS, exchange.sent
+        elif account is not None:
+            if facts["counted"] or refused or exchange.status >= 500:
+                account.use(facts["counted"], facts["tokens"])
+            else:
+                self.late.append((self.loop.now_s + LATE_S, account, facts))
+
+    @invariant()
+    def every_bucket_is_as_full_as_the_documentation_says(self) -> None:
+        for name, account in self.accounts.items():
+            usage = self.gateway._usages._by_name.get(name)
+            if usage is None:
+                continue
+            assert usage.active == account.places
+            for unit, bucket in zip(UNITS, (usage.requests, usage.tokens), strict=True):
+                assert (bucket is None) == (unit not in account.levels)
+                assert bucket is None or abs(bucket.level() - account.levels[unit]) < 1e-3, (name, unit)
 
     @invariant()
     def no_more_is_held_than_runs(self) -> None:
         capacity = self.gateway._capacity
         held = sum(self.facts[one].get("delivered", 0) for one in self.open)
         assert 0 <= capacity.places_taken <= PLACES
-        assert capacity.bytes_taken <= min(held + 100, BODIES_AT_ONCE * BODY_BYTES)
+        assert capacity.bytes_taken <= min(held + 100, ALL_BODIES)
         if not self.open:
             assert (capacity.places_taken, capacity.bytes_taken, self.tracker.active) == (0, 0, 0)
 
