@@ -75,7 +75,9 @@ def _entry(rule: Rule, key: str, catalog: Catalog) -> ModulePlan | None:
         return None
     presets = {preset.name: preset for preset in catalog.presets}
     if rule.scheme not in presets:
-        raise RecipeError(unknown_name(f"{key}.scheme", rule.scheme, [*presets, NONE]))
+        method = next((one.name for one in catalog.methods if one.name == rule.scheme.casefold()), None)
+        hint = f"; {method} is a method: methods: [{method}]" if method else ""
+        raise RecipeError(unknown_name(f"{key}.scheme", rule.scheme, [*presets, NONE]) + hint)
     preset = presets[rule.scheme]
     scheme: Scheme = preset.make(rule.group_size or preset.group_size)
     return ModulePlan(scheme, _methods(rule.methods or DEFAULT_METHODS, f"{key}.methods", catalog))

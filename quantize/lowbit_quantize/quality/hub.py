@@ -73,9 +73,9 @@ def _choose(source: HubSource, datasets: Any) -> tuple[str | None, str]:
     configs = list(datasets.get_dataset_config_names(source.name, revision=source.revision))
     parts = list(source.parts)
     named = parts[0] if parts and parts[0] in configs else None
-    if len(parts) == 2 and named is None:
-        raise RecipeError(_unknown(source, "configuration", parts[0], configs))
     config = named or _default(source, configs, datasets)
+    if parts and named is None and (len(parts) == 2 or config is None):
+        raise RecipeError(_unknown(source, "configuration", parts[0], configs))
     if config is None and len(configs) > 1:
         shown = ", ".join(configs[:MOST_NAMES]) + (", …" if len(configs) > MOST_NAMES else "")
         raise RecipeError(

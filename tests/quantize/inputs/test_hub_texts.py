@@ -67,6 +67,7 @@ def test_configuration_and_split_are_found(
         ("hub:a/b", CHAT, "hub:a/b has the splits train_sft, test_sft; write hub:a/b:train_sft"),
         ("hub:a/b:tran_sft", CHAT, "has no split 'tran_sft'; did you mean train_sft? it has train_sft, test_sft"),
         ("hub:a/b", TWO, "hub:a/b has the configurations en, de; write hub:a/b:en"),
+        ("hub:a/b:fr", TWO, "hub:a/b has no configuration 'fr'; it has en, de"),
         ("hub:a/b:fr:train", TWO, "hub:a/b has no configuration 'fr'; it has en, de"),
         ("hub:a/b:x:y:z", TWO, "write hub:NAME[:CONFIG][:SPLIT][@REVISION]"),
         ("hub:https://hub/a/b", TWO, "write hub:NAME[:CONFIG][:SPLIT][@REVISION]"),

@@ -11,6 +11,7 @@ from tests.quantize.small_runs import recipe_with
 from tests.tiny_models import write_tiny_model
 
 from lowbit_core.errors import RecipeError
+from lowbit_quantize.catalog import CATALOG, unknown_name
 from lowbit_quantize.model.reference import find_model
 from lowbit_quantize.plan import Plan, make_plan
 
@@ -160,6 +161,7 @@ def test_what_no_rule_matches_stays_without_a_warning(
         ({"scheme": "W4A61"}, "modules.0.scheme: 'W4A61' is unknown; did you mean W4A16? allowed are W4A16, "),
         ({"scheme": "w8a16"}, "modules.0.scheme: 'w8a16' is unknown; did you mean W8A16?"),
         ({"scheme": "NVFP4"}, "modules.0.scheme: 'NVFP4' is unknown; "),
+        ({"scheme": "AWQ"}, "W8A16, none; awq is a method: methods: [awq]"),
         ({"methods": ["awk"]}, "modules.0.methods: 'awk' is unknown; did you mean awq? allowed are rtn, awq, gptq"),
         ({"methods": ["GPTQ"]}, "modules.0.methods: 'GPTQ' is unknown; did you mean gptq?"),
         ({"methods": ["gptq", "awq"]}, "['gptq', 'awq']: gptq only quantizes, so it stands last; put it there or"),
@@ -220,3 +222,19 @@ def test_the_base_model_walks_beside_where_one_linear_is_aimed_at_it(
     everywhere = {**ALL, "methods": ["awq", "gptq"]}
     assert plan_of(tiny_model("qwen3_moe"), everywhere).paired
     assert not plan_of(tiny_model("qwen3_moe"), everywhere, passes=[PRUNE, "quantize"]).paired
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("int4", "W4A16"),
+        ("INT8", "W8A16"),
+        ("w4a16", "W4A16"),
+        ("W4A61", "W4A16"),
+        ("w4-a16-asym", "W4A16_ASYM"),
+        ("bf16", "none"),
+    ],
+)
+def test_a_scheme_by_another_tools_name_or_in_another_case_is_told_by_ours(given: str, meant: str) -> None:
+    names = [*(preset.name for preset in CATALOG.presets), "none"]
+    assert f"did you mean {meant}? allowed are" in unknown_name("modules.0.scheme", given, names)
