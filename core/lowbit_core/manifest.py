@@ -11,8 +11,9 @@ import hashlib
 import json
 import os
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -39,6 +40,10 @@ class BaseModelRecord(_Record):
     dtype: str
     sha256: dict[str, str]
     remote_code: bool = False  # whether a tokenizer that is code of the base's own might be run
+    # The published numbers that were dequantized: "FP8 in blocks of 128 x 128".
+    dequantized: str | None = None
+    carried: list[str] = []  # tensors that no module of the model reads, stored untouched
+    left_out: dict[str, str] = {}  # tensors and files that are not in the checkpoint, with the reason
 
 
 class SizeRecord(_Record):
@@ -329,15 +334,24 @@ def _readable_sha256(path: Path) -> str:
 
 def record_files(directory: Path) -> dict[str, FileRecord]:
     """Size and hash of every file of a checkpoint except its own records."""
+    paths = {path.relative_to(directory).as_posix(): path for path in sorted(_visible_files(directory))}
+    for path in paths.values():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())  # the manifest must not outlive what it vouches for
+    return {
+        name: FileRecord(sha256=file_sha256(path), bytes=path.stat().st_size)
+        for name, path in paths.items()
+        if name not in (MANIFEST_NAME, PROGRESS_NAME)
+    }
+
+
+def _visible_files(directory: Path) -> Iterator[Path]:
+    """Files of a directory and of its folders, but for hidden folders: a run keeps its state in one."""
     for path in directory.iterdir():
         if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())  # the manifest must not outlive what it vouches for
-    return {
-        path.name: FileRecord(sha256=file_sha256(path), bytes=path.stat().st_size)
-        for path in sorted(directory.iterdir())
-        if path.is_file() and path.name not in (MANIFEST_NAME, PROGRESS_NAME)
-    }
+            yield path
+        elif path.is_dir() and not path.name.startswith("."):
+            yield from _visible_files(path)
 
 
 def verify_files(directory: Path, manifest: Manifest, *, hashes: bool) -> None:
@@ -346,10 +360,8 @@ def verify_files(directory: Path, manifest: Manifest, *, hashes: bool) -> None:
     Raises CheckpointError naming the first file that differs.
     """
     for name, record in manifest.files.items():
-        if Path(name).name != name:
-            raise CheckpointError(
-                f"{directory / MANIFEST_NAME} names {name!r}, which is not a file beside it"
-            )
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise CheckpointError(f"{directory / MANIFEST_NAME} names {name!r}, which is not a file below it")
         path = directory / name
         if not path.is_file():
             raise CheckpointError(f"{directory} is incomplete: {name} is missing; copy the checkpoint again")

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 GPU_MEMORY_GIB = 74.5  # what 80 GB are
+DTYPES = ("auto", "bfloat16", "float16")
 RENAMED_FLAGS = {"--check": "--dry-run", "--fresh": "--overwrite", "--gpu-gib": "--gpu-memory-gib"}
 
 
@@ -75,6 +76,15 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--heldout", metavar="SOURCE", help="text that quality is measured on, as --calibration"
     )
     parser.add_argument(
+        "--dtype", choices=DTYPES, help="what the base computes in (default auto: its configuration's)"
+    )
+    parser.add_argument(
+        "--leave-out",
+        action="append",
+        metavar="PATTERN",
+        help="tensors of the base's files that its model does not use and that are not to be carried over",
+    )
+    parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key"
     )
 
@@ -82,6 +92,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     _check_flags(arguments)
     overrides = list(arguments.set)
+    if arguments.dtype is not None:
+        overrides.append(f"base.dtype={arguments.dtype}")
+    if arguments.leave_out is not None:
+        overrides.append(f"base.leave_out={json.dumps(arguments.leave_out)}")
     if arguments.calibration is not None:
         overrides.append(f"calibration.dataset={json.dumps(arguments.calibration)}")
     if arguments.heldout is not None:

@@ -1,8 +1,7 @@
 """The story of a quantize run: check, walk down the model once, write, compare with the base, prove."""
 
-import copy
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -11,19 +10,23 @@ from lowbit_core.log import get_logger
 from lowbit_core.manifest import Manifest, QualityRecord, write_manifest
 from lowbit_quantize.catalog import CATALOG, Catalog
 from lowbit_quantize.check.forecast import run_disk_bytes, streams_bytes
-from lowbit_quantize.check.weights import check_weights, stored_weights
+from lowbit_quantize.check.reload import check_reload
+from lowbit_quantize.check.weights import Base, base_of, check_numbers, checked_base, say_rest, stored_weights
 from lowbit_quantize.device.memory import return_freed_memory
 from lowbit_quantize.model.decoder import Decoder
+from lowbit_quantize.model.leftovers import draft_linears
 from lowbit_quantize.model.reference import fetch_weights, find_model
 from lowbit_quantize.model.weights import WeightFiles
 from lowbit_quantize.plan import Plan, make_plan
 from lowbit_quantize.quality.dataset import TokenText, load_texts
 from lowbit_quantize.recipe import Recipe
 from lowbit_quantize.record import Clock, manifest_of
+from lowbit_quantize.run.companions import Companions, companions, copy_companions
 from lowbit_quantize.run.directory import RunDirectory, check_disk, finished_before, refuse_foreign, run_in
 from lowbit_quantize.run.hidden_states import MEMORY_BYTES
 from lowbit_quantize.run.identity import identity_of, texts_of
 from lowbit_quantize.run.journal import TrialResult
+from lowbit_quantize.run.older_readers import name_known_tokenizer
 from lowbit_quantize.run.served_config import quantization_config, served_config
 from lowbit_quantize.run.writer import CheckpointWriter
 from lowbit_quantize.walk.forward import Walk, Work
@@ -60,32 +63,46 @@ def quantize(
     texts = load_texts(recipe.calibration, recipe.quality, reference.tokenizer(), reference.config.vocab_size)
     fetch_weights(reference)
     stored = stored_weights(plan)
-    check_weights(plan, stored)
+    base = checked_base(plan, stored)
     hashes = texts_of(texts[0].record, texts[1].record)
     identity = identity_of(plan.recipe, reference.sha256, hashes, device)
     if not overwrite and (finished := finished_before(out, identity)):
         log.info("%s already holds this very checkpoint; nothing to do", out)
         return finished
     streams = streams_bytes(plan, *texts)
-    check_disk(out, run_disk_bytes(plan, streams, stream_memory_bytes))
+    carried = base.carried_bytes if base else 0
+    check_disk(out, run_disk_bytes(plan, streams, stream_memory_bytes, carried))
     with run_in(out, identity, overwrite=overwrite) as run:
-        weights = stored if isinstance(stored, WeightFiles) else _unpacked(stored, run)
-        decoder = Decoder(reference.config, plan.architecture, weights, device, plan.skeleton)
-        walk, measured = _finished_walk(decoder, plan, texts, run, stream_memory_bytes)
-        write_rest(plan, walk)
-        manifest = manifest_of(plan, walk, texts[0], measured, clock, run)
+        if not isinstance(stored, WeightFiles):
+            base = base_of(plan, _unpacked(stored, run))
+        assert base is not None
+        check_numbers(plan, base)
+        say_rest(base.rest)
+        decoder = Decoder(
+            reference.config, plan.architecture, base.weights, device, plan.skeleton, plan.dtype
+        )
+        walk, measured = _finished_walk(decoder, plan, base, texts, run, stream_memory_bytes)
+        beside = write_rest(plan, base, walk, run)
+        check_reload(out, base.rest.carried, reference, texts[1])
+        manifest = manifest_of(plan, base, beside, walk, texts[0], measured, clock, run)
         write_manifest(out, manifest)
     return manifest
 
 
 def _finished_walk(
-    decoder: Decoder, plan: Plan, texts: tuple[TokenText, TokenText], run: RunDirectory, memory_bytes: int
+    decoder: Decoder,
+    plan: Plan,
+    base: Base,
+    texts: tuple[TokenText, TokenText],
+    run: RunDirectory,
+    memory_bytes: int,
 ) -> tuple[Walk, QualityRecord]:
     """The walk whose shards lie in the output, and its quality; passes on trial stay if they lower held-out KL."""
 
     def prepared(name: str, passes: tuple[Pass, ...], directory: Path) -> Walk:
         work = Work(plan.modules, passes, plan.paired, plan.fp8_cache, plan.baselines(texts[1].domains))
-        writer = CheckpointWriter(directory, decoder.depth + 1, scratch=run.scratch)
+        shards = decoder.depth + 1 + len(base.carried_shards)
+        writer = CheckpointWriter(directory, shards, scratch=run.scratch)
         return Walk(decoder, work, texts, writer, run.journal(name), memory_bytes)
 
     def walked(walk: Walk) -> tuple[Walk, QualityRecord]:
@@ -107,27 +124,42 @@ def _finished_walk(
     return walked(prepared(WITHOUT, settled, run.out))
 
 
-def write_rest(plan: Plan, walk: Walk) -> None:
-    """Write what lies outside the layers, the index, the configuration and the tokenizer."""
+def write_rest(plan: Plan, base: Base, walk: Walk, run: RunDirectory) -> Companions:
+    """Write what lies outside the layers, the index, the configuration, and copies of what lies beside the weights."""
     decoder, architecture = walk.decoder, plan.architecture
-    config = copy.deepcopy(decoder.config)
     names = map(architecture.published_name, plan.skeleton.state_dict())
     outside = [name for name in names if not name.startswith(f"{architecture.layers}.")]
-    if config.tie_word_embeddings:
+    if plan.tied:
         outside.remove(f"{architecture.head}.weight")
-    walk.writer.write_shard({name: decoder.weights.read(name).to(decoder.dtype) for name in outside})
-    for key, value in plan.configuration.items():
-        setattr(config, key, value)
+    walk.writer.write_shard({name: decoder.read(name) for name in outside})
+    for shard in base.carried_shards:
+        walk.writer.write_shard({name: base.read_carried(name, decoder.dtype) for name in shard})
+    files = base.weights.files
+    beside = companions(files.directory, files.files)
+    run.note_copies(beside.copied)
+    copy_companions(files.directory, beside.copied, run.out)
+    name_known_tokenizer(run.out)
+    walk.writer.finish(_configuration(plan, base))
+    return beside
+
+
+def _configuration(plan: Plan, base: Base) -> dict[str, Any]:
+    """`config.json` of the checkpoint."""
     schemes = {
         known: entry.scheme
         for name, entry in plan.modules.items()
         if plan.stays(name)
-        for known in architecture.engine_names(name)
+        for known in plan.architecture.engine_names(name)
     }
-    quantization = quantization_config(schemes, plan.unquantized, fp8_cache=plan.fp8_cache)
-    served = served_config(config, quantization, decoder.dtype)
-    served["architectures"] = [type(plan.skeleton).__name__]
-    walk.writer.finish(decoder.weights.directory, served)
+    unquantized = (*plan.unquantized, *draft_linears(base.rest.carried))
+    return served_config(
+        plan.reference.config,
+        plan.reference.written_config,
+        plan.configuration | base.rest.changed,
+        quantization_config(schemes, unquantized, fp8_cache=plan.fp8_cache),
+        plan.dtype,
+        type(plan.skeleton).__name__,
+    )
 
 
 def _unpacked(stored: "GgufFile", run: RunDirectory) -> WeightFiles:

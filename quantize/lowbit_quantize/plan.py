@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import nn
 
-from lowbit_core.errors import ModelError, RecipeError
+from lowbit_core.errors import RecipeError
 from lowbit_core.log import get_logger
 from lowbit_quantize.catalog import CATALOG, Catalog
 from lowbit_quantize.model.architecture import Architecture, linear_of
 from lowbit_quantize.model.families import architecture_of
+from lowbit_quantize.model.published_floats import PublishedFloats, published_floats
 from lowbit_quantize.model.reference import ModelReference
 from lowbit_quantize.model.skeleton import skeleton_of
 from lowbit_quantize.pass_list import make_passes
@@ -39,6 +41,19 @@ class Plan:
     skeleton: nn.Module
     modules: Modules
     passes: tuple[Pass, ...]
+    floats: PublishedFloats | None = None  # what the base is published in, if not in ordinary floats
+
+    @property
+    def tied(self) -> bool:
+        """Whether the embedding is the head."""
+        return bool(self.reference.config.tie_word_embeddings)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in, and what is not quantized is stored in."""
+        asked = self.recipe.base.dtype
+        named = self.reference.config.dtype if asked == "auto" else getattr(torch, asked)
+        return named if named in (torch.bfloat16, torch.float16) else torch.bfloat16
 
     @property
     def paired(self) -> bool:
@@ -68,7 +83,7 @@ class Plan:
     @cached_property
     def parameters(self) -> int:
         """Parameters of the base model; tied ones count once."""
-        tied = f"{self.architecture.head}.weight" if self.reference.config.tie_word_embeddings else ""
+        tied = f"{self.architecture.head}.weight" if self.tied else ""
         return sum(p.numel() for name, p in self.skeleton.named_parameters() if name != tied)
 
     @cached_property
@@ -109,7 +124,7 @@ class Plan:
 def make_plan(reference: ModelReference, recipe: Recipe, catalog: Catalog = CATALOG) -> Plan:
     """Check that the recipe fits the model; raises ModelError or RecipeError."""
     architecture = architecture_of(reference.model_type, reference.name)
-    _refuse_quantized(reference)
+    floats = _floats_of(reference)
     skeleton = skeleton_of(reference, architecture)
     passes = make_passes(recipe.passes, reference, architecture, catalog)
     recipe = _without_latent_scales(recipe, architecture)
@@ -123,7 +138,7 @@ def make_plan(reference: ModelReference, recipe: Recipe, catalog: Catalog = CATA
         raise RecipeError(
             f"modules leave no linear to quantize; give a rule with a scheme, or leave {QUANTIZE} out of passes"
         )
-    return Plan(reference, recipe, architecture, skeleton, modules, passes)
+    return Plan(reference, recipe, architecture, skeleton, modules, passes, floats)
 
 
 def decoder_layers(skeleton: nn.Module, architecture: Architecture) -> Iterator[tuple[str, nn.Module]]:
@@ -146,7 +161,7 @@ def decoder_linears(skeleton: nn.Module, architecture: Architecture) -> dict[str
 def _table(skeleton: nn.Module, architecture: Architecture, recipe: Recipe, catalog: Catalog) -> Modules:
     """The entry of each linear that a rule quantizes, in the order of the layers; raises RecipeError."""
     linears = decoder_linears(skeleton, architecture)
-    others = [name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)]
+    others = [name for name, module in skeleton.named_modules() if _has_matrix(module)]
     published = {name: architecture.published_name(name) for name in dict.fromkeys([*linears, *others])}
     wanted = resolve(recipe.modules, published, linears.keys(), catalog)
     sets = list(_fused_sets(skeleton, architecture))
@@ -159,6 +174,12 @@ def _table(skeleton: nn.Module, architecture: Architecture, recipe: Recipe, cata
     for name, entry in modules.items():
         _check_width(published[name], linears[name].in_features, entry, linears.values())
     return modules
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    """Whether rules may name a module: linears, and what stays as it is anyway, such as embeddings and routers."""
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, nn.Parameter) and weight.dim() > 1
 
 
 def _fused_sets(skeleton: nn.Module, architecture: Architecture) -> Iterator[list[str]]:
@@ -242,11 +263,14 @@ def _check_width(name: str, inputs: int, entry: ModulePlan, linears: Any) -> Non
     )
 
 
-def _refuse_quantized(reference: ModelReference) -> None:
+def _floats_of(reference: ModelReference) -> PublishedFloats | None:
     quantized = getattr(reference.config, "quantization_config", None)
-    if quantized and reference.kind != "gguf":
-        method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized
-        raise ModelError(f"{reference.name} is already quantized ({method}); give the unquantized model")
+    if not quantized or reference.kind == "gguf":
+        return None
+    data = quantized if isinstance(quantized, dict) else quantized.to_dict()
+    floats = published_floats(data, reference.name)
+    log.info("%s is published in %s and is dequantized while it is read", reference.name, floats.words)
+    return floats
 
 
 def _without_latent_scales(recipe: Recipe, architecture: Architecture) -> Recipe:

@@ -75,6 +75,15 @@ class Rule(Section):
         return self
 
 
+class Base(Section):
+    """How the base model is read: in which type it computes (its configuration's, unless said), and patterns of tensors
+    in its files that are left out where its model does not use them.
+    """
+
+    dtype: Literal["auto", "bfloat16", "float16"] = "auto"
+    leave_out: tuple[str, ...] = ()
+
+
 class KVCache(Section):
     """`fp8` stores one calibrated scale for keys and one for values in each layer. Written `fp8` or `{dtype: fp8}`."""
 
@@ -135,6 +144,7 @@ class Recipe(Section):
     """The whole recipe. Of the rules in `modules` the last that matches a linear wins; what none matches stays."""
 
     description: str = ""
+    base: Base = Base()
     modules: tuple[Rule, ...] = ()
     kv_cache: KVCache = KVCache()
     passes: tuple[PassStep, ...] = (PassStep.model_validate(QUANTIZE),)

@@ -18,10 +18,12 @@ from lowbit_core.manifest import (
     UnderCalibratedExpert,
     record_files,
 )
+from lowbit_quantize.check.weights import Base
 from lowbit_quantize.passes.prune_experts import PruneExperts
 from lowbit_quantize.plan import Plan
 from lowbit_quantize.quality import kl
 from lowbit_quantize.quality.dataset import TokenText
+from lowbit_quantize.run.companions import Companions
 from lowbit_quantize.run.directory import RunDirectory
 from lowbit_quantize.run.identity import tool_versions
 from lowbit_quantize.run.journal import LayerRecord
@@ -49,12 +51,17 @@ class Clock:
 
 
 def manifest_of(
-    plan: Plan, walk: Walk, calibration: TokenText, measured: QualityRecord, clock: Clock, run: RunDirectory
+    plan: Plan,
+    base: Base,
+    beside: Companions,
+    walk: Walk,
+    calibration: TokenText,
+    measured: QualityRecord,
+    clock: Clock,
+    run: RunDirectory,
 ) -> Manifest:
     """The manifest of the checkpoint in the output directory, whose other files are all written."""
-    reference, weights = plan.reference, walk.decoder.weights
-    named = map(plan.architecture.published_name, plan.skeleton.state_dict())
-    stored = [name for name in named if name in weights]
+    reference = plan.reference
     return Manifest(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         base=BaseModelRecord(
@@ -62,12 +69,15 @@ def manifest_of(
             kind=reference.kind,
             revision=reference.revision,
             model_type=reference.model_type,
-            dtype="+".join(sorted({weights.dtype(name) for name in stored})),
+            dtype=base.weights.dtypes,
             sha256=reference.sha256,
             remote_code=reference.trust_remote_code,
+            dequantized=plan.floats.words if plan.floats and base.weights.dequantized else None,
+            carried=sorted(base.rest.carried),
+            left_out=base.rest.left_out | beside.left_out,
         ),
         recipe=plan.recipe.model_dump(mode="json"),
-        size=_size(plan, walk, sum(weights.bytes(name) for name in stored)),
+        size=_size(plan, walk, base.weights.bytes + base.carried_bytes),
         modules=[module for record in walk.layers for module in record.modules],
         unquantized=list(plan.unquantized_linears),
         kv_cache=_kv_cache(walk.layers),

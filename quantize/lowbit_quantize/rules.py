@@ -55,17 +55,18 @@ def resolve(
             mine = [name for name in matched if name in wanted]
             if entry is not None and not mine:
                 raise RecipeError(
-                    f"modules.{number}.match: {pattern!r} matches {published[matched[0]]} only, which lies outside "
-                    "of the decoder's layers and stays as it is; give it scheme: none or leave the rule out"
+                    f"modules.{number}.match: {pattern!r} matches {published[matched[0]]} only, which is none of "
+                    "the decoder's linears and stays as it is; give it scheme: none or leave the rule out"
                 )
             wanted.update(dict.fromkeys(mine, Wanted(entry, by_rule=True)))
     return wanted
 
 
 def _matcher(pattern: str, key: str) -> Callable[[str], object]:
+    """`re:` matches from the start of a name on, as compressed-tensors, transformers and vLLM read it."""
     expression = pattern.removeprefix("re:") if pattern.startswith("re:") else fnmatch.translate(pattern)
     try:
-        return re.compile(expression).fullmatch
+        return re.compile(expression).match
     except re.error as error:
         raise RecipeError(f"{key}: {pattern!r} is not a regular expression: {error}") from error
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lowbit_core.errors import OutputError, RecipeError
 from lowbit_core.progress import track
-from lowbit_quantize.check.weights import check_weights
+from lowbit_quantize.check.weights import base_of
 from lowbit_quantize.model.decoder import Decoder
 from lowbit_quantize.model.experts import expert_outputs, mixture
 from lowbit_quantize.model.reference import fetch_weights, find_model
@@ -58,9 +58,8 @@ def report_experts(
     vocabulary = reference.config.vocab_size
     text = load_texts(recipe.calibration, recipe.quality, reference.tokenizer(), vocabulary)[0]
     fetch_weights(reference)
-    weights = WeightFiles(reference.path)
-    check_weights(plan, weights)
-    decoder = Decoder(reference.config, plan.architecture, weights, device, plan.skeleton)
+    weights = base_of(plan, WeightFiles(reference.path)).weights
+    decoder = Decoder(reference.config, plan.architecture, weights, device, plan.skeleton, plan.dtype)
     report = {
         "model": reference.name,
         "calibration": text.record.model_dump(),

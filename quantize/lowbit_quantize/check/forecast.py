@@ -50,19 +50,19 @@ def tensors(plan: Plan) -> Iterator[Tensor]:
             yield Tensor(name, torch.Size(shape).numel() * BASE_BYTES, 1)
 
 
-def tensor_bytes(plan: Plan) -> int:
-    """Bytes of all tensors of the checkpoint, KV scales included."""
-    return sum(tensor.bytes for tensor in tensors(plan)) + _scaled_layers(plan) * KV_SCALES_BYTES
+def tensor_bytes(plan: Plan, carried: int = 0) -> int:
+    """Bytes of all tensors of the checkpoint, KV scales included, and what is carried over beside the model."""
+    return sum(tensor.bytes for tensor in tensors(plan)) + _scaled_layers(plan) * KV_SCALES_BYTES + carried
 
 
-def disk_bytes(plan: Plan) -> int:
+def disk_bytes(plan: Plan, carried: int = 0) -> int:
     """Bytes of the shards and their index."""
     published = plan.architecture.published_name
     names = sum(
         tensor.files * (2 * len(published(tensor.name)) + HEADER_BYTES + INDEX_ENTRY_BYTES)
         for tensor in tensors(plan)
     )
-    return tensor_bytes(plan) + names
+    return tensor_bytes(plan, carried) + names
 
 
 def streams_bytes(plan: Plan, calibration: TokenText, heldout: TokenText) -> int:
@@ -76,7 +76,7 @@ def streams_bytes(plan: Plan, calibration: TokenText, heldout: TokenText) -> int
     return tokens * int(plan.reference.config.hidden_size) * BASE_BYTES
 
 
-def run_disk_bytes(plan: Plan, streams: int, stream_memory_bytes: int) -> int:
+def run_disk_bytes(plan: Plan, streams: int, stream_memory_bytes: int, carried: int = 0) -> int:
     """Bytes that a run needs at its peak: the result (twice where passes are on trial), a GGUF base unpacked, streams
     as they left the last layer and the one that is being finished, and those that do not fit the memory, which are
     files.
@@ -84,7 +84,7 @@ def run_disk_bytes(plan: Plan, streams: int, stream_memory_bytes: int) -> int:
     results = 2 if any(one.on_trial for one in plan.passes) else 1
     unpacked = plan.parameters * BASE_BYTES if plan.reference.kind == "gguf" else 0
     generations = 3 if streams > stream_memory_bytes else 2
-    return results * disk_bytes(plan) + unpacked + generations * streams + DISK_MARGIN_BYTES
+    return results * disk_bytes(plan, carried) + unpacked + generations * streams + DISK_MARGIN_BYTES
 
 
 def memory_bound_bytes(plan: Plan, streams: int) -> int:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from lowbit_quantize.check import forecast
 from lowbit_quantize.check.sharding import PARALLEL_SIZES, obstacles
-from lowbit_quantize.check.weights import check_weights, stored_weights
+from lowbit_quantize.check.weights import checked_base, stored_weights
 from lowbit_quantize.model.reference import find_model
 from lowbit_quantize.plan import Plan, make_plan
 from lowbit_quantize.quality.dataset import load_texts
@@ -38,17 +38,16 @@ def dry_run(
     if out is not None:
         refuse_foreign(out)
     texts = load_texts(recipe.calibration, recipe.quality, reference.tokenizer(), reference.config.vocab_size)
-    if reference.kind != "hub":  # whose weights are not fetched for this
-        check_weights(plan, stored_weights(plan))
+    carried = _carried_bytes(plan)
     streams = forecast.streams_bytes(plan, *texts)
-    run_disk = forecast.run_disk_bytes(plan, streams, stream_memory_bytes)
+    run_disk = forecast.run_disk_bytes(plan, streams, stream_memory_bytes, carried)
     if out is not None:
         check_disk(out, run_disk)
     return {
         "model": reference.name,
         "parameters": plan.parameters,
-        "checkpoint_bytes": forecast.disk_bytes(plan),
-        "tensor_bytes": forecast.tensor_bytes(plan),
+        "checkpoint_bytes": forecast.disk_bytes(plan, carried),
+        "tensor_bytes": forecast.tensor_bytes(plan, carried),
         "run_disk_bytes": run_disk,
         "streams_bytes": streams,
         "memory_bound_bytes": forecast.memory_bound_bytes(plan, streams),
@@ -56,6 +55,14 @@ def dry_run(
         "experts": plan.experts,
         "tensor_parallel": [_serving(plan, size, gpu_memory_gib) for size in PARALLEL_SIZES],
     }
+
+
+def _carried_bytes(plan: Plan) -> int:
+    """Check the weights, and count what lies beside the model; a hub model's are not fetched for this."""
+    if plan.reference.kind == "hub":
+        return 0
+    base = checked_base(plan, stored_weights(plan))
+    return base.carried_bytes if base else 0
 
 
 def _serving(plan: Plan, size: int, gpu_memory_gib: float) -> dict[str, Any]:

@@ -49,7 +49,9 @@ class Checkpoint:
     @property
     def shards(self) -> list[str]:
         """Names of the weight files."""
-        return sorted(name for name in self.manifest.files if name.endswith(".safetensors"))
+        return sorted(
+            name for name in self.manifest.files if name.endswith(".safetensors") and "/" not in name
+        )
 
     @property
     def other_files(self) -> list[str]:

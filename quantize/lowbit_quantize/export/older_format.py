@@ -4,7 +4,6 @@ Codes and scales are the checkpoint's; only the packing differs. Neither format 
 cache.
 """
 
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from lowbit_quantize.export.checkpoint import Checkpoint
 from lowbit_quantize.export.exporter import Exported
+from lowbit_quantize.run.companions import copy_companions
 from lowbit_quantize.run.writer import CheckpointWriter, write_json
 from lowbit_quantize.schemes.integer import Integer
 from lowbit_quantize.schemes.scheme import Quantized
@@ -71,9 +71,8 @@ def repack(
             else:
                 tensors[name] = found
         writer.write_shard(tensors)
-    writer.finish(checkpoint.directory, {**checkpoint.config, "quantization_config": dict(quantization)})
-    for name in checkpoint.other_files:
-        shutil.copyfile(checkpoint.directory / name, out / name)
+    writer.finish({**checkpoint.config, "quantization_config": dict(quantization)})
+    copy_companions(checkpoint.directory, checkpoint.other_files, out)
     if tool_file:
         write_json(out / tool_file, quantization)
     return Exported(writer.tensor_bytes, packed_bytes, ["scales of an FP8 KV cache"] if left_out else [])

@@ -8,19 +8,45 @@ import copy
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from lowbit_core.errors import NumericsError
 from lowbit_quantize.model.architecture import Architecture
 from lowbit_quantize.model.hooks import HookedCache, InputObservers, KVCacheHook, SeenAll, inputs_of
 from lowbit_quantize.model.skeleton import build_skeleton
-from lowbit_quantize.model.weights import WeightFiles
+from lowbit_quantize.model.weights import is_finite
 
 BATCH_TOKENS = 2048  # tokens in a forward pass: enough for efficient products, few enough for the caches
 
 END = ""  # of a layer, where the name of a module says how far hidden states go
+
+
+class Weights(Protocol):
+    """Where tensors are read from, by their published names."""
+
+    @property
+    def read_files(self) -> set[str]:
+        """Names of the files that were read so far."""
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, as it is stored or dequantized."""
+
+
+def read_as(weights: Weights, published: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """One tensor in another type; raises NumericsError where that type cannot hold it."""
+    stored = weights.read(published)
+    if stored.dtype == dtype:
+        return stored.to(device)
+    cast = stored.to(device, dtype)
+    if not is_finite(cast):
+        raise NumericsError(
+            f"{published} holds {float(stored.abs().max()):.3g}, which is too large for {dtype}, in which the base "
+            "computes; give --dtype bfloat16 --overwrite"
+        )
+    return cast
 
 
 class _Recorder(nn.Module):
@@ -52,12 +78,13 @@ class Decoder:
         self,
         config: Any,
         architecture: Architecture,
-        weights: WeightFiles,
+        weights: Weights,
         device: torch.device,
         skeleton: nn.Module | None = None,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         self.config, self.architecture, self.weights, self.device = config, architecture, weights, device
-        self.dtype = config.dtype if config.dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
+        self.dtype = dtype
         self.skeleton = skeleton or build_skeleton(config, architecture)
         self._layers: nn.ModuleList = self.skeleton.get_submodule(architecture.layers)  # type: ignore[assignment]
         self._arguments: dict[tuple[int, torch.dtype], list[dict[str, Any]]] = {}
@@ -87,7 +114,7 @@ class Decoder:
     def head(self) -> tuple[nn.Module, Tensor]:
         """The final norm and the output matrix, (vocabulary, hidden): the embedding's where they are tied."""
         tied = self.config.tie_word_embeddings
-        matrix = self._read(f"{self.architecture.embedding if tied else self.architecture.head}.weight")
+        matrix = self.read(f"{self.architecture.embedding if tied else self.architecture.head}.weight")
         return self._load_named(self.architecture.final_norm), matrix
 
     def run_layer(
@@ -189,11 +216,12 @@ class Decoder:
 
     def _load(self, module: nn.Module, prefix: str) -> nn.Module:
         state = {
-            name: self._read(self.architecture.published_name(f"{prefix}.{name}"))
+            name: self.read(self.architecture.published_name(f"{prefix}.{name}"))
             for name in module.state_dict()
         }
         module.load_state_dict(state, assign=True)
         return module.eval().requires_grad_(False)
 
-    def _read(self, published: str) -> Tensor:
-        return self.weights.read(published).to(self.device, self.dtype)
+    def read(self, published: str) -> Tensor:
+        """One tensor in the compute dtype."""
+        return read_as(self.weights, published, self.dtype, self.device)

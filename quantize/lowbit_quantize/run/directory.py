@@ -5,6 +5,7 @@ A run marks its directory with a progress record, holds a lock on it, and keeps 
 writes.
 """
 
+import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -28,13 +29,13 @@ from lowbit_quantize.run.journal import (
     read_record,
     verify,
 )
-from lowbit_quantize.run.writer import TOKENIZER_FILES
 
 log = get_logger("quantize")
 
 STATE = ".run"  # what an unfinished run needs to go on; gone when it has finished
 TRIAL_NAME = "trial.json"
-OURS = ("model-*.safetensors", INDEX_NAME, "config.json", "quantize_config.json", *TOKENIZER_FILES)
+COPIES_NAME = "copies.json"  # what a run has copied from its base, or is about to
+OURS = ("model-*.safetensors", INDEX_NAME, "config.json", "quantize_config.json")
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,10 @@ class RunDirectory:
         directory = self.out / STATE / walk / "shards"
         directory.mkdir(parents=True, exist_ok=True)
         return directory
+
+    def note_copies(self, names: Sequence[str]) -> None:
+        """Remember, before they are copied, which files are the run's to remove."""
+        write_text(self.out / STATE / COPIES_NAME, json.dumps(list(names)) + "\n", self.scratch)
 
     @property
     def trial(self) -> TrialResult | None:
@@ -148,6 +153,9 @@ def run_in(out: Path, identity: Identity, *, overwrite: bool = False) -> Iterato
     except OSError as error:
         raise OutputError(f"output {out}: {error.strerror or error}; {_kept(directory)}") from error
     except (NumericsError, ModelError) as error:
+        if not _finished_layers(directory):
+            _leave_no_trace(out)
+            raise
         raise type(error)(f"{error}; {_kept(directory)}") from error
 
 
@@ -163,6 +171,7 @@ def _begin(directory: RunDirectory, identity: Identity, overwrite: bool) -> None
     shutil.rmtree(directory.scratch, ignore_errors=True)
     directory.scratch.mkdir(parents=True)
     write_text(progress, identity.model_dump_json(indent=2) + "\n", directory.scratch)
+    _remove_copies(out)
     for name in (MANIFEST_NAME, f"{MANIFEST_NAME}.tmp"):
         (out / name).unlink(missing_ok=True)
     _remove_ours(
@@ -216,8 +225,19 @@ def _begun_walks(out: Path) -> list[str]:
 
 def _kept(directory: RunDirectory) -> str:
     """How far the run had come, for the end of an error's line."""
-    layers = sum(len(directory.journal(walk).layers) for walk in _begun_walks(directory.out))
+    layers = _finished_layers(directory)
     return f"{layers} finished layers are kept: remove the cause and run the same command again"
+
+
+def _finished_layers(directory: RunDirectory) -> int:
+    return sum(len(directory.journal(walk).layers) for walk in _begun_walks(directory.out))
+
+
+def _leave_no_trace(out: Path) -> None:
+    """Remove what a run has put into `out` before its first layer was finished, and `out` itself if that was all."""
+    _remove_state(out)
+    with suppress(OSError):
+        out.rmdir()
 
 
 def _remove_state(out: Path) -> None:
@@ -232,6 +252,22 @@ def _forget_walks(out: Path) -> None:
             shutil.rmtree(path)
         elif path.name == TRIAL_NAME:
             path.unlink()
+
+
+def _remove_copies(out: Path) -> None:
+    """Remove what an earlier run of ours copied from its base: its manifest and its notes name that."""
+    names: set[str] = set()
+    with suppress(OSError, ValueError, TypeError):
+        names |= set(json.loads((out / STATE / COPIES_NAME).read_text(encoding="utf-8")))
+    with suppress(CheckpointError):
+        manifest = read_manifest(out)
+        names |= set(manifest.files) if manifest else set()
+    for name in names:
+        path = out / name
+        if path.suffix != ".safetensors" and path.resolve().is_relative_to(out.resolve()):
+            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.parent.rmdir() if path.parent != out else None
 
 
 def _remove_ours(out: Path, keep: set[str]) -> None:

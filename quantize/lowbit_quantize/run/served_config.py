@@ -1,36 +1,76 @@
-"""`config.json` of a checkpoint: the base's, and compressed-tensors' `quantization_config`.
+"""`config.json` of a checkpoint: the base's own, key by key, with compressed-tensors' `quantization_config`.
 
 Modules are named one by one, in groups that do not overlap: vLLM takes the first group that matches,
 compressed-tensors and TensorRT-LLM sort first, and so all of them find the same one. Only a layer's routed experts,
 which share one entry and which transformers looks for by a pattern, are named by one pattern a layer.
 """
 
+import copy
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+import transformers
 
 from lowbit_quantize.device.memory import without_compiler
+from lowbit_quantize.run.older_readers import with_older_keys
 from lowbit_quantize.schemes.scheme import Scheme
 
 with without_compiler():  # the library compiles a function for 4-bit floats, which is not called here
     from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 
+GONE = ("_name_or_path", "quantization_config", "auto_map", "transformers_version")
 MIXED_FORMAT = "mixed-precision"  # where groups are stored differently
 EXPERT = re.compile(r"(?P<experts>.*\.experts)\.\d+\.(?P<linear>\w+)")
 
 
-def served_config(config: Any, quantization: dict[str, Any] | None, dtype: torch.dtype) -> dict[str, Any]:
-    """The configuration with its `quantization_config`, as transformers and vLLM read it."""
-    data: dict[str, Any] = config.to_diff_dict()
-    data.pop("_name_or_path", None)
-    data.pop("quantization_config", None)
+def served_config(
+    config: Any,
+    written: Mapping[str, Any] | None,
+    changed: Mapping[str, Any],
+    quantization: dict[str, Any] | None,
+    dtype: torch.dtype,
+    architecture: str,
+) -> dict[str, Any]:
+    """The configuration as transformers and vLLM read it, of 4 and 5.
+
+    `written` is the base's file, whose keys all stay but those that hold no more: code for a class that transformers
+    has (`auto_map`), and its own quantization. `changed` are the keys that passes change, as transformers calls them.
+    `architecture` is the class that was walked; the base's own stays where it is another head on the same layers.
+    """
+    data = dict(config.to_diff_dict() if written is None else written)
+    for key in GONE:
+        data.pop(key, None)
+    for key, value in changed.items():
+        data.pop(key, None)
+        data[config.attribute_map.get(key, key)] = value
+    data["architectures"] = _classes(data.get("architectures"), config) or [architecture]
     data["dtype"] = str(dtype).removeprefix("torch.")
+    data["tie_word_embeddings"] = bool(config.tie_word_embeddings)
     if quantization:
         data["quantization_config"] = quantization
-    return data
+    older = with_older_keys(data, getattr(config, "rope_parameters", None))
+    return older if _positions(older, config) == getattr(config, "rope_parameters", None) else data
+
+
+def _classes(named: Any, config: Any) -> list[str] | None:
+    """The base's classes, where transformers has them for its configuration."""
+    classes = named if isinstance(named, list) else []
+    known = [getattr(transformers, name, None) for name in classes if isinstance(name, str)]
+    if not classes or len(known) < len(classes):
+        return None
+    return classes if all(getattr(one, "config_class", None) is type(config) for one in known) else None
+
+
+def _positions(data: Mapping[str, Any], config: Any) -> Any:
+    """What transformers makes of the positions of a configuration."""
+    plain = {key: copy.deepcopy(value) for key, value in data.items() if key != "quantization_config"}
+    try:
+        return type(config).from_dict(plain).rope_parameters
+    except Exception:  # whatever an odd configuration makes of transformers' code
+        return None
 
 
 def quantization_config(
@@ -62,7 +102,7 @@ def quantization_config(
         else None,
     )
     dumped: dict[str, Any] = json.loads(json.dumps(config.to_dict(), default=str))
-    if schemes and any(map(EXPERT.fullmatch, unquantized)):
+    if any(map(EXPERT.fullmatch, unquantized)):
         _read_plain_experts(dumped)
     return dumped
 

@@ -1,10 +1,9 @@
-"""Writes shards as the walk produces them, and the index, configuration and tokenizer at the end.
+"""Writes shards as the walk produces them, and the index and configuration at the end.
 
 A tensor that is not finite is refused here, whatever made it.
 """
 
 import json
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,19 +14,6 @@ from lowbit_core.errors import NumericsError
 from lowbit_quantize.model.weights import INDEX_NAME, is_finite
 from lowbit_quantize.run.journal import ShardRecord, recorded
 from lowbit_quantize.run.tensor_file import write_tensors
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
 
 
 class CheckpointWriter:
@@ -58,15 +44,12 @@ class CheckpointWriter:
         """Go on after shards that lie there already."""
         self._written += shards
 
-    def finish(self, base: Path, config: Mapping[str, Any]) -> None:
-        """Write the index, config.json, and the base model's tokenizer and generation files."""
+    def finish(self, config: Mapping[str, Any]) -> None:
+        """Write the index and config.json."""
         file_of = {name: shard.file for shard in self._written for name in shard.tensors}
         index = {"metadata": {"total_size": self.tensor_bytes}, "weight_map": dict(sorted(file_of.items()))}
         write_json(self.directory / INDEX_NAME, index)
         write_json(self.directory / "config.json", config)
-        for name in TOKENIZER_FILES:
-            if (base / name).is_file():
-                shutil.copyfile(base / name, self.directory / name)
 
     @property
     def tensor_bytes(self) -> int:

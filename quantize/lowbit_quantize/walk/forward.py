@@ -12,11 +12,13 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
+from lowbit_core.errors import NumericsError
 from lowbit_core.log import get_logger
 from lowbit_core.manifest import KVLayerRecord, ModuleRecord, QualityRecord
 from lowbit_core.progress import track
 from lowbit_quantize.device.memory import keep_freed_memory, keep_no_freed_memory, return_freed_memory
 from lowbit_quantize.model.decoder import Decoder
+from lowbit_quantize.model.weights import is_finite
 from lowbit_quantize.quality import kl
 from lowbit_quantize.quality.dataset import TokenText
 from lowbit_quantize.run.hidden_states import HiddenStates
@@ -103,6 +105,7 @@ class Walk:
         self._baselines.advance_float32(index)
         layer = decoder.load_layer(index)
         decoder.advance(layer, index, streams["heldout_base"])
+        self._check_base(index)
         context = self._context(index)
         for number, one in enumerate(self.work.passes, 1):
             context.last = number == len(self.work.passes)
@@ -112,6 +115,15 @@ class Walk:
         decoder.advance(layer, index, streams["heldout"], result.kv_scales)
         self._baselines.advance_fp8_cache(index, result.base_kv_scales)
         self._write(layer, index, result)
+
+    def _check_base(self, index: int) -> None:
+        """Raises NumericsError where the base model itself computes what its type cannot hold."""
+        if not is_finite(self._streams["heldout_base"]):
+            half = self.decoder.dtype == torch.float16
+            raise NumericsError(
+                f"the base model's own hidden states are not finite after layer {index}, in {self.decoder.dtype}; "
+                + ("give --dtype bfloat16 --overwrite" if half else "the base is broken")
+            )
 
     def _context(self, index: int) -> LayerContext:
         prefix = f"{self.decoder.layer_name(index)}."

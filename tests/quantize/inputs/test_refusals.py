@@ -195,9 +195,9 @@ def test_a_base_that_is_already_quantized(refused: Callable[..., str], tmp_path:
     edit_weights(
         directory, lambda t: t.update({k: v.to(torch.float8_e4m3fn) for k, v in t.items() if "q_proj" in k})
     )
-    assert "is stored as F8_E4M3; give the unquantized model" in refused(directory)
-    edit_config(directory, quantization_config={"quant_method": "fp8"})
-    assert "is already quantized (fp8)" in refused(directory)
+    assert "is stored as F8_E4M3, and its configuration does not say how that is read" in refused(directory)
+    edit_config(directory, quantization_config={"quant_method": "awq"})
+    assert "is already quantized (awq)" in refused(directory)
 
 
 def test_weights_that_are_missing_or_of_another_shape(refused: Callable[..., str], tmp_path: Path) -> None:
@@ -231,6 +231,7 @@ def test_a_weight_file_that_is_cut_off_or_a_pointer(
 def test_an_index_that_is_wrong(refused: Callable[..., str], tmp_path: Path, index: str) -> None:
     directory = write_tiny_model(tmp_path / "m")
     (directory / "model.safetensors.index.json").write_text(index)
+    (directory / "model.safetensors").unlink()
     assert "fetch the model again" in refused(directory)
 
 

@@ -1,6 +1,5 @@
 """An exporter of one file: the weights that are served, in bfloat16, for whatever reads plain checkpoints."""
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -8,6 +7,7 @@ from torch import Tensor
 
 from lowbit_quantize.export.checkpoint import Checkpoint
 from lowbit_quantize.export.exporter import Exported
+from lowbit_quantize.run.companions import copy_companions
 from lowbit_quantize.run.writer import CheckpointWriter
 from lowbit_quantize.schemes.scheme import Quantized
 
@@ -35,7 +35,6 @@ class Dequantized:
                     tensors[name] = found
             writer.write_shard(tensors)
         config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
-        writer.finish(checkpoint.directory, config)
-        for name in checkpoint.other_files:
-            shutil.copyfile(checkpoint.directory / name, out / name)
+        writer.finish(config)
+        copy_companions(checkpoint.directory, checkpoint.other_files, out)
         return Exported(writer.tensor_bytes, linears, ["scales of an FP8 KV cache"] if left_out else [])
