@@ -17,6 +17,15 @@ FACTS = {
     "Poland": "Warsaw", "Norway": "Oslo", "Sweden": "Stockholm", "Cuba": "Havana", "Peru": "Lima",
 }  # fmt: skip
 
+TEXTS = {
+    "Monday, Tuesday, Wednesday,": " Thursday, Friday, Saturday, Sunday. January, February, March, April, May, June,"
+    " July, August, September, October, November, December.",
+    "The sun is a star.": " It is a huge ball of hot gas that gives light and heat to the Earth. Without the sun,"
+    " there would be no life on our planet, because plants need light to grow and animals need plants to eat.",
+    "Once upon a time,": " there was a little girl who lived in a small village near the forest. Every day she walked"
+    " to the river to fetch water for her mother, and every day she met an old man who told her stories.",
+}
+
 
 def evaluate(file: Path, *arguments: object) -> dict[str, Any]:
     """The JSON of `lowbit evaluate`, which must end with 0."""
@@ -33,7 +42,11 @@ def test_models_loaded_whole_give_the_manifests_quality(demo: Demo, tmp_path: Pa
 
 
 def test_the_endpoint_and_the_process_choose_alike(demo: Demo, server: str, tmp_path: Path) -> None:
-    """Kernels differ and a small model guesses capitals: 0.44 nats were seen on these, 0.12 with the bf16 base."""
+    """The same answers, and the same probability of ordinary text, as far as kernels and FP8 round alike.
+
+    Names of capitals are guesses of so small a model, whose probabilities hang on rounding: 0.44 nats apart on a CPU
+    with AMX, 1.18 on one without. Ordinary text was 0.03 nats a token apart there.
+    """
     capitals = list(FACTS.values())
     rows = [
         {
@@ -42,7 +55,7 @@ def test_the_endpoint_and_the_process_choose_alike(demo: Demo, server: str, tmp_
         }
         for place, country in enumerate(FACTS)
     ]
-    rows.append({"context": "Monday, Tuesday, Wednesday,", "choices": [" Thursday"], "task": "cloze"})
+    rows += [{"context": context, "choices": [text], "task": "cloze"} for context, text in TEXTS.items()]
     items = tmp_path / "items.jsonl"
     items.write_text("".join(json.dumps(row) + "\n" for row in rows))
     served = tmp_path / "served.json"
@@ -51,4 +64,4 @@ def test_the_endpoint_and_the_process_choose_alike(demo: Demo, server: str, tmp_
     assert whole["acc_norm"]["value"] > 0.5
     beside = evaluate(tmp_path / "own.json", demo.checkpoint, "--base", served, "--items", items)
     assert beside["tasks"]["all"]["changes"]["flips"] <= 2
-    assert beside["tasks"]["all"]["changes"]["mean_logprob_shift"] < 1.0
+    assert beside["tasks"]["cloze"]["changes"]["mean_logprob_shift"] < 0.1
