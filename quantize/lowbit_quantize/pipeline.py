@@ -10,7 +10,7 @@ from lowbit_core.log import get_logger
 from lowbit_core.manifest import Manifest, QualityRecord, write_manifest
 from lowbit_quantize.catalog import CATALOG, Catalog
 from lowbit_quantize.check.forecast import run_disk_bytes, streams_bytes
-from lowbit_quantize.check.reload import check_reload
+from lowbit_quantize.check.reload import answers_of, check_reload
 from lowbit_quantize.check.weights import Base, base_of, check_numbers, checked_base, say_rest, stored_weights
 from lowbit_quantize.device.memory import return_freed_memory
 from lowbit_quantize.model.decoder import Decoder
@@ -60,7 +60,10 @@ def quantize(
     reference = find_model(model, trust_remote_code=trust_remote_code)
     plan = make_plan(reference, recipe, catalog)
     refuse_foreign(out)
-    texts = load_texts(recipe.calibration, recipe.quality, reference.tokenizer(), reference.config.vocab_size)
+    tokenizer = reference.tokenizer()
+    texts = load_texts(recipe.calibration, recipe.quality, tokenizer, reference.config.vocab_size)
+    answers = answers_of(tokenizer, texts[1])
+    del tokenizer
     fetch_weights(reference)
     stored = stored_weights(plan)
     base = checked_base(plan, stored)
@@ -83,7 +86,7 @@ def quantize(
         )
         walk, measured = _finished_walk(decoder, plan, base, texts, run, stream_memory_bytes)
         beside = write_rest(plan, base, walk, run)
-        check_reload(out, base.rest.carried, reference, texts[1])
+        check_reload(out, base.rest.carried, answers, trust_remote_code=trust_remote_code)
         manifest = manifest_of(plan, base, beside, walk, texts[0], measured, clock, run)
         write_manifest(out, manifest)
     return manifest

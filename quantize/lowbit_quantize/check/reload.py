@@ -8,8 +8,9 @@ read but headers. The tokenizer must answer as the base's does.
 import io
 import json
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from lowbit_core.errors import NumericsError
-from lowbit_quantize.model.reference import ModelReference
 from lowbit_quantize.model.weights import INDEX_NAME
 from lowbit_quantize.quality.dataset import TokenText
 
@@ -36,11 +36,27 @@ CONVERSATION = [{"role": "user", "content": "What is 2 + 2?"}, {"role": "assista
 AGAIN = "this is a fault of Lowbit or of the base's configuration, please report it; no manifest is written"
 
 
-def check_reload(out: Path, carried: Collection[str], reference: ModelReference, text: TokenText) -> None:
+@dataclass(frozen=True)
+class TokenizerAnswers:
+    """What a tokenizer makes of some samples and of a conversation, and its special ids."""
+
+    ids: dict[str, list[int]]
+    rendered: tuple[Any, ...]
+    special: dict[str, int | None]
+
+
+def answers_of(tokenizer: Any, text: TokenText) -> TokenizerAnswers:
+    """The answers of the base's tokenizer, taken while it is there: to make it again can cost seconds."""
+    return _answers(tokenizer, [*WORDS, *(tokenizer.decode(row) for row in text.ids[:SAMPLES])])
+
+
+def check_reload(
+    out: Path, carried: Collection[str], base: TokenizerAnswers, *, trust_remote_code: bool
+) -> None:
     """Raises NumericsError where plain transformers would open another model or tokenizer than was measured."""
     with _quiet():
         problem = _names_problem(out, carried)
-        problem = problem or _tokenizer_problem(out, reference, text)
+        problem = problem or _tokenizer_problem(out, base, trust_remote_code)
     if problem:
         raise NumericsError(f"the checkpoint in {out} is not what was measured: {problem}; {AGAIN}")
 
@@ -82,21 +98,24 @@ def _headers(out: Path) -> Iterator[tuple[str, Tensor]]:
                 yield name, torch.empty(shape, dtype=DTYPES[view.get_dtype()], device="meta")
 
 
-def _tokenizer_problem(out: Path, reference: ModelReference, text: TokenText) -> str | None:
-    base = reference.tokenizer()
-    ours = AutoTokenizer.from_pretrained(
-        out, local_files_only=True, trust_remote_code=reference.trust_remote_code
-    )
-    samples = [*WORDS, *(base.decode(row) for row in text.ids[:SAMPLES])]
-    for sample in samples:
-        if ours(sample)["input_ids"] != base(sample)["input_ids"]:
+def _tokenizer_problem(out: Path, base: TokenizerAnswers, trust_remote_code: bool) -> str | None:
+    tokenizer = AutoTokenizer.from_pretrained(out, local_files_only=True, trust_remote_code=trust_remote_code)
+    ours = _answers(tokenizer, base.ids)
+    for sample, ids in base.ids.items():
+        if ours.ids[sample] != ids:
             return f"its tokenizer reads {sample[:40]!r} otherwise than the base's"
-    if _rendered(ours) != _rendered(base):
+    if ours.rendered != base.rendered:
         return "its chat template answers otherwise than the base's"
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        if getattr(ours, name) != getattr(base, name):
-            return f"its tokenizer has the {name} {getattr(ours, name)}, the base's {getattr(base, name)}"
+    for name, token in base.special.items():
+        if ours.special[name] != token:
+            return f"its tokenizer has the {name} {ours.special[name]}, the base's {token}"
     return None
+
+
+def _answers(tokenizer: Any, samples: Iterable[str]) -> TokenizerAnswers:
+    ids = {sample: tokenizer(sample)["input_ids"] for sample in samples}
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return TokenizerAnswers(ids, tuple(_rendered(tokenizer)), special)
 
 
 def _rendered(tokenizer: Any) -> Sequence[Any]:
