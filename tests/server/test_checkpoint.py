@@ -70,8 +70,8 @@ def test_directory_without_manifest_opens_with_unknown_quality(make_checkpoint: 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"num_hidden_layers": None}, "config.json: num_hidden_layers: Input should be a valid integer"),
-        ({"hidden_size": 0}, "config.json: hidden_size: Input should be greater than 0"),
+        ({"num_hidden_layers": None}, "config.json: num_hidden_layers = None: allowed is a whole number"),
+        ({"hidden_size": 0}, "config.json: hidden_size = 0: allowed is a number above 0"),
     ],
 )
 def test_config_without_a_shape_names_the_field(
