@@ -38,8 +38,8 @@ def server(model: Path, tmp_path: Path) -> Iterator[ServerProcess]:
         started.kill()
 
 
-def descendants(server: ServerProcess) -> list[psutil.Process]:
-    found: list[psutil.Process] = psutil.Process(server.process.pid).children(recursive=True)
+def descendants(started: ServerProcess) -> list[psutil.Process]:
+    found: list[psutil.Process] = psutil.Process(started.process.pid).children(recursive=True)
     return found
 
 

@@ -35,7 +35,7 @@ def test_one_name_stands_for_a_list_of_one() -> None:
         ),
         (
             "wights.bits=4",
-            "unknown key 'wights'; allowed here: description, modules, kv_cache, passes, calibration, quality",
+            "unknown key 'wights'; allowed here: description, base, modules, kv_cache, passes, calibration, quality",
         ),
         (
             "modules.0.group_size=48",
