@@ -28,7 +28,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def server(model: Path, tmp_path: Path) -> Iterator[ServerProcess]:
+def loading_server(model: Path, tmp_path: Path) -> Iterator[ServerProcess]:
     port = free_port()
     command = [*LOWBIT, "serve", str(model), "--port", str(port), "--enforce-eager", "--kv-cache-gib", "0.2"]
     started = start_server(command, f"http://127.0.0.1:{port}", tmp_path / "serve.log")
@@ -43,10 +43,10 @@ def descendants(started: ServerProcess) -> list[psutil.Process]:
     return found
 
 
-def wait_for_engine(server: ServerProcess) -> None:
+def wait_for_engine(loading_server: ServerProcess) -> None:
     """Until one of vLLM's processes has its name: the engine is being started, and far from ready."""
     for _ in range(600):
-        if any(one.name().startswith(ENGINE) for one in descendants(server)):
+        if any(one.name().startswith(ENGINE) for one in descendants(loading_server)):
             return
         time.sleep(0.2)
     raise AssertionError("no engine process")
@@ -54,20 +54,20 @@ def wait_for_engine(server: ServerProcess) -> None:
 
 @pytest.mark.parametrize(("number", "to_group"), [(signal.SIGINT, True), (signal.SIGTERM, False)])
 def test_a_stop_while_the_engine_starts_ends_every_process(
-    server: ServerProcess, number: signal.Signals, to_group: bool
+    loading_server: ServerProcess, number: signal.Signals, to_group: bool
 ) -> None:
-    wait_for_engine(server)
-    everything = descendants(server)
-    (os.killpg if to_group else os.kill)(server.process.pid, number)
+    wait_for_engine(loading_server)
+    everything = descendants(loading_server)
+    (os.killpg if to_group else os.kill)(loading_server.process.pid, number)
     began = time.monotonic()
-    assert server.process.wait(GONE_S) == 130
+    assert loading_server.process.wait(GONE_S) == 130
     _, left = psutil.wait_procs(everything, timeout=GONE_S - (time.monotonic() - began))
     assert left == []
 
 
-def test_idle_and_slow_clients_delay_neither_probes_nor_readiness(server: ServerProcess) -> None:
-    host, port = "127.0.0.1", int(server.url.rpartition(":")[2])
-    wait_for_engine(server)
+def test_idle_and_slow_clients_delay_neither_probes_nor_readiness(loading_server: ServerProcess) -> None:
+    host, port = "127.0.0.1", int(loading_server.url.rpartition(":")[2])
+    wait_for_engine(loading_server)
     clients = [socket.create_connection((host, port)) for _ in range(100)]
     for client in clients[::2]:
         client.sendall(b"GET /livez HTTP/1.1\r\nX-Slow: ")
@@ -78,11 +78,11 @@ def test_idle_and_slow_clients_delay_neither_probes_nor_readiness(server: Server
         ("OPTIONS", "/v1/chat/completions", 503),
     ):
         began = time.monotonic()
-        assert httpx.request(method, server.url + path, timeout=5).status_code == status
+        assert httpx.request(method, loading_server.url + path, timeout=5).status_code == status
         assert time.monotonic() - began < 2
-    server.wait_until_ready()
-    name = httpx.get(server.url + "/v1/models").json()["data"][0]["id"]
-    assert httpx.head(f"{server.url}/v1/models").status_code == 200
+    loading_server.wait_until_ready()
+    name = httpx.get(loading_server.url + "/v1/models").json()["data"][0]["id"]
+    assert httpx.head(f"{loading_server.url}/v1/models").status_code == 200
     for client in clients:
         client.close()
     body = json.dumps({"model": name, "prompt": "a", "max_tokens": 4}).encode()
@@ -94,7 +94,7 @@ def test_idle_and_slow_clients_delay_neither_probes_nor_readiness(server: Server
         "content-type: application/json",
         "-d",
         "@-",
-        f"{server.url}/v1/completions",
+        f"{loading_server.url}/v1/completions",
     ]
     done = subprocess.run(command, input=body, capture_output=True, check=True)
     assert json.loads(done.stdout)["usage"]["completion_tokens"] == 4
