@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
@@ -43,6 +43,7 @@ class BaseModelRecord(_Record):
     # The published numbers that were dequantized: "FP8 in blocks of 128 x 128".
     dequantized: str | None = None
     carried: list[str] = []  # tensors that no module of the model reads, stored untouched
+    copied: list[str] = []  # files beside its weights that lie in the checkpoint
     left_out: dict[str, str] = {}  # tensors and files that are not in the checkpoint, with the reason
 
 
@@ -332,9 +333,10 @@ def _readable_sha256(path: Path) -> str:
         ) from error
 
 
-def record_files(directory: Path) -> dict[str, FileRecord]:
-    """Size and hash of every file of a checkpoint except its own records."""
-    paths = {path.relative_to(directory).as_posix(): path for path in sorted(_visible_files(directory))}
+def record_files(directory: Path, below: Iterable[str] = ()) -> dict[str, FileRecord]:
+    """Size and hash of every file of a checkpoint except its own records, and of those that lie `below`, in folders."""
+    names = {path.name for path in directory.iterdir() if path.is_file()} | set(below)
+    paths = {name: directory / name for name in sorted(names)}
     for path in paths.values():
         with path.open("rb") as file:
             os.fsync(file.fileno())  # the manifest must not outlive what it vouches for
@@ -343,15 +345,6 @@ def record_files(directory: Path) -> dict[str, FileRecord]:
         for name, path in paths.items()
         if name not in (MANIFEST_NAME, PROGRESS_NAME)
     }
-
-
-def _visible_files(directory: Path) -> Iterator[Path]:
-    """Files of a directory and of its folders, but for hidden folders: a run keeps its state in one."""
-    for path in directory.iterdir():
-        if path.is_file():
-            yield path
-        elif path.is_dir() and not path.name.startswith("."):
-            yield from _visible_files(path)
 
 
 def verify_files(directory: Path, manifest: Manifest, *, hashes: bool) -> None:

@@ -23,35 +23,10 @@ RENAMED_FLAGS = {"--check": "--dry-run", "--fresh": "--overwrite", "--gpu-gib": 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     names = ", ".join(bundled_recipes())
-    parser.add_argument(
-        "--model", required=True, help="directory, FILE.gguf, hub id OWNER/NAME[@REVISION] or its page"
-    )
-    parser.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="run a tokenizer that is code of the model's own; the model itself is always transformers'",
-    )
+    _add_base_arguments(parser)
     parser.add_argument("--recipe", required=True, help=f"FILE.yaml or one of: {names}")
     parser.add_argument("--out", type=file_path, help="directory for the checkpoint, new or empty")
-    parser.add_argument(
-        "--experts-report",
-        type=file_path,
-        nargs="?",
-        const=Path("experts-report.json"),
-        metavar="FILE",
-        help="write no checkpoint: compare all criteria for pruning experts (default FILE: experts-report.json)",
-    )
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="run nothing: say what engines will take, sizes on disk, memory of the run and of serving",
-    )
-    parser.add_argument(
-        "--gpu-memory-gib",
-        type=float,
-        metavar="N",
-        help="with --dry-run: memory of each GPU (default 74.5, an 80 GB one)",
-    )
+    _add_report_arguments(parser)
     parser.add_argument(
         "--overwrite",
         action="store_true",
@@ -76,6 +51,21 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--heldout", metavar="SOURCE", help="text that quality is measured on, as --calibration"
     )
     parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key"
+    )
+
+
+def _add_base_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which model, and how it is read."""
+    parser.add_argument(
+        "--model", required=True, help="directory, FILE.gguf, hub id OWNER/NAME[@REVISION] or its page"
+    )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run a tokenizer that is code of the model's own; the model itself is always transformers'",
+    )
+    parser.add_argument(
         "--dtype", choices=DTYPES, help="what the base computes in (default auto: its configuration's)"
     )
     parser.add_argument(
@@ -84,8 +74,28 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATTERN",
         help="tensors of the base's files that its model does not use and that are not to be carried over",
     )
+
+
+def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    """What ends without a checkpoint."""
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key"
+        "--experts-report",
+        type=file_path,
+        nargs="?",
+        const=Path("experts-report.json"),
+        metavar="FILE",
+        help="write no checkpoint: compare all criteria for pruning experts (default FILE: experts-report.json)",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="run nothing: say what engines will take, sizes on disk, memory of the run and of serving",
+    )
+    parser.add_argument(
+        "--gpu-memory-gib",
+        type=float,
+        metavar="N",
+        help="with --dry-run: memory of each GPU (default 74.5, an 80 GB one)",
     )
 
 

@@ -74,6 +74,7 @@ def manifest_of(
             remote_code=reference.trust_remote_code,
             dequantized=plan.floats.words if plan.floats and base.weights.dequantized else None,
             carried=sorted(base.rest.carried),
+            copied=beside.copied,
             left_out=base.rest.left_out | beside.left_out,
         ),
         recipe=plan.recipe.model_dump(mode="json"),
@@ -87,7 +88,7 @@ def manifest_of(
         calibration=calibration.record,
         quality=measured,
         gate=kl.judge(measured, plan.recipe.quality),
-        files=record_files(run.out),
+        files=record_files(run.out, beside.copied),
         versions=tool_versions(),
         run=clock.record(str(walk.decoder.device)),
     )

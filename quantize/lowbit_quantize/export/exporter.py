@@ -78,7 +78,7 @@ def _manifest(before: Manifest, name: str, exported: Exported, out: Path) -> Man
                     8 * exported.packed_bytes / max(1, size.quantized_parameters), 4
                 ),
             ),
-            "files": record_files(out),
+            "files": record_files(out, before.base.copied),
             "versions": tool_versions(),
             "export": ExportRecord(to=name, left_out=exported.left_out),
         }

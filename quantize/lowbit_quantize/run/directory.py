@@ -261,13 +261,21 @@ def _remove_copies(out: Path) -> None:
         names |= set(json.loads((out / STATE / COPIES_NAME).read_text(encoding="utf-8")))
     with suppress(CheckpointError):
         manifest = read_manifest(out)
-        names |= set(manifest.files) if manifest else set()
+        names |= set(manifest.base.copied) if manifest else set()
     for name in names:
         path = out / name
-        if path.suffix != ".safetensors" and path.resolve().is_relative_to(out.resolve()):
+        if path.resolve().is_relative_to(out.resolve()):
             path.unlink(missing_ok=True)
-            with suppress(OSError):
-                path.parent.rmdir() if path.parent != out else None
+            _remove_empty_folders(path.parent, out)
+
+
+def _remove_empty_folders(folder: Path, out: Path) -> None:
+    while folder != out:
+        try:
+            folder.rmdir()
+        except OSError:  # something of somebody's is in it
+            return
+        folder = folder.parent
 
 
 def _remove_ours(out: Path, keep: set[str]) -> None:

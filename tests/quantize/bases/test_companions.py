@@ -6,11 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.quantize.edited_bases import edited, quick_run
+from tests.quantize.edited_bases import QUICK, edited, quick_run
+from tests.quantize.small_runs import CPU, recipe_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lowbit_core.errors import CheckpointError
 from lowbit_core.manifest import read_manifest, verify_files
+from lowbit_quantize.pipeline import quantize
 from lowbit_quantize.run.companions import companions
 
 TinyModel = Callable[[str], Path]
@@ -89,17 +91,22 @@ def test_runs_inside_of_the_model_directory_are_no_companions(tiny_model: TinyMo
 def test_an_overwritten_run_leaves_nothing_of_the_base_before_it(
     tiny_model: TinyModel, tmp_path: Path
 ) -> None:
-    from tests.quantize.small_runs import CPU, recipe_of
-
-    from lowbit_quantize.pipeline import quantize
-
-    first = edited(tiny_model("llama"), tmp_path / "first", files={"a.txt": "x", "deep/b.txt": "y"})
-    quick_run(first, tmp_path / "out")
-    (tmp_path / "out" / "mine.txt").write_text("the user's")
-    quantize(str(tiny_model("qwen2")), recipe_of("rtn-g64"), tmp_path / "out", CPU, overwrite=True)
-    assert not (tmp_path / "out" / "a.txt").exists()
-    assert not (tmp_path / "out" / "deep").exists()
-    assert (tmp_path / "out" / "mine.txt").read_text() == "the user's"
+    out = tmp_path / "out"
+    first = edited(tiny_model("llama"), tmp_path / "first", files={"a.txt": "x", "deep/er/b.txt": "y"})
+    quick_run(first, out)
+    (out / "mine.txt").write_text("the user's")
+    (out / "mine").mkdir()
+    (out / "mine" / "too.txt").write_text("the user's")
+    for family in (
+        "qwen2",
+        "mistral",
+    ):  # twice: what stood there while a manifest was written is still the user's
+        recipe = recipe_of("rtn-g64", *QUICK)
+        manifest = quantize(str(tiny_model(family)), recipe, out, CPU, overwrite=True)
+        assert not (out / "a.txt").exists()
+        assert not (out / "deep").exists()
+        assert (out / "mine.txt").read_text() == (out / "mine" / "too.txt").read_text() == "the user's"
+        assert "mine/too.txt" not in manifest.files
 
 
 def test_keys_of_the_configuration_that_nobody_knows_stay(tiny_model: TinyModel, tmp_path: Path) -> None:
