@@ -52,8 +52,8 @@ async def _lifespan(receive: Any, send: Any) -> None:
 
 async def _serve(port: int) -> None:
     from lowbit_server.config import ServeConfig
-    from lowbit_server.gateway.http_server import serving
-    from lowbit_server.gateway.listeners import bind
+    from lowbit_server.http.listeners import bind
+    from lowbit_server.http.serving import serving
 
     with bind("127.0.0.1", port) as listener:
         async with serving(app, listener, ServeConfig(Path("unused"))) as running:  # type: ignore[arg-type]

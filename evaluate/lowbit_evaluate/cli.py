@@ -56,6 +56,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", metavar="FILE", type=file_path, help="also write everything here, answers included"
     )
+    _add_process_arguments(parser)
+    parser.epilog = "With --target the API key is read from the environment variable LOWBIT_API_KEY."
+
+
+def _add_process_arguments(parser: argparse.ArgumentParser) -> None:
+    """What holds in process only, without --target."""
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument(
         "--dtype",
@@ -74,7 +80,6 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="run, in process, a tokenizer that is code of the model's own",
     )
-    parser.epilog = "With --target the API key is read from the environment variable LOWBIT_API_KEY."
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp
 from lowbit_core import __version__
 from lowbit_core.log import get_logger
 from lowbit_server.checkpoint import Checkpoint, served_names
-from lowbit_server.config import ServeConfig, base_url
+from lowbit_server.config import Device, ServeConfig, base_url
 from lowbit_server.engine.adapters import open_adapters
 from lowbit_server.engine.arguments import derive_engine_arguments
 from lowbit_server.engine.forecast import refuse_what_does_not_fit
@@ -27,15 +27,15 @@ from lowbit_server.engine.memory import MemoryReader, host_memory_bytes
 from lowbit_server.engine.nvml import GpuMemory, Nvml
 from lowbit_server.engine.preflight import refuse_unfit_machine, refuse_unknown_parsers
 from lowbit_server.engine.throughput import Throughput
-from lowbit_server.gateway.entrance import Entrance
-from lowbit_server.gateway.http_server import serve_until_stopped, serving
 from lowbit_server.gateway.keys import KeyStore
-from lowbit_server.gateway.listeners import bind, listener_of
-from lowbit_server.gateway.loading import Loading
 from lowbit_server.gateway.middleware import AdminPort, Gateway
 from lowbit_server.gateway.openapi import describe_answers
 from lowbit_server.gateway.request_limits import Models, ServerLimits
 from lowbit_server.gateway.request_tracker import RequestTracker
+from lowbit_server.http.entrance import Entrance
+from lowbit_server.http.listeners import bind, listener_of
+from lowbit_server.http.loading import Loading
+from lowbit_server.http.serving import serve_until_stopped, serving
 from lowbit_server.lifecycle import DrainState, end_children, unless_stopped
 from lowbit_server.metrics import LowbitCollector
 from lowbit_server.report import Service, checkpoint_document, kv_scales_in_words, model_card
@@ -62,9 +62,7 @@ async def serve(config: ServeConfig, checkpoint: Checkpoint) -> None:
     names = served_names(config, checkpoint)
     adapters = open_adapters(config, names)
     keys = KeyStore(config.api_keys) if config.api_keys else None
-    arguments = derive_engine_arguments(config, checkpoint, device)
-    if checkpoint.latent and (checkpoint.declares_fp8_kv or checkpoint.measured_with_fp8_kv):
-        log.warning("the engine has no FP8 cache for latent attention: it caches in the model's own dtype")
+    arguments = _engine_arguments(config, checkpoint, device)
     throughput, state, began = Throughput(), DrainState(), time.monotonic()
     tracker = RequestTracker(write_log=not config.no_request_log)
     throughput.on_finished = tracker.engine_finished
@@ -99,10 +97,15 @@ async def serve(config: ServeConfig, checkpoint: Checkpoint) -> None:
             app, _limits(config), keys, tracker, models,
             is_draining=lambda: state.draining, admin_elsewhere=admin is not None,
         ))  # fmt: skip
-        log.info("ready in %.1f s", time.monotonic() - began)
-        log.info("serving %s at %s", ", ".join(names), base_url(config))
+        log.info("ready in %.1f s: %s at %s", time.monotonic() - began, ", ".join(names), base_url(config))
         await serve_until_stopped(server, engine, state)
     log.info("stopped")
+
+
+def _engine_arguments(config: ServeConfig, checkpoint: Checkpoint, device: Device) -> dict[str, Any]:
+    if checkpoint.latent and (checkpoint.declares_fp8_kv or checkpoint.measured_with_fp8_kv):
+        log.warning("the engine has no FP8 cache for latent attention: it caches in the model's own dtype")
+    return derive_engine_arguments(config, checkpoint, device)
 
 
 def with_cors(app: ASGIApp, config: ServeConfig) -> ASGIApp:

@@ -17,7 +17,7 @@ from lowbit_core.log import get_logger
 from lowbit_server.checkpoint import Checkpoint, open_checkpoint
 from lowbit_server.config import ServeConfig, refuse_uneven_nodes
 from lowbit_server.flags import add_arguments
-from lowbit_server.gateway.certificates import open_certificate
+from lowbit_server.http.certificates import open_certificate
 from lowbit_server.lifecycle import INTERRUPTED, StoppedWhileLoadingError, leaving_at_once_on_signals
 
 log = get_logger("serve")

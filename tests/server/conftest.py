@@ -2,12 +2,14 @@
 
 import json
 import struct
-from collections.abc import Callable
+from asyncio import AbstractEventLoop
+from collections.abc import Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
+import uvloop
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, Counter
 
@@ -43,6 +45,11 @@ CONFIG: dict[str, Any] = {
     "quantization_config": {"quant_method": "compressed-tensors", "kv_cache_scheme": KV_SCHEME},
 }
 TEXT = TextRecord(dataset="test", num_samples=1, max_seq_length=8, tokens=8, seed=0, sha256="0" * 64)
+
+
+def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], AbstractEventLoop]]:
+    """Tests run on uvloop, as `lowbit serve` does: sockets end differently on asyncio's own loop."""
+    return {"uvloop": uvloop.new_event_loop}
 
 
 class MakeCheckpoint(Protocol):

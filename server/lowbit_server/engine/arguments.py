@@ -22,17 +22,7 @@ def derive_engine_arguments(config: ServeConfig, checkpoint: Checkpoint, device:
 
     Raises ConfigError for a flag that this device or this model cannot follow.
     """
-    if device == "cpu" and checkpoint.latent and config.kv_cache_dtype == "fp8":
-        raise ConfigError(
-            "--kv-cache-dtype fp8: the CPU engine caches latent attention in the model's dtype only; leave it out"
-        )
-    if device == "cpu" and config.pipeline_parallel_size > 1 and config.enforce_eager:
-        raise ConfigError(
-            "--pipeline-parallel-size with --enforce-eager: this engine then fails at the first request on a CPU; "
-            "leave one of them out"
-        )
-    if config.strict_tools != "auto" and config.tool_call_parser is None:
-        raise ConfigError("--strict-tools binds calls of tools, which --tool-call-parser turns on; give both")
+    _refuse_what_cannot_be_followed(config, checkpoint, device)
     kv_bytes = _kv_cache_bytes(config, device)
     arguments: dict[str, Any] = {
         "model": str(checkpoint.directory),
@@ -71,6 +61,20 @@ def derive_engine_arguments(config: ServeConfig, checkpoint: Checkpoint, device:
     } | _lora_arguments(config)
     given = {name: value for name, value in optional.items() if value is not None}
     return arguments | given | _node_arguments(config)
+
+
+def _refuse_what_cannot_be_followed(config: ServeConfig, checkpoint: Checkpoint, device: Device) -> None:
+    if device == "cpu" and checkpoint.latent and config.kv_cache_dtype == "fp8":
+        raise ConfigError(
+            "--kv-cache-dtype fp8: the CPU engine caches latent attention in the model's dtype only; leave it out"
+        )
+    if device == "cpu" and config.pipeline_parallel_size > 1 and config.enforce_eager:
+        raise ConfigError(
+            "--pipeline-parallel-size with --enforce-eager: this engine then fails at the first request on a CPU; "
+            "leave one of them out"
+        )
+    if config.strict_tools != "auto" and config.tool_call_parser is None:
+        raise ConfigError("--strict-tools binds calls of tools, which --tool-call-parser turns on; give both")
 
 
 def _node_arguments(config: ServeConfig) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from lowbit_core.documents import describe_error
 from lowbit_core.errors import ConfigError
 from lowbit_core.log import get_logger
 from lowbit_core.strict_yaml import strict_load
+from lowbit_server.file_stamp import file_stamp
 
 log = get_logger("serve")
 
@@ -76,7 +77,7 @@ class KeyStore:
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self._path, self._clock = path, clock
-        self._stamp, self._looked_at = _stamp(path), clock()
+        self._stamp, self._looked_at = file_stamp(path), clock()
         self._keys = read_keys(path)
         self.on_change: Callable[[Iterable[Key]], None] = lambda _keys: None
 
@@ -97,7 +98,7 @@ class KeyStore:
         if 0 <= now - self._looked_at < RELOAD_S:
             return
         self._looked_at = now
-        stamp = _stamp(self._path)
+        stamp = file_stamp(self._path)
         if stamp == self._stamp:
             return
         self._stamp = stamp
@@ -135,11 +136,3 @@ def refuse_reserved(name: str) -> None:
         raise ConfigError(
             f"the key name {name} is taken: metrics use {' and '.join(RESERVED)}; choose another"
         )
-
-
-def _stamp(path: Path) -> tuple[int, int] | None:
-    try:
-        status = path.stat()  # through the links that a mounted secret is made of
-    except OSError:
-        return None
-    return status.st_mtime_ns, status.st_ino

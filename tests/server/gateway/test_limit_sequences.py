@@ -34,11 +34,11 @@ from tests.server.gateway.stepped_loop import SteppedLoop
 
 from lowbit_server.app import with_cors
 from lowbit_server.config import ServeConfig
-from lowbit_server.gateway.entrance import Entrance
 from lowbit_server.gateway.keys import KeyStore
 from lowbit_server.gateway.middleware import Gateway
 from lowbit_server.gateway.request_limits import Models, ServerLimits
 from lowbit_server.gateway.request_tracker import LATE_S, RequestTracker
+from lowbit_server.http.entrance import Entrance
 
 SEQUENCES = int(os.environ.get("LOWBIT_LIMIT_SEQUENCES", "40"))
 PLACES, BODY_BYTES, ALL_BODIES = 6, 400, 420

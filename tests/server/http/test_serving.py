@@ -15,8 +15,8 @@ from fastapi.responses import StreamingResponse
 
 from lowbit_core.errors import ConfigError, EngineError
 from lowbit_server.config import ServeConfig, address
-from lowbit_server.gateway.http_server import serve_until_stopped, serving
-from lowbit_server.gateway.listeners import bind
+from lowbit_server.http.listeners import bind
+from lowbit_server.http.serving import serve_until_stopped, serving
 from lowbit_server.lifecycle import DrainState
 
 if TYPE_CHECKING:

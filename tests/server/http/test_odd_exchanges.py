@@ -16,16 +16,17 @@ import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 from starlette.responses import Response
-from tests.server.gateway.odd_exchanges import Exchange, exchanges, sized
+from tests.server.http.odd_exchanges import Exchange, exchanges, sized
+from tests.server.http.raw_sockets import read_to_the_end
 
 from lowbit_server.config import ServeConfig
-from lowbit_server.gateway.entrance import Entrance
-from lowbit_server.gateway.http_endings import Times
-from lowbit_server.gateway.http_server import Serving, serving
-from lowbit_server.gateway.listeners import bind
 from lowbit_server.gateway.middleware import Gateway
 from lowbit_server.gateway.request_limits import Models, ServerLimits
 from lowbit_server.gateway.request_tracker import RequestTracker
+from lowbit_server.http.endings import Times
+from lowbit_server.http.entrance import Entrance
+from lowbit_server.http.listeners import bind
+from lowbit_server.http.serving import Serving, serving
 
 NUMBER, AT_ONCE = 500, 20
 TIMES = Times(
@@ -72,7 +73,7 @@ class Served:
             await _send(exchange, writer)
             if exchange.ending in ("leave", "reset"):
                 return b""
-            return await asyncio.wait_for(_read(reader), BOUND_S)
+            return await asyncio.wait_for(read_to_the_end(reader), BOUND_S)
         finally:
             writer.close()
 
@@ -97,16 +98,6 @@ async def _send(exchange: Exchange, writer: asyncio.StreamWriter) -> None:
     if exchange.ending == "reset":
         sock = writer.get_extra_info("socket")
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-
-
-async def _read(reader: asyncio.StreamReader) -> bytes:
-    found = b""
-    try:
-        while part := await reader.read(65536):
-            found += part
-    except ConnectionError:
-        pass
-    return found
 
 
 @pytest.fixture

@@ -15,10 +15,10 @@ from fastapi import FastAPI
 from lowbit_core.errors import ConfigError
 from lowbit_server.app import with_cors
 from lowbit_server.config import ServeConfig
-from lowbit_server.gateway.entrance import Entrance
-from lowbit_server.gateway.http_server import serving
-from lowbit_server.gateway.listeners import bind
-from lowbit_server.gateway.loading import Loading
+from lowbit_server.http.entrance import Entrance
+from lowbit_server.http.listeners import bind
+from lowbit_server.http.loading import Loading
+from lowbit_server.http.serving import serving
 
 CONFIG = ServeConfig(Path("unused"), cors_origins=("https://a.example",), drain_timeout_s=1)
 

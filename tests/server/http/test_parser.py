@@ -8,8 +8,8 @@ import pytest
 import uvicorn
 from starlette.types import Receive, Scope, Send
 
-from lowbit_server.gateway.http_endings import Times
-from lowbit_server.gateway.http_parser import bounded_http
+from lowbit_server.http.endings import Times
+from lowbit_server.http.parser import bounded_http
 
 POST = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\n"
 

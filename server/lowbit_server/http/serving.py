@@ -17,10 +17,10 @@ from lowbit_core.errors import EngineError
 from lowbit_core.log import get_logger
 from lowbit_server.config import ServeConfig
 from lowbit_server.flags import UNIX
-from lowbit_server.gateway.certificates import Certificates
-from lowbit_server.gateway.http_endings import DEFAULT_TIMES, Times
-from lowbit_server.gateway.http_parser import bounded_http
-from lowbit_server.gateway.listeners import listen
+from lowbit_server.http.certificates import Certificates
+from lowbit_server.http.endings import DEFAULT_TIMES, Times
+from lowbit_server.http.listeners import listen
+from lowbit_server.http.parser import bounded_http
 from lowbit_server.lifecycle import DrainState, Liveness
 
 WATCH_S = 1.0

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import uvicorn
 from starlette.types import Receive, Scope, Send
+from tests.server.http.raw_sockets import read_to_the_end
 
-from lowbit_server.gateway.http_endings import Times
-from lowbit_server.gateway.http_parser import bounded_http
+from lowbit_server.http.endings import Times
+from lowbit_server.http.parser import bounded_http
 
 TIMES = Times(head_s=0.4, body_s=0.6, unread_s=0.4, stalled_s=0.6, left_s=0.5, ask_s=(0.05, 0.1))
 POST = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\n"
@@ -212,22 +213,12 @@ async def test_a_head_that_never_ends_is_closed_whichever_request_it_is(
             writer.write(b"X-A: b\r\n" if len(drip) > 2 else b"\r\n" if drip == b"\r\n" else b"E")
 
     dripping = asyncio.create_task(go_on())
-    found = await asyncio.wait_for(_read(reader), 3)
+    found = await asyncio.wait_for(read_to_the_end(reader), 3)
     dripping.cancel()
     writer.close()
     assert found.count(b" 200 OK") == bool(begin)
     assert asyncio.get_running_loop().time() - began < 1.5
     assert len(app.seen) == bool(begin)
-
-
-async def _read(reader: asyncio.StreamReader) -> bytes:
-    found = b""
-    try:
-        while part := await reader.read(65536):
-            found += part
-    except ConnectionError:
-        pass
-    return found
 
 
 async def test_a_second_head_without_end_is_431(port: int) -> None:
@@ -297,7 +288,7 @@ async def test_an_answer_before_the_body_reaches_a_client_that_still_sends(port:
         writer.write(b"x" * 100_000)
         await asyncio.sleep(0)
     assert (await asyncio.wait_for(reader.readuntil(b"refused"), 2)).startswith(b"HTTP/1.1 200")
-    await asyncio.wait_for(_read(reader), 3)
+    await asyncio.wait_for(read_to_the_end(reader), 3)
     writer.close()
 
 
@@ -347,6 +338,6 @@ async def test_a_client_that_reads_nothing_is_cut_off(port: int, app: App) -> No
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
     writer.write(b"GET /flood HTTP/1.1\r\nHost: a\r\n\r\n")
     await asyncio.sleep(1.5)
-    found = await asyncio.wait_for(_read(reader), 5)
+    found = await asyncio.wait_for(read_to_the_end(reader), 5)
     writer.close()
     assert not found.endswith(b"0\r\n\r\n")

@@ -12,7 +12,7 @@ again without the offer.
 
 import httptools
 
-from lowbit_server.gateway.http_endings import DEFAULT_TIMES, EndingHttp, Times
+from lowbit_server.http.endings import DEFAULT_TIMES, EndingHttp, Times
 
 FRAMING_FACTOR = 8  # bytes that chunks of one byte take, and then some
 OFFER = (b"upgrade", b"http2-settings")

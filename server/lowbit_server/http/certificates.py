@@ -11,6 +11,7 @@ from typing import Any
 
 from lowbit_core.errors import ConfigError
 from lowbit_core.log import get_logger
+from lowbit_server.file_stamp import file_stamp
 
 RELOAD_S = 2.0
 
@@ -74,12 +75,4 @@ class Certificates:
             log.info("TLS: the certificate was read again from %s", self._files[0])
 
     def _stamps(self) -> tuple[Any, ...]:
-        return tuple(_stamp(path) for path in self._files)
-
-
-def _stamp(path: Path) -> tuple[int, int] | None:
-    try:
-        status = path.stat()  # through the links that a mounted secret is made of
-    except OSError:
-        return None
-    return status.st_mtime_ns, status.st_ino
+        return tuple(file_stamp(path) for path in self._files)

@@ -9,8 +9,8 @@ from starlette.types import Receive, Scope, Send
 
 from lowbit_core.errors import ConfigError
 from lowbit_server.config import ServeConfig
-from lowbit_server.gateway.http_server import serving
-from lowbit_server.gateway.listeners import bind, bind_unix, listener_of
+from lowbit_server.http.listeners import bind, bind_unix, listener_of
+from lowbit_server.http.serving import serving
 
 
 async def who(scope: Scope, _receive: Receive, send: Send) -> None:

@@ -12,10 +12,10 @@ from fastapi import FastAPI
 from starlette.types import Receive, Scope, Send
 
 from lowbit_server.flags import proxies, url_prefix
-from lowbit_server.gateway.content_encoding import DECOMPRESSORS
-from lowbit_server.gateway.entrance import Entrance
 from lowbit_server.gateway.openai_errors import ApiError, send_error
 from lowbit_server.gateway.request_body import read_body
+from lowbit_server.http.content_encoding import DECOMPRESSORS
+from lowbit_server.http.entrance import Entrance
 
 MOST = 1 << 20
 PLAIN = bytes(range(256)) * 100

@@ -6,7 +6,7 @@ may be compressed. Behind it is the answer that the model loads, and then the ga
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from lowbit_server.gateway.content_encoding import PLAIN, Inflating, encoding_of
+from lowbit_server.http.content_encoding import PLAIN, Inflating, encoding_of
 
 
 class Entrance:

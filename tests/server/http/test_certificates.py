@@ -12,9 +12,9 @@ from fastapi import FastAPI
 from lowbit_core.cli import main
 from lowbit_core.errors import ConfigError
 from lowbit_server.config import ServeConfig
-from lowbit_server.gateway.certificates import Certificates, open_certificate
-from lowbit_server.gateway.http_server import serving
-from lowbit_server.gateway.listeners import bind
+from lowbit_server.http.certificates import Certificates, open_certificate
+from lowbit_server.http.listeners import bind
+from lowbit_server.http.serving import serving
 
 RSA, EC = ("rsa:2048",), ("ec", "-pkeyopt", "ec_paramgen_curve:prime256v1")
 
