@@ -20,7 +20,6 @@ from tests.e2e.conftest import Demo
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from lowbit_core.manifest import Manifest, read_manifest
-from lowbit_quantize.model.decoder import BATCH_TOKENS
 from lowbit_quantize.quality.dataset import load_texts
 from lowbit_quantize.recipe import parse_recipe
 
@@ -199,8 +198,14 @@ def test_quality_of_the_walk_is_what_a_reload_in_plain_transformers_measures(tmp
     reloaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16)
     total = 0.0
     with torch.inference_mode():
-        # The walk's batches: how bfloat16 rounds hangs on the shape.
-        for batch in torch.split(ids, BATCH_TOKENS // ids.shape[1]):
-            p, q = (torch.log_softmax(model(batch).logits[:, :-1].float(), -1) for model in (base, reloaded))
-            total += float((p.exp() * (p - q)).sum(-1).mean()) * len(batch)
-    assert total / len(ids) == pytest.approx(result["mean_kld"], abs=1e-3)
+        for row in ids:
+            p, q = (torch.log_softmax(_logits(model, row), -1) for model in (base, reloaded))
+            total += float((p.exp() * (p - q)).sum(-1).mean())
+    assert total / len(ids) == pytest.approx(result["mean_kld"], abs=1e-4)
+
+
+def _logits(model: Any, row: torch.Tensor) -> torch.Tensor:
+    """In float32, as the walk makes them; transformers rounds logits to bfloat16, 0.0011 nats here."""
+    hidden: torch.Tensor = model(row[None], output_hidden_states=True).hidden_states[-1][0, :-1]
+    matrix: torch.Tensor = model.get_input_embeddings().weight  # tied
+    return hidden.float() @ matrix.float().T
