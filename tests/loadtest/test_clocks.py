@@ -79,14 +79,14 @@ def test_open_loop_sends_do_not_wait_for_answers() -> None:
 
 
 def test_turns_of_a_conversation_are_due_after_the_answer_and_the_pause() -> None:
-    turn = Turn(HELLO, 8)
-    driven = drive_virtually((Job(0, 0.5, (turn, turn, turn), 0),), lambda index, now: 0.1, think_s=2.0)
+    turns = (Turn(HELLO, 8), Turn(HELLO, 8, pause_s=2.0), Turn(HELLO, 8, pause_s=0.5))
+    driven = drive_virtually((Job(0, 0.5, turns, 0),), lambda index, now: 0.1)
     first, second, third = driven.records
     assert first.due_s == 1.5
     assert second.due_s == first.ended_s + 2.0
-    assert third.due_s == second.ended_s + 2.0
+    assert third.due_s == second.ended_s + 0.5
     assert third.ttft_s == pytest.approx(0.1, abs=TOLERANCE_S)
-    assert [record.turn for record in driven.records] == [0, 1, 2]
+    assert [(record.turn, record.turns) for record in driven.records] == [(0, 3), (1, 3), (2, 3)]
 
 
 def test_the_window_of_a_constant_rate_gives_that_rate() -> None:

@@ -1,16 +1,18 @@
 """Requests against the fake server, in this process: how they end, what is sent, what is counted."""
 
 import asyncio
+import json
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
-from tests.loadtest.conftest import drive, jobs
+from tests.loadtest.conftest import HELLO, drive, jobs
 
 from lowbit_core.errors import ConfigError
 from lowbit_loadtest.generate.client import ChatClient, sse_data
 from lowbit_loadtest.generate.driver import Target, open_http
 from lowbit_loadtest.generate.records import Outcome, RequestRecord
+from lowbit_loadtest.generate.schedule import Job, Turn
 from lowbit_loadtest.report.summary import Run, Summary, steady_interval, summarize
 
 if TYPE_CHECKING:
@@ -100,6 +102,30 @@ def test_token_rate_agrees_with_the_servers_total_over_the_run(fake_server: "Fak
     assert summary.output_tokens_per_s == pytest.approx(
         fake_server.output_tokens / summary.duration_s, rel=0.01
     )
+
+
+def test_a_later_turn_carries_the_tools_and_what_its_answer_must_have(fake_server: "FakeServer") -> None:
+    """A tool's result refers to a call by its id; the fake's answers call nothing, so the plan's call is carried."""
+    call = {"id": "call-0", "type": "function", "function": {"name": "run", "arguments": "{}"}}
+    result = {"role": "tool", "tool_call_id": "call-0", "content": "7"}
+    tools: tuple[dict[str, Any], ...] = ({"type": "function", "function": {"name": "run"}},)
+    turns = (Turn(HELLO, 8, answer={"tool_calls": [call]}), Turn((result,), 8))
+    run(fake_server, jobs=(Job(0, None, turns, 0, tools),))
+    first, second = fake_server.bodies
+    assert first["tools"] == second["tools"] == list(tools)
+    answer = {"role": "assistant", "content": "word " * 4, "tool_calls": [call]}
+    assert second["messages"] == [*HELLO, answer, result]
+
+
+@pytest.mark.parametrize(
+    ("details", "cached"), [({"cached_tokens": 5}, 5), ({"cached_tokens": None}, None), (None, None)]
+)
+def test_cached_prompt_tokens_are_what_the_server_says(
+    fake_server: "FakeServer", details: dict[str, Any] | None, cached: int | None
+) -> None:
+    usage = {"prompt_tokens": 7, "completion_tokens": 4, "prompt_tokens_details": details}
+    fake_server.script(usage=False, raw_event=json.dumps({"choices": [], "usage": usage}))
+    assert run(fake_server, 1)[0].cached_tokens == cached
 
 
 def test_answers_without_usage_leave_the_token_rate_unknown(fake_server: "FakeServer") -> None:

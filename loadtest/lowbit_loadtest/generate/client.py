@@ -41,11 +41,14 @@ class ChatRequest:
     index: int = 0
     turn: int = 0
     response_format: Message | None = None
+    tools: tuple[Message, ...] = ()
 
     def body(self, model: str) -> dict[str, Any]:
         extra: Message = {"ignore_eos": True} if self.exact else {}
         if self.response_format is not None:
             extra["response_format"] = self.response_format
+        if self.tools:
+            extra["tools"] = list(self.tools)
         return {
             "model": model,
             "messages": list(self.messages),
@@ -69,6 +72,7 @@ class _Stream:
     finish_reason: str | None = None
     prompt_tokens: int | None = None
     output_tokens: int | None = None
+    cached_tokens: int | None = None
     done: bool = False
     chunk_tokens: list[int] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
@@ -86,11 +90,19 @@ class _Stream:
                 self.finished_s, self.finish_reason = now_s, choice["finish_reason"]
         if usage := event.get("usage"):
             self._count(int(usage["prompt_tokens"]), int(usage["completion_tokens"]), carries_output)
+            self.cached_tokens = _cached_tokens(usage)
 
     def _count(self, prompt_tokens: int, output_tokens: int, carries_output: bool) -> None:
         if carries_output:  # a server that counts as it goes
             self.chunk_tokens.append(output_tokens - (self.output_tokens or 0))
         self.prompt_tokens, self.output_tokens = prompt_tokens, output_tokens
+
+
+def _cached_tokens(usage: dict[str, Any]) -> int | None:
+    """`prompt_tokens_details.cached_tokens`, where the server says it."""
+    details = usage.get("prompt_tokens_details")
+    cached = details.get("cached_tokens") if isinstance(details, dict) else None
+    return cached if isinstance(cached, int) else None
 
 
 @dataclass(frozen=True)
@@ -160,6 +172,7 @@ class ChatClient:
             finish_reason=stream.finish_reason,
             prompt_tokens=stream.prompt_tokens,
             output_tokens=stream.output_tokens,
+            cached_tokens=stream.cached_tokens,
             detail=end.detail,
             intended_s=intended_s,
             index=request.index,

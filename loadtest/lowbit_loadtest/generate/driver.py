@@ -44,7 +44,6 @@ class Share:
     streams: int = 0
     repeats: bool = False
     length_s: float | None = None
-    think_s: float = 0.0
     warm_up_requests: int = 0
     warm_up_s: float = 0.0
 
@@ -154,30 +153,32 @@ class Driver:
             yield number, job, job.seed + seeds * (number // len(jobs))
 
     async def _converse(self, job: Job, number: int, seed: int, due_s: float | None) -> None:
-        """Send the job's turns, each `think_s` after the answer before it, until one does not complete."""
+        """Send the job's turns, each its pause after the answer before it, until one does not complete."""
         messages: tuple[Message, ...] = ()
+        ended_s: float | None = None
         for position, turn in enumerate(job.turns):
-            if due_s is not None and position:
+            if ended_s is not None:
+                due_s = ended_s + turn.pause_s
                 await sleep_until(due_s, self._clock)
             messages += turn.messages
             more = position + 1 < len(job.turns)
             request = ChatRequest(
                 messages, turn.max_tokens, self._share.temperature, seed + position, self._share.exact, more,
-                number, position,
+                number, position, tools=job.tools,
             )  # fmt: skip
-            record = await self._send(request, due_s)
+            record = await self._send(request, due_s, len(job.turns))
             if record.outcome is not Outcome.COMPLETED:
                 return
-            messages += ({"role": "assistant", "content": record.text},)
-            due_s = record.ended_s + self._share.think_s
+            messages += ({"role": "assistant", "content": record.text, **(turn.answer or {})},)
+            ended_s = record.ended_s
 
-    async def _send(self, request: ChatRequest, due_s: float | None) -> RequestRecord:
+    async def _send(self, request: ChatRequest, due_s: float | None, turns: int) -> RequestRecord:
         self._tally.in_flight += 1
         record = await self._client.complete(request, self._share.target.model, due_s)
         self._tally.in_flight -= 1
         share = self._share
         early = record.due_s < self._start_s + share.warm_up_s or request.index < share.warm_up_requests
-        kept = replace(record, warm_up=early, text="")
+        kept = replace(record, warm_up=early, turns=turns, text="")
         self._records.append(kept)
         self._tally.outcomes[kept.outcome.value] = self._tally.outcomes.get(kept.outcome.value, 0) + 1
         self._tally.output_tokens += kept.output_tokens or 0

@@ -23,7 +23,6 @@ def whole_share(scenario: Scenario, target: Target, schedule: Schedule) -> Share
         exact=scenario.output.exact if scenario.output else False,
         repeats=schedule.repeats,
         length_s=schedule.length_s,
-        think_s=schedule.think_s,
         warm_up_requests=schedule.warm_up_requests,
         warm_up_s=schedule.warm_up_s,
     )
@@ -61,11 +60,9 @@ async def make_schedule(
 
 def _schedule(scenario: Scenario, jobs: Sequence[Job], **fields: object) -> Schedule:
     stage_s = scenario.arrivals.stage_s if isinstance(scenario.arrivals, Ramp) else None
-    think_s = scenario.prompts.think_s if isinstance(scenario.prompts, Conversations) else 0.0
     return Schedule(
         tuple(jobs),
         length_s=stage_s or scenario.duration_s,
-        think_s=think_s,
         warm_up_requests=scenario.warm_up.requests,
         warm_up_s=scenario.warm_up.seconds,
         **fields,  # type: ignore[arg-type]
@@ -103,9 +100,10 @@ def _jobs(
     output = scenario.output or Output()
     rng = generator(Draw.OUTPUT_LENGTHS, scenario.seed, repetition, stage)
     tokens = iter(limits or draw_lengths(output.tokens, rng, needed))
+    think_s = scenario.prompts.think_s if isinstance(scenario.prompts, Conversations) else 0.0
     jobs, seed = [], scenario.seed
     for index, (at_s, one) in enumerate(zip(times_s, turns, strict=True)):
-        planned = tuple(Turn(messages, max(1, next(tokens))) for messages in one)
+        planned = tuple(Turn(messages, max(1, next(tokens)), think_s) for messages in one)
         jobs.append(Job(index, at_s, planned, seed))
         seed += len(planned)
     return jobs

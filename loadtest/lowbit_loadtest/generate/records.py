@@ -30,10 +30,12 @@ class RequestRecord:
     finish_reason: str | None = None
     prompt_tokens: int | None = None
     output_tokens: int | None = None
+    cached_tokens: int | None = None  # of the prompt: found in the server's prefix cache
     detail: str = ""
     intended_s: float | None = None
     index: int = 0
     turn: int = 0
+    turns: int = 1  # of its session, as planned
     warm_up: bool = False
     max_tokens: int | None = None
     chunk_tokens: tuple[int, ...] = ()  # tokens of each chunk, where the server counts as it goes

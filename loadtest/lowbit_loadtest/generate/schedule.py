@@ -10,20 +10,30 @@ from lowbit_loadtest.generate.client import Message
 
 @dataclass(frozen=True)
 class Turn:
-    """One request of a conversation: the messages that it adds, and its output limit in tokens."""
+    """One request of a session: the messages that it adds, and its output limit in tokens.
+
+    It is due `pause_s` after the answer before it: a person thinks, or a tool works. `answer` has the keys that the
+    next turn needs in this turn's answer whatever the server says, such as the calls whose results come next.
+    """
 
     messages: tuple[Message, ...]
     max_tokens: int
+    pause_s: float = 0.0
+    answer: Message | None = None
 
 
 @dataclass(frozen=True)
 class Job:
-    """One arrival: a request, or a conversation of several. `at_s` counts from the start; None in a closed loop."""
+    """One arrival: a request, or a session of several. `at_s` counts from the start; None in a closed loop.
+
+    `tools` are the functions that every request of it offers to the model.
+    """
 
     index: int
     at_s: float | None
     turns: tuple[Turn, ...]
     seed: int
+    tools: tuple[Message, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -38,7 +48,6 @@ class Schedule:
     repeats: bool = False
     length_s: float | None = None
     offered_rps: float | None = None
-    think_s: float = 0.0
     warm_up_requests: int = 0
     warm_up_s: float = 0.0
     cut_to_limits: int = 0  # a replay's rows whose lengths were cut
