@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 from lowbit_core.cli import Command, file_path
 from lowbit_core.errors import ConfigError
 from lowbit_core.log import get_logger
+from lowbit_loadtest.generate.http.target import Target
 from lowbit_loadtest.generate.prompts import read_prompts
 from lowbit_loadtest.generate.records import Outcome
 from lowbit_loadtest.quality.run import Answers
@@ -100,7 +101,8 @@ def run(arguments: argparse.Namespace) -> int:
     started = datetime.now(UTC).isoformat(timespec="seconds")
     log.info("%s: %s", arguments.target, scenario.description or f"{scenario.arrivals.kind} arrivals")
     with progress() as on_run:
-        result = run_load_test(scenario, arguments.target, os.environ.get(scenario.api_key_env), on_run, base)
+        target = Target(arguments.target, api_key=os.environ.get(scenario.api_key_env))
+        result = run_load_test(scenario, target, on_run, base)
     for line in lines(scenario, result):
         log.info(line)
     _write(arguments, scenario, result, started)

@@ -17,7 +17,7 @@ from lowbit_core.evals.items import Item
 from lowbit_core.evals.scoring import Answer, answer
 from lowbit_core.manifest import read_manifest
 from lowbit_loadtest.generate.client import PREFLIGHT_TIMEOUT_S
-from lowbit_loadtest.generate.driver import Target, open_http
+from lowbit_loadtest.generate.http.target import Target, open_http
 from lowbit_loadtest.quality.scorer import Scorer, Unsupported, find_scorer
 
 CONCURRENCY = 8

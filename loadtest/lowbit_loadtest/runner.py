@@ -6,11 +6,11 @@ sends its next request when its last one has ended, so the server sets the pace,
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lowbit_loadtest.generate.client import ChatClient
-from lowbit_loadtest.generate.driver import Target, open_http
+from lowbit_loadtest.generate.http.target import Target, open_http
 from lowbit_loadtest.generate.planner import make_schedule, whole_share
 from lowbit_loadtest.generate.schedule import Schedule
 from lowbit_loadtest.generate.tokens import find_counter
@@ -42,16 +42,14 @@ class _Measured:
     lost_workers: int
 
 
-def run_load_test(
-    scenario: Scenario, target_url: str, api_key: str | None, on_run: OnRun, base: Answers | None = None
-) -> Result:
+def run_load_test(scenario: Scenario, target: Target, on_run: OnRun, base: Answers | None = None) -> Result:
     """Run a scenario to its end, or to Ctrl-C. Quality is asked last, so that it does not slow what is timed.
 
     `base` has another run's answers, which the answers are compared with. Raises ConfigError before the first request.
     """
     items = read_items(scenario.quality) if scenario.quality else []
-    model = asyncio.run(_find_model(scenario, target_url, api_key))
-    target = Target(target_url, model, api_key, scenario.timeout_s)
+    target = replace(target, timeout_s=scenario.timeout_s)
+    target = replace(target, model=asyncio.run(_find_model(scenario, target)))
     workers = scenario.generator.workers or default_workers()
     points: list[Point] = []
     counted_by, interrupted = "server", False
@@ -122,8 +120,8 @@ def _too_late(summary: Summary, max_lag_s: float) -> list[str]:
     ]
 
 
-async def _find_model(scenario: Scenario, url: str, api_key: str | None) -> str:
-    async with open_http(Target(url, "", api_key)) as http:
+async def _find_model(scenario: Scenario, target: Target) -> str:
+    async with open_http(target) as http:
         return await ChatClient(http, scenario.timeout_s).find_model(scenario.model)
 
 

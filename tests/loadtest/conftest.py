@@ -19,8 +19,10 @@ import uvicorn
 from tests.loadtest.fake_openai import Reply as TimedReply
 from tests.loadtest.fake_openai import settings_of
 
-from lowbit_loadtest.generate.client import ChatClient, Message
-from lowbit_loadtest.generate.driver import Driver, Share, ShareResult, Tally, Target, open_http
+from lowbit_loadtest.generate.client import ChatClient
+from lowbit_loadtest.generate.driver import Driver, Share, ShareResult, Tally
+from lowbit_loadtest.generate.http.target import Target, open_http
+from lowbit_loadtest.generate.request import Message
 from lowbit_loadtest.generate.schedule import Job, Turn
 
 ASGIMessage = MutableMapping[str, Any]

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 import pytest
 from tests.loadtest.fake_openai import Reply
 
+from lowbit_loadtest.generate.http.target import Target
 from lowbit_loadtest.report.document import as_document
 from lowbit_loadtest.report.page import as_html
 from lowbit_loadtest.report.svg import Chart, Mark, Series, ticks
@@ -44,7 +45,7 @@ def test_the_page_needs_nothing_else_and_has_every_chart(timed_server: Callable[
         "generator": {"workers": 1, "max_lag_s": 10},
     }
     scenario = parse_scenario(data, "test")
-    result = run_load_test(scenario, url, None, lambda title, requests: lambda tally: None)
+    result = run_load_test(scenario, Target(url), lambda title, requests: lambda tally: None)
     page = as_html(as_document(scenario, result, "now", requests=True))
     parser = Balanced()
     parser.feed(page)

@@ -15,7 +15,7 @@ from tests.loadtest.conftest import FakeServer, Receive, Send, serve_fake
 from lowbit_core.errors import ConfigError
 from lowbit_core.evals.arithmetic import Estimate
 from lowbit_core.evals.items import Request
-from lowbit_loadtest.generate.driver import Target, open_http
+from lowbit_loadtest.generate.http.target import Target, open_http
 from lowbit_loadtest.generate.records import Interval, Outcome, RequestRecord
 from lowbit_loadtest.generate.workers import OnTally
 from lowbit_loadtest.quality.probes import fits, judge, make_probes, repeats
@@ -163,7 +163,7 @@ def test_quality_passes_where_the_server_answers_the_same_under_load(
     server: ScoringServer, own_items: str
 ) -> None:
     scenario = load_scenario_with(own_items)
-    result = run_load_test(scenario, server.url, None, quiet)
+    result = run_load_test(scenario, Target(server.url), quiet)
     quality = result.quality
     assert quality is not None
     assert quality.right_answers is not None

@@ -19,6 +19,7 @@ from lowbit_core.log import get_logger
 from lowbit_core.manifest import MANIFEST_NAME
 from lowbit_loadtest.frontier.plan import Checkpoint, FrontierPlan, scenarios_of
 from lowbit_loadtest.frontier.processes import Served, quantize, serving
+from lowbit_loadtest.generate.http.target import Target
 from lowbit_loadtest.generate.workers import OnRun
 from lowbit_loadtest.quality.questions import read_items
 from lowbit_loadtest.report.document import as_document
@@ -134,7 +135,7 @@ def _measure(
     served: Served,
     on_run: OnRun,
 ) -> Document:
-    run_load_test(_warm_up(), served.url, None, on_run)
+    run_load_test(_warm_up(), Target(served.url), on_run)
     results = {}
     for name, scenario in scenarios.items():
         asks = repetition == 0 and name == (plan.quality_under or plan.scenarios[0].name)
@@ -142,7 +143,7 @@ def _measure(
             update={"seed": scenario.seed + repetition, "quality": plan.quality if asks else None}
         )
         started = datetime.now(UTC).isoformat(timespec="seconds")
-        result = run_load_test(changed, served.url, None, _titled(on_run, f"{checkpoint.name}, {name}"))
+        result = run_load_test(changed, Target(served.url), _titled(on_run, f"{checkpoint.name}, {name}"))
         if result.interrupted:
             raise Interrupted("interrupted; the finished runs are kept, and the same command goes on")
         results[name] = as_document(changed, result, started, requests=False)

@@ -16,6 +16,7 @@ import httpx
 
 from lowbit_core.errors import ConfigError
 from lowbit_loadtest.generate.records import Outcome, RequestRecord
+from lowbit_loadtest.generate.request import Request
 
 REJECTED_STATUSES = (429, 503)
 FAILED_FINISH_REASONS = ("abort", "error")  # vLLM ends a request that it lost with these
@@ -24,41 +25,7 @@ DETAIL_CHARACTERS = 200
 OTHER_OUTPUT = ("reasoning", "reasoning_content", "tool_calls", "refusal")
 MOST_EVENT_BYTES = 4 << 20
 
-Message = dict[str, Any]
 Clock = Callable[[], float]  # seconds of one monotonic clock
-
-
-@dataclass(frozen=True)
-class ChatRequest:
-    """What is sent, apart from the model's name."""
-
-    messages: tuple[Message, ...]
-    max_tokens: int
-    temperature: float
-    seed: int
-    exact: bool = False  # ask vLLM for exactly max_tokens
-    keep_text: bool = False  # the next turn of a conversation needs it
-    index: int = 0
-    turn: int = 0
-    response_format: Message | None = None
-    tools: tuple[Message, ...] = ()
-
-    def body(self, model: str) -> dict[str, Any]:
-        extra: Message = {"ignore_eos": True} if self.exact else {}
-        if self.response_format is not None:
-            extra["response_format"] = self.response_format
-        if self.tools:
-            extra["tools"] = list(self.tools)
-        return {
-            "model": model,
-            "messages": list(self.messages),
-            "max_tokens": self.max_tokens,
-            "temperature": self.temperature,
-            "seed": self.seed,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-            **extra,
-        }
 
 
 @dataclass
@@ -144,9 +111,7 @@ class ChatClient:
             )
         return wanted or served[0]
 
-    async def complete(
-        self, request: ChatRequest, model: str, intended_s: float | None = None
-    ) -> RequestRecord:
+    async def complete(self, request: Request, model: str, intended_s: float | None = None) -> RequestRecord:
         """Send one request and read its stream to the end; never raises for what the server does.
 
         A cancelled request is recorded as cut off: whoever interrupts a run still gets every record.

@@ -12,25 +12,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
-import httpx
-
-from lowbit_loadtest.generate.client import ChatClient, ChatRequest, Clock, Message
+from lowbit_loadtest.generate.client import ChatClient, Clock
+from lowbit_loadtest.generate.http.target import Target
 from lowbit_loadtest.generate.records import Outcome, RequestRecord
+from lowbit_loadtest.generate.request import Message, Request
 from lowbit_loadtest.generate.schedule import Job
-from lowbit_loadtest.generate.transport import StreamTransport
 
 HEARTBEAT_S = 0.01
 TIMER_SLACK_S = 0.0012  # epoll rounds up to whole milliseconds
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where requests go. `url` is the server's root, with or without /v1."""
-
-    url: str
-    model: str
-    api_key: str | None = None
-    timeout_s: float = 300.0
 
 
 @dataclass(frozen=True)
@@ -162,7 +151,7 @@ class Driver:
                 await sleep_until(due_s, self._clock)
             messages += turn.messages
             more = position + 1 < len(job.turns)
-            request = ChatRequest(
+            request = Request(
                 messages, turn.max_tokens, self._share.temperature, seed + position, self._share.exact, more,
                 number, position, tools=job.tools,
             )  # fmt: skip
@@ -172,7 +161,7 @@ class Driver:
             messages += ({"role": "assistant", "content": record.text, **(turn.answer or {})},)
             ended_s = record.ended_s
 
-    async def _send(self, request: ChatRequest, due_s: float | None, turns: int) -> RequestRecord:
+    async def _send(self, request: Request, due_s: float | None, turns: int) -> RequestRecord:
         self._tally.in_flight += 1
         record = await self._client.complete(request, self._share.target.model, due_s)
         self._tally.in_flight -= 1
@@ -205,18 +194,3 @@ async def _cancel(tasks: set[asyncio.Task[None]]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def open_http(target: Target, transport: httpx.AsyncBaseTransport | None = None) -> httpx.AsyncClient:
-    """A client whose base URL ends with /v1/.
-
-    It uses no proxy, which would be measured too, and any number of connections, because a bound would be a queue
-    inside the generator.
-    """
-    return httpx.AsyncClient(
-        base_url=f"{target.url.rstrip('/').removesuffix('/v1')}/v1/",
-        headers={"Accept-Encoding": "identity"}
-        | ({"Authorization": f"Bearer {target.api_key}"} if target.api_key else {}),
-        timeout=None,  # each request has one deadline, which the client holds
-        transport=transport or StreamTransport(),
-    )

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from lowbit_core.errors import ConfigError
 from lowbit_loadtest.generate.arrivals import Draw, OpenArrivals, draw_lengths, generator, send_times_s
-from lowbit_loadtest.generate.driver import Share, Target
+from lowbit_loadtest.generate.driver import Share
+from lowbit_loadtest.generate.http.target import Target
 from lowbit_loadtest.generate.prompts import PromptMaker, Turns
 from lowbit_loadtest.generate.schedule import Job, Schedule, Turn
 from lowbit_loadtest.generate.tokens import Counter

@@ -16,7 +16,7 @@ from lowbit_core.documents import describe_error
 from lowbit_core.errors import ConfigError
 from lowbit_core.jsonl import read_jsonl
 from lowbit_loadtest.generate.arrivals import Draw, draw_lengths, generator
-from lowbit_loadtest.generate.client import Message
+from lowbit_loadtest.generate.request import Message
 from lowbit_loadtest.generate.tokens import Counter, fit_to_tokens
 from lowbit_loadtest.generate.traces import MOONCAKE_BLOCK_TOKENS, TraceRow
 from lowbit_loadtest.scenario import Conversations, FilePrompts, SharedPrefix, Synthetic, Text

@@ -5,7 +5,7 @@ Workers import this file, so it imports neither numpy nor pydantic; `planner.py`
 
 from dataclasses import dataclass
 
-from lowbit_loadtest.generate.client import Message
+from lowbit_loadtest.generate.request import Message
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Protocol
 import httpx
 
 from lowbit_core.errors import ConfigError
-from lowbit_loadtest.generate.client import Message
+from lowbit_loadtest.generate.request import Message
 
 FIT_ROUNDS = 6
 

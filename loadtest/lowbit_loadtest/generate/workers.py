@@ -22,7 +22,8 @@ from typing import Any
 
 from lowbit_core.errors import LowbitError
 from lowbit_loadtest.generate.client import ChatClient
-from lowbit_loadtest.generate.driver import Driver, Share, ShareResult, Tally, open_http
+from lowbit_loadtest.generate.driver import Driver, Share, ShareResult, Tally
+from lowbit_loadtest.generate.http.target import open_http
 from lowbit_loadtest.generate.records import RequestRecord
 from lowbit_loadtest.generate.schedule import Schedule
 

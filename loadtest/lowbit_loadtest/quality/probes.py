@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lowbit_loadtest.generate.client import ChatRequest
 from lowbit_loadtest.generate.records import Outcome, RequestRecord
+from lowbit_loadtest.generate.request import Request
 
 PROSE = (
     "Explain in a few sentences why the sky is blue.",
@@ -53,7 +53,7 @@ class Probe:
     """One request and what its answer must be."""
 
     id: str
-    request: ChatRequest
+    request: Request
     is_json: bool
 
 
@@ -73,7 +73,7 @@ def make_probes(count: int, max_tokens: int, with_json: bool) -> list[Probe]:
         is_json = with_json and number % 3 == 2
         words = JSON if is_json else PROSE
         text = words[(number // 3 if is_json else number) % len(words)]
-        request = ChatRequest(
+        request = Request(
             ({"role": "user", "content": text},),
             max(max_tokens, JSON_TOKENS) if is_json else max_tokens,
             temperature=0.0,

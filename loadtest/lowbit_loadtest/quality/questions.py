@@ -19,7 +19,7 @@ from lowbit_core.evals.items import Item, Key
 from lowbit_core.evals.scoring import Answer, Scored, answer
 from lowbit_core.evals.tasks import load_items, load_own_items, load_text
 from lowbit_loadtest.generate.client import ChatClient
-from lowbit_loadtest.generate.driver import Target, open_http
+from lowbit_loadtest.generate.http.target import Target, open_http
 from lowbit_loadtest.generate.records import Interval, Outcome
 from lowbit_loadtest.quality.probes import Probe, Reply, judge, make_probes
 from lowbit_loadtest.quality.scorer import Prompt, Scorer, Unsupported, find_scorer

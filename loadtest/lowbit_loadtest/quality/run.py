@@ -13,7 +13,8 @@ from typing import Any
 
 from lowbit_core.evals.items import Item, Key
 from lowbit_core.evals.scoring import Answer
-from lowbit_loadtest.generate.driver import Tally, Target, open_http
+from lowbit_loadtest.generate.driver import Tally
+from lowbit_loadtest.generate.http.target import Target, open_http
 from lowbit_loadtest.generate.planner import make_schedule, whole_share
 from lowbit_loadtest.generate.records import Interval, Outcome, RequestRecord
 from lowbit_loadtest.generate.schedule import Schedule

@@ -35,7 +35,7 @@ def as_document(scenario: Scenario, result: Result, started: str, requests: bool
         "kind": "lowbit.loadtest",
         "format_version": FORMAT_VERSION,
         "started": started,
-        "target": result.target.url,
+        "target": result.target.shown,
         "model": result.target.model,
         "scenario": scenario.model_dump(mode="json"),
         "client": {

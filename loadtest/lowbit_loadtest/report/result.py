@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lowbit_loadtest.generate.driver import Target
+from lowbit_loadtest.generate.http.target import Target
 from lowbit_loadtest.quality.verdict import QualityResult
 from lowbit_loadtest.report.server_metrics import UsageCheck
 from lowbit_loadtest.report.summary import Run, Summary

@@ -15,7 +15,7 @@ import httpx
 import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
-from lowbit_loadtest.generate.driver import Target
+from lowbit_loadtest.generate.http.target import Target, open_beside
 from lowbit_loadtest.generate.records import Outcome, RequestRecord
 
 COUNTERS = {
@@ -63,9 +63,7 @@ class Scraper:
     """Context manager: samples before, every `every_s` during, and after a run."""
 
     def __init__(self, target: Target, every_s: float = 1.0) -> None:
-        root = target.url.rstrip("/").removesuffix("/v1")
-        headers = {"Authorization": f"Bearer {target.api_key}"} if target.api_key else {}
-        self._http = httpx.Client(base_url=root, headers=headers, timeout=5.0, trust_env=False)
+        self._http = open_beside(target)
         self._every_s = every_s
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, daemon=True)

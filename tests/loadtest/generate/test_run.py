@@ -10,7 +10,7 @@ from tests.loadtest.conftest import HELLO, drive, jobs
 
 from lowbit_core.errors import ConfigError
 from lowbit_loadtest.generate.client import ChatClient, sse_data
-from lowbit_loadtest.generate.driver import Target, open_http
+from lowbit_loadtest.generate.http.target import Target, open_http
 from lowbit_loadtest.generate.records import Outcome, RequestRecord
 from lowbit_loadtest.generate.schedule import Job, Turn
 from lowbit_loadtest.report.summary import Run, Summary, steady_interval, summarize

@@ -13,7 +13,8 @@ from typing import Any
 import httpx
 
 from lowbit_loadtest.generate.client import ChatClient
-from lowbit_loadtest.generate.driver import Driver, Share, ShareResult, Tally, Target, open_http
+from lowbit_loadtest.generate.driver import Driver, Share, ShareResult, Tally
+from lowbit_loadtest.generate.http.target import Target, open_http
 from lowbit_loadtest.generate.schedule import Job
 
 POLL_S = 1e-4  # what one turn of the loop costs

@@ -18,7 +18,8 @@ import pytest
 from tests.loadtest.conftest import jobs
 from tests.loadtest.fake_openai import Reply
 
-from lowbit_loadtest.generate.driver import Share, Tally, Target
+from lowbit_loadtest.generate.driver import Share, Tally
+from lowbit_loadtest.generate.http.target import Target
 from lowbit_loadtest.generate.records import Outcome
 from lowbit_loadtest.generate.schedule import Schedule
 from lowbit_loadtest.generate.workers import run_workers, shares_of
@@ -38,7 +39,7 @@ TOLERANCE_S = 0.002
 def run(url: str, **data: Any) -> Result:
     base = {"arrivals": {"kind": "poisson", "rate_rps": 50}, "prompts": {"kind": "text"}, "timeout_s": 30}
     scenario = parse_scenario(base | data, "test")
-    return run_load_test(scenario, url, None, lambda title, requests: lambda tally: None)
+    return run_load_test(scenario, Target(url), lambda title, requests: lambda tally: None)
 
 
 def test_percentiles_over_sockets_are_right_to_2_ms_and_the_lag(timed_server: Start) -> None:

@@ -10,7 +10,7 @@ import asyncio
 import ssl
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import httpx
 
@@ -24,8 +24,9 @@ Origin = tuple[str, str, int]
 class StreamTransport(httpx.AsyncBaseTransport):
     """Keeps idle connections; opens as many as are needed at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, make_ssl: Callable[[], ssl.SSLContext] = httpx.create_ssl_context) -> None:
         self._idle: defaultdict[Origin, list[_Connection]] = defaultdict(list)
+        self._make_ssl = make_ssl  # only where it is needed: it reads every certificate
         self._ssl: ssl.SSLContext | None = None
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
@@ -66,7 +67,7 @@ class StreamTransport(httpx.AsyncBaseTransport):
     async def _connect(self, origin: Origin) -> "_Connection":
         scheme, host, port = origin
         if scheme == "https" and self._ssl is None:
-            self._ssl = httpx.create_ssl_context(trust_env=False)
+            self._ssl = self._make_ssl()
         loop = asyncio.get_running_loop()
         try:
             _, connection = await loop.create_connection(

@@ -7,7 +7,7 @@ same is tested with the lag that the tester itself measured added to the bound: 
 import numpy as np
 import pytest
 from tests.loadtest.conftest import HELLO, jobs
-from tests.loadtest.virtual_time import drive_virtually
+from tests.loadtest.generate.virtual_time import drive_virtually
 
 from lowbit_loadtest.generate.arrivals import Draw, generator, send_times_s
 from lowbit_loadtest.generate.records import Outcome

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 import httpx
 import pytest
 
-from lowbit_loadtest.generate.transport import StreamTransport
+from lowbit_loadtest.generate.http.transport import StreamTransport
 
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 

@@ -1,0 +1,1 @@
+"""HTTP below the API: where a server is and how it is reached, connections, server-sent events."""
