@@ -22,6 +22,7 @@ from lowbit_core.log import get_logger
 from lowbit_loadtest.generate.http.target import Target
 from lowbit_loadtest.generate.prompts import read_prompts
 from lowbit_loadtest.generate.records import Outcome
+from lowbit_loadtest.prompt_kinds import DEFAULT_PROMPT, FilePrompts
 from lowbit_loadtest.quality.run import Answers
 from lowbit_loadtest.quality.verdict import base_answers
 from lowbit_loadtest.report.document import as_document, record_lines
@@ -30,14 +31,7 @@ from lowbit_loadtest.report.progress import progress
 from lowbit_loadtest.report.result import Result
 from lowbit_loadtest.report.text import lines
 from lowbit_loadtest.runner import run_load_test
-from lowbit_loadtest.scenario import (
-    DEFAULT_PROMPT,
-    FilePrompts,
-    Scenario,
-    bundled_scenarios,
-    load_scenario,
-    parse_scenario,
-)
+from lowbit_loadtest.scenario import Scenario, bundled_scenarios, load_scenario, parse_scenario
 
 log = get_logger("loadtest")
 
@@ -160,7 +154,7 @@ def _scenario(arguments: argparse.Namespace) -> Scenario:
             raise ConfigError("--set changes a key of a scenario; give --scenario too")
         scenario = _closed_loop(arguments)
     if isinstance(scenario.prompts, FilePrompts):
-        read_prompts(Path(scenario.prompts.path))  # refuse it before anything is sent
+        read_prompts(scenario.prompts)  # refuse it before anything is sent
     return scenario
 
 

@@ -1,33 +1,57 @@
-"""Which rates are measured: a ramp's stages, a search's bisection, or the scenario's own rate.
+"""What is measured: a ramp's stages, a search's bisection, a sweep's combinations, or the scenario as it is.
 
-Each is chosen after the one before was measured. The search bisects on a logarithmic scale for the highest rate that
-still meets the SLOs.
+A stage of a ramp and a rate of a search are chosen after the one before was measured. The search bisects on a
+logarithmic scale for the highest rate that still meets the SLOs.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
-from lowbit_loadtest.report.result import Point, Seen, bracket, seen_rates
-from lowbit_loadtest.scenario import Ramp, Scenario, Search
+from lowbit_loadtest.arrival_kinds import Poisson, Ramp
+from lowbit_loadtest.distributions import Lengths
+from lowbit_loadtest.report.result import Point, Seen, Setting, bracket, seen_rates
+from lowbit_loadtest.scenario import Output, Scenario, Search
 
 
-def rates_to_measure(scenario: Scenario, points: Sequence[Point]) -> Iterator[float | None]:
-    """The rates to measure, one after the other; None stands for the scenario's own."""
+def settings_to_measure(scenario: Scenario, points: Sequence[Point]) -> Iterator[Setting]:
+    """The settings to measure, one after the other; an empty one stands for the scenario as it is."""
     if isinstance(scenario.arrivals, Ramp):
         rate_rps = scenario.arrivals.start_rps
         while rate_rps <= scenario.arrivals.max_rps:
-            yield rate_rps
+            yield {"rate_rps": rate_rps}
             if is_saturated(points[-1], scenario):
                 return
             rate_rps *= scenario.arrivals.growth
     elif scenario.search is not None:
-        while True:
-            next_rps = next_search_rate(scenario.search, seen_rates(scenario, points))
-            if next_rps is None:
-                return
-            yield next_rps
+        while (next_rps := next_search_rate(scenario.search, seen_rates(scenario, points))) is not None:
+            yield {"rate_rps": next_rps}
+    elif scenario.sweep is not None:
+        axes = scenario.sweep.axes
+        for values in itertools.product(*axes.values()):
+            yield dict(zip(axes, values, strict=True))
     else:
-        yield None
+        yield {}
+
+
+def at_setting(scenario: Scenario, setting: Setting) -> Scenario:
+    """The scenario of one point: a stage of a ramp is Poisson."""
+    changes: dict[str, Any] = {}
+    if (rate_rps := setting.get("rate_rps")) is not None:
+        if isinstance(scenario.arrivals, Ramp):
+            changes["arrivals"] = Poisson(kind="poisson", rate_rps=rate_rps)
+            changes["duration_s"] = scenario.arrivals.stage_s
+        else:
+            changes["arrivals"] = scenario.arrivals.model_copy(update={"rate_rps": rate_rps})
+    if (concurrency := setting.get("concurrency")) is not None:
+        changes["arrivals"] = scenario.arrivals.model_copy(update={"concurrency": int(concurrency)})
+    if (tokens := setting.get("prompt_tokens")) is not None and scenario.prompts is not None:
+        changes["prompts"] = scenario.prompts.model_copy(update={"tokens": Lengths(mean=tokens)})
+    if (tokens := setting.get("output_tokens")) is not None:
+        exact = scenario.output.exact if scenario.output else False
+        changes["output"] = Output(tokens=Lengths(mean=tokens), exact=exact)
+    return scenario.model_copy(update=changes)
 
 
 def is_saturated(point: Point, scenario: Scenario) -> bool:
@@ -35,7 +59,7 @@ def is_saturated(point: Point, scenario: Scenario) -> bool:
     assert isinstance(scenario.arrivals, Ramp)
     done_rps, offered_rps = point.summary.requests_per_s or 0.0, point.offered_rps or 0.0
     too_slow = done_rps < scenario.arrivals.saturation * _arrived_rps(point, offered_rps)
-    return too_slow or not point.valid or (bool(scenario.slo.limits_s) and not point.meets(scenario))
+    return too_slow or not point.valid or (scenario.slo.has_limits and not point.meets(scenario))
 
 
 def _arrived_rps(point: Point, offered_rps: float) -> float:
@@ -57,14 +81,12 @@ def next_search_rate(search: Search, seen: Seen) -> float | None:
     return None if fails / meets - 1 <= search.resolution else math.sqrt(meets * fails)
 
 
-def rate_for_quality(scenario: Scenario, points: Sequence[Point]) -> float | None:
-    """The rate of the load under which quality is asked: of several, the highest that met the SLOs, or else the lowest.
-
-    None stands for the scenario's own.
-    """
-    if len(points) < 2:
-        return points[0].offered_rps if isinstance(scenario.arrivals, Ramp) or scenario.search else None
-    rates = [
-        point.offered_rps or 0.0 for point in points if not scenario.slo.limits_s or point.meets(scenario)
-    ]
-    return max(rates, default=min(point.offered_rps or 0.0 for point in points))
+def setting_for_quality(scenario: Scenario, points: Sequence[Point]) -> Setting:
+    """The load under which quality is asked: of several, among those that met the SLOs, the highest rate, or in a sweep
+    the one with the most tokens a second; or else the first, which is the lowest."""
+    met = [point for point in points if not scenario.slo.has_limits or point.meets(scenario)]
+    if not met:
+        return points[0].setting
+    if scenario.sweep is not None:
+        return max(met, key=lambda point: point.summary.output_tokens_per_s or 0.0).setting
+    return max(met, key=lambda point: point.setting.get("rate_rps", 0.0)).setting

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lowbit_loadtest.arrival_kinds import AtOnce
 from lowbit_loadtest.generate.client import ChatClient
 from lowbit_loadtest.generate.http.target import Target, open_http
 from lowbit_loadtest.generate.planner import make_schedule, whole_share
@@ -24,11 +25,19 @@ from lowbit_loadtest.generate.workers import (
 )
 from lowbit_loadtest.quality.questions import read_items
 from lowbit_loadtest.quality.run import Answers, measure_quality
-from lowbit_loadtest.rates import rate_for_quality, rates_to_measure
-from lowbit_loadtest.report.result import Point, Result
+from lowbit_loadtest.rates import at_setting, setting_for_quality, settings_to_measure
+from lowbit_loadtest.report.result import Point, Result, Setting
 from lowbit_loadtest.report.server_metrics import Scraper, UsageCheck, check_usage
-from lowbit_loadtest.report.summary import Run, Summary, arrival_window, steady_interval, summarize
-from lowbit_loadtest.scenario import Conversations, Scenario
+from lowbit_loadtest.report.sessions import sessions_of
+from lowbit_loadtest.report.summary import (
+    Run,
+    Summary,
+    arrival_window,
+    steady_interval,
+    summarize,
+    whole_span,
+)
+from lowbit_loadtest.scenario import Scenario
 
 
 @dataclass(frozen=True)
@@ -52,28 +61,35 @@ def run_load_test(scenario: Scenario, target: Target, on_run: OnRun, base: Answe
     target = replace(target, model=asyncio.run(_find_model(scenario, target)))
     workers = scenario.generator.workers or default_workers()
     points: list[Point] = []
-    counted_by, interrupted = "server", False
-    for stage, rate_rps in enumerate(rates_to_measure(scenario, points)):
-        schedules, counted_by = asyncio.run(_schedules(scenario, target, rate_rps, stage))
-        measured = _measure(scenario, target, schedules, workers, on_run)
-        points.append(_point(scenario, schedules[0].offered_rps, measured))
+    counted_by, interrupted, recording = "server", False, None
+    for stage, setting in enumerate(settings_to_measure(scenario, points)):
+        condition = at_setting(scenario, setting)
+        schedules, counted_by = asyncio.run(_schedules(condition, target, stage))
+        recording = schedules[0].recording
+        measured = _measure(condition, target, schedules, workers, on_run, setting)
+        points.append(_point(condition, schedules[0].offered_rps, measured, setting))
         if interrupted := measured[-1].interrupted:
             break
     quality = None
     if scenario.quality is not None and not interrupted:
-        rate_rps = rate_for_quality(scenario, points)
-        quality = measure_quality(scenario, items, target, workers, rate_rps, on_run, base)
+        condition = at_setting(scenario, setting_for_quality(scenario, points))
+        quality = measure_quality(condition, items, target, workers, on_run, base)
         interrupted = quality is None
-    return Result(target, tuple(points), workers, counted_by, interrupted, quality)
+    return Result(target, tuple(points), workers, counted_by, interrupted, quality, recording)
 
 
 def _measure(
-    scenario: Scenario, target: Target, schedules: Sequence[Schedule], workers: int, on_run: OnRun
+    scenario: Scenario,
+    target: Target,
+    schedules: Sequence[Schedule],
+    workers: int,
+    on_run: OnRun,
+    setting: Setting,
 ) -> list[_Measured]:
-    """The repetitions of one rate, up to one that is interrupted."""
+    """The repetitions of one setting, up to one that is interrupted."""
     measured: list[_Measured] = []
     for repetition, schedule in enumerate(schedules, 1):
-        on_tally = on_run(_title(schedule, repetition, len(schedules)), schedule.requests)
+        on_tally = on_run(_title(schedule, setting, repetition, len(schedules)), schedule.requests)
         measured.append(_measure_once(scenario, target, schedule, workers, on_tally))
         if measured[-1].interrupted:
             break
@@ -93,22 +109,28 @@ def make_run(scenario: Scenario, schedule: Schedule, ran: WorkersResult) -> Run:
     """The workers' records, with the window that rates are computed over."""
     records = ran.records
     not_sent = 0 if schedule.requests is None else schedule.requests - len(records)
-    closed = schedule.concurrency is not None and not isinstance(scenario.prompts, Conversations)
-    if schedule.concurrency is not None and closed:
+    closed = schedule.concurrency is not None and max(len(job.turns) for job in schedule.jobs) == 1
+    if isinstance(scenario.arrivals, AtOnce):
+        window, closed = whole_span(records), False
+    elif schedule.concurrency is not None and closed:
         window = steady_interval(records, schedule.concurrency)
     else:
         window = arrival_window(records, ran.start_s + schedule.length_s if schedule.length_s else None)
     return Run(records, window, closed, not_sent, ran.heartbeat_lags_s)
 
 
-def _point(scenario: Scenario, offered_rps: float | None, measured: Sequence[_Measured]) -> Point:
+def _point(
+    scenario: Scenario, offered_rps: float | None, measured: Sequence[_Measured], setting: Setting
+) -> Point:
     runs = tuple(one.run for one in measured)
     summary = summarize(runs, scenario.slo)
     reasons = [f"{one.lost_workers} worker processes died" for one in measured if one.lost_workers]
     reasons += _too_late(summary, scenario.generator.max_lag_s)
     server = tuple(one.server for one in measured if one.server is not None)
     usage = tuple(one.usage for one in measured if one.usage is not None)
-    return Point(offered_rps, runs, summary, not reasons, tuple(reasons), server, usage)
+    has_sessions = any(record.turns > 1 for run in runs for record in run.records)
+    sessions = sessions_of(runs, scenario.slo) if has_sessions or scenario.slo.session_s else None
+    return Point(offered_rps, runs, summary, not reasons, tuple(reasons), server, usage, setting, sessions)
 
 
 def _too_late(summary: Summary, max_lag_s: float) -> list[str]:
@@ -125,19 +147,18 @@ async def _find_model(scenario: Scenario, target: Target) -> str:
         return await ChatClient(http, scenario.timeout_s).find_model(scenario.model)
 
 
-async def _schedules(
-    scenario: Scenario, target: Target, rate_rps: float | None, stage: int
-) -> tuple[list[Schedule], str]:
+async def _schedules(scenario: Scenario, target: Target, stage: int) -> tuple[list[Schedule], str]:
     async with open_http(target) as http:
         counter = await find_counter(http, target.model)
         schedules = [
-            await make_schedule(scenario, counter, repetition, rate_rps, stage)
+            await make_schedule(scenario, counter, repetition, stage)
             for repetition in range(scenario.repetitions)
         ]
     return schedules, counter.name
 
 
-def _title(schedule: Schedule, repetition: int, repetitions: int) -> str:
+def _title(schedule: Schedule, setting: Setting, repetition: int, repetitions: int) -> str:
     offered = f"{schedule.offered_rps:.3g} requests/s" if schedule.offered_rps else None
-    rate = offered or f"{schedule.concurrency} streams"
-    return f"{rate}, repetition {repetition} of {repetitions}" if repetitions > 1 else rate
+    lengths = [f"{setting[name]:g} {name.replace('_', ' ')}" for name in setting if name.endswith("_tokens")]
+    title = ", ".join([offered or f"{schedule.concurrency or len(schedule.jobs)} streams", *lengths])
+    return f"{title}, repetition {repetition} of {repetitions}" if repetitions > 1 else title

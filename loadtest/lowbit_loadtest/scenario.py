@@ -1,173 +1,39 @@
 """A scenario: when requests are sent, what they ask, and what counts as good, in strict YAML.
 
-Unknown keys are refused with their path. Knows nothing of HTTP and of clocks; `arrivals.py` turns the section
-`arrivals` into send times, `prompts.py` turns `prompts` and `output` into requests. `scenario_file.py` reads files.
+Unknown keys are refused with their path. Knows nothing of HTTP and of clocks. `arrival_kinds.py` and `prompt_kinds.py`
+have the sections `arrivals` and `prompts`.
 """
 
+import math
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from lowbit_core.documents import DocumentPath, Section, load_document, parse_document
+from lowbit_loadtest.arrival_kinds import Arrivals, AtOnce, Closed, Constant, Gamma, Poisson, Ramp, Replay
+from lowbit_loadtest.distributions import LengthsOrNumber, NonNegativeFloat
+from lowbit_loadtest.distributions import PositiveFloat as PositiveFloat
+from lowbit_loadtest.prompt_kinds import Prompts, Synthetic
 
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+PositiveInt = Annotated[int, Field(ge=1)]
+MOST_POINTS = 200
 QUALITY_RENAMED = {
     "quality.items": "quality.limit",
     "quality.own": "quality.items_file",
     "quality.text": "quality.text_file",
 }
-DEFAULT_PROMPT = "Explain in a few paragraphs how a refrigerator moves heat from a cold place to a warm one."
-
-
-class Lengths(Section):
-    """A distribution of lengths, clipped to `min`..`max`; a bare number means that number always.
-
-    `fixed` takes `mean`; `uniform` takes `min` and `max`; `normal` and `lognormal` take `mean` and `sd`, both of
-    the lengths themselves (not of their logarithms), before clipping.
-    """
-
-    kind: Literal["fixed", "uniform", "normal", "lognormal"] = "fixed"
-    mean: PositiveFloat | None = None
-    sd: PositiveFloat | None = None
-    min: int = Field(default=1, ge=0)
-    max: int = Field(default=1_000_000, ge=1)
-
-    @model_validator(mode="after")
-    def _complete(self) -> "Lengths":
-        needs = {"fixed": {"mean"}, "uniform": set(), "normal": {"mean", "sd"}}.get(self.kind, {"mean", "sd"})
-        given = {name for name in ("mean", "sd") if getattr(self, name) is not None}
-        if given != needs:
-            raise ValueError(f"{self.kind} takes {', '.join(sorted(needs)) or 'only min and max'}")
-        if self.kind == "uniform" and not {"min", "max"} <= self.model_fields_set:
-            raise ValueError("uniform takes min and max")
-        if self.min > self.max:
-            raise ValueError(f"min {self.min} is above max {self.max}")
-        return self
-
-
-def _number_means_fixed(value: Any) -> Any:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return {"kind": "fixed", "mean": value} if number else value
-
-
-LengthsOrNumber = Annotated[Lengths, BeforeValidator(_number_means_fixed)]
-
-
-class Poisson(Section):
-    """Independent users: gaps are exponential with mean 1/rate_rps."""
-
-    kind: Literal["poisson"]
-    rate_rps: PositiveFloat
-
-
-class Gamma(Section):
-    """Gaps are gamma with mean 1/rate_rps and shape `burstiness`: 1 is Poisson, below 1 is burstier."""
-
-    kind: Literal["gamma"]
-    rate_rps: PositiveFloat
-    burstiness: PositiveFloat
-
-
-class Constant(Section):
-    """One request every 1/rate_rps seconds."""
-
-    kind: Literal["constant"]
-    rate_rps: PositiveFloat
-
-
-class Closed(Section):
-    """`concurrency` streams, each sending its next request when its last one has ended."""
-
-    kind: Literal["closed"]
-    concurrency: int = Field(ge=1)
-
-
-class Ramp(Section):
-    """Poisson stages of `stage_s` seconds, each `growth` times the rate of the last, until saturation.
-
-    Saturated: fewer than `saturation` of the offered requests complete per second, the SLOs are missed, or the
-    generator falls behind.
-    """
-
-    kind: Literal["ramp"]
-    start_rps: PositiveFloat
-    growth: Annotated[float, Field(gt=1, le=10)] = 1.5
-    max_rps: PositiveFloat
-    stage_s: PositiveFloat
-    saturation: Annotated[float, Field(gt=0, le=1)] = 0.9
-
-
-class Replay(Section):
-    """A recorded trace: Azure's LLM inference CSV (.csv) or Mooncake's JSONL (.jsonl).
-
-    `speed` 2 plays twice as fast. Rows before `skip_s` are left out. Lengths above the limits are cut to them, and
-    the result counts how many were.
-    """
-
-    kind: Literal["replay"]
-    path: DocumentPath
-    speed: PositiveFloat = 1.0
-    skip_s: NonNegativeFloat = 0.0
-    max_prompt_tokens: int | None = Field(default=None, ge=1)
-    max_output_tokens: int | None = Field(default=None, ge=1)
-
-
-Arrivals = Annotated[Poisson | Gamma | Constant | Closed | Ramp | Replay, Field(discriminator="kind")]
-
-
-class Text(Section):
-    """The same user message for every request."""
-
-    kind: Literal["text"]
-    text: str = Field(default=DEFAULT_PROMPT, min_length=1)
-
-
-class FilePrompts(Section):
-    """A JSONL file, taken in turn: one prompt, messages or turns object a line."""
-
-    kind: Literal["file"]
-    path: DocumentPath
-
-
-class SharedPrefix(Section):
-    """Requests are dealt over `groups`; those of one group begin with the same system message."""
-
-    groups: int = Field(ge=1)
-    tokens: int = Field(ge=1)
-
-
-class Synthetic(Section):
-    """Made-up words; `tokens` is the length of the whole prompt, chat template and shared prefix included."""
-
-    kind: Literal["synthetic"]
-    tokens: LengthsOrNumber
-    shared_prefix: SharedPrefix | None = None
-
-
-class Conversations(Section):
-    """Each arrival starts a conversation; later turns carry the earlier ones with the server's own answers.
-
-    A turn is due `think_s` after the answer before it has ended; its latency counts from then.
-    """
-
-    kind: Literal["conversations"]
-    turns: LengthsOrNumber
-    user_tokens: LengthsOrNumber
-    think_s: NonNegativeFloat = 1.0
-    shared_prefix: SharedPrefix | None = None
-
-
-Prompts = Annotated[Text | FilePrompts | Synthetic | Conversations, Field(discriminator="kind")]
 
 
 class Output(Section):
-    """`tokens` limits each answer; `exact` also asks for that many (`ignore_eos`, understood by vLLM)."""
+    """`tokens` limits each answer; `exact` also asks for that many (`ignore_eos`, understood by vLLM).
 
-    tokens: LengthsOrNumber = Lengths(mean=128)
+    Without `tokens` answers are as long as the recording's, or 128 tokens where there is none.
+    """
+
+    tokens: LengthsOrNumber | None = None
     exact: bool = False
 
 
@@ -177,12 +43,53 @@ class SLO(Section):
     ttft_s: PositiveFloat | None = None
     tpot_s: PositiveFloat | None = None
     e2e_s: PositiveFloat | None = None
+    session_s: PositiveFloat | None = (
+        None  # from a session's first request to its last answer, tools included
+    )
     attainment: Annotated[float, Field(gt=0, le=1)] = 0.95
 
     @property
     def limits_s(self) -> dict[str, float]:
         limits = {"ttft_s": self.ttft_s, "tpot_s": self.tpot_s, "e2e_s": self.e2e_s}
         return {name: limit for name, limit in limits.items() if limit is not None}
+
+    @property
+    def has_limits(self) -> bool:
+        """Whether anything can be missed."""
+        return bool(self.limits_s) or self.session_s is not None
+
+
+class Sweep(Section):
+    """Every combination of these is measured, one after the other; the knee is named along the first key given."""
+
+    concurrency: tuple[PositiveInt, ...] = ()
+    rate_rps: tuple[PositiveFloat, ...] = ()
+    prompt_tokens: tuple[PositiveInt, ...] = ()
+    output_tokens: tuple[PositiveInt, ...] = ()
+
+    @field_validator("concurrency", "rate_rps", "prompt_tokens", "output_tokens")
+    @classmethod
+    def _ascending(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        if len(set(values)) < len(values):
+            raise ValueError("each value stands once")
+        return tuple(sorted(values))
+
+    @property
+    def axes(self) -> dict[str, tuple[float, ...]]:
+        """The keys that were given, with their values in ascending order."""
+        return {name: values for name in type(self).model_fields if (values := getattr(self, name))}
+
+    @model_validator(mode="after")
+    def _is_a_sweep(self) -> "Sweep":
+        if not self.axes:
+            raise ValueError(f"give one or more of {', '.join(type(self).model_fields)}")
+        if self.concurrency and self.rate_rps:
+            raise ValueError(
+                "concurrency is of closed arrivals and rate_rps of open ones; give one of the two"
+            )
+        if (points := math.prod(map(len, self.axes.values()))) > MOST_POINTS:
+            raise ValueError(f"{points} combinations; at most {MOST_POINTS} are measured in one run")
+        return self
 
 
 class WarmUp(Section):
@@ -230,7 +137,8 @@ class Quality(Section):
 
 
 class Scenario(Section):
-    """The whole scenario. One of `requests` and `duration_s`, except for ramp (neither) and replay (at most one)."""
+    """The whole scenario. One of `requests` and `duration_s`, except for ramp (neither), replay (at most one) and
+    at_once (`requests`)."""
 
     description: str = ""
     arrivals: Arrivals
@@ -247,6 +155,7 @@ class Scenario(Section):
     timeout_s: PositiveFloat = 300.0
     api_key_env: str = "LOWBIT_API_KEY"
     search: Search | None = None
+    sweep: Sweep | None = None
     quality: Quality | None = None
     generator: Generator = Generator()
 
@@ -274,6 +183,7 @@ class Scenario(Section):
                 f"warm_up.seconds {self.warm_up.seconds:g} leaves nothing of {self.duration_s:g} s"
             )
         self._check_search()
+        self._check_sweep()
         return self
 
     def _check_length(self) -> None:
@@ -281,6 +191,9 @@ class Scenario(Section):
         if isinstance(self.arrivals, Ramp):
             if given:
                 raise ValueError("a ramp's length is its stages; leave out requests and duration_s")
+        elif isinstance(self.arrivals, AtOnce):
+            if self.requests is None or self.duration_s is not None:
+                raise ValueError("at_once takes requests, and no duration_s")
         elif given == 2 or (given == 0 and not isinstance(self.arrivals, Replay)):
             raise ValueError("give either requests or duration_s")
 
@@ -289,10 +202,27 @@ class Scenario(Section):
             return
         if not isinstance(self.arrivals, Poisson | Gamma | Constant):
             raise ValueError("search needs arrivals poisson, gamma or constant")
-        if not self.slo.limits_s:
-            raise ValueError("search needs a limit in slo: ttft_s, tpot_s or e2e_s")
+        if not self.slo.has_limits:
+            raise ValueError("search needs a limit in slo: ttft_s, tpot_s, e2e_s or session_s")
         if self.search.low_rps >= self.search.high_rps:
             raise ValueError("search.low_rps must be below search.high_rps")
+
+    def _check_sweep(self) -> None:
+        if (sweep := self.sweep) is None:
+            return
+        if self.search is not None or isinstance(self.arrivals, Ramp):
+            raise ValueError("sweep measures what it lists; leave out search, and arrivals of kind ramp")
+        if sweep.concurrency and not isinstance(self.arrivals, Closed):
+            raise ValueError("sweep.concurrency needs arrivals closed")
+        if sweep.rate_rps and not isinstance(self.arrivals, Poisson | Gamma | Constant):
+            raise ValueError("sweep.rate_rps needs arrivals poisson, gamma or constant")
+        if sweep.prompt_tokens and not isinstance(self.prompts, Synthetic):
+            raise ValueError("sweep.prompt_tokens needs prompts synthetic")
+        if self.requests is not None and max(sweep.concurrency, default=0) > self.requests:
+            raise ValueError(
+                f"sweep.concurrency reaches {max(sweep.concurrency)} with requests {self.requests}; "
+                "give several requests for each stream, or duration_s"
+            )
 
 
 def bundled_scenarios() -> dict[str, Path]:

@@ -71,10 +71,14 @@ def test_prompts_file_gives_prompts_and_conversations(fake_server: "FakeServer",
         ("", "has no line"),
         ('{"prompt": "a"}\nnot json', "line 2: not JSON"),
         ('{"prompt": "a", "n": 2}', "line 1: unknown key 'n'; allowed here: prompt, messages"),
-        ("{}", "line 1: give either prompt or messages or turns"),
+        ("{}", "no format that is known"),
+        (
+            '{"prompt": "a"}\n{"id": 1}',
+            "line 2, key prompt: give one of prompt, messages, turns, prompt_tokens",
+        ),
         (
             '{"messages": [{"role": "robot", "content": "a"}]}',
-            r"line 1: messages\.0\.role = 'robot': allowed is system",
+            r"line 1, key messages\.0\.role: 'robot' is given; allowed is system",
         ),
     ],
 )

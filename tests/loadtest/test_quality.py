@@ -146,7 +146,7 @@ def run(server: ScoringServer, items: str, base: Any = None, **quality: Any) -> 
     scenario = load_scenario_with(items, **quality)
     assert scenario.quality is not None
     target = Target(server.url, "fake-model")
-    found = measure_quality(scenario, read_items(scenario.quality), target, 1, None, quiet, base)
+    found = measure_quality(scenario, read_items(scenario.quality), target, 1, quiet, base)
     assert found is not None
     return found
 

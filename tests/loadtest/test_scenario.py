@@ -9,24 +9,15 @@ import numpy as np
 import pytest
 
 from lowbit_core.errors import ConfigError
+from lowbit_loadtest.arrival_kinds import Constant, Gamma, Poisson
+from lowbit_loadtest.distributions import Lengths
 from lowbit_loadtest.generate.arrivals import Draw, draw_lengths, generator, send_times_s
 from lowbit_loadtest.generate.planner import make_schedule
 from lowbit_loadtest.generate.prompts import PromptMaker
 from lowbit_loadtest.generate.schedule import Schedule
 from lowbit_loadtest.generate.tokens import ServerTokens, WordTokens, find_counter, fit_to_tokens
-from lowbit_loadtest.generate.traces import read_trace
-from lowbit_loadtest.scenario import (
-    Constant,
-    Conversations,
-    Gamma,
-    Lengths,
-    Poisson,
-    Replay,
-    Scenario,
-    bundled_scenarios,
-    load_scenario,
-    parse_scenario,
-)
+from lowbit_loadtest.prompt_kinds import Conversations
+from lowbit_loadtest.scenario import Scenario, bundled_scenarios, load_scenario, parse_scenario
 
 POISSON = {"kind": "poisson", "rate_rps": 2}
 TEXT = {"kind": "text"}
@@ -231,49 +222,8 @@ def test_turns_of_a_conversation_have_the_tokens_asked_for() -> None:
         "shared_prefix": {"groups": 2, "tokens": 4},
     }
     asked = Conversations.model_validate(prompts)
-    for turns in asyncio.run(maker.make(asked, 5)):
-        users = [turn[-1:] for turn in turns]
+    sessions, _ = asyncio.run(maker.make(asked, 5))
+    for session in sessions:
+        users = [turn.messages[-1:] for turn in session.turns]
         assert all(abs(asyncio.run(counter.count(user)) - 20) <= 1 for user in users)
-        assert turns[0][0]["role"] == "system"
-
-
-AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
-2023-11-16 18:17:03.9799600,48,10
-2023-11-16 18:17:04.0319600,3180,8
-2023-11-16 18:17:06.9799600,110,27
-"""
-MOONCAKE = """{"timestamp": 0, "input_length": 1030, "output_length": 500, "hash_ids": [0, 1, 2]}
-{"timestamp": 27000, "input_length": 1100, "output_length": 4, "hash_ids": [0, 1, 3]}
-"""
-
-
-def test_azure_trace_is_read_with_its_seventh_digit(tmp_path: Path) -> None:
-    file = tmp_path / "azure.csv"
-    file.write_text(AZURE)
-    trace = read_trace(Replay(kind="replay", path=str(file), speed=2, max_prompt_tokens=1000))
-    assert [row.at_s for row in trace.rows] == pytest.approx([0, 0.026, 1.5], abs=1e-6)
-    assert [row.prompt_tokens for row in trace.rows] == [48, 1000, 110]
-    assert [row.output_tokens for row in trace.rows] == [10, 8, 27]
-    assert trace.cut_to_limits == 1
-    assert len(read_trace(Replay(kind="replay", path=str(file), skip_s=1)).rows) == 1
-
-
-def test_mooncake_trace_shares_the_blocks_that_it_says(tmp_path: Path) -> None:
-    file = tmp_path / "mooncake.jsonl"
-    file.write_text(MOONCAKE)
-    made = schedule(arrivals={"kind": "replay", "path": str(file)}, prompts=None)
-    assert [job.at_s for job in made.jobs] == [0.0, 27.0]
-    assert [job.turns[0].max_tokens for job in made.jobs] == [500, 4]
-    one, other = (job.turns[0].messages[0]["content"].split() for job in made.jobs)
-    assert (len(one), len(other)) == (1030, 1100)
-    assert one[:1024] == other[:1024]
-    assert one[1024:] != other[1024:1030]
-
-
-def test_wrong_traces_are_refused_with_their_line(tmp_path: Path) -> None:
-    file = tmp_path / "trace.csv"
-    file.write_text(AZURE + "yesterday,1,2\n")
-    with pytest.raises(ConfigError, match="line 5: not TIMESTAMP"):
-        read_trace(Replay(kind="replay", path=str(file)))
-    with pytest.raises(ConfigError, match=r"give Azure's .csv or Mooncake's .jsonl"):
-        read_trace(Replay(kind="replay", path="trace.txt"))
+        assert session.turns[0].messages[0]["role"] == "system"

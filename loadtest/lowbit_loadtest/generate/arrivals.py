@@ -8,7 +8,8 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from lowbit_loadtest.scenario import Constant, Gamma, Lengths, Poisson
+from lowbit_loadtest.arrival_kinds import Constant, Gamma, Poisson
+from lowbit_loadtest.distributions import Distribution, Lengths, Seconds
 
 OpenArrivals = Poisson | Gamma | Constant
 
@@ -21,6 +22,8 @@ class Draw(IntEnum):
     OUTPUT_LENGTHS = 2
     TURNS = 3
     WORDS = 4
+    PAUSES = 5
+    TOOL_RESULTS = 6
 
 
 def generator(draw: Draw, *seeds: int) -> np.random.Generator:
@@ -59,15 +62,25 @@ def _times_s(arrivals: OpenArrivals, rng: np.random.Generator, count: int) -> ND
 
 def draw_lengths(lengths: Lengths, rng: np.random.Generator, count: int) -> list[int]:
     """`count` whole lengths between `min` and `max`."""
-    mean, sd = lengths.mean or 0.0, lengths.sd or 0.0
-    match lengths.kind:
+    if lengths.kind == "uniform":
+        return [int(value) for value in rng.integers(lengths.min, lengths.max, count, endpoint=True)]
+    return [int(value) for value in np.clip(np.rint(_draw(lengths, rng, count)), lengths.min, lengths.max)]
+
+
+def draw_seconds(seconds: Seconds, rng: np.random.Generator, count: int) -> list[float]:
+    """`count` times between `min` and `max`."""
+    return [float(value) for value in np.clip(_draw(seconds, rng, count), seconds.min, seconds.max)]
+
+
+def _draw(given: Distribution, rng: np.random.Generator, count: int) -> NDArray[np.float64]:
+    mean, sd = given.mean or 0.0, given.sd or 0.0
+    match given.kind:
         case "fixed":
-            values = np.full(count, mean)
+            return np.full(count, mean)
         case "uniform":
-            return [int(value) for value in rng.integers(lengths.min, lengths.max, count, endpoint=True)]
+            return rng.uniform(*given.bounds, count)
         case "normal":
-            values = rng.normal(mean, sd, count)
+            return rng.normal(mean, sd, count)
         case "lognormal":
             variance = np.log1p((sd / mean) ** 2)  # of the logarithm
-            values = rng.lognormal(np.log(mean) - variance / 2, np.sqrt(variance), count)
-    return [int(value) for value in np.clip(np.rint(values), lengths.min, lengths.max)]
+            return rng.lognormal(np.log(mean) - variance / 2, np.sqrt(variance), count)

@@ -37,6 +37,23 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Recording:
+    """What a schedule took from a recorded file: how many of its sessions, and what they lacked.
+
+    Requests recorded without output are sent with a limit of 1 token, those without a prompt with one word: no server
+    takes less. `skipped` were left out because they had no output.
+    """
+
+    format: str
+    recorded: int
+    played: int
+    cut_to_limits: int = 0
+    without_prompt: int = 0
+    without_output: int = 0
+    skipped: int = 0
+
+
+@dataclass(frozen=True)
 class Schedule:
     """One run. `offered_rps` is the arrival rate of requests; `length_s` the scheduled length, if any.
 
@@ -50,7 +67,7 @@ class Schedule:
     offered_rps: float | None = None
     warm_up_requests: int = 0
     warm_up_s: float = 0.0
-    cut_to_limits: int = 0  # a replay's rows whose lengths were cut
+    recording: Recording | None = None
 
     @property
     def requests(self) -> int | None:

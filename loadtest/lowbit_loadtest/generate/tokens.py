@@ -4,6 +4,7 @@ vLLM and Lowbit answer `POST /tokenize`, chat template included. A server withou
 says so, and the prompt tokens that it reports itself are in every record.
 """
 
+import json
 import math
 from collections.abc import Sequence
 from typing import Protocol
@@ -44,6 +45,14 @@ class ServerTokens:
         return int(response.json()["count"])
 
 
+def text_of(message: Message) -> str:
+    """All text of a message: its content, or the text of its parts, and the calls of an answer."""
+    content = message.get("content") or ""
+    parts = [content] if isinstance(content, str) else [str(part.get("text", "")) for part in content]
+    calls = message.get("tool_calls")
+    return " ".join([*parts, json.dumps(calls)] if calls else parts)
+
+
 class WordTokens:
     """For servers without `/tokenize`: one token a word."""
 
@@ -51,7 +60,7 @@ class WordTokens:
     extra_tokens = 0
 
     async def count(self, messages: Sequence[Message]) -> int:
-        return sum(len(str(message["content"]).split()) for message in messages)
+        return sum(len(text_of(message).split()) for message in messages)
 
 
 async def find_counter(http: httpx.AsyncClient, model: str) -> Counter:
@@ -72,7 +81,7 @@ async def fit_to_tokens(
     `words` repeat when they run out. Where a word is one token, the second guess is exact, and later prompts
     hit at the first because what the template adds is remembered.
     """
-    prefix_tokens = sum(len(str(message["content"]).split()) for message in system)
+    prefix_tokens = sum(len(text_of(message).split()) for message in system)
     size = max(1, tokens - prefix_tokens - counter.extra_tokens)
     best: tuple[int, tuple[Message, ...]] | None = None
     last: tuple[int, int] | None = None

@@ -33,7 +33,6 @@ def measure_quality(
     items: Sequence[Item],
     target: Target,
     workers: int,
-    rate_rps: float | None,
     on_run: OnRun,
     base: Answers | None = None,
 ) -> QualityResult | None:
@@ -44,7 +43,7 @@ def measure_quality(
         asked = prepare(scenario.quality, items, target)
         on_run("quality, idle", None)
         idle = ask_all(asked, stop)
-        load = _Load(scenario, target, workers, rate_rps)
+        load = _Load(scenario, target, workers)
         with ThreadPoolExecutor(1) as pool:
             future = pool.submit(_ask_under_load, asked, load, stop)
             future.add_done_callback(lambda _: load.over.set())
@@ -81,7 +80,7 @@ class _Load:
     scenario: Scenario
     target: Target
     workers: int
-    rate_rps: float | None
+    offered_rps: float | None = None
     started: threading.Event = field(default_factory=threading.Event)
     over: threading.Event = field(default_factory=threading.Event)
     interrupted: bool = False
@@ -108,7 +107,8 @@ class _Load:
     async def _schedule(self, repetition: int) -> Schedule:
         async with open_http(self.target) as http:
             counter = await find_counter(http, self.target.model)
-            schedule = await make_schedule(self.scenario, counter, repetition, self.rate_rps)
+            schedule = await make_schedule(self.scenario, counter, repetition)
+        self.offered_rps = schedule.offered_rps
         return schedule if schedule.concurrency is None else replace(schedule, repeats=True, length_s=None)
 
     def in_flight(self) -> list[Interval]:
@@ -118,7 +118,7 @@ class _Load:
         completed = [record for record in self.records if record.outcome is Outcome.COMPLETED]
         tokens = sum(record.output_tokens or 0 for record in completed)
         return {
-            "offered_rps": self.rate_rps,
+            "offered_rps": self.offered_rps,
             "seconds": self.seconds,
             "requests": len(self.records),
             "completed": len(completed),

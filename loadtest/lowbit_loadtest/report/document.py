@@ -51,6 +51,7 @@ def as_document(scenario: Scenario, result: Result, started: str, requests: bool
         "valid": all(point.valid for point in result.points),
         "invalid_because": [reason for point in result.points for reason in point.invalid_because],
         "highest_rate": highest_rate(scenario, result.points),
+        "recording": asdict(result.recording) if result.recording else None,
         "quality": quality_document(result.quality, requests) if result.quality else None,
         **first,
         "points": points,
@@ -59,11 +60,13 @@ def as_document(scenario: Scenario, result: Result, started: str, requests: bool
 
 def _point(point: Point, scenario: Scenario, requests: bool) -> dict[str, Any]:
     return {
+        "setting": dict(point.setting),
         "offered_rps": point.offered_rps,
         "valid": point.valid,
         "invalid_because": list(point.invalid_because),
-        "meets_slo": point.meets(scenario) if scenario.slo.limits_s else None,
+        "meets_slo": point.meets(scenario) if scenario.slo.has_limits else None,
         **asdict(point.summary),
+        "sessions": asdict(point.sessions) if point.sessions else None,
         "server": list(point.server),
         "usage_check": [asdict(check) for check in point.usage],
         **({"request_table": request_table(point.runs)} if requests else {}),

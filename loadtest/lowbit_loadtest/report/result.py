@@ -1,15 +1,18 @@
 """What a load test gives: a point for each rate, and between which rates the SLOs begin to be missed."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from lowbit_loadtest.generate.http.target import Target
+from lowbit_loadtest.generate.schedule import Recording
 from lowbit_loadtest.quality.verdict import QualityResult
 from lowbit_loadtest.report.server_metrics import UsageCheck
+from lowbit_loadtest.report.sessions import Sessions
 from lowbit_loadtest.report.summary import Run, Summary
 from lowbit_loadtest.scenario import Scenario
 
+Setting = Mapping[str, float]  # what a sweep, a search or a ramp set: concurrency, rate_rps, prompt_tokens, …
 Seen = Sequence[tuple[float, bool]]  # each rate that was measured, and whether it met the SLOs
 
 
@@ -24,11 +27,17 @@ class Point:
     invalid_because: tuple[str, ...]
     server: tuple[dict[str, Any], ...]  # the server's own metrics, one a repetition
     usage: tuple[UsageCheck, ...]
+    setting: Setting = field(default_factory=dict)
+    sessions: Sessions | None = None
 
     def meets(self, scenario: Scenario) -> bool:
-        """Whether enough requests met the SLOs."""
-        attained = self.summary.slo_attainment
-        return attained is not None and attained >= scenario.slo.attainment
+        """Whether enough requests met the SLOs, and enough sessions their deadline."""
+        attained = [self.summary.slo_attainment] if scenario.slo.limits_s else []
+        if scenario.slo.session_s is not None:
+            attained.append(self.sessions.attainment if self.sessions else None)
+        return bool(attained) and all(
+            share is not None and share >= scenario.slo.attainment for share in attained
+        )
 
 
 @dataclass(frozen=True)
@@ -41,11 +50,13 @@ class Result:
     counted_by: str  # who counted prompt tokens: server or words
     interrupted: bool
     quality: QualityResult | None = None
+    recording: Recording | None = None
 
 
 def highest_rate(scenario: Scenario, points: Sequence[Point]) -> dict[str, float | None] | None:
-    """Between which rates the SLOs begin to be missed; None for a run that does not vary its rate."""
-    if len(points) < 2 or not scenario.slo.limits_s:
+    """Between which rates the SLOs begin to be missed; None for a run that does not vary its rate alone."""
+    only_rate = all(set(point.setting) == {"rate_rps"} for point in points)
+    if len(points) < 2 or not only_rate or not scenario.slo.has_limits:
         return None
     meets, misses = bracket(seen_rates(scenario, points))
     return {"meets_slo_rps": meets, "misses_slo_rps": misses}

@@ -107,6 +107,13 @@ def arrival_window(records: Sequence[RequestRecord], planned_end_s: float | None
     return Interval(min(due_s), end_s) if end_s > min(due_s) else None
 
 
+def whole_span(records: Sequence[RequestRecord]) -> Interval | None:
+    """From the first send to the last end: the window of requests that are all sent at once."""
+    if not records:
+        return None
+    return Interval(min(record.sent_s for record in records), max(record.ended_s for record in records))
+
+
 def summarize(runs: Sequence[Run], slo: SLO | None = None, intervals: bool = True) -> Summary:
     """Everything that is reported about the repetitions of one rate."""
     records = [record for run in runs for record in run.records]

@@ -2,8 +2,10 @@
 
 from lowbit_core.evals.arithmetic import Estimate, span
 from lowbit_core.evals.results import Changes, TaskResult
+from lowbit_loadtest.generate.schedule import Recording
 from lowbit_loadtest.quality.verdict import QualityResult
 from lowbit_loadtest.report.result import Point, Result, highest_rate
+from lowbit_loadtest.report.sessions import Sessions
 from lowbit_loadtest.report.statistics import Distribution
 from lowbit_loadtest.report.summary import Summary
 from lowbit_loadtest.scenario import Scenario
@@ -17,13 +19,42 @@ VERDICTS = {
 
 def lines(scenario: Scenario, result: Result) -> list[str]:
     """The result for people."""
-    text = [line for point in result.points for line in _point_lines(point, scenario)]
+    text = recording_lines(result.recording) if result.recording else []
+    text += [line for point in result.points for line in _point_lines(point, scenario)]
     if (found := highest_rate(scenario, result.points)) is not None:
         text.append(highest_rate_text(found))
     if result.quality is not None:
         text += quality_lines(result.quality)
     if result.interrupted:
         text.append("interrupted: these are the requests up to then")
+    return text
+
+
+def recording_lines(recording: Recording) -> list[str]:
+    """What was played of a recording, and what it lacked."""
+    one = recording
+    parts = {
+        "with lengths cut to the limits": one.cut_to_limits,
+        "recorded without output, sent with a limit of 1 token": one.without_output,
+        "recorded without output and skipped": one.skipped,
+        "recorded without a prompt, sent with one word": one.without_prompt,
+    }
+    said = [f"{count} {what}" for what, count in parts.items() if count]
+    return ["; ".join([f"{one.format}: {one.played} of {one.recorded} recorded are planned", *said])]
+
+
+def session_lines(sessions: Sessions) -> list[str]:
+    """Sessions in a few lines."""
+    one = sessions
+    text = [f"{one.finished} of {one.sessions} sessions finished"]
+    if one.attainment is not None:
+        text[0] += (
+            f", {one.attainment:.1%} within {one.deadline_s:g} s; goodput {one.goodput_per_s or 0.0:.3g} sessions/s"
+        )
+    text.append(_row("time to finish", one.time_to_finish_s))
+    if one.cached_prompt_share is not None:
+        prefix = "" if one.cached_prefix_share is None else f", of the prefix {one.cached_prefix_share:.1%}"
+        text.append(f"in the prefix cache: {one.cached_prompt_share:.1%} of the prompts{prefix}")
     return text
 
 
@@ -41,6 +72,8 @@ def _point_lines(point: Point, scenario: Scenario) -> list[str]:
     summary = point.summary
     counts = ", ".join(f"{count} {name}" for name, count in summary.outcomes.items())
     offered = f"offered {point.offered_rps:.3g} requests/s: " if point.offered_rps else ""
+    others = {name: value for name, value in point.setting.items() if name != "rate_rps"}
+    offered += "".join(f"{name.replace('_', ' ')} {value:g}: " for name, value in others.items())
     return [
         f"{offered}{summary.requests} requests in {summary.duration_s:.1f} s: {counts}",
         *(f"  {count} × {detail}" for detail, count in list(summary.details.items())[:5]),
@@ -51,6 +84,7 @@ def _point_lines(point: Point, scenario: Scenario) -> list[str]:
         _row("inter-token latency", summary.inter_token_latency_s),
         _row("time per output token", summary.time_per_output_token_s),
         _row("end to end", summary.end_to_end_s),
+        *(session_lines(point.sessions) if point.sessions else []),
         *_checks(point),
     ]
 

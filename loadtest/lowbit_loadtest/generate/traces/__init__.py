@@ -1,0 +1,1 @@
+"""Recorded traffic: one file for each format, `read.py` chooses."""
