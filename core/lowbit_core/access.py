@@ -8,8 +8,8 @@ import argparse
 import json
 import ssl
 import string
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -51,6 +51,10 @@ class Access:
     ca_file: Path | None = None
     insecure: bool = False
     key_header: str | None = None
+
+    def with_query(self, query: Iterable[tuple[str, str]]) -> "Access":
+        """The same, with the URL's own query before that of `--query`."""
+        return replace(self, query=(*query, *self.query))
 
     def changed(self, body: dict[str, Any]) -> dict[str, Any]:
         """The body with every `--body`, in their order; `body` itself is left as it was."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
+from lowbit_core.access import access_of, add_access_arguments, given_flag
 from lowbit_core.cli import Command, file_path
 from lowbit_core.errors import ConfigError, EngineError
 from lowbit_core.evals.items import Item
@@ -56,6 +57,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", metavar="FILE", type=file_path, help="also write everything here, answers included"
     )
+    add_access_arguments(parser.add_argument_group("how --target is asked"))
     _add_process_arguments(parser)
     parser.epilog = "With --target the API key is read from the environment variable LOWBIT_API_KEY."
 
@@ -100,6 +102,7 @@ def _run(arguments: argparse.Namespace) -> int:
                 arguments.kv_cache == "checkpoint",
                 arguments.trust_remote_code,
             ),
+            access_of(arguments),
         )
     )
     if arguments.json:
@@ -116,6 +119,8 @@ def _run(arguments: argparse.Namespace) -> int:
 def _check_flags(arguments: argparse.Namespace) -> None:
     if not arguments.tasks and arguments.items is None and arguments.text is None:
         raise ConfigError("nothing is asked: give --tasks, --items, --text or several of them")
+    if not arguments.target and (flag := given_flag(arguments)):
+        raise ConfigError(f"{flag} says how --target is asked; give --target too")
     if arguments.text is not None and arguments.target:
         raise ConfigError("--text compares whole distributions, which no endpoint gives; leave out --target")
     if arguments.text is not None and (arguments.base or "").endswith(".json"):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from typing import Protocol
 
+from lowbit_core.access import Access
 from lowbit_core.errors import ConfigError
 from lowbit_core.evals.items import Item
 from lowbit_core.evals.scoring import Answer
@@ -25,7 +26,8 @@ class Endpoint(Protocol):
         """Each item's answer, as they come; an item that the server did not answer has no `chosen`."""
 
 
-Connect = Callable[[str, str], Endpoint]  # URL; the served name, or a checkpoint directory that is served
+# URL; the served name, or a checkpoint directory that is served; headers, certificates and so on
+Connect = Callable[[str, str, Access], Endpoint]
 
 
 def find_connect(entries: Iterable[EntryPoint] | None = None) -> Connect:

@@ -61,7 +61,7 @@ def _in_process(asked: Evaluation) -> Outcome:
 
 def _through_endpoint(asked: Evaluation, url: str) -> Outcome:
     """The endpoint is asked before the base is loaded: whether it is there shows at once."""
-    endpoint = find_connect()(url, asked.model)
+    endpoint = find_connect()(url, asked.model, asked.access)
     reference, base = _base(asked)
     answers = _ask(endpoint, asked.items)
     if reference:

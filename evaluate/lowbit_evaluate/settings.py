@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from lowbit_core.access import DIRECT, Access
 from lowbit_core.evals.items import Item
 
 FROM_MANIFEST = ""  # the held-out text that MODEL's manifest names
@@ -20,7 +21,8 @@ class Settings:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is asked of which models. `base` is a model or a result file; `text` is a source, or FROM_MANIFEST."""
+    """What is asked of which models. `base` is a model or a result file; `text` is a source, or FROM_MANIFEST;
+    `access` is how the target is reached."""
 
     model: str
     base: str | None
@@ -28,3 +30,4 @@ class Evaluation:
     items: tuple[Item, ...]
     text: str | None
     settings: Settings
+    access: Access = DIRECT

@@ -6,20 +6,16 @@ is written.
 """
 
 import argparse
-import contextlib
 import json
-import os
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from lowbit_core.cli import Command, file_path
 from lowbit_core.errors import ConfigError
 from lowbit_core.log import get_logger
-from lowbit_loadtest.generate.http.target import Target
 from lowbit_loadtest.generate.prompts import read_prompts
 from lowbit_loadtest.generate.records import Outcome
 from lowbit_loadtest.prompt_kinds import DEFAULT_PROMPT, FilePrompts
@@ -32,6 +28,7 @@ from lowbit_loadtest.report.result import Result
 from lowbit_loadtest.report.text import lines
 from lowbit_loadtest.runner import run_load_test
 from lowbit_loadtest.scenario import Scenario, bundled_scenarios, load_scenario, parse_scenario
+from lowbit_loadtest.target_flags import add_target_arguments, target_of
 
 log = get_logger("loadtest")
 
@@ -43,7 +40,7 @@ FLAGS: dict[str, Any] = {  # the default of each flag of the short form
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A scenario, or the flags of a closed loop; flags that a scenario decides are None unless given."""
-    parser.add_argument("--target", required=True, metavar="URL", type=_url, help="root URL of the server")
+    add_target_arguments(parser)
     parser.add_argument(
         "--scenario",
         metavar="NAME|FILE.yaml",
@@ -88,14 +85,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run one load test; returns the exit status."""
     scenario = _scenario(arguments)
+    target = target_of(arguments, scenario.api_key_env)
     _check_writable("--json", arguments.json)
     _check_writable("--records", arguments.records)
     _check_writable("--html", arguments.html)
     base = _quality_base(arguments.quality_base, scenario)
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    log.info("%s: %s", arguments.target, scenario.description or f"{scenario.arrivals.kind} arrivals")
+    log.info("%s: %s", target.shown, scenario.description or f"{scenario.arrivals.kind} arrivals")
     with progress() as on_run:
-        target = Target(arguments.target, api_key=os.environ.get(scenario.api_key_env))
         result = run_load_test(scenario, target, on_run, base)
     for line in lines(scenario, result):
         log.info(line)
@@ -196,14 +193,6 @@ def _quality_base(path: Path | None, scenario: Scenario) -> Answers | None:
 def _check_writable(flag: str, path: Path | None) -> None:
     if path is not None and (path.is_dir() or not path.parent.is_dir()):
         raise ConfigError(f"{flag} {path} cannot be written: give a file in a directory that exists")
-
-
-def _url(text: str) -> str:
-    parts = urlsplit(text)
-    with contextlib.suppress(ValueError):  # `port` raises on one that is no number
-        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not parts.query:
-            return text
-    raise argparse.ArgumentTypeError(f"{text!r} is not a server's root URL such as http://127.0.0.1:8000")
 
 
 def _at_least(minimum: int) -> Callable[[str], int]:

@@ -7,21 +7,27 @@ stands for the model that the server serves from it; where the server tells its 
 import asyncio
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+from lowbit_core.access import DIRECT, Access, api_key
 from lowbit_core.errors import ConfigError
 from lowbit_core.evals.items import Item
 from lowbit_core.evals.scoring import Answer, answer
+from lowbit_core.log import get_logger
 from lowbit_core.manifest import read_manifest
-from lowbit_loadtest.generate.client import PREFLIGHT_TIMEOUT_S
-from lowbit_loadtest.generate.http.target import Target, open_http
+from lowbit_loadtest.generate.http.proxy import find_proxy
+from lowbit_loadtest.generate.http.target import Target, open_http, split_query
+from lowbit_loadtest.generate.preflight import PREFLIGHT_TIMEOUT_S, served_models
 from lowbit_loadtest.quality.scorer import Scorer, Unsupported, find_scorer
 
 CONCURRENCY = 8
 API_KEY = "LOWBIT_API_KEY"
+
+log = get_logger("loadtest")
 
 
 class ServedModel:
@@ -39,7 +45,7 @@ class ServedModel:
         """Each item's answer as it comes; the loop runs only while one is waited for."""
         with asyncio.Runner() as runner:
             http = runner.run(_opened(self.target))
-            scorer = Scorer(http, self.model, 1, self.target.timeout_s, self._sends_ids)
+            scorer = Scorer(http, self.target, 1, self._sends_ids)
             waiting, asked = iter(items), set[asyncio.Task[Answer]]()
             loop = runner.get_loop()
             while True:
@@ -52,47 +58,44 @@ class ServedModel:
             runner.run(http.aclose())
 
 
-def connect(url: str, name: str) -> ServedModel:
+def connect(url: str, name: str, access: Access = DIRECT) -> ServedModel:
     """The server at `url` with the model `name`, a served name or a directory; ConfigError where it is not."""
     if not url.startswith(("http://", "https://")):
         raise ConfigError(f"--target {url!r} is no URL; give http://HOST:PORT")
-    return asyncio.run(_connect(url, name))
+    proxy, said = find_proxy(url)
+    if said is not None:
+        log.info(said)
+    key = api_key(API_KEY, os.environ.get(API_KEY))
+    url, query = split_query(url)
+    return asyncio.run(_connect(Target(url, name, key, access=access.with_query(query), proxy=proxy)))
 
 
-async def _connect(url: str, name: str) -> ServedModel:
-    key = os.environ.get(API_KEY)
-    async with open_http(Target(url, name, key)) as http:
-        target = Target(url, await _served_name(http, url, name), key)
+async def _connect(target: Target) -> ServedModel:
+    async with open_http(target) as http:
+        target = replace(target, model=await _served_name(http, target))
         try:
-            scorer = await find_scorer(http, target.model, 1, target.timeout_s)
+            scorer = await find_scorer(http, target, 1)
         except Unsupported as error:
-            raise ConfigError(f"--target {url} cannot score continuations: {error}") from None
+            raise ConfigError(f"--target {target.shown} cannot score continuations: {error}") from None
     return ServedModel(target, scorer.sends_ids)
 
 
-async def _served_name(http: httpx.AsyncClient, url: str, name: str) -> str:
-    try:
-        response = await http.get("models", timeout=PREFLIGHT_TIMEOUT_S)
-    except (httpx.HTTPError, OSError) as error:
-        raise ConfigError(f"--target {url} does not answer ({error}); is the server up?") from error
-    if response.status_code in (401, 403):
-        raise ConfigError(f"--target {url} refuses the API key ({response.status_code}); set {API_KEY}")
-    try:
-        served = [str(card["id"]) for card in response.json()["data"]]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ConfigError(
-            f"--target {url} lists no models at /v1/models (status {response.status_code}); "
-            "give the root URL of an OpenAI-compatible server"
-        ) from None
+async def _served_name(http: httpx.AsyncClient, target: Target) -> str:
+    name, served = target.model, await served_models(http, target)
+    directory = Path(name).expanduser()
+    if served is None:
+        if directory.is_dir():
+            raise ConfigError(f"--target {target.shown} lists no models; give the served name as MODEL")
+        log.warning("%s lists no models: %s is asked for all the same", target.shown, name)
+        return name
     if name in served:
         return name
-    directory = Path(name).expanduser()
     if directory.is_dir():
         if (model := await _model_with_manifest(http, directory)) in served:
             return str(model)
         if directory.resolve().name in served:
             return directory.resolve().name
-    raise ConfigError(f"MODEL {name!r} is not served at {url}; served are: {', '.join(served)}")
+    raise ConfigError(f"MODEL {name!r} is not served at {target.shown}; served are: {', '.join(served)}")
 
 
 async def _model_with_manifest(http: httpx.AsyncClient, directory: Path) -> str | None:

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lowbit_loadtest.arrival_kinds import AtOnce
-from lowbit_loadtest.generate.client import ChatClient
 from lowbit_loadtest.generate.http.target import Target, open_http
 from lowbit_loadtest.generate.planner import make_schedule, whole_share
+from lowbit_loadtest.generate.preflight import find_model
 from lowbit_loadtest.generate.schedule import Schedule
 from lowbit_loadtest.generate.tokens import find_counter
 from lowbit_loadtest.generate.workers import (
@@ -57,8 +57,8 @@ def run_load_test(scenario: Scenario, target: Target, on_run: OnRun, base: Answe
     `base` has another run's answers, which the answers are compared with. Raises ConfigError before the first request.
     """
     items = read_items(scenario.quality) if scenario.quality else []
-    target = replace(target, timeout_s=scenario.timeout_s)
-    target = replace(target, model=asyncio.run(_find_model(scenario, target)))
+    target = replace(target, model=scenario.model or "", timeout_s=scenario.timeout_s)
+    target = replace(target, model=asyncio.run(_find_model(target)))
     workers = scenario.generator.workers or default_workers()
     points: list[Point] = []
     counted_by, interrupted, recording = "server", False, None
@@ -142,14 +142,14 @@ def _too_late(summary: Summary, max_lag_s: float) -> list[str]:
     ]
 
 
-async def _find_model(scenario: Scenario, target: Target) -> str:
+async def _find_model(target: Target) -> str:
     async with open_http(target) as http:
-        return await ChatClient(http, scenario.timeout_s).find_model(scenario.model)
+        return await find_model(http, target)
 
 
 async def _schedules(scenario: Scenario, target: Target, stage: int) -> tuple[list[Schedule], str]:
     async with open_http(target) as http:
-        counter = await find_counter(http, target.model)
+        counter = await find_counter(http, target)
         schedules = [
             await make_schedule(scenario, counter, repetition, stage)
             for repetition in range(scenario.repetitions)

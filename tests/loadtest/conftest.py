@@ -19,7 +19,7 @@ import uvicorn
 from tests.loadtest.fake_openai import Reply as TimedReply
 from tests.loadtest.fake_openai import settings_of
 
-from lowbit_loadtest.generate.client import ChatClient
+from lowbit_loadtest.generate.client import Client
 from lowbit_loadtest.generate.driver import Driver, Share, ShareResult, Tally
 from lowbit_loadtest.generate.http.target import Target, open_http
 from lowbit_loadtest.generate.request import Message
@@ -53,6 +53,7 @@ class FakeServer:
 
     url: str = ""
     models: tuple[str, ...] = ("fake-model", "fake-adapter")
+    unlisted: tuple[str, ...] = ()  # it answers them too
     api_key: str | None = None
     replies: deque[Reply] = field(default_factory=deque)
     bodies: list[dict[str, Any]] = field(default_factory=list)
@@ -81,6 +82,10 @@ class FakeServer:
 
     async def _chat(self, receive: Receive, send: Send) -> None:
         self.bodies.append(json.loads((await receive())["body"]))
+        model = self.bodies[-1].get("model")
+        if model not in (*self.models, *self.unlisted):
+            await _send_json(send, 404, {"error": {"message": f"no model {model}", "code": 404}})
+            return
         reply = self.replies.popleft() if self.replies else Reply()
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
@@ -181,7 +186,7 @@ def drive(url: str, share_jobs: tuple[Job, ...], **settings: Any) -> ShareResult
     async def run() -> ShareResult:
         async with open_http(target, transport) as http:
             share = Share(target, share_jobs, **settings)
-            driver = Driver(share, ChatClient(http, timeout_s), time.monotonic() + 0.01, Tally())
+            driver = Driver(share, Client(http, target), time.monotonic() + 0.01, Tally())
             return await driver.run(asyncio.Event())
 
     return asyncio.run(run())

@@ -238,8 +238,9 @@ def test_a_server_that_cannot_score_is_named_in_one_line(
 
 def score(server: ScoringServer, request: Request, top: int = 20) -> tuple[Scorer, Any]:
     async def once() -> tuple[Scorer, Any]:
-        async with open_http(Target(server.url, "fake-model")) as http:
-            scorer = await find_scorer(http, "fake-model", top, 10.0)
+        target = Target(server.url, "fake-model", timeout_s=10.0)
+        async with open_http(target) as http:
+            scorer = await find_scorer(http, target, top)
             return scorer, await scorer.score(await scorer.prepare(request), scorer.top)
 
     return asyncio.run(once())

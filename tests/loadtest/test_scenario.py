@@ -12,6 +12,7 @@ from lowbit_core.errors import ConfigError
 from lowbit_loadtest.arrival_kinds import Constant, Gamma, Poisson
 from lowbit_loadtest.distributions import Lengths
 from lowbit_loadtest.generate.arrivals import Draw, draw_lengths, generator, send_times_s
+from lowbit_loadtest.generate.http.target import Target
 from lowbit_loadtest.generate.planner import make_schedule
 from lowbit_loadtest.generate.prompts import PromptMaker
 from lowbit_loadtest.generate.schedule import Schedule
@@ -186,7 +187,7 @@ def test_the_servers_tokenizer_is_used_when_it_has_one() -> None:
 
     async def find(transport: httpx.MockTransport) -> object:
         async with httpx.AsyncClient(base_url="http://fake/v1/", transport=transport) as http:
-            return await find_counter(http, "m")
+            return await find_counter(http, Target("http://fake", "m"))
 
     assert isinstance(asyncio.run(find(httpx.MockTransport(answer))), ServerTokens)
     assert isinstance(asyncio.run(find(httpx.MockTransport(lambda _: httpx.Response(404)))), WordTokens)

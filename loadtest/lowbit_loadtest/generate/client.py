@@ -1,233 +1,236 @@
-"""One streaming chat request to an OpenAI-compatible server, and the preflight that finds the model.
+"""One request to a server, and how its answer ended.
 
-It knows HTTP, server-sent events and how a stream can end; it knows nothing of statistics or of other
-requests. Lines are split from bytes at LF only: httpx's `aiter_lines` also splits at U+2028 and its kin,
-which may stand unescaped inside the JSON of an event.
+It knows HTTP and how a stream can end; what an event says is read by the target's endpoint. It knows nothing of
+statistics or of other requests. A stream is whole when it has told why it ended and sent its last mark; a body that is
+JSON is a whole answer of a server that does not stream.
 """
 
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
 
-from lowbit_core.errors import ConfigError
+from lowbit_loadtest.generate.answer import Answer
+from lowbit_loadtest.generate.endpoints import endpoint_named
+from lowbit_loadtest.generate.endpoints.piece import DETAIL_CHARACTERS, error_message, error_of, one_line
+from lowbit_loadtest.generate.http.events import MOST_EVENT_BYTES, Event, EventReader, OversizedEvent
+from lowbit_loadtest.generate.http.target import Target
 from lowbit_loadtest.generate.records import Outcome, RequestRecord
 from lowbit_loadtest.generate.request import Request
 
-REJECTED_STATUSES = (429, 503)
-FAILED_FINISH_REASONS = ("abort", "error")  # vLLM ends a request that it lost with these
-PREFLIGHT_TIMEOUT_S = 10.0
-DETAIL_CHARACTERS = 200
-OTHER_OUTPUT = ("reasoning", "reasoning_content", "tool_calls", "refusal")
-MOST_EVENT_BYTES = 4 << 20
+REJECTED_STATUSES = (429, 503, 529)  # 529: Anthropic's overloaded
+FAILED_FINISH_REASONS = ("abort", "error", "failed", "cancelled", "insufficient_system_resource")
+LENIENT = "counted as completed without {} (--lenient)"
 
 Clock = Callable[[], float]  # seconds of one monotonic clock
-
-
-@dataclass
-class _Stream:
-    """What has arrived of one answer so far."""
-
-    most_chunks: int
-    keep_text: bool = False
-    chunk_times_s: list[float] = field(default_factory=list)
-    finished_s: float | None = None
-    finish_reason: str | None = None
-    prompt_tokens: int | None = None
-    output_tokens: int | None = None
-    cached_tokens: int | None = None
-    done: bool = False
-    chunk_tokens: list[int] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
-
-    def add(self, event: dict[str, Any], now_s: float) -> None:
-        carries_output = False
-        for choice in event.get("choices") or []:
-            delta = choice.get("delta") or {}
-            if delta.get("content") or any(delta.get(key) for key in OTHER_OUTPUT):
-                carries_output = True
-                self.chunk_times_s.append(now_s)
-            if self.keep_text and delta.get("content"):
-                self.texts.append(str(delta["content"]))
-            if choice.get("finish_reason"):
-                self.finished_s, self.finish_reason = now_s, choice["finish_reason"]
-        if usage := event.get("usage"):
-            self._count(int(usage["prompt_tokens"]), int(usage["completion_tokens"]), carries_output)
-            self.cached_tokens = _cached_tokens(usage)
-
-    def _count(self, prompt_tokens: int, output_tokens: int, carries_output: bool) -> None:
-        if carries_output:  # a server that counts as it goes
-            self.chunk_tokens.append(output_tokens - (self.output_tokens or 0))
-        self.prompt_tokens, self.output_tokens = prompt_tokens, output_tokens
-
-
-def _cached_tokens(usage: dict[str, Any]) -> int | None:
-    """`prompt_tokens_details.cached_tokens`, where the server says it."""
-    details = usage.get("prompt_tokens_details")
-    cached = details.get("cached_tokens") if isinstance(details, dict) else None
-    return cached if isinstance(cached, int) else None
+NOT_OF_THIS_API = (ValueError, TypeError, AttributeError, KeyError)
 
 
 @dataclass(frozen=True)
 class _End:
     outcome: Outcome
     detail: str = ""
+    note: str = ""
 
 
-class ChatClient:
-    """Sends chat requests to one target. `http` is a client whose base URL ends with /v1/."""
+class Client:
+    """Sends requests to one target. `http` is a client whose base URL is the target's."""
 
-    def __init__(self, http: httpx.AsyncClient, timeout_s: float, clock: Clock = time.monotonic) -> None:
+    def __init__(self, http: httpx.AsyncClient, target: Target, clock: Clock = time.monotonic) -> None:
         self._http = http
-        self._timeout_s = timeout_s
+        self._target = target
+        self._endpoint = endpoint_named(target.endpoint)
         self._clock = clock
 
-    async def find_model(self, wanted: str | None) -> str:
-        """The wanted model, or the first that the server lists; ConfigError if that is not to be had."""
-        target = str(self._http.base_url)
-        try:
-            response = await self._http.get("models", timeout=PREFLIGHT_TIMEOUT_S)
-        except (httpx.HTTPError, OSError) as error:
-            raise ConfigError(
-                f"--target {target} does not answer ({_describe(error)}); is the server up?"
-            ) from error
-        if response.status_code in (401, 403):
-            raise ConfigError(
-                f"--target {target} refuses the API key ({response.status_code}); set LOWBIT_API_KEY"
-            )
-        served = _served_models(response)
-        if not served:
-            raise ConfigError(
-                f"--target {target} lists no model at /v1/models (status {response.status_code}); "
-                "give the root URL of an OpenAI-compatible server"
-            )
-        if wanted is not None and wanted not in served:
-            raise ConfigError(
-                f"--model {wanted!r} is not served at {target}; served are: {', '.join(served)}"
-            )
-        return wanted or served[0]
-
-    async def complete(self, request: Request, model: str, intended_s: float | None = None) -> RequestRecord:
-        """Send one request and read its stream to the end; never raises for what the server does.
+    async def complete(self, request: Request, intended_s: float | None = None) -> RequestRecord:
+        """Send one request and read its answer to the end; never raises for what the server does.
 
         A cancelled request is recorded as cut off: whoever interrupts a run still gets every record.
         """
-        stream = _Stream(4 * request.max_tokens + 64, request.keep_text)
+        target = self._target
+        body = target.access.changed(self._endpoint.body(request, target.model))
+        limit = self._limit(body)
+        answer = Answer(None if limit is None else 4 * limit + 64, request.keep_text)
         sent_s = self._clock()
         try:
-            async with asyncio.timeout(self._timeout_s):
-                end = await self._stream_answer(request.body(model), stream)
+            async with asyncio.timeout(target.timeout_s):
+                end = await self._ask(body, answer)
         except TimeoutError:
-            chunks = f"{len(stream.chunk_times_s)} chunks for max_tokens {request.max_tokens}"
-            end = _End(Outcome.TIMED_OUT, f"no end within {self._timeout_s:g} s ({chunks})")
+            chunks = f"{len(answer.chunk_times_s)} chunks for max_tokens {limit}"
+            end = _End(Outcome.TIMED_OUT, f"no end within {target.timeout_s:g} s ({chunks})")
         except asyncio.CancelledError:
             end = _End(Outcome.CUT_OFF, "interrupted by the user")
         except (httpx.HTTPError, OSError, httpx.InvalidURL) as error:
-            end = _End(Outcome.FAILED, _describe(error))
+            end = _End(Outcome.FAILED, describe(error))
+        return self._record(request, answer, end, limit, sent_s, intended_s)
+
+    def _limit(self, body: dict[str, Any]) -> int | None:
+        """The most output tokens that the body asks for, of all its choices."""
+        limits = (body[key] for key in self._endpoint.limit_keys if isinstance(body.get(key), int))
+        limit = next(limits, None)
+        choices = body.get("n") if isinstance(body.get("n"), int) else None
+        return None if limit is None else limit * (choices or 1)
+
+    def _record(
+        self,
+        request: Request,
+        answer: Answer,
+        end: _End,
+        limit: int | None,
+        sent_s: float,
+        intended_s: float | None,
+    ) -> RequestRecord:
+        completed = end.outcome is Outcome.COMPLETED
         return RequestRecord(
             outcome=end.outcome,
             sent_s=sent_s,
             ended_s=self._clock(),
-            chunk_times_s=tuple(stream.chunk_times_s),
-            finished_s=stream.finished_s,
-            finish_reason=stream.finish_reason,
-            prompt_tokens=stream.prompt_tokens,
-            output_tokens=stream.output_tokens,
-            cached_tokens=stream.cached_tokens,
+            chunk_times_s=tuple(answer.chunk_times_s),
+            first_answer_s=answer.first_answer_s,
+            finished_s=answer.finished_s,
+            finish_reason=answer.finish_reason,
+            prompt_tokens=answer.prompt_tokens,
+            output_tokens=answer.output_tokens,
+            visible_tokens=answer.visible_tokens,
+            reasoning_tokens=answer.reasoning_tokens,
+            cached_tokens=answer.cached_tokens,
             detail=end.detail,
+            notes=(*filter(None, [end.note]), *(answer.notes() if completed else [])),
             intended_s=intended_s,
             index=request.index,
             turn=request.turn,
-            max_tokens=request.max_tokens,
-            chunk_tokens=tuple(stream.chunk_tokens),
-            text="".join(stream.texts),
+            max_tokens=limit,
+            chunk_tokens=tuple(answer.chunk_tokens),
+            text="".join(answer.texts),
         )
 
-    async def _stream_answer(self, body: dict[str, Any], stream: _Stream) -> _End:
-        async with self._http.stream("POST", "chat/completions", json=body) as response:
-            if response.status_code != httpx.codes.OK:
-                await response.aread()
-                rejected = response.status_code in REJECTED_STATUSES
-                detail = f"status {response.status_code}: {error_message(response.text)}"
-                return _End(Outcome.REJECTED if rejected else Outcome.FAILED, detail)
+    async def _ask(self, body: dict[str, Any], answer: Answer) -> _End:
+        async with self._http.stream("POST", self._endpoint.path, content=_encoded(body)) as response:
+            if not response.is_success:
+                return await self._refused(response)
             try:
-                clock: Clock = response.extensions.get("arrival_clock", self._clock)
-                return await _read_stream(response.aiter_raw(), stream, clock)
+                return await self._read(response, answer)
             except httpx.TransportError as error:
-                return _ended(stream) if stream.done else _End(Outcome.CUT_OFF, _describe(error))
+                return self._ended(answer) if answer.done else _End(Outcome.CUT_OFF, describe(error))
+
+    async def _refused(self, response: httpx.Response) -> _End:
+        await response.aread()
+        status = response.status_code
+        if response.is_redirect:
+            return _End(Outcome.FAILED, redirect_text(response))
+        detail = f"status {status}: {error_message(response.text)}"
+        return _End(Outcome.REJECTED if status in REJECTED_STATUSES else Outcome.FAILED, detail)
+
+    async def _read(self, response: httpx.Response, answer: Answer) -> _End:
+        clock: Clock = response.extensions.get("arrival_clock", self._clock)
+        plain = response.headers.get("content-encoding", "identity") in ("", "identity")
+        reader = EventReader()
+        try:
+            async for chunk in response.aiter_raw() if plain else response.aiter_bytes():
+                for event in reader.feed(chunk):
+                    if (end := self._take(event, answer, clock())) is not None:
+                        return end
+        except OversizedEvent:
+            return _End(Outcome.FAILED, f"an event of more than {MOST_EVENT_BYTES >> 20} MiB")
+        for event in reader.end():
+            if (end := self._take(event, answer, clock())) is not None:
+                return end
+        if reader.whole is not None:
+            return self._read_whole(bytes(reader.whole), answer)
+        if not answer.events and not answer.done:
+            return _no_events(reader.head)
+        return self._ended(answer)
+
+    def _take(self, event: Event, answer: Answer, now_s: float) -> _End | None:
+        """Take an event; the end, if it is one that nothing can follow."""
+        if answer.done:
+            return None  # but read on: a body left unread costs the next request a new connection
+        if event.is_done:
+            answer.done = True
+            return None
+        if event.name == "error":
+            return _End(Outcome.FAILED, f"error event: {error_message(event.text)}")
+        if event.value is None:
+            return self._not_of_this_api(event.text)
+        if (error := error_of(event.value)) is not None:
+            return _End(Outcome.FAILED, f"error event: {error}")
+        try:
+            piece = self._endpoint.read(event.value)
+            answer.add(piece, now_s)
+        except NOT_OF_THIS_API:
+            return self._not_of_this_api(event.text)
+        if piece.error is not None:
+            return _End(Outcome.FAILED, f"error event: {piece.error}")
+        if answer.most_chunks is not None and len(answer.chunk_times_s) > answer.most_chunks:
+            return _End(Outcome.FAILED, f"does not end: more than {answer.most_chunks} chunks")
+        return None
+
+    def _read_whole(self, body: bytes, answer: Answer) -> _End:
+        """A body that is JSON: an error with status 200, or the answer of a server that does not stream."""
+        answer.streamed = not self._endpoint.streams
+        text = body.decode("utf-8", errors="replace")
+        try:
+            value = json.loads(text)
+            if (error := error_of(value)) is not None:
+                return _End(Outcome.FAILED, f"status 200 with an error: {error}")
+            piece = self._endpoint.read(value)
+            answer.add(piece, None)
+        except (*NOT_OF_THIS_API, RecursionError):
+            return self._not_of_this_api(text)
+        if piece.error is not None:
+            return _End(Outcome.FAILED, f"status 200 with an error: {piece.error}")
+        if not piece.has_output and not piece.finish_reason:
+            return self._not_of_this_api(text)
+        answer.done = True
+        answer.finish_reason = answer.finish_reason or "stop"
+        return self._ended(answer)
+
+    def _not_of_this_api(self, text: str) -> _End:
+        return _End(Outcome.FAILED, f"not of /v1/{self._endpoint.path}: {text[:DETAIL_CHARACTERS]}")
+
+    def _ended(self, answer: Answer) -> _End:
+        mark, key = self._endpoint.last_mark, self._endpoint.finish_key
+        if answer.finish_reason in FAILED_FINISH_REASONS:
+            return _End(Outcome.FAILED, f"{key} {answer.finish_reason}")
+        if answer.done and answer.finish_reason is not None:
+            return _End(Outcome.COMPLETED)
+        if self._target.lenient and (answer.done or answer.finish_reason is not None):
+            if answer.finished_s is None and answer.chunk_times_s:
+                answer.finished_s = answer.chunk_times_s[-1]
+            return _End(Outcome.COMPLETED, note=LENIENT.format(key if answer.done else mark))
+        if answer.done:
+            return _End(Outcome.CUT_OFF, f"{mark} without {key}")
+        hint = "; --lenient counts such answers" if answer.finish_reason is not None else ""
+        return _End(Outcome.CUT_OFF, f"the stream ended without {mark}{hint}")
 
 
-async def _read_stream(chunks: AsyncIterator[bytes], stream: _Stream, clock: Clock) -> _End:
+def _no_events(head: bytes) -> _End:
+    text = one_line(head.decode("utf-8", errors="replace"))
+    if not text:
+        return _End(Outcome.CUT_OFF, "an empty answer (status 200)")
+    if text.startswith((":", "data", "event", "id", "retry")):
+        return _End(Outcome.CUT_OFF, "the stream ended before an event")
+    return _End(Outcome.FAILED, f"neither events nor JSON: {text}")
+
+
+def _encoded(body: dict[str, Any]) -> bytes:
+    """JSON; a text that is not Unicode, such as half of an emoji, goes as escapes."""
     try:
-        async for data in sse_data(chunks):
-            now_s = clock()
-            if stream.done or data == "[DONE]":
-                stream.done = True  # but read on: a body left unread costs the next request a new connection
-                continue
-            event = json.loads(data)
-            if "error" in event:
-                return _End(Outcome.FAILED, f"error event: {error_message(data)}")
-            stream.add(event, now_s)
-            if len(stream.chunk_times_s) > stream.most_chunks:
-                return _End(Outcome.FAILED, f"does not end: more than {stream.most_chunks} chunks")
-    except _OversizedEvent:
-        return _End(Outcome.FAILED, f"an event of more than {MOST_EVENT_BYTES >> 20} MiB")
-    except (ValueError, TypeError, AttributeError, KeyError):
-        return _End(Outcome.FAILED, f"not a chat completion chunk: {data[:DETAIL_CHARACTERS]}")
-    return _ended(stream)
+        return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError:
+        return json.dumps(body, separators=(",", ":")).encode()
 
 
-class _OversizedEvent(Exception):
-    pass
+def redirect_text(response: httpx.Response) -> str:
+    """That the server is elsewhere, and where."""
+    place = response.headers.get("location")
+    where = f"to {response.url.join(place)}" if place else "without saying to where"
+    return f"status {response.status_code}: redirects {where}; give --target the server itself"
 
 
-def _ended(stream: _Stream) -> _End:
-    if not stream.done:
-        return _End(Outcome.CUT_OFF, "the stream ended without [DONE]")
-    if stream.finish_reason is None:
-        return _End(Outcome.CUT_OFF, "[DONE] without finish_reason")
-    if stream.finish_reason in FAILED_FINISH_REASONS:
-        return _End(Outcome.FAILED, f"finish_reason {stream.finish_reason}")
-    return _End(Outcome.COMPLETED)
-
-
-async def sse_data(chunks: AsyncIterator[bytes]) -> AsyncIterator[str]:
-    """The data of each complete server-sent event; one that the end of the stream cuts off is dropped."""
-    pending = b""
-    data: list[str] = []
-    async for chunk in chunks:
-        *lines, pending = (pending + chunk).split(b"\n")
-        if len(pending) > MOST_EVENT_BYTES:
-            raise _OversizedEvent
-        for line in lines:
-            text = line.rstrip(b"\r").decode("utf-8", errors="replace")
-            if text.startswith("data:"):
-                data.append(text[len("data:") :].removeprefix(" "))
-            elif not text and data:
-                yield "\n".join(data)
-                data = []
-
-
-def _served_models(response: httpx.Response) -> list[str]:
-    try:
-        return [str(model["id"]) for model in response.json()["data"]]
-    except (ValueError, KeyError, TypeError):
-        return []
-
-
-def error_message(text: str) -> str:
-    """The message of an OpenAI error body, or the body itself, on one line."""
-    try:
-        error = json.loads(text)["error"]
-        message = error["message"] if isinstance(error, dict) else error
-    except (ValueError, KeyError, TypeError):
-        message = text
-    return " ".join(str(message).split())[:DETAIL_CHARACTERS]
-
-
-def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".removesuffix(": ")
+def describe(error: Exception) -> str:
+    return one_line(f"{type(error).__name__}: {error}".removesuffix(": "))

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
-from lowbit_loadtest.generate.client import ChatClient, Clock
+from lowbit_loadtest.generate.client import Client, Clock
 from lowbit_loadtest.generate.http.target import Target
 from lowbit_loadtest.generate.records import Outcome, RequestRecord
 from lowbit_loadtest.generate.request import Message, Request
@@ -62,7 +62,7 @@ class Driver:
     """Runs one share."""
 
     def __init__(
-        self, share: Share, client: ChatClient, start_s: float, tally: Tally, clock: Clock = time.monotonic
+        self, share: Share, client: Client, start_s: float, tally: Tally, clock: Clock = time.monotonic
     ) -> None:
         self._share = share
         self._client = client
@@ -163,7 +163,7 @@ class Driver:
 
     async def _send(self, request: Request, due_s: float | None, turns: int) -> RequestRecord:
         self._tally.in_flight += 1
-        record = await self._client.complete(request, self._share.target.model, due_s)
+        record = await self._client.complete(request, due_s)
         self._tally.in_flight -= 1
         share = self._share
         early = record.due_s < self._start_s + share.warm_up_s or request.index < share.warm_up_requests

@@ -26,12 +26,16 @@ class RequestRecord:
     sent_s: float
     ended_s: float
     chunk_times_s: tuple[float, ...] = ()  # arrival of each chunk that carried output
+    first_answer_s: float | None = None  # arrival of the first output that is not reasoning
     finished_s: float | None = None  # arrival of finish_reason
     finish_reason: str | None = None
     prompt_tokens: int | None = None
     output_tokens: int | None = None
+    visible_tokens: int | None = None  # of the output tokens: those that were sent, without hidden reasoning
+    reasoning_tokens: int | None = None
     cached_tokens: int | None = None  # of the prompt: found in the server's prefix cache
     detail: str = ""
+    notes: tuple[str, ...] = ()  # what a reader of a completed request's numbers must know
     intended_s: float | None = None
     index: int = 0
     turn: int = 0
@@ -55,10 +59,21 @@ class RequestRecord:
 
     @property
     def time_per_output_token_s(self) -> float | None:
-        """(last − first) / (output tokens − 1); None for one token, or without usage."""
-        if not self.chunk_times_s or self.finished_s is None or (self.output_tokens or 0) < 2:
+        """(last − first) / (tokens that were sent − 1); None for one token, or without usage."""
+        tokens = self.sent_tokens or 0
+        if not self.chunk_times_s or self.finished_s is None or tokens < 2:
             return None
-        return (self.finished_s - self.chunk_times_s[0]) / ((self.output_tokens or 0) - 1)
+        return (self.finished_s - self.chunk_times_s[0]) / (tokens - 1)
+
+    @property
+    def time_to_first_answer_s(self) -> float | None:
+        """As `ttft_s`, to the first output that is not reasoning."""
+        return None if self.first_answer_s is None else self.first_answer_s - self.due_s
+
+    @property
+    def sent_tokens(self) -> int | None:
+        """The output tokens that came as chunks: all of them, unless the server hides some."""
+        return self.output_tokens if self.visible_tokens is None else self.visible_tokens
 
     @property
     def contradiction(self) -> str | None:
@@ -71,8 +86,9 @@ class RequestRecord:
             return None
         if self.max_tokens is not None and self.output_tokens > self.max_tokens:
             return f"usage says more output tokens than max_tokens ({self.output_tokens} > {self.max_tokens})"
-        if self.output_tokens < len(self.chunk_times_s):
-            return f"usage says fewer output tokens than chunks ({self.output_tokens} < {len(self.chunk_times_s)})"
+        sent = self.sent_tokens or 0
+        if sent < len(self.chunk_times_s):
+            return f"usage says fewer output tokens than chunks ({sent} < {len(self.chunk_times_s)})"
         return None
 
 

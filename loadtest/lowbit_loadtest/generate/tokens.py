@@ -7,11 +7,14 @@ says so, and the prompt tokens that it reports itself are in every record.
 import json
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import httpx
 
 from lowbit_core.errors import ConfigError
+from lowbit_loadtest.generate.endpoints import endpoint_named
+from lowbit_loadtest.generate.endpoints.conversation import as_prompt
+from lowbit_loadtest.generate.http.target import Target
 from lowbit_loadtest.generate.request import Message
 
 FIT_ROUNDS = 6
@@ -31,15 +34,19 @@ class ServerTokens:
 
     name = "server"
 
-    def __init__(self, http: httpx.AsyncClient, model: str) -> None:
+    def __init__(self, http: httpx.AsyncClient, target: Target) -> None:
         self._http = http
-        self._model = model
+        self._model = target.model
+        self._has_template = endpoint_named(target.endpoint).has_template
         self.extra_tokens = 0
 
     async def count(self, messages: Sequence[Message]) -> int:
-        """Tokens of the conversation, with template and generation prompt; ConfigError if refused."""
-        body = {"model": self._model, "messages": list(messages), "add_generation_prompt": True}
-        response = await self._http.post("../tokenize", json=body, timeout=30.0)
+        """Tokens of the conversation, with template and generation prompt, or of its text, as the endpoint takes it;
+        ConfigError if refused."""
+        asked: dict[str, Any] = {"prompt": as_prompt(messages)}
+        if self._has_template:
+            asked = {"messages": list(messages), "add_generation_prompt": True}
+        response = await self._http.post("../tokenize", json={"model": self._model, **asked}, timeout=30.0)
         if response.status_code != httpx.codes.OK:
             raise ConfigError(f"/tokenize answers {response.status_code}: {response.text[:200]}")
         return int(response.json()["count"])
@@ -63,9 +70,9 @@ class WordTokens:
         return sum(len(text_of(message).split()) for message in messages)
 
 
-async def find_counter(http: httpx.AsyncClient, model: str) -> Counter:
+async def find_counter(http: httpx.AsyncClient, target: Target) -> Counter:
     """The server's tokenizer if it offers one, otherwise words."""
-    server = ServerTokens(http, model)
+    server = ServerTokens(http, target)
     try:
         await server.count([{"role": "user", "content": "a"}])
     except (ConfigError, httpx.HTTPError, ValueError, KeyError, TypeError):

@@ -21,7 +21,7 @@ from threading import Event
 from typing import Any
 
 from lowbit_core.errors import LowbitError
-from lowbit_loadtest.generate.client import ChatClient
+from lowbit_loadtest.generate.client import Client
 from lowbit_loadtest.generate.driver import Driver, Share, ShareResult, Tally
 from lowbit_loadtest.generate.http.target import open_http
 from lowbit_loadtest.generate.records import RequestRecord
@@ -189,7 +189,7 @@ async def _drive(pipe: Connection, share: Share, start_s: float, counter: Any) -
     loop.add_reader(pipe.fileno(), stop_on_word)
     reporter = asyncio.create_task(_report(pipe, tally))
     async with open_http(share.target) as http:
-        driver = Driver(share, ChatClient(http, share.target.timeout_s), start_s, tally)
+        driver = Driver(share, Client(http, share.target), start_s, tally)
         result = await driver.run(stop, next_number)
     reporter.cancel()
     return result

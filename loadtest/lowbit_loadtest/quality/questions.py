@@ -18,7 +18,7 @@ from lowbit_core.errors import ConfigError
 from lowbit_core.evals.items import Item, Key
 from lowbit_core.evals.scoring import Answer, Scored, answer
 from lowbit_core.evals.tasks import load_items, load_own_items, load_text
-from lowbit_loadtest.generate.client import ChatClient
+from lowbit_loadtest.generate.client import Client
 from lowbit_loadtest.generate.http.target import Target, open_http
 from lowbit_loadtest.generate.records import Interval, Outcome
 from lowbit_loadtest.quality.probes import Probe, Reply, judge, make_probes
@@ -68,7 +68,7 @@ async def _prepare(quality: Quality, items: Sequence[Item], target: Target) -> Q
         questions: list[Question] = []
         top, sends_ids = 1, False
         try:
-            scorer = await find_scorer(http, target.model, quality.top_logprobs, target.timeout_s)
+            scorer = await find_scorer(http, target, quality.top_logprobs)
             top, sends_ids = scorer.top, scorer.sends_ids
             questions = await _questions(scorer, items)
         except Unsupported as error:
@@ -94,7 +94,7 @@ async def _questions(scorer: Scorer, items: Sequence[Item]) -> list[Question]:
 
 async def _refuses_json(http: httpx.AsyncClient, target: Target) -> str | None:
     probe = next(one for one in make_probes(3, 1, with_json=True) if one.is_json)
-    record = await ChatClient(http, target.timeout_s).complete(probe.request, target.model)
+    record = await Client(http, target).complete(probe.request)
     return None if record.outcome is Outcome.COMPLETED else record.detail
 
 
@@ -109,8 +109,8 @@ async def _ask_all(asked: QuestionSet, stop: threading.Event) -> Responses:
     in_flight: list[Interval] = []
     target = asked.target
     async with open_http(target) as http:
-        scorer = Scorer(http, target.model, asked.top, target.timeout_s, asked.sends_ids)
-        chat = ChatClient(http, target.timeout_s)
+        scorer = Scorer(http, target, asked.top, asked.sends_ids)
+        chat = Client(http, target)
 
         async def ask(question: Question) -> None:
             item, prompts = question
@@ -122,7 +122,7 @@ async def _ask_all(asked: QuestionSet, stop: threading.Event) -> Responses:
             answers[item.key] = _answer(item, scored)
 
         async def probe(one: Probe) -> None:
-            record = await chat.complete(one.request, target.model)
+            record = await chat.complete(one.request)
             in_flight.append(Interval(record.sent_s, record.ended_s))
             replies[one.id] = judge(one, record)
 

@@ -106,7 +106,7 @@ class _Load:
 
     async def _schedule(self, repetition: int) -> Schedule:
         async with open_http(self.target) as http:
-            counter = await find_counter(http, self.target.model)
+            counter = await find_counter(http, self.target)
             schedule = await make_schedule(self.scenario, counter, repetition)
         self.offered_rps = schedule.offered_rps
         return schedule if schedule.concurrency is None else replace(schedule, repeats=True, length_s=None)

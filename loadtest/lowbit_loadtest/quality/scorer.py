@@ -15,7 +15,9 @@ import httpx
 from lowbit_core.errors import LowbitError
 from lowbit_core.evals.items import Request, encode_pair
 from lowbit_core.evals.scoring import Scored, Top
-from lowbit_loadtest.generate.client import REJECTED_STATUSES, error_message
+from lowbit_loadtest.generate.client import REJECTED_STATUSES
+from lowbit_loadtest.generate.endpoints.piece import error_message
+from lowbit_loadtest.generate.http.target import Target
 
 TRIED_TOPS = (20, 5, 1)  # how many of the likeliest tokens; servers limit it
 RETRIES = 5
@@ -42,13 +44,10 @@ class Prompt:
 class Scorer:
     """Scores prompts at one server. `top` is how many of the likeliest tokens come back with texts."""
 
-    def __init__(
-        self, http: httpx.AsyncClient, model: str, top: int, timeout_s: float, has_tokenize: bool
-    ) -> None:
+    def __init__(self, http: httpx.AsyncClient, target: Target, top: int, has_tokenize: bool) -> None:
         self._http = http
-        self._model = model
+        self._target = target
         self.top = top
-        self._timeout_s = timeout_s
         self.has_tokenize = has_tokenize
         self.sends_ids = has_tokenize
         self._encoded: dict[str, list[int]] = {}  # choices share their context
@@ -74,7 +73,7 @@ class Scorer:
 
     async def _post(self, prompt: Prompt, top: int) -> httpx.Response:
         body: dict[str, Any] = {
-            "model": self._model,
+            "model": self._target.model,
             "prompt": prompt.content,
             "echo": True,
             "logprobs": top,
@@ -83,13 +82,14 @@ class Scorer:
         }
         if prompt.is_ids:
             body["return_tokens_as_token_ids"] = True
-        return await self._http.post("completions", json=body, timeout=self._timeout_s)
+        asked = {**self._target.access.changed(body), **body}  # `--body` adds keys, and changes none of these
+        return await self._http.post("completions", json=asked, timeout=self._target.timeout_s)
 
     async def _encode(self, text: str) -> list[int]:
         if text in self._encoded:
             return self._encoded[text]
-        body = {"model": self._model, "prompt": text}
-        response = await self._http.post("../tokenize", json=body, timeout=self._timeout_s)
+        body = {"model": self._target.model, "prompt": text}
+        response = await self._http.post("../tokenize", json=body, timeout=self._target.timeout_s)
         response.raise_for_status()
         self._encoded[text] = [int(token) for token in response.json()["tokens"]]
         return self._encoded[text]
@@ -117,9 +117,9 @@ class Scorer:
         raise Unsupported(f"POST /v1/completions with echo and logprobs: {why}")
 
 
-async def find_scorer(http: httpx.AsyncClient, model: str, top: int, timeout_s: float) -> Scorer:
+async def find_scorer(http: httpx.AsyncClient, target: Target, top: int) -> Scorer:
     """A scorer that works at this server; Unsupported with the reason."""
-    scorer = Scorer(http, model, top, timeout_s, has_tokenize=True)
+    scorer = Scorer(http, target, top, has_tokenize=True)
     await scorer.probe()
     return scorer
 

@@ -9,15 +9,13 @@ import pytest
 from tests.loadtest.conftest import HELLO, drive, jobs
 
 from lowbit_core.errors import ConfigError
-from lowbit_loadtest.generate.client import ChatClient, sse_data
+from lowbit_loadtest.generate import preflight
 from lowbit_loadtest.generate.http.target import Target, open_http
 from lowbit_loadtest.generate.records import Outcome, RequestRecord
 from lowbit_loadtest.generate.schedule import Job, Turn
 from lowbit_loadtest.report.summary import Run, Summary, steady_interval, summarize
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
     from tests.loadtest.conftest import FakeServer
 
 ENDINGS: list[tuple[dict[str, Any], Outcome, str]] = [
@@ -28,11 +26,11 @@ ENDINGS: list[tuple[dict[str, Any], Outcome, str]] = [
     ({"status": 400}, Outcome.FAILED, "status 400: no room"),
     ({"status": 500}, Outcome.FAILED, "status 500: no room"),
     ({"raw_event": '{"error": {"message": "engine died"}}'}, Outcome.FAILED, "error event: engine died"),
-    ({"raw_event": "{broken"}, Outcome.FAILED, "not a chat completion chunk: {broken"),
+    ({"raw_event": "{broken"}, Outcome.FAILED, "not of /v1/chat/completions: {broken"),
     (
         {"raw_event": '{"choices": [null]}'},
         Outcome.FAILED,
-        'not a chat completion chunk: {"choices": [null]}',
+        'not of /v1/chat/completions: {"choices": [null]}',
     ),
     ({"finish_reason": "abort"}, Outcome.FAILED, "finish_reason abort"),
     ({"finish_reason": None}, Outcome.CUT_OFF, "[DONE] without finish_reason"),
@@ -147,22 +145,6 @@ def test_unescaped_line_separators_in_an_answer_do_not_break_the_stream(fake_ser
     assert run(fake_server, 1)[0].outcome is Outcome.COMPLETED
 
 
-def test_events_survive_any_split_into_chunks() -> None:
-    body = (
-        'data: {"a": "ü"}\r\n\r\n: comment\ndata: one\ndata: two\n\ndata:[DONE]\n\ndata: cut off\n'.encode()
-    )
-
-    async def pieces(size: int) -> "AsyncIterator[bytes]":
-        for start in range(0, len(body), size):
-            yield body[start : start + size]
-
-    async def read(size: int) -> list[str]:
-        return [data async for data in sse_data(pieces(size))]
-
-    for size in range(1, len(body) + 1):
-        assert asyncio.run(read(size)) == ['{"a": "ü"}', "one\ntwo", "[DONE]"]
-
-
 def test_concurrency_is_reached_and_never_passed_on_as_many_connections(fake_server: "FakeServer") -> None:
     for _ in range(40):
         fake_server.script(first_chunk_delay_s=0.02)
@@ -200,8 +182,9 @@ def test_api_key_is_sent(fake_server: "FakeServer") -> None:
 
 def find_model(url: str, wanted: str | None = None, api_key: str | None = None) -> str:
     async def find() -> str:
-        async with open_http(Target(url, "", api_key)) as http:
-            return await ChatClient(http, 1.0).find_model(wanted)
+        target = Target(url, wanted or "", api_key, timeout_s=1.0)
+        async with open_http(target) as http:
+            return await preflight.find_model(http, target)
 
     return asyncio.run(find())
 
@@ -216,14 +199,16 @@ def test_wrong_target_is_refused_before_a_request_is_sent(fake_server: "FakeServ
         ConfigError, match=r"--model 'other' is not served at .*served are: fake-model, fake-adapter"
     ):
         find_model(fake_server.url, "other")
-    with pytest.raises(ConfigError, match="lists no model at /v1/models"):
+    with pytest.raises(ConfigError, match=r"lists no model at /nowhere/v1/models \(status 404\)"):
         find_model(f"{fake_server.url}/nowhere")
     fake_server.api_key = "secret"
     with pytest.raises(ConfigError, match="refuses the API key"):
         find_model(fake_server.url, api_key="wrong")
     with pytest.raises(ConfigError, match="does not answer"):
         find_model("http://127.0.0.1:9")
-    assert fake_server.bodies == []
+    assert [body["model"] for body in fake_server.bodies] == [
+        "other"
+    ]  # whether it is an adapter that is not listed
 
 
 def test_a_loop_that_repeats_its_jobs_never_repeats_a_seed(fake_server: "FakeServer") -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from lowbit_loadtest.generate.client import ChatClient
+from lowbit_loadtest.generate.client import Client
 from lowbit_loadtest.generate.driver import Driver, Share, ShareResult, Tally
 from lowbit_loadtest.generate.http.target import Target, open_http
 from lowbit_loadtest.generate.schedule import Job
@@ -92,9 +92,9 @@ def drive_virtually(
     """Drive a share against the delaying transport in virtual time, from second 1."""
 
     async def main(loop: VirtualLoop) -> ShareResult:
-        target = Target("http://virtual", "fake")
+        target = Target("http://virtual", "fake", timeout_s=600.0)
         async with open_http(target, DelayingTransport(loop, ttft_s, gap_s, chunks)) as http:
-            client = ChatClient(http, 600.0, loop.time)
+            client = Client(http, target, loop.time)
             return await Driver(Share(target, jobs, **share), client, 1.0, Tally(), loop.time).run(
                 asyncio.Event()
             )

@@ -1,32 +1,25 @@
 """Where requests go, and the client that reaches it: URL, headers, query, certificates, proxy.
 
-A target is the server's root, with or without /v1, or the whole URL of one of the API's doors, as Azure gives it
-(`…/openai/deployments/NAME/chat/completions`): then what stands before the door is the base of every other path.
+A target is the server's root, with or without /v1, or the whole URL of an endpoint, as Azure gives it
+(`…/openai/deployments/NAME/chat/completions`): then what stands before the endpoint is the base of every other path.
 """
 
 import os
 import ssl
 from dataclasses import dataclass
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 import httpx
 
-from lowbit_core.access import DIRECT, Access
+from lowbit_core.access import AUTHORIZATION, DIRECT, Access
 from lowbit_core.errors import ConfigError
+from lowbit_loadtest.generate.endpoints import endpoint_named, endpoint_of_path
 from lowbit_loadtest.generate.http.transport import StreamTransport
-
-PATHS = {  # of the API's doors, below the base
-    "chat": "chat/completions",
-    "completions": "completions",
-    "embeddings": "embeddings",
-    "responses": "responses",
-    "messages": "messages",
-}
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where requests go. `door` is the API that is measured; `proxy` is the proxy's URL, if there is one.
+    """Where requests go. `endpoint` is the API that is measured; `proxy` is the proxy's URL, if there is one.
 
     `lenient` counts an answer as completed that ends without its last mark.
     """
@@ -36,15 +29,17 @@ class Target:
     api_key: str | None = None
     timeout_s: float = 300.0
     access: Access = DIRECT
-    door: str = "chat"
+    endpoint: str = "chat"
     lenient: bool = False
     proxy: str | None = None
 
     @property
     def base_url(self) -> str:
         """What the API's paths are below; it ends with a slash."""
-        base, door = _split(self.url)
-        return f"{base}/" if door is not None or base.endswith("/v1") else f"{base}/v1/"
+        whole = self.url.rstrip("/")
+        endpoint = endpoint_of_path(whole)
+        base = whole.removesuffix(f"/{endpoint.path}") if endpoint else whole
+        return f"{base}/" if endpoint or base.endswith("/v1") else f"{base}/v1/"
 
     @property
     def root_url(self) -> str:
@@ -58,28 +53,25 @@ class Target:
         return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
     @property
+    def key_header_name(self) -> str:
+        """The header that carries the API key."""
+        return self.access.key_header or endpoint_named(self.endpoint).key_header or AUTHORIZATION
+
+    @property
     def headers(self) -> dict[str, str]:
         """What every request carries. The user's headers replace ours."""
-        headers = {"accept-encoding": "identity"}
+        ours = {"accept-encoding": "identity", "content-type": "application/json"}
         if self.api_key:
-            name = self.access.key_header or ("x-api-key" if self.door == "messages" else None)
-            headers |= {name: self.api_key} if name else {"authorization": f"Bearer {self.api_key}"}
-        if self.door == "messages":
-            headers["anthropic-version"] = "2023-06-01"
-        return {name.lower(): value for name, value in (*headers.items(), *self.access.headers)}
+            name = self.key_header_name.lower()
+            ours[name] = f"Bearer {self.api_key}" if name == AUTHORIZATION else self.api_key
+        ours |= endpoint_named(self.endpoint).headers
+        return ours | {name.lower(): value for name, value in self.access.headers}
 
 
-def door_of(url: str) -> str | None:
-    """The door that the URL ends with; None for a server's root."""
-    return _split(url)[1]
-
-
-def _split(url: str) -> tuple[str, str | None]:
-    whole = url.rstrip("/")
-    for door, path in sorted(PATHS.items(), key=lambda one: -len(one[1])):
-        if whole.endswith(f"/{path}"):
-            return whole.removesuffix(f"/{path}").rstrip("/"), door
-    return whole, None
+def split_query(url: str) -> tuple[str, list[tuple[str, str]]]:
+    """The URL without its query, and the query, which goes with every request."""
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(query="", fragment="")), parse_qsl(parts.query, keep_blank_values=True)
 
 
 def ssl_context(access: Access) -> ssl.SSLContext:

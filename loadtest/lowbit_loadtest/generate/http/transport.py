@@ -3,7 +3,8 @@
 httpx over httpcore, h11 and anyio takes about 100 µs of Python for each small chunk of a stream, so one worker
 falls behind at some 3,000 events a second. This one reads with an asyncio Protocol and stamps bytes when the event
 loop hands them over, before any task runs: `extensions["arrival_clock"]` gives that moment. It speaks what servers of
-streams send (content-length, chunked, until close; TLS by httpx's own context) and no proxies, HTTP/2 or upgrades.
+streams send (content-length, chunked, until close; TLS) and no proxies, HTTP/2 or upgrades; through a proxy httpx's own
+transport is used.
 """
 
 import asyncio
@@ -33,14 +34,19 @@ class StreamTransport(httpx.AsyncBaseTransport):
         body = await request.aread()
         url = request.url
         origin = (url.scheme, url.host, url.port or (443 if url.scheme == "https" else 80))
-        connection = self._idle_connection(origin) or await self._connect(origin)
+        sent = _head_of(request) + body
+        kept = self._idle_connection(origin)
+        connection = kept or await self._connect(origin)
         try:
-            connection.transport.write(_head_of(request) + body)
-            status, headers = await connection.read_head()
-        except BaseException:
+            status, headers, keeps = await connection.ask(sent)
+        except (httpx.ReadError, httpx.RemoteProtocolError):
             connection.close()
-            raise
-        stream = _Body(self, origin, connection, headers, request.method == "HEAD" or status in (204, 304))
+            if kept is None or connection.answered:
+                raise
+            connection = await self._connect(origin)  # the server closed a kept one just as we wrote
+            status, headers, keeps = await connection.ask(sent)
+        empty = request.method == "HEAD" or status in (204, 304)
+        stream = _Body(self, origin, connection, headers, empty, keeps)
         clock = connection.arrival_clock
         return httpx.Response(status, headers=headers, stream=stream, extensions={"arrival_clock": clock})
 
@@ -86,6 +92,7 @@ class _Connection(asyncio.Protocol):
     def __init__(self) -> None:
         self.buffer = bytearray()
         self.closed = False
+        self.answered = False  # whether bytes of the answer to the last request have come
         self.idle_since_s = 0.0
         self._arrived_s = 0.0
         self.error: Exception | None = None
@@ -98,6 +105,7 @@ class _Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._arrived_s = time.monotonic()
+        self.answered = True
         self.buffer += data
         if len(self.buffer) > MOST_BUFFERED_BYTES:
             self._paused = True
@@ -142,8 +150,18 @@ class _Connection(asyncio.Protocol):
             await self.more(expected)
         return self.take(end + 2)[:-2]
 
-    async def read_head(self) -> tuple[int, httpx.Headers]:
-        """Status and headers of the final answer (1xx are passed over)."""
+    async def ask(self, request: bytes) -> tuple[int, httpx.Headers, bool]:
+        """Send a request and read its answer's head; the connection is closed where that fails."""
+        self.answered = False
+        try:
+            self.transport.write(request)
+            return await self._read_head()
+        except BaseException:
+            self.close()
+            raise
+
+    async def _read_head(self) -> tuple[int, httpx.Headers, bool]:
+        """Status and headers of the final answer (1xx are passed over), and whether the server keeps the connection."""
         status = 100
         while status < 200:
             first = await self.line("it answered")
@@ -157,7 +175,9 @@ class _Connection(asyncio.Protocol):
                 if not colon:
                     raise httpx.RemoteProtocolError(f"not a header: {line[:80]!r}")
                 headers.append((name, value.strip()))
-        return status, httpx.Headers(headers)
+        found = httpx.Headers(headers)
+        said = {token.strip().lower() for token in found.get("connection", "").split(",")}
+        return status, found, "keep-alive" in said if parts[0] == b"HTTP/1.0" else "close" not in said
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -174,14 +194,15 @@ class _Body(httpx.AsyncByteStream):
         connection: _Connection,
         headers: httpx.Headers,
         empty: bool,
+        keeps: bool,
     ) -> None:
         self._owner, self._origin, self._connection, self._headers = owner, origin, connection, headers
-        self._empty = empty
+        self._empty, self._keeps = empty, keeps
         self._complete = False
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         length = self._headers.get("content-length", "")
-        reusable = self._headers.get("connection", "").lower() != "close"
+        reusable = self._keeps
         if self._empty:
             pass
         elif self._headers.get("transfer-encoding", "").lower() == "chunked":
@@ -243,4 +264,6 @@ def _head_of(request: httpx.Request) -> bytes:
     target = request.url.raw_path
     lines = [b"%s %s HTTP/1.1" % (request.method.encode(), target)]
     lines += [b"%s: %s" % header for header in request.headers.raw]
+    if any(b"\r" in line or b"\n" in line for line in lines):  # it would begin a header of its own
+        raise httpx.LocalProtocolError("a line break in a header or a URL")
     return b"\r\n".join(lines) + b"\r\n\r\n"
