@@ -31,6 +31,14 @@ class BodyChange:
     taken_from: tuple[str, ...] | None = None
     removes: bool = False
 
+    @property
+    def shown(self) -> str:
+        """As it is given."""
+        key = ".".join(self.key)
+        if self.removes:
+            return f"{key}="
+        return f"{key}=" + (f"@{'.'.join(self.taken_from)}" if self.taken_from else json.dumps(self.value))
+
     def apply(self, body: dict[str, Any]) -> None:
         """Change `body`, whose nested objects must not be shared."""
         if self.removes:

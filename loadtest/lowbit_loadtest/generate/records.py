@@ -76,6 +76,11 @@ class RequestRecord:
         return self.output_tokens if self.visible_tokens is None else self.visible_tokens
 
     @property
+    def hidden_tokens(self) -> int:
+        """Output tokens that the server did not send: what it thought."""
+        return max(0, (self.output_tokens or 0) - (self.sent_tokens or 0))
+
+    @property
     def contradiction(self) -> str | None:
         """Why the server's usage cannot be true, or None.
 

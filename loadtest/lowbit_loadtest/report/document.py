@@ -36,6 +36,7 @@ def as_document(scenario: Scenario, result: Result, started: str, requests: bool
         "format_version": FORMAT_VERSION,
         "started": started,
         "target": result.target.shown,
+        "request": result.target.described(),
         "model": result.target.model,
         "scenario": scenario.model_dump(mode="json"),
         "client": {

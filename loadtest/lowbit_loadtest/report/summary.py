@@ -62,8 +62,9 @@ class Summary:
     duration_s: float
     steady_interval_s: float  # of the windows of all repetitions
     ttft_s: Distribution | None
+    time_to_first_answer_s: Distribution | None  # to the first output that is not reasoning
     inter_token_latency_s: Distribution | None  # gaps between chunks of one stream
-    time_per_output_token_s: Distribution | None  # per request: (last - first) / (output tokens - 1)
+    time_per_output_token_s: Distribution | None  # per request: (last - first) / (tokens that were sent - 1)
     end_to_end_s: Distribution | None
     requests_per_s: float | None
     output_tokens_per_s: float | None
@@ -76,7 +77,9 @@ class Summary:
     output_tokens: int | None
     output_tokens_per_chunk: float | None  # near 1: a gap between chunks is a gap between tokens
     most_tokens_in_a_chunk: int | None  # where the server counts as it goes
+    hidden_reasoning_tokens: int  # of the output tokens: thought by the server and not sent
     completed_without_usage: int
+    notes: dict[str, int]  # completed requests of which something must be known, by what that is
     contradictions: dict[str, int]  # answers whose usage cannot be true
     lag_s: Lag
 
@@ -137,6 +140,7 @@ def summarize(runs: Sequence[Run], slo: SLO | None = None, intervals: bool = Tru
         duration_s=sum(_duration_s(run.records) for run in runs),
         steady_interval_s=sum(run.window.length_s for run in runs if run.window),
         ttft_s=spread(lambda run, record: _known(record.ttft_s)),
+        time_to_first_answer_s=spread(lambda run, record: _known(record.time_to_first_answer_s)),
         inter_token_latency_s=spread(_gaps_s),
         time_per_output_token_s=spread(lambda run, record: _known(record.time_per_output_token_s)),
         end_to_end_s=spread(lambda run, record: [record.end_to_end_s]),
@@ -147,7 +151,9 @@ def summarize(runs: Sequence[Run], slo: SLO | None = None, intervals: bool = Tru
         output_tokens=_total(record.output_tokens for record in completed),
         output_tokens_per_chunk=_output_tokens_per_chunk(counted),
         most_tokens_in_a_chunk=max((count for one in counted for count in one.chunk_tokens), default=None),
+        hidden_reasoning_tokens=sum(record.hidden_tokens for record in counted),
         completed_without_usage=len(completed) - len(counted),
+        notes=dict(Counter(note for record in records for note in record.notes).most_common()),
         contradictions=dict(Counter(text for record in records if (text := record.contradiction))),
         lag_s=lag(runs),
     )
@@ -265,7 +271,7 @@ def _duration_s(records: Sequence[RequestRecord]) -> float:
 
 def _output_tokens_per_chunk(counted: Sequence[RequestRecord]) -> float | None:
     chunks = sum(len(record.chunk_times_s) for record in counted)
-    return sum(record.output_tokens or 0 for record in counted) / chunks if chunks else None
+    return sum(record.sent_tokens or 0 for record in counted) / chunks if chunks else None
 
 
 def _total(counts: Iterable[int | None]) -> int | None:

@@ -10,6 +10,7 @@ from lowbit_loadtest.report.statistics import Distribution
 from lowbit_loadtest.report.summary import Summary
 from lowbit_loadtest.scenario import Scenario
 
+SEVERAL_TOKENS = 1.5  # a chunk: more than now and then two, as where a character has two tokens
 VERDICTS = {
     "pass": "quality under load: pass",
     "fail": "quality under load: FAIL",
@@ -79,14 +80,33 @@ def _point_lines(point: Point, scenario: Scenario) -> list[str]:
         *(f"  {count} × {detail}" for detail, count in list(summary.details.items())[:5]),
         *([f"  {summary.not_sent} planned requests were not sent"] if summary.not_sent else []),
         *(f"  {count} × {text}" for text, count in list(summary.contradictions.items())[:5]),
+        *_notes(summary),
         *_rates(summary, scenario),
         _row("time to first token", summary.ttft_s),
+        *_first_answer(summary),
         _row("inter-token latency", summary.inter_token_latency_s),
         _row("time per output token", summary.time_per_output_token_s),
         _row("end to end", summary.end_to_end_s),
         *(session_lines(point.sessions) if point.sessions else []),
         *_checks(point),
     ]
+
+
+def _notes(summary: Summary) -> list[str]:
+    """What must be known to read the numbers."""
+    text = [f"  {count} × {note}" for note, count in summary.notes.items()]
+    if summary.hidden_reasoning_tokens:
+        text.append(f"  {summary.hidden_reasoning_tokens} output tokens are hidden reasoning")
+    if (summary.output_tokens_per_chunk or 0.0) >= SEVERAL_TOKENS:
+        per_chunk = f"{summary.output_tokens_per_chunk:.1f} tokens in each chunk"
+        text.append(f"  {per_chunk}: inter-token latency is of chunks")
+    return text
+
+
+def _first_answer(summary: Summary) -> list[str]:
+    """Where something was thought first; otherwise it is the first token."""
+    thought = summary.time_to_first_answer_s != summary.ttft_s
+    return [_row("time to first answer", summary.time_to_first_answer_s)] if thought else []
 
 
 def _rates(summary: Summary, scenario: Scenario) -> list[str]:

@@ -7,6 +7,7 @@ A target is the server's root, with or without /v1, or the whole URL of an endpo
 import os
 import ssl
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 import httpx
@@ -51,6 +52,18 @@ class Target:
         """The URL without a user's name and password."""
         parts = urlsplit(self.url)
         return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+    def described(self) -> dict[str, Any]:
+        """How it is asked, for the result; headers and queries may be secret, so only their names."""
+        access = self.access
+        return {
+            "path": f"{urlsplit(self.base_url).path}{endpoint_named(self.endpoint).path}",
+            "lenient": self.lenient,
+            "headers": [name for name, _ in access.headers],
+            "query": [name for name, _ in access.query],
+            "body": [change.shown for change in access.body],
+            "proxy": self.proxy is not None,
+        }
 
     @property
     def key_header_name(self) -> str:
