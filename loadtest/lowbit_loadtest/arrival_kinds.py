@@ -1,25 +1,34 @@
 """The section `arrivals` of a scenario: when requests are sent. `generate/arrivals.py` draws the times."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from lowbit_core.documents import DocumentPath, Section
 from lowbit_loadtest.distributions import NonNegativeFloat, PositiveFloat, TraceFormat
+
+
+def _no_infinite_rate(value: Any) -> Any:
+    if str(value).strip().lstrip("+.").lower() in ("inf", "infinity"):
+        raise ValueError("inf is no rate; for all requests at once give arrivals: {kind: at_once}")
+    return value
+
+
+Rate = Annotated[PositiveFloat, BeforeValidator(_no_infinite_rate)]
 
 
 class Poisson(Section):
     """Independent users: gaps are exponential with mean 1/rate_rps."""
 
     kind: Literal["poisson"]
-    rate_rps: PositiveFloat
+    rate_rps: Rate
 
 
 class Gamma(Section):
     """Gaps are gamma with mean 1/rate_rps and shape `burstiness`: 1 is Poisson, below 1 is burstier."""
 
     kind: Literal["gamma"]
-    rate_rps: PositiveFloat
+    rate_rps: Rate
     burstiness: PositiveFloat
 
 
@@ -27,7 +36,7 @@ class Constant(Section):
     """One request every 1/rate_rps seconds."""
 
     kind: Literal["constant"]
-    rate_rps: PositiveFloat
+    rate_rps: Rate
 
 
 class Closed(Section):

@@ -16,8 +16,11 @@ from typing import Any
 from lowbit_core.cli import Command, file_path
 from lowbit_core.errors import ConfigError
 from lowbit_core.log import get_logger
+from lowbit_loadtest.generate.parts import WHOLE, parse_part
 from lowbit_loadtest.generate.prompts import read_prompts
 from lowbit_loadtest.generate.records import Outcome
+from lowbit_loadtest.merge import merge
+from lowbit_loadtest.part_file import part_section
 from lowbit_loadtest.prompt_kinds import DEFAULT_PROMPT, FilePrompts
 from lowbit_loadtest.quality.run import Answers
 from lowbit_loadtest.quality.verdict import base_answers
@@ -26,20 +29,26 @@ from lowbit_loadtest.report.page import as_html
 from lowbit_loadtest.report.progress import progress
 from lowbit_loadtest.report.result import Result
 from lowbit_loadtest.report.text import lines
-from lowbit_loadtest.runner import run_load_test
+from lowbit_loadtest.runner import run_part
 from lowbit_loadtest.scenario import Scenario, bundled_scenarios, load_scenario, parse_scenario
 from lowbit_loadtest.target_flags import add_target_arguments, target_of
 
 log = get_logger("loadtest")
 
 FLAGS: dict[str, Any] = {  # the default of each flag of the short form
-    "concurrency": 4, "requests": 32, "max_tokens": 128, "prompt": DEFAULT_PROMPT, "prompts": None,
+    "concurrency": (4,), "requests": 32, "max_tokens": 128, "prompt": DEFAULT_PROMPT, "prompts": None,
     "temperature": 0.0, "timeout_s": 300.0,
 }  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A scenario, or the flags of a closed loop; flags that a scenario decides are None unless given."""
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="merge PART.json",
+        help="join the --json of all parts of a plan (--part) into --out, as if one machine had sent it",
+    )
     add_target_arguments(parser)
     parser.add_argument(
         "--scenario",
@@ -52,7 +61,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="default: the first that the server lists")
     parser.add_argument("--seed", type=_at_least(0), help="of arrivals, prompts and sampling")
     parser.add_argument(
-        "--json", metavar="FILE", type=file_path, help="also write the result here, with its requests"
+        "--json",
+        "--out",
+        metavar="FILE",
+        type=file_path,
+        help="also write the result here, with its requests",
+    )
+    parser.add_argument(
+        "--part",
+        metavar="I/N",
+        type=parse_part,
+        help="send the I-th of N parts of the plan, from 1/N to N/N; all with the same seed, and --json",
+    )
+    parser.add_argument(
+        "--start-at", metavar="TIME", type=_moment, help="when to start, such as 2026-01-31T12:00:00Z"
     )
     parser.add_argument(
         "--records", metavar="FILE.jsonl", type=file_path, help="write every request, chunk by chunk"
@@ -65,7 +87,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="result of --json with quality, of the base model: count flips and estimate KL against it",
     )
     short = parser.add_argument_group("closed loop without a scenario")
-    short.add_argument("--concurrency", type=_at_least(1), help=f"streams in flight ({FLAGS['concurrency']})")
+    short.add_argument(
+        "--concurrency",
+        metavar="N[,N…]",
+        type=_whole_numbers,
+        help=f"streams in flight; several are measured one after the other ({FLAGS['concurrency'][0]})",
+    )
     short.add_argument("--requests", type=_at_least(1), help=f"how many in all ({FLAGS['requests']})")
     short.add_argument(
         "--max-tokens", type=_at_least(1), help=f"output limit of each ({FLAGS['max_tokens']})"
@@ -83,9 +110,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run one load test; returns the exit status."""
+    """Run one load test, or join the parts of one; returns the exit status."""
+    if arguments.words:
+        return _merge(arguments)
+    if arguments.target is None:
+        raise ConfigError(
+            "--target is missing; give the root URL of the server, such as http://127.0.0.1:8000"
+        )
     scenario = _scenario(arguments)
     target = target_of(arguments, scenario.api_key_env)
+    if arguments.part is not None and arguments.json is None:
+        raise ConfigError(
+            f"--part {arguments.part} needs --json: the file is what lowbit loadtest merge joins"
+        )
     _check_writable("--json", arguments.json)
     _check_writable("--records", arguments.records)
     _check_writable("--html", arguments.html)
@@ -93,17 +130,42 @@ def run(arguments: argparse.Namespace) -> int:
     started = datetime.now(UTC).isoformat(timespec="seconds")
     log.info("%s: %s", target.shown, scenario.description or f"{scenario.arrivals.kind} arrivals")
     with progress() as on_run:
-        result = run_load_test(scenario, target, on_run, base)
+        ran = run_part(scenario, target, on_run, base, arguments.part or WHOLE, arguments.start_at)
+    for line in lines(scenario, ran.result):
+        log.info(line)
+    section = part_section(arguments.part, ran.measured) if arguments.part is not None else None
+    _write(arguments, scenario, ran.result, started, section)
+    return _exit_status(ran.result, arguments.scenario is not None)
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    """`lowbit loadtest merge PART.json …`"""
+    word, *files = arguments.words
+    if word != "merge":
+        wanted = f"did you mean --target {word}?" if "://" in word else "the only one is merge PART.json …"
+        raise ConfigError(f"lowbit loadtest: {word!r} is not understood; {wanted}")
+    if given := [name for name in ("target", "scenario") if getattr(arguments, name) is not None]:
+        raise ConfigError(f"merge sends nothing; leave out --{given[0]}")
+    _check_writable("--out", arguments.json)
+    if not files:
+        raise ConfigError("merge: give the files of all parts, such as part-1.json part-2.json")
+    scenario, result, started = merge([file_path(one) for one in files])
     for line in lines(scenario, result):
         log.info(line)
     _write(arguments, scenario, result, started)
-    return _exit_status(result, arguments.scenario is not None)
+    return _exit_status(result, is_scenario=True)
 
 
-def _write(arguments: argparse.Namespace, scenario: Scenario, result: Result, started: str) -> None:
+def _write(
+    arguments: argparse.Namespace,
+    scenario: Scenario,
+    result: Result,
+    started: str,
+    part: dict[str, Any] | None = None,
+) -> None:
     whole = as_document(scenario, result, started, requests=True)
     if arguments.json is not None:
-        arguments.json.write_text(_dump(whole), encoding="utf-8")
+        arguments.json.write_text(_dump({**whole, "part": part} if part else whole), encoding="utf-8")
     if arguments.html is not None:
         arguments.html.write_text(as_html(whole), encoding="utf-8")
     if arguments.records is not None:
@@ -160,14 +222,16 @@ def _closed_loop(arguments: argparse.Namespace) -> Scenario:
         name: default if (given := getattr(arguments, name)) is None else given
         for name, default in FLAGS.items()
     }
-    if flags["requests"] < flags["concurrency"]:
+    concurrency: tuple[int, ...] = flags["concurrency"]
+    if flags["requests"] < max(concurrency):
         raise ConfigError(
-            f"--requests {flags['requests']} is fewer than --concurrency {flags['concurrency']}; "
+            f"--requests {flags['requests']} is fewer than --concurrency {max(concurrency)}; "
             "give several requests for each stream"
         )
     text = {"kind": "text", "text": flags["prompt"]}
     data = {
-        "arrivals": {"kind": "closed", "concurrency": flags["concurrency"]},
+        "arrivals": {"kind": "closed", "concurrency": concurrency[0]},
+        "sweep": {"concurrency": concurrency} if len(concurrency) > 1 else None,
         "prompts": {"kind": "file", "path": str(flags["prompts"])} if flags["prompts"] else text,
         "output": {"tokens": flags["max_tokens"]},
         "requests": flags["requests"],
@@ -203,6 +267,21 @@ def _at_least(minimum: int) -> Callable[[str], int]:
         return value
 
     return whole_number
+
+
+def _whole_numbers(text: str) -> tuple[int, ...]:
+    return tuple(_at_least(1)(one) for one in text.split(","))
+
+
+def _moment(text: str) -> float:
+    """Seconds since 1970; a time without a zone is UTC."""
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no time such as 2026-01-31T12:00:00Z; a time without a zone is UTC"
+        ) from None
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
 def _positive(text: str) -> float:

@@ -1,54 +1,64 @@
-"""The load test's story: find the model, schedule each run, let the workers send it, sum up; again for each rate.
+"""The load test's story: find the model, schedule each run, let the workers send it, sum up; again for each setting.
 
 Open loop: users do not wait for one another, so requests go out when they are due. Closed loop: each of C streams
 sends its next request when its last one has ended, so the server sets the pace, and its queueing does not show.
 """
 
 import asyncio
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-from lowbit_loadtest.arrival_kinds import AtOnce
+from lowbit_core.errors import ConfigError
 from lowbit_loadtest.generate.http.target import Target, open_http
+from lowbit_loadtest.generate.parts import WHOLE, Part, digest, own_part
 from lowbit_loadtest.generate.planner import make_schedule, whole_share
 from lowbit_loadtest.generate.preflight import find_model
 from lowbit_loadtest.generate.schedule import Schedule
 from lowbit_loadtest.generate.tokens import find_counter
-from lowbit_loadtest.generate.workers import (
-    OnRun,
-    OnTally,
-    WorkersResult,
-    default_workers,
-    run_workers,
-    shares_of,
-)
+from lowbit_loadtest.generate.workers import OnRun, OnTally, default_workers, run_workers, shares_of
+from lowbit_loadtest.measured import Measured, Sent, make_point
 from lowbit_loadtest.quality.questions import read_items
 from lowbit_loadtest.quality.run import Answers, measure_quality
 from lowbit_loadtest.rates import at_setting, setting_for_quality, settings_to_measure
 from lowbit_loadtest.report.result import Point, Result, Setting
-from lowbit_loadtest.report.server_metrics import Scraper, UsageCheck, check_usage
-from lowbit_loadtest.report.sessions import sessions_of
-from lowbit_loadtest.report.summary import (
-    Run,
-    Summary,
-    arrival_window,
-    steady_interval,
-    summarize,
-    whole_span,
-)
+from lowbit_loadtest.report.server_metrics import Scraper
 from lowbit_loadtest.scenario import Scenario
+
+SPAWN_S = 10.0  # workers are started so long before a given start
+PAUSE_S = 30.0  # between the planned end of a run and the start of the next, where starts are planned
 
 
 @dataclass(frozen=True)
-class _Measured:
-    """One repetition, with what the server says of it itself."""
+class Ran:
+    """A load test, and what it sent in full, from which parts are joined."""
 
-    run: Run
-    server: dict[str, Any] | None
-    usage: UsageCheck | None
-    interrupted: bool
-    lost_workers: int
+    result: Result
+    measured: tuple[Measured, ...]
+
+
+@dataclass
+class Starts:
+    """When runs start, in seconds since 1970: at once, or from a moment on at times that every part knows."""
+
+    next_s: float | None
+    taken: int = 0
+
+    def take(self, schedule: Schedule, is_last: bool) -> float | None:
+        """This run's start; the next one's is a pause after this one's planned end."""
+        start_s = self.next_s
+        self.taken += 1
+        if start_s is not None and self.taken == 1 and (late_s := time.time() - start_s) > 0:
+            raise ConfigError(
+                f"--start-at is over since {late_s:.0f} s; give a later moment, the same to all parts"
+            )
+        if start_s is not None and not is_last:
+            if (length_s := schedule.planned_s) is None:
+                raise ConfigError(
+                    "--start-at with several runs needs to know how long each is; give duration_s instead of requests"
+                )
+            self.next_s = start_s + length_s + PAUSE_S
+        return start_s
 
 
 def run_load_test(scenario: Scenario, target: Target, on_run: OnRun, base: Answers | None = None) -> Result:
@@ -56,90 +66,109 @@ def run_load_test(scenario: Scenario, target: Target, on_run: OnRun, base: Answe
 
     `base` has another run's answers, which the answers are compared with. Raises ConfigError before the first request.
     """
+    return run_part(scenario, target, on_run, base).result
+
+
+def run_part(
+    scenario: Scenario,
+    target: Target,
+    on_run: OnRun,
+    base: Answers | None = None,
+    part: Part = WHOLE,
+    start_at_s: float | None = None,
+) -> Ran:
+    """Run one machine's part of a scenario, the whole unless told otherwise; `start_at_s` is in seconds since 1970."""
+    _check_part(scenario, part)
     items = read_items(scenario.quality) if scenario.quality else []
     target = replace(target, model=scenario.model or "", timeout_s=scenario.timeout_s)
     target = replace(target, model=asyncio.run(_find_model(target)))
     workers = scenario.generator.workers or default_workers()
+    starts = Starts(start_at_s)
     points: list[Point] = []
+    measured: list[Measured] = []
     counted_by, interrupted, recording = "server", False, None
     for stage, setting in enumerate(settings_to_measure(scenario, points)):
         condition = at_setting(scenario, setting)
         schedules, counted_by = asyncio.run(_schedules(condition, target, stage))
         recording = schedules[0].recording
-        measured = _measure(condition, target, schedules, workers, on_run, setting)
-        points.append(_point(condition, schedules[0].offered_rps, measured, setting))
-        if interrupted := measured[-1].interrupted:
+        is_last = scenario.sweep is None or stage + 1 == scenario.sweep.points
+        sent = _send(condition, target, schedules, workers, on_run, setting, part, starts, is_last)
+        measured.append(Measured(setting, schedules[0].offered_rps, tuple((one,) for one in sent)))
+        points.append(make_point(condition, measured[-1]))
+        if interrupted := sent[-1].interrupted:
             break
     quality = None
     if scenario.quality is not None and not interrupted:
         condition = at_setting(scenario, setting_for_quality(scenario, points))
         quality = measure_quality(condition, items, target, workers, on_run, base)
         interrupted = quality is None
-    return Result(target, tuple(points), workers, counted_by, interrupted, quality, recording)
+    result = Result(target, tuple(points), workers, counted_by, interrupted, quality, recording)
+    return Ran(result, tuple(measured))
 
 
-def _measure(
+def _check_part(scenario: Scenario, part: Part) -> None:
+    if part == WHOLE:
+        return
+    if scenario.search is not None or scenario.arrivals.kind == "ramp":
+        raise ConfigError(
+            f"--part {part}: a search or a ramp chooses its rates by what it sees, and a part sees only its own; "
+            "give sweep: {rate_rps: […]}"
+        )
+    if scenario.quality is not None:
+        raise ConfigError(f"--part {part}: quality is asked from one machine; leave quality out")
+
+
+def _send(
     scenario: Scenario,
     target: Target,
     schedules: Sequence[Schedule],
     workers: int,
     on_run: OnRun,
     setting: Setting,
-) -> list[_Measured]:
+    part: Part,
+    starts: Starts,
+    is_last: bool,
+) -> list[Sent]:
     """The repetitions of one setting, up to one that is interrupted."""
-    measured: list[_Measured] = []
+    sent: list[Sent] = []
     for repetition, schedule in enumerate(schedules, 1):
-        on_tally = on_run(_title(schedule, setting, repetition, len(schedules)), schedule.requests)
-        measured.append(_measure_once(scenario, target, schedule, workers, on_tally))
-        if measured[-1].interrupted:
+        own = own_part(schedule, part)
+        start_at_s = starts.take(schedule, is_last and repetition == len(schedules))
+        title = _title(schedule, setting, repetition, len(schedules))
+        on_tally = on_run(title if part == WHOLE else f"part {part}: {title}", own.requests)
+        one = _send_once(scenario, target, own, workers, on_tally, start_at_s)
+        sent.append(replace(one, plan=digest(schedule)))
+        if one.interrupted:
             break
-    return measured
+    return sent
 
 
-def _measure_once(
-    scenario: Scenario, target: Target, schedule: Schedule, workers: int, on_tally: OnTally
-) -> _Measured:
+def _send_once(
+    scenario: Scenario,
+    target: Target,
+    schedule: Schedule,
+    workers: int,
+    on_tally: OnTally,
+    start_at_s: float | None,
+) -> Sent:
+    if start_at_s is not None:
+        time.sleep(max(0.0, start_at_s - time.time() - SPAWN_S))
     with Scraper(target) as scraper:
-        ran = run_workers(shares_of(schedule, whole_share(scenario, target, schedule), workers), on_tally)
-    server, run = scraper.summary(), make_run(scenario, schedule, ran)
-    return _Measured(run, server, check_usage(server, run.records), ran.interrupted, ran.lost_workers)
-
-
-def make_run(scenario: Scenario, schedule: Schedule, ran: WorkersResult) -> Run:
-    """The workers' records, with the window that rates are computed over."""
-    records = ran.records
-    not_sent = 0 if schedule.requests is None else schedule.requests - len(records)
-    closed = schedule.concurrency is not None and max(len(job.turns) for job in schedule.jobs) == 1
-    if isinstance(scenario.arrivals, AtOnce):
-        window, closed = whole_span(records), False
-    elif schedule.concurrency is not None and closed:
-        window = steady_interval(records, schedule.concurrency)
-    else:
-        window = arrival_window(records, ran.start_s + schedule.length_s if schedule.length_s else None)
-    return Run(records, window, closed, not_sent, ran.heartbeat_lags_s)
-
-
-def _point(
-    scenario: Scenario, offered_rps: float | None, measured: Sequence[_Measured], setting: Setting
-) -> Point:
-    runs = tuple(one.run for one in measured)
-    summary = summarize(runs, scenario.slo)
-    reasons = [f"{one.lost_workers} worker processes died" for one in measured if one.lost_workers]
-    reasons += _too_late(summary, scenario.generator.max_lag_s)
-    server = tuple(one.server for one in measured if one.server is not None)
-    usage = tuple(one.usage for one in measured if one.usage is not None)
-    has_sessions = any(record.turns > 1 for run in runs for record in run.records)
-    sessions = sessions_of(runs, scenario.slo) if has_sessions or scenario.slo.session_s else None
-    return Point(offered_rps, runs, summary, not reasons, tuple(reasons), server, usage, setting, sessions)
-
-
-def _too_late(summary: Summary, max_lag_s: float) -> list[str]:
-    lags = {"sends were late": summary.lag_s.send_p99, "the event loops were late": summary.lag_s.loop_p99}
-    return [
-        f"{name}: p99 {1000 * lag_s:.1f} ms is above {1000 * max_lag_s:g} ms"
-        for name, lag_s in lags.items()
-        if lag_s is not None and lag_s > max_lag_s
-    ]
+        shares = shares_of(schedule, whole_share(scenario, target, schedule), workers)
+        ran = run_workers(shares, on_tally, numbers=(schedule.first, schedule.step), start_at_s=start_at_s)
+    return Sent(
+        ran.records,
+        ran.start_s,
+        ran.started_unix_s,
+        "",
+        schedule.requests,
+        schedule.concurrency,
+        schedule.length_s,
+        ran.heartbeat_lags_s,
+        ran.lost_workers,
+        ran.interrupted,
+        scraper.summary(),
+    )
 
 
 async def _find_model(target: Target) -> str:

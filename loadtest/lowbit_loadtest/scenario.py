@@ -79,6 +79,11 @@ class Sweep(Section):
         """The keys that were given, with their values in ascending order."""
         return {name: values for name in type(self).model_fields if (values := getattr(self, name))}
 
+    @property
+    def points(self) -> int:
+        """How many combinations there are."""
+        return math.prod(map(len, self.axes.values()))
+
     @model_validator(mode="after")
     def _is_a_sweep(self) -> "Sweep":
         if not self.axes:
@@ -87,8 +92,8 @@ class Sweep(Section):
             raise ValueError(
                 "concurrency is of closed arrivals and rate_rps of open ones; give one of the two"
             )
-        if (points := math.prod(map(len, self.axes.values()))) > MOST_POINTS:
-            raise ValueError(f"{points} combinations; at most {MOST_POINTS} are measured in one run")
+        if self.points > MOST_POINTS:
+            raise ValueError(f"{self.points} combinations; at most {MOST_POINTS} are measured in one run")
         return self
 
 

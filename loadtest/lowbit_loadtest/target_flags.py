@@ -19,7 +19,6 @@ def add_target_arguments(parser: argparse.ArgumentParser) -> None:
     """`--target` and what belongs to it; `target_of` reads them."""
     parser.add_argument(
         "--target",
-        required=True,
         metavar="URL",
         type=_url,
         help="root URL of the server, or the whole URL of an endpoint",

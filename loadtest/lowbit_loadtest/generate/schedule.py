@@ -57,7 +57,8 @@ class Recording:
 class Schedule:
     """One run. `offered_rps` is the arrival rate of requests; `length_s` the scheduled length, if any.
 
-    A closed loop has `concurrency` streams and starts over with the jobs when `repeats`.
+    A closed loop has `concurrency` streams and starts over with the jobs when `repeats`. Its streams take the jobs
+    `first`, `first + step`, …: the others are those of other parts.
     """
 
     jobs: tuple[Job, ...]
@@ -68,8 +69,16 @@ class Schedule:
     warm_up_requests: int = 0
     warm_up_s: float = 0.0
     recording: Recording | None = None
+    first: int = 0
+    step: int = 1
 
     @property
     def requests(self) -> int | None:
         """How many requests are planned; None when the length decides."""
-        return None if self.repeats else sum(len(job.turns) for job in self.jobs)
+        return None if self.repeats else sum(len(job.turns) for job in self.jobs[self.first :: self.step])
+
+    @property
+    def planned_s(self) -> float | None:
+        """From the start to the last arrival; None of a closed loop with a number of requests."""
+        last_s = self.jobs[-1].at_s if self.jobs else None
+        return last_s if self.length_s is None else self.length_s

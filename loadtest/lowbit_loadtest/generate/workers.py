@@ -30,6 +30,7 @@ from lowbit_loadtest.generate.schedule import Schedule
 TALLY_EVERY_S = 0.25
 START_TIMEOUT_S = 120.0
 STARTS_IN_S = 0.1
+LEAD_S = 0.5  # workers are told a start at a given time so long before it
 STOP_TIMEOUT_S = 15.0
 
 OnTally = Callable[[Tally], None]
@@ -44,6 +45,7 @@ class WorkersResult:
     start_s: float
     interrupted: bool = False
     lost_workers: int = 0
+    started_unix_s: float = 0.0  # the same moment on the clock that machines share
 
     @property
     def records(self) -> tuple[RequestRecord, ...]:
@@ -73,14 +75,24 @@ def default_workers(cpus: int | None = None) -> int:
     return max(1, min(8, allowed // 2))
 
 
-def run_workers(shares: Sequence[Share], on_tally: OnTally, until: Event | None = None) -> WorkersResult:
+def run_workers(
+    shares: Sequence[Share],
+    on_tally: OnTally,
+    until: Event | None = None,
+    numbers: tuple[int, int] = (0, 1),
+    start_at_s: float | None = None,
+) -> WorkersResult:
     """Run every share in its own process, to the end, until Ctrl-C, or until the event `until` is set. The records so
-    far are returned in any case."""
+    far are returned in any case.
+
+    `numbers` are the first job of a closed loop and how many further the next one is; `start_at_s` is when to start, in
+    seconds since 1970.
+    """
     context = multiprocessing.get_context("spawn")
     counter = context.Value("q", 0)
     pairs = [context.Pipe() for _ in shares]
     processes = [
-        context.Process(target=_work, args=(theirs, share, counter), daemon=True)
+        context.Process(target=_work, args=(theirs, share, counter, numbers), daemon=True)
         for (_, theirs), share in zip(pairs, shares, strict=True)
     ]
     for process, (_, theirs) in zip(processes, pairs, strict=True):
@@ -88,7 +100,7 @@ def run_workers(shares: Sequence[Share], on_tally: OnTally, until: Event | None 
         theirs.close()
     ours = [mine for mine, _ in pairs]
     try:
-        start_s = _start_together(ours)
+        start_s = _start_together(ours, start_at_s)
         return _collect(ours, start_s, on_tally, until or Event())
     finally:
         for process in processes:
@@ -98,7 +110,7 @@ def run_workers(shares: Sequence[Share], on_tally: OnTally, until: Event | None 
                 process.join()
 
 
-def _start_together(pipes: Sequence[Connection]) -> float:
+def _start_together(pipes: Sequence[Connection], start_at_s: float | None) -> float:
     for pipe in pipes:
         if not pipe.poll(START_TIMEOUT_S):
             raise LowbitError(f"a worker process did not start within {START_TIMEOUT_S:g} s")
@@ -106,7 +118,11 @@ def _start_together(pipes: Sequence[Connection]) -> float:
             pipe.recv()
         except EOFError:
             raise LowbitError("a worker process died while it started") from None
-    start_s = time.monotonic() + STARTS_IN_S
+    waits_s = STARTS_IN_S
+    if start_at_s is not None:
+        time.sleep(max(0.0, start_at_s - time.time() - LEAD_S))  # heartbeats of waiting are no one's
+        waits_s = max(STARTS_IN_S, start_at_s - time.time())
+    start_s = time.monotonic() + waits_s
     for pipe in pipes:
         pipe.send(start_s)
     return start_s
@@ -114,6 +130,7 @@ def _start_together(pipes: Sequence[Connection]) -> float:
 
 def _collect(pipes: Sequence[Connection], start_s: float, on_tally: OnTally, until: Event) -> WorkersResult:
     """Read the pipes until each worker has sent its `ShareResult` or is gone."""
+    started_unix_s = time.time() + (start_s - time.monotonic())
     tallies: dict[Connection, Tally] = {}
     results: list[ShareResult] = []
     open_pipes = list(pipes)
@@ -138,7 +155,7 @@ def _collect(pipes: Sequence[Connection], start_s: float, on_tally: OnTally, unt
                 raise
             interrupted, told, give_up_s = True, True, time.monotonic() + STOP_TIMEOUT_S
             _tell_to_stop(open_pipes)
-    return WorkersResult(tuple(results), start_s, interrupted, len(pipes) - len(results))
+    return WorkersResult(tuple(results), start_s, interrupted, len(pipes) - len(results), started_unix_s)
 
 
 def _tell_to_stop(pipes: Sequence[Connection]) -> None:
@@ -164,17 +181,19 @@ def _sum(tallies: Sequence[Tally]) -> Tally:
     return total
 
 
-def _work(pipe: Connection, share: Share, counter: Any) -> None:
+def _work(pipe: Connection, share: Share, counter: Any, numbers: tuple[int, int]) -> None:
     """A worker process, from start to end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     gc.collect()
     gc.freeze()  # what is imported by now need not be looked at again
     pipe.send("ready")
     start_s = pipe.recv()
-    pipe.send(asyncio.run(_drive(pipe, share, start_s, counter)))
+    pipe.send(asyncio.run(_drive(pipe, share, start_s, counter, numbers)))
 
 
-async def _drive(pipe: Connection, share: Share, start_s: float, counter: Any) -> ShareResult:
+async def _drive(
+    pipe: Connection, share: Share, start_s: float, counter: Any, numbers: tuple[int, int]
+) -> ShareResult:
     loop, stop, tally = asyncio.get_running_loop(), asyncio.Event(), Tally()
 
     def stop_on_word() -> None:  # the parent says stop, or is gone
@@ -184,7 +203,7 @@ async def _drive(pipe: Connection, share: Share, start_s: float, counter: Any) -
     def next_number() -> int:
         with counter.get_lock():
             counter.value += 1
-            return int(counter.value) - 1
+            return numbers[0] + numbers[1] * (int(counter.value) - 1)
 
     loop.add_reader(pipe.fileno(), stop_on_word)
     reporter = asyncio.create_task(_report(pipe, tally))

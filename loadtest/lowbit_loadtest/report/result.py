@@ -41,6 +41,14 @@ class Point:
 
 
 @dataclass(frozen=True)
+class Joined:
+    """A result that several machines sent: how many, and between the starts of the first and the last."""
+
+    parts: int
+    starts_apart_s: float
+
+
+@dataclass(frozen=True)
 class Result:
     """A whole load test."""
 
@@ -51,6 +59,7 @@ class Result:
     interrupted: bool
     quality: QualityResult | None = None
     recording: Recording | None = None
+    joined: Joined | None = None
 
 
 def highest_rate(scenario: Scenario, points: Sequence[Point]) -> dict[str, float | None] | None:

@@ -21,6 +21,8 @@ VERDICTS = {
 def lines(scenario: Scenario, result: Result) -> list[str]:
     """The result for people."""
     text = recording_lines(result.recording) if result.recording else []
+    if (joined := result.joined) is not None:
+        text.append(f"{joined.parts} parts, whose starts were {1000 * joined.starts_apart_s:.0f} ms apart")
     text += [line for point in result.points for line in _point_lines(point, scenario)]
     if (found := highest_rate(scenario, result.points)) is not None:
         text.append(highest_rate_text(found))
