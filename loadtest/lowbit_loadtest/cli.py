@@ -31,7 +31,7 @@ from lowbit_loadtest.report.result import Result
 from lowbit_loadtest.report.text import lines
 from lowbit_loadtest.runner import run_part
 from lowbit_loadtest.scenario import Scenario, bundled_scenarios, load_scenario, parse_scenario
-from lowbit_loadtest.target_flags import add_target_arguments, target_of
+from lowbit_loadtest.target_flags import add_target_arguments, check_fits, target_of
 
 log = get_logger("loadtest")
 
@@ -119,6 +119,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     scenario = _scenario(arguments)
     target = target_of(arguments, scenario.api_key_env)
+    check_fits(scenario, target)
     if arguments.part is not None and arguments.json is None:
         raise ConfigError(
             f"--part {arguments.part} needs --json: the file is what lowbit loadtest merge joins"

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lowbit_core.errors import ConfigError
+from lowbit_loadtest.generate.endpoints import endpoint_named
 from lowbit_loadtest.generate.http.target import Target, open_http
 from lowbit_loadtest.generate.parts import WHOLE, Part, digest, own_part
 from lowbit_loadtest.generate.planner import make_schedule, whole_share
@@ -183,6 +184,11 @@ async def _schedules(scenario: Scenario, target: Target, stage: int) -> tuple[li
             await make_schedule(scenario, counter, repetition, stage)
             for repetition in range(scenario.repetitions)
         ]
+    endpoint = endpoint_named(target.endpoint)
+    if not endpoint.takes_tools and any(job.tools for schedule in schedules for job in schedule.jobs):
+        raise ConfigError(
+            f"the prompts have tools, which /v1/{endpoint.path} does not take; ask /v1/chat/completions"
+        )
     return schedules, counter.name
 
 

@@ -8,9 +8,10 @@ from lowbit_core.access import access_of, add_access_arguments, api_key
 from lowbit_core.errors import ConfigError
 from lowbit_core.log import get_logger
 from lowbit_core.names import did_you_mean
-from lowbit_loadtest.generate.endpoints import ENDPOINTS, endpoint_of_path
+from lowbit_loadtest.generate.endpoints import ENDPOINTS, endpoint_named, split_endpoint
 from lowbit_loadtest.generate.http.proxy import find_proxy
 from lowbit_loadtest.generate.http.target import Target, split_query, ssl_context
+from lowbit_loadtest.scenario import Scenario
 
 log = get_logger("loadtest")
 
@@ -36,7 +37,7 @@ def target_of(arguments: argparse.Namespace, key_variable: str) -> Target:
     """The target, without a model; ConfigError where a flag or the environment cannot be meant so."""
     key, access = api_key(key_variable, os.environ.get(key_variable)), access_of(arguments)
     url, query = split_query(arguments.target)
-    named, given = endpoint_of_path(url), arguments.endpoint
+    (_, named), given = split_endpoint(url), arguments.endpoint
     if named is not None and given is not None and named.name != given:
         raise ConfigError(
             f"--target ends with {named.path}, and --endpoint is {given}; give the root URL, or leave out --endpoint"
@@ -79,3 +80,18 @@ def _url(text: str) -> str:
     if known and text.isascii() and text.isprintable() and " " not in text:
         return text
     raise argparse.ArgumentTypeError(f"{text!r} is not a server's root URL such as http://127.0.0.1:8000")
+
+
+def check_fits(scenario: Scenario, target: Target) -> None:
+    """ConfigError where the scenario wants what the endpoint cannot give."""
+    endpoint, where = endpoint_named(target.endpoint), f"/v1/{endpoint_named(target.endpoint).path}"
+    if scenario.output is not None and scenario.output.exact and not endpoint.can_be_exact:
+        raise ConfigError(
+            f"output.exact: {where} cannot be asked for an exact length; set output.exact=false"
+        )
+    if endpoint.streams:
+        return
+    if scenario.quality is not None:
+        raise ConfigError(f"quality asks for text, which {where} does not give; leave quality out")
+    if limits := [name for name in ("ttft_s", "tpot_s") if name in scenario.slo.limits_s]:
+        raise ConfigError(f"slo.{limits[0]}: {where} answers in one piece; limit slo.e2e_s")

@@ -19,6 +19,7 @@ from lowbit_core.evals.items import Item, Key
 from lowbit_core.evals.scoring import Answer, Scored, answer
 from lowbit_core.evals.tasks import load_items, load_own_items, load_text
 from lowbit_loadtest.generate.client import Client
+from lowbit_loadtest.generate.endpoints import endpoint_named
 from lowbit_loadtest.generate.http.target import Target, open_http
 from lowbit_loadtest.generate.records import Interval, Outcome
 from lowbit_loadtest.quality.probes import Probe, Reply, judge, make_probes
@@ -93,6 +94,9 @@ async def _questions(scorer: Scorer, items: Sequence[Item]) -> list[Question]:
 
 
 async def _refuses_json(http: httpx.AsyncClient, target: Target) -> str | None:
+    endpoint = endpoint_named(target.endpoint)
+    if not endpoint.takes_json:
+        return f"/v1/{endpoint.path} cannot be asked for JSON by schema"
     probe = next(one for one in make_probes(3, 1, with_json=True) if one.is_json)
     record = await Client(http, target).complete(probe.request)
     return None if record.outcome is Outcome.COMPLETED else record.detail

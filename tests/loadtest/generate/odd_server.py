@@ -26,19 +26,20 @@ class OddServer:
         try:
             while await self._answer_one(reader, writer):
                 pass
-        except (ConnectionError, asyncio.IncompleteReadError):
-            pass
+        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            pass  # the client is gone, or the test is over
         finally:
             writer.close()
 
     async def _answer_one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         first, *rest = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
-        headers = dict(line.split(": ", 1) for line in rest if line)
+        named = (line.split(": ", 1) for line in rest if line)
+        headers = {name.lower(): value for name, value in named}
         body = await reader.readexactly(int(headers.get("content-length", 0)))
         target = first.split()[1]
         path = target.partition("?")[0]
         self.targets.append(target)
-        self.headers.append({name.lower(): value for name, value in headers.items()})
+        self.headers.append(headers)
         if body:
             self.bodies.append((path, json.loads(body)))
         key = next((one for one in self.answers if path == one or path.startswith(f"{one}/")), None)

@@ -114,3 +114,62 @@ def test_a_large_answer_is_read_whole_with_a_bounded_buffer() -> None:
     raw = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
     (response,) = asyncio.run(ask(answering(raw)))
     assert response.content == body
+
+
+def test_a_kept_connection_that_closes_as_we_write_is_not_a_failure() -> None:
+    """The server's idle time ends just then: the request is sent again, on a new connection, once."""
+    answered: list[int] = []
+
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        await reader.readexactly(7)
+        writer.write(SIZED)
+        answered.append(1)
+        await reader.read(1)  # the next request comes, and is not answered
+        writer.transport.abort()
+
+    responses = asyncio.run(asyncio.wait_for(ask(handler, 4), 20))
+    assert [response.content for response in responses] == [b"hello, world"] * 4
+    assert len(answered) == 4
+
+
+def test_a_server_that_closes_each_time_is_a_failure() -> None:
+    connections: list[int] = []
+
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connections.append(0)
+        await reader.readuntil(b"\r\n\r\n")
+        if len(connections) == 1:
+            await reader.readexactly(7)
+            writer.write(SIZED)
+            await reader.read(1)
+        writer.transport.abort()
+
+    with pytest.raises((httpx.ReadError, httpx.RemoteProtocolError)):
+        asyncio.run(asyncio.wait_for(ask(handler, 2), 20))
+    assert len(connections) == 2
+
+
+@pytest.mark.parametrize(
+    ("version", "header", "connections"),
+    [(b"1.1", b"", 1), (b"1.1", b"Connection: Close\r\n", 2), (b"1.1", b"Connection: x, close\r\n", 2),
+     (b"1.0", b"", 2), (b"1.0", b"Connection: keep-alive\r\n", 1)],
+)  # fmt: skip
+def test_a_connection_is_kept_only_if_the_server_keeps_it(
+    version: bytes, header: bytes, connections: int
+) -> None:
+    opened: list[int] = []
+    raw = b"HTTP/%s 200 OK\r\n%sContent-Length: 12\r\n\r\nhello, world" % (version, header)
+
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        opened.append(0)
+        while True:
+            try:
+                await reader.readuntil(b"\r\n\r\n")
+            except asyncio.IncompleteReadError:
+                return
+            await reader.readexactly(7)
+            writer.write(raw)
+
+    asyncio.run(asyncio.wait_for(ask(handler, 2), 20))
+    assert len(opened) == connections

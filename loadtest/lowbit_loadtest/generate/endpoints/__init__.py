@@ -3,6 +3,7 @@
 An endpoint knows its own JSON only, and nothing of HTTP, of clocks or of how a stream must end.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -39,6 +40,7 @@ class Endpoint(Protocol):
         of this API."""
 
 
+BEFORE_ENDPOINT = re.compile(r"/(v\d[\w.]*|deployments/[^/]+)$")
 ENDPOINTS: tuple[Endpoint, ...] = (chat, completions, embeddings, responses, messages)
 
 
@@ -47,7 +49,14 @@ def endpoint_named(name: str) -> Endpoint:
     return next(one for one in ENDPOINTS if one.name == name)
 
 
-def endpoint_of_path(path: str) -> Endpoint | None:
-    """The endpoint that a URL's path ends with, the longest first: chat/completions is not completions."""
-    longest_first = sorted(ENDPOINTS, key=lambda one: -len(one.path))
-    return next((one for one in longest_first if path.rstrip("/").endswith(f"/{one.path}")), None)
+def split_endpoint(url: str) -> tuple[str, Endpoint | None]:
+    """A URL without the endpoint that it ends with, and that.
+
+    One word is an endpoint only after a version or a deployment (`/v1/responses`): alone it may be anybody's prefix.
+    """
+    whole = url.rstrip("/")
+    for one in sorted(ENDPOINTS, key=lambda one: -len(one.path)):  # chat/completions is not completions
+        base = whole.removesuffix(f"/{one.path}")
+        if base != whole and ("/" in one.path or BEFORE_ENDPOINT.search(base)):
+            return base, one
+    return whole, None

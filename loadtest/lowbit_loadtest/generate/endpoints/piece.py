@@ -83,8 +83,9 @@ def _count(value: Any) -> int | None:
 
 def error_of(event: dict[str, Any]) -> str | None:
     """The message of an event that is an error: OpenAI's `error`, unless null or empty, or vLLM's and Anthropic's."""
-    if event.get("error"):
-        return one_line(_message(event["error"]))
+    error = event.get("error")
+    if error:
+        return one_line(_message(event if isinstance(error, bool | int) else error))
     if event.get("object") == "error" or event.get("type") == "error":
         return one_line(_message(event))
     return None

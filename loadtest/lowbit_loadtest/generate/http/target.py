@@ -14,7 +14,7 @@ import httpx
 
 from lowbit_core.access import AUTHORIZATION, DIRECT, Access
 from lowbit_core.errors import ConfigError
-from lowbit_loadtest.generate.endpoints import endpoint_named, endpoint_of_path
+from lowbit_loadtest.generate.endpoints import endpoint_named, split_endpoint
 from lowbit_loadtest.generate.http.transport import StreamTransport
 
 
@@ -37,9 +37,7 @@ class Target:
     @property
     def base_url(self) -> str:
         """What the API's paths are below; it ends with a slash."""
-        whole = self.url.rstrip("/")
-        endpoint = endpoint_of_path(whole)
-        base = whole.removesuffix(f"/{endpoint.path}") if endpoint else whole
+        base, endpoint = split_endpoint(self.url)
         return f"{base}/" if endpoint or base.endswith("/v1") else f"{base}/v1/"
 
     @property
