@@ -149,13 +149,11 @@ class Client:
         """Take an event; the end, if it is one that nothing can follow."""
         if answer.done:
             return None  # but read on: a body left unread costs the next request a new connection
-        if event.is_done:
-            answer.done = True
-            return None
         if event.name == "error":
             return _End(Outcome.FAILED, f"error event: {error_message(event.text)}")
         if event.value is None:
-            return self._not_of_this_api(event.text)
+            answer.done = event.is_done
+            return None if answer.done else self._not_of_this_api(event.text)
         if (error := error_of(event.value)) is not None:
             return _End(Outcome.FAILED, f"error event: {error}")
         try:

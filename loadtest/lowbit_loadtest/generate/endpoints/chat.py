@@ -64,6 +64,8 @@ def _read_delta(delta: dict[str, Any], piece: Piece) -> None:
             piece.text += content
         else:
             _read_parts(content, piece)
+    if len(delta) == 1 and content:  # most chunks
+        return
     for key in REASONING:
         if said := delta.get(key):
             piece.reasoning += said if isinstance(said, str) else json.dumps(said)

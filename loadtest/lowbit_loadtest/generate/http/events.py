@@ -12,6 +12,7 @@ MOST_EVENT_BYTES = 4 << 20
 MOST_WHOLE_BYTES = 64 << 20
 BOM = b"\xef\xbb\xbf"
 SHOWN_BYTES = 400
+_decode = json.JSONDecoder().decode
 
 
 class Event(NamedTuple):
@@ -44,7 +45,14 @@ class EventReader:
 
     def feed(self, chunk: bytes) -> list[Event]:
         """The events that these bytes complete. OversizedEvent."""
-        if not self._started:
+        if self._started and not self._pending and not self._data and chunk[:7] == b"data: {":
+            if chunk[-3:] == b"}\n\n" and chunk.count(b"\n") == 2:  # most chunks of most servers
+                text = chunk[6:-2].decode("utf-8", errors="replace")
+                if (value := _object(text)) is not None:
+                    event = Event(text, value, self._name)
+                    self._name, self._after_cr = "", False
+                    return [event]
+        elif not self._started:
             chunk = self._start(chunk)
         if self.whole is not None:
             self.whole += chunk
@@ -117,10 +125,10 @@ class EventReader:
 
 
 def _object(text: str) -> dict[str, Any] | None:
-    if not text.startswith("{"):
+    if text[:1] != "{":
         return None
     try:
-        value = json.loads(text)
+        value: dict[str, Any] = _decode(text)
     except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) else None
+    return value
