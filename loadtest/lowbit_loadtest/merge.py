@@ -18,6 +18,7 @@ from lowbit_core.text_file import open_text, reading
 from lowbit_loadtest.generate.http.target import Target
 from lowbit_loadtest.generate.parts import Part
 from lowbit_loadtest.generate.schedule import Recording
+from lowbit_loadtest.knees import knees_of
 from lowbit_loadtest.measured import Measured, Sent, make_point, starts_apart_s
 from lowbit_loadtest.part_file import read_part
 from lowbit_loadtest.rates import at_setting
@@ -58,6 +59,7 @@ def merge(paths: Sequence[Path]) -> tuple[Scenario, Result, str]:
         any(one.document["interrupted"] for one in files),
         recording=Recording(**first["recording"]) if first["recording"] else None,
         joined=Joined(len(files), apart_s),
+        knees=knees_of(scenario, points),
     )
     return scenario, result, min(str(one.document["started"]) for one in files)
 

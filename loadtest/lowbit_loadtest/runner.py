@@ -18,6 +18,7 @@ from lowbit_loadtest.generate.preflight import find_model
 from lowbit_loadtest.generate.schedule import Schedule
 from lowbit_loadtest.generate.tokens import find_counter
 from lowbit_loadtest.generate.workers import OnRun, OnTally, default_workers, run_workers, shares_of
+from lowbit_loadtest.knees import knees_of
 from lowbit_loadtest.measured import Measured, Sent, make_point
 from lowbit_loadtest.quality.questions import read_items
 from lowbit_loadtest.quality.run import Answers, measure_quality
@@ -103,7 +104,8 @@ def run_part(
         condition = at_setting(scenario, setting_for_quality(scenario, points))
         quality = measure_quality(condition, items, target, workers, on_run, base)
         interrupted = quality is None
-    result = Result(target, tuple(points), workers, counted_by, interrupted, quality, recording)
+    knees = knees_of(scenario, points)
+    result = Result(target, tuple(points), workers, counted_by, interrupted, quality, recording, knees=knees)
     return Ran(result, tuple(measured))
 
 

@@ -98,7 +98,7 @@ def test_wrong_prompts_file_is_refused_with_its_line(tmp_path: Path, text: str, 
         (("--set", "seed=1"), "give --scenario too"),
         (
             ("--scenario", "nowhere.yaml"),
-            "scenario file nowhere.yaml does not exist; bundled scenarios are: batch",
+            "scenario file nowhere.yaml does not exist; bundled scenarios are: agentic",
         ),
         (("--json", "/nowhere/result.json"), "--json /nowhere/result.json cannot be written"),
         ((), "does not answer"),

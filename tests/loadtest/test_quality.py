@@ -185,6 +185,23 @@ def test_quality_passes_where_the_server_answers_the_same_under_load(
     assert "quality under load: pass" in as_html(document)
 
 
+def test_quality_is_asked_under_agents_whose_sessions_grow(server: ScoringServer, own_items: str) -> None:
+    agents = {"kind": "agentic", "steps": 3, "task_tokens": 4, "result_tokens": 3, "tool_s": 0.01}
+    prompts = parse_scenario(
+        {"arrivals": {"kind": "closed", "concurrency": 1}, "prompts": agents, "requests": 1}, "test"
+    ).prompts
+    scenario = load_scenario_with(own_items, probes=0).model_copy(update={"prompts": prompts})
+    assert scenario.quality is not None
+    target = Target(server.url, "fake-model")
+    found = measure_quality(scenario, read_items(scenario.quality), target, 1, quiet)
+    assert found is not None
+    assert found.right_answers is not None
+    assert found.right_answers.verdict == "pass"
+    assert found.under_load_share > 0.5
+    asked = [len(body["messages"]) for body in server.bodies if "messages" in body]
+    assert {1, 3, 5} <= set(asked)  # every step carries what came before
+
+
 def test_a_server_that_forgets_under_load_fails(server: ScoringServer, own_items: str) -> None:
     server.spoils_under_load = True
     quality = run(server, own_items, probes=0, tolerance=0.02)

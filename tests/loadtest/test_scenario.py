@@ -33,9 +33,16 @@ def schedule(repetition: int = 0, **data: Any) -> Schedule:
 
 
 def test_bundled_scenarios_are_valid_and_say_what_they_are_for() -> None:
-    assert {"quick", "chat", "bursty", "batch", "conversations", "saturation", "highest-rate"} <= set(
-        bundled_scenarios()
-    )
+    assert {
+        "quick",
+        "chat",
+        "bursty",
+        "batch",
+        "conversations",
+        "agentic",
+        "saturation",
+        "highest-rate",
+    } <= set(bundled_scenarios())
     for name in bundled_scenarios():
         assert load_scenario(name).description
 
@@ -98,7 +105,7 @@ def test_files_are_strict_yaml_with_overrides(tmp_path: Path) -> None:
     file.write_text("requests: 3\nrequests: 4\n")
     with pytest.raises(ConfigError, match="the key 'requests' stands twice"):
         load_scenario(str(file))
-    with pytest.raises(ConfigError, match=r"neither a .yaml file nor one of: batch, bursty"):
+    with pytest.raises(ConfigError, match=r"neither a .yaml file nor one of: agentic, batch"):
         load_scenario("chatt")
     with pytest.raises(ConfigError, match="is not key=value"):
         load_scenario("chat", ("seed",))

@@ -52,6 +52,7 @@ def as_document(scenario: Scenario, result: Result, started: str, requests: bool
         "valid": all(point.valid for point in result.points),
         "invalid_because": [reason for point in result.points for reason in point.invalid_because],
         "highest_rate": highest_rate(scenario, result.points),
+        "knees": [asdict(knee) for knee in result.knees],
         "joined": asdict(result.joined) if result.joined else None,
         "recording": asdict(result.recording) if result.recording else None,
         "quality": quality_document(result.quality, requests) if result.quality else None,

@@ -7,6 +7,7 @@ from typing import Any
 from lowbit_loadtest.generate.http.target import Target
 from lowbit_loadtest.generate.schedule import Recording
 from lowbit_loadtest.quality.verdict import QualityResult
+from lowbit_loadtest.report.knee import Knee
 from lowbit_loadtest.report.server_metrics import UsageCheck
 from lowbit_loadtest.report.sessions import Sessions
 from lowbit_loadtest.report.summary import Run, Summary
@@ -60,6 +61,7 @@ class Result:
     quality: QualityResult | None = None
     recording: Recording | None = None
     joined: Joined | None = None
+    knees: tuple[Knee, ...] = ()
 
 
 def highest_rate(scenario: Scenario, points: Sequence[Point]) -> dict[str, float | None] | None:

@@ -4,6 +4,7 @@ from lowbit_core.evals.arithmetic import Estimate, span
 from lowbit_core.evals.results import Changes, TaskResult
 from lowbit_loadtest.generate.schedule import Recording
 from lowbit_loadtest.quality.verdict import QualityResult
+from lowbit_loadtest.report.knee import Knee
 from lowbit_loadtest.report.result import Point, Result, highest_rate
 from lowbit_loadtest.report.sessions import Sessions
 from lowbit_loadtest.report.statistics import Distribution
@@ -24,6 +25,7 @@ def lines(scenario: Scenario, result: Result) -> list[str]:
     if (joined := result.joined) is not None:
         text.append(f"{joined.parts} parts, whose starts were {1000 * joined.starts_apart_s:.0f} ms apart")
     text += [line for point in result.points for line in _point_lines(point, scenario)]
+    text += [knee_text(knee) for knee in result.knees]
     if (found := highest_rate(scenario, result.points)) is not None:
         text.append(highest_rate_text(found))
     if result.quality is not None:
@@ -31,6 +33,16 @@ def lines(scenario: Scenario, result: Result) -> list[str]:
     if result.interrupted:
         text.append("interrupted: these are the requests up to then")
     return text
+
+
+def knee_text(knee: Knee) -> str:
+    """The knee in a sentence."""
+    others = "".join(f" at {name.replace('_', ' ')} {value:g}" for name, value in knee.at.items())
+    along = f"{knee.along.replace('_', ' ')}{others}"
+    if knee.value is None:
+        return f"no knee along {along}: {knee.because}"
+    sure = f"{knee.low:g}" if knee.low == knee.high else f"{knee.low:g} to {knee.high:g}"
+    return f"knee along {along}: {knee.value:g} [{sure}], by {knee.measure.removesuffix('_per_s').replace('_', ' ')}/s"
 
 
 def recording_lines(recording: Recording) -> list[str]:
