@@ -76,3 +76,29 @@ def test_a_server_that_cannot_score_is_refused(server: ScoringServer) -> None:
         connect(server.url, "fake-model")
     with pytest.raises(ConfigError, match="does not answer"):
         connect("http://127.0.0.1:9", "fake-model")
+
+
+def test_evaluate_reaches_a_server_with_the_flags_of_the_load_test(
+    server: ScoringServer, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "own.jsonl"
+    file.write_text(json.dumps({"context": "question", "choices": [" right", " wrongs"]}))
+    asked = ["evaluate", "fake-model", "--target", f"{server.url}?tenant=a", "--items", str(file)]
+    server.api_key = "secret"
+    monkeypatch.delenv("LOWBIT_API_KEY", raising=False)
+    assert main(asked) == 2
+    assert "refuses the API key (401); set LOWBIT_API_KEY" in capsys.readouterr().err
+    assert (
+        main([*asked, "--header", "Authorization: Bearer secret", "--body", "echo=", "--body", "user=me"])
+        == 0
+    )
+    monkeypatch.setenv("LOWBIT_API_KEY", "secret\n")
+    assert main(asked) == 2
+    assert "the key in LOWBIT_API_KEY ends with a line break" in capsys.readouterr().err
+
+
+def test_flags_of_a_target_without_one_are_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["evaluate", "model", "--tasks", "sciq", "--insecure"]) == 2
+    assert "--insecure says how --target is asked; give --target too" in capsys.readouterr().err

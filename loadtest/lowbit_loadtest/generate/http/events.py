@@ -59,11 +59,7 @@ class EventReader:
             if len(self.whole) > MOST_WHOLE_BYTES:
                 raise OversizedEvent
             return []
-        events: list[Event] = []
-        for line in self._lines(chunk):
-            if (event := self._line(line)) is not None:
-                events.append(event)
-        return events
+        return [found for line in self._lines(chunk) if (found := self._line(line)) is not None]
 
     def end(self) -> list[Event]:
         """The last line, where the body ended with it and not with the empty line that should follow."""
