@@ -164,6 +164,7 @@ def as_rows(answers: Answers) -> list[dict[str, Any]]:
             "chosen": one.chosen,
             "logprob": None if one.logprob is None else round(one.logprob, 5),
             "tokens": one.tokens,
+            **({} if one.probability is None else {"probability": one.probability}),
             **(
                 {"top": [{token: round(p, 4) for token, p in top.items()} for top in one.top]}
                 if one.top
@@ -194,5 +195,6 @@ def from_rows(rows: Iterable[Mapping[str, Any]]) -> dict[Key, Answer]:
             row["logprob"],
             row["tokens"],
             top,
+            row.get("probability"),
         )
     return found

@@ -5,7 +5,7 @@ the few runs. Quality is judged under load, against the base's answers under the
 is met or missed when the whole interval says so; otherwise it is undecided.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -40,6 +40,9 @@ class CheckpointResult:
     kv_tokens: int | None
     statuses: dict[str, Status]
     invalid_points: int = 0
+    bytes: int | None = None  # of the files with weights
+    kl_from_base: Estimate | None = None  # nats per token, at least
+    choice_probability: Estimate | None = None  # where the plan decides
 
 
 def checkpoint_result(plan: FrontierPlan, name: str, runs: Sequence[Document]) -> CheckpointResult | None:
@@ -57,6 +60,8 @@ def checkpoint_result(plan: FrontierPlan, name: str, runs: Sequence[Document]) -
         for load in plan.scenarios
     }
     engine = own[-1]["server"]["engine"]
+    sizes = {run["checkpoint"]: run["server"].get("bytes") for run in runs}
+    kl = against.kl_lower_bound if against else None
     points = [point for run in own for result in run["scenarios"].values() for point in result["points"]]
     return CheckpointResult(
         name=name,
@@ -68,10 +73,14 @@ def checkpoint_result(plan: FrontierPlan, name: str, runs: Sequence[Document]) -
         perplexity_of_base=perplexity_of_base,
         against_base=against,
         quality_under_load=_verdict(quality),
-        memory_bytes=_memory(engine),
+        memory_bytes=component_bytes(engine),
         kv_tokens=engine.get("kv_tokens"),
-        statuses=_statuses(plan.constraints, acc_norm_of_base, perplexity_of_base, throughput),
+        statuses=_statuses(plan.constraints, acc_norm_of_base, perplexity_of_base, throughput)
+        | _size_statuses(plan, name, sizes, engine.get("kv_tokens"))
+        | _kl_status(plan, name, kl),
         invalid_points=sum(not point["valid"] for point in points),
+        bytes=sizes[name],
+        kl_from_base=kl,
     )
 
 
@@ -130,7 +139,7 @@ def _of_base(against: Changes | None, base: Estimate | None) -> tuple[Estimate |
     return Estimate(*(1 + end / base.value for end in ends)), against.perplexity_ratio
 
 
-def _memory(engine: Document) -> dict[str, float]:
+def component_bytes(engine: Mapping[str, Any]) -> dict[str, float]:
     """Bytes by component, summed over devices, without `free` and `total`, which are no components."""
     total: dict[str, float] = {}
     for parts in (engine.get("memory") or {}).values():
@@ -154,6 +163,31 @@ def _statuses(
     if constraints.latencies_s:
         found["latency"] = "met" if all(one.value > 0 for one in throughput.values()) else "missed"
     return found
+
+
+def _kl_status(plan: FrontierPlan, name: str, kl: Estimate | None) -> dict[str, Status]:
+    limit = plan.constraints.kl_from_base
+    if limit is None:
+        return {}
+    return {"kl_from_base": "met" if name == plan.base else status(kl, limit, at_least=False)}
+
+
+def _size_statuses(
+    plan: FrontierPlan, name: str, sizes: Mapping[str, int | None], kv_tokens: int | None
+) -> dict[str, Status]:
+    """Bytes and KV tokens are known, not estimated; undecided only where nobody said them."""
+    limits, found = plan.constraints, dict[str, Status]()
+    if limits.bytes_of_base is not None:
+        ours, base = sizes.get(name), sizes.get(plan.base)
+        share = ours / base if ours and base else None
+        found["bytes_of_base"] = _known(share, share is not None and share <= limits.bytes_of_base)
+    if limits.kv_tokens is not None:
+        found["kv_tokens"] = _known(kv_tokens, kv_tokens is not None and kv_tokens >= limits.kv_tokens)
+    return found
+
+
+def _known(value: float | None, kept: bool) -> Status:
+    return "undecided" if value is None else "met" if kept else "missed"
 
 
 def status(one: Estimate | None, limit: float, at_least: bool) -> Status:

@@ -1,17 +1,38 @@
 """The frontier as JSON: each checkpoint's numbers, the Pareto frontier, latency by rate, and the recommendation."""
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from lowbit_core import __version__
 from lowbit_loadtest.frontier.checkpoint_result import CheckpointResult, checkpoint_result, mean_over_runs
 from lowbit_loadtest.frontier.plan import FrontierPlan
-from lowbit_loadtest.frontier.recommendation import recommend
+from lowbit_loadtest.frontier.recommendation import Recommendation, recommend
 
 Document = dict[str, Any]
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+
+
+def head(
+    plan: FrontierPlan,
+    recommendation: Recommendation,
+    results: Sequence[CheckpointResult],
+    failures: Mapping[str, str],
+) -> Document:
+    """What the document of every plan has, whether it decides or not."""
+    return {
+        "kind": "lowbit.frontier",
+        "format_version": FORMAT_VERSION,
+        "lowbit": __version__,
+        "machine": platform.machine(),
+        "plan": plan.model_dump(mode="json"),
+        "failures": dict(failures),
+        "recommendation": {**asdict(recommendation), "title": recommendation.title},
+        "pareto": {load.name: pareto(results, load.name) for load in plan.scenarios},
+        "results": [asdict(one) for one in results],
+        "decision": None,
+    }
 
 
 def as_document(plan: FrontierPlan, runs: Sequence[Document], failures: dict[str, str]) -> Document:
@@ -20,16 +41,8 @@ def as_document(plan: FrontierPlan, runs: Sequence[Document], failures: dict[str
     results = [one for one in found if one is not None]
     first = plan.scenarios[0].name
     return {
-        "kind": "lowbit.frontier",
-        "format_version": FORMAT_VERSION,
-        "lowbit": __version__,
-        "machine": platform.machine(),
-        "plan": plan.model_dump(mode="json"),
+        **head(plan, recommend(plan, results, failures), results, failures),
         "planned_runs": len(plan.checkpoints) * plan.repetitions,
-        "failures": failures,
-        "recommendation": asdict(recommend(plan, results, failures)),
-        "pareto": {load.name: pareto(results, load.name) for load in plan.scenarios},
-        "results": [asdict(one) for one in results],
         "latency": {one.name: latencies(runs, one.name, first) for one in results},
         "runs": [_without_answers(run) for run in runs],
     }

@@ -81,20 +81,19 @@ def as_html(document: Document) -> str:
 
 
 def _verdict(document: Document) -> str:
-    recommendation = document["recommendation"]
-    if recommendation["verdict"] == "recommended":
-        return f"Serve {recommendation['name']}"
-    return (
-        "The data cannot decide"
-        if recommendation["verdict"] == "undecided"
-        else "Nothing meets the constraints"
-    )
+    return str(document["recommendation"]["title"])
 
 
 def _method(document: Document) -> str:
+    quality = document["plan"]["quality"]
+    if decision := document["decision"]:
+        return (
+            f"Measured in {decision['spent_s'] / 60:.1f} of {decision['within_s'] / 60:g} minutes, in rounds where the "
+            f"decision hung; brackets and bars are confidence sequences, which hold however often one looks: "
+            f"{decision['confidence']:.0%} for a checkpoint's own numbers, and for all of the result together."
+        )
     done, planned = len(document["runs"]), document["planned_runs"]
     runs = f"{done} runs" if done == planned else f"{done} of {planned} runs (unfinished)"
-    quality = document["plan"]["quality"]
     return (
         f"{runs}, interleaved; quality is judged under load, against {document['plan']['base']} on the same items "
         f"({quality['limit']} of each task). Brackets and bars are 95 % intervals."

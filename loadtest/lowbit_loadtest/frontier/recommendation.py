@@ -17,6 +17,9 @@ WORDS = {
     "acc_norm_of_base": "acc_norm of base",
     "perplexity_of_base": "perplexity of base",
     "latency": "latency at every rate",
+    "kl_from_base": "KL from base",
+    "bytes_of_base": "bytes of base",
+    "kv_tokens": "KV tokens",
 }
 
 
@@ -24,9 +27,20 @@ WORDS = {
 class Recommendation:
     """`name` is the checkpoint to serve; where `undecided`, the one that leads."""
 
-    verdict: Literal["recommended", "undecided", "none"]
+    verdict: Literal["recommended", "equal", "undecided", "none"]
     name: str | None
     reasons: tuple[str, ...]
+    names: tuple[str, ...] = ()  # the equal ones
+
+    @property
+    def title(self) -> str:
+        """The result in one line."""
+        return {
+            "recommended": f"Serve {self.name}",
+            "equal": f"Equal within the margins: {', '.join(self.names)}",
+            "undecided": "The data cannot decide",
+            "none": "Nothing meets the constraints",
+        }[self.verdict]
 
 
 def recommend(
@@ -78,6 +92,14 @@ def constraint_text(constraints: Constraints) -> str:
         parts.append(f"at least {constraints.acc_norm_of_base:.0%} of the base's acc_norm")
     if constraints.perplexity_of_base is not None:
         parts.append(f"at most {constraints.perplexity_of_base:g} times its perplexity")
+    if constraints.choice_probability_of_base is not None:
+        parts.append(f"at least {constraints.choice_probability_of_base:.0%} of its choice probability")
+    if constraints.kl_from_base is not None:
+        parts.append(f"at most {constraints.kl_from_base:g} nats of KL from it")
+    if constraints.bytes_of_base is not None:
+        parts.append(f"at most {constraints.bytes_of_base:g} of its bytes")
+    if constraints.kv_tokens is not None:
+        parts.append(f"at least {constraints.kv_tokens:,} KV tokens")
     names = {
         "ttft_s": "TTFT",
         "time_per_output_token_s": "time per output token",
@@ -111,6 +133,9 @@ def _doubt(plan: FrontierPlan, one: CheckpointResult) -> str:
     limits = {
         "acc_norm_of_base": (one.acc_norm_of_base, plan.constraints.acc_norm_of_base),
         "perplexity_of_base": (one.perplexity_of_base, plan.constraints.perplexity_of_base),
+        "kl_from_base": (one.kl_from_base, plan.constraints.kl_from_base),
+        "bytes_of_base": (None, plan.constraints.bytes_of_base),
+        "kv_tokens": (None, plan.constraints.kv_tokens),
     }
     texts = [
         _undecided(WORDS[name], estimate, limit or 1.0)

@@ -6,39 +6,32 @@ a machine that drifts favours none. Each finished run is a file: the same comman
 """
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 from lowbit_core.errors import ConfigError, EngineError, LowbitError
 from lowbit_core.log import get_logger
 from lowbit_core.manifest import MANIFEST_NAME
-from lowbit_loadtest.frontier.plan import Checkpoint, FrontierPlan, scenarios_of
+from lowbit_loadtest.frontier.decide.bench import ServedBench
+from lowbit_loadtest.frontier.decide.evidence import Evidence, Step
+from lowbit_loadtest.frontier.decide.rounds import Budget, Clock, check_items, run_rounds
+from lowbit_loadtest.frontier.plan import Checkpoint, FrontierPlan, deciding_load, scenarios_of
 from lowbit_loadtest.frontier.processes import Served, quantize, serving
+from lowbit_loadtest.frontier.served import server_facts, warm_up, weight_bytes
 from lowbit_loadtest.generate.http.target import Target
 from lowbit_loadtest.generate.workers import OnRun
 from lowbit_loadtest.quality.questions import read_items
 from lowbit_loadtest.report.document import as_document
 from lowbit_loadtest.runner import run_load_test
-from lowbit_loadtest.scenario import Scenario, parse_scenario
+from lowbit_loadtest.scenario import Scenario
 
 log = get_logger("frontier")
 
 Document = dict[str, Any]
-ENGINE_FACTS = (
-    "vllm",
-    "device",
-    "quantization",
-    "dtype",
-    "kv_cache_dtype",
-    "kv_tokens",
-    "kv_scales_in_force",
-    "memory",
-)
 PLAN_COPY = "plan.json"
 Serving = Callable[..., Any]  # serving(directory, flags, log, timeout_s): a context manager of a Served
 
@@ -63,6 +56,9 @@ class OutputDirectory:
         if copy.exists() and copy.read_text(encoding="utf-8") != text:
             raise ConfigError(f"{self.root} has the runs of another plan; give another --out, or remove it")
         copy.write_text(text, encoding="utf-8")
+        if self.steps_file.exists():  # a kill may have cut off the last line
+            whole = self.steps_file.read_text(encoding="utf-8").rpartition("\n")[0]
+            self.steps_file.write_text(whole + "\n" if whole else "", encoding="utf-8")
 
     def run_file(self, name: str, repetition: int) -> Path:
         return self.root / "runs" / f"{name}-{repetition + 1}.json"
@@ -75,10 +71,30 @@ class OutputDirectory:
         files = [self.run_file(one.name, repetition) for repetition, one in order_of_runs(plan)]
         return [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
 
+    def steps(self) -> list[Step]:
+        """Every finished step of a plan that decides; a line that was cut off by a kill is left out."""
+        if not self.steps_file.exists():
+            return []
+        lines = self.steps_file.read_text(encoding="utf-8").split("\n")[:-1]
+        return [json.loads(line) for line in lines]
+
+    @property
+    def steps_file(self) -> Path:
+        return self.root / "steps.jsonl"
+
+    def keep(self, step: Step) -> None:
+        """Append a step, as one line."""
+        with self.steps_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(step, allow_nan=False) + "\n")
+
 
 def measured_part(plan: FrontierPlan) -> Document:
-    """The plan without what may change afterwards: constraints, objective and description."""
-    return plan.model_dump(mode="json", exclude={"constraints", "description", "objective"})
+    """The plan without what may change afterwards: constraints, objective, description, the time and the margins."""
+    afterwards = {"within": True, "margins": True, "confidence": True, "objective": True, "accuracy": True}
+    return plan.model_dump(
+        mode="json",
+        exclude={"constraints": True, "description": True, "objective": True, "decide": afterwards},
+    )
 
 
 def order_of_runs(plan: FrontierPlan) -> Iterator[tuple[int, Checkpoint]]:
@@ -118,6 +134,38 @@ def run_frontier(
     return failures
 
 
+def run_decision(
+    plan: FrontierPlan,
+    out: OutputDirectory,
+    on_run: OnRun,
+    serve: Serving = serving,
+    clock: Clock = time.monotonic,
+) -> None:
+    """Measure until the plan is decided or its time is over; every step goes to `out`, and the same command goes on."""
+    assert plan.decide is not None
+    items = read_items(plan.quality.model_copy(update={"seed": plan.decide.seed}))
+    deciding_load(plan)
+    pool = {
+        "questions": sum(item.kind != "text" for item in items),
+        "texts": sum(item.kind == "text" for item in items),
+    }
+    check_items(plan, pool)
+    out.prepare(plan)
+    evidence = Evidence(plan, out.steps())
+    budget = Budget(plan.decide, clock, evidence.spent_s)
+    if not evidence.bytes:
+        _make_checkpoints(plan, out)
+        sizes = {one.name: weight_bytes(Path(one.path)) for one in plan.checkpoints}
+        begin: Step = {"kind": "begin", "bytes": sizes, "pool": pool, "at_s": 0.0, "seconds": budget.spent_s}
+        out.keep(begin)
+        evidence.add(begin)
+    try:
+        with ServedBench(plan, items, out.log_file, on_run, serve) as bench:
+            run_rounds(plan, bench, evidence, out.keep, budget)
+    finally:
+        out.keep({"kind": "end", "at_s": budget.spent_s})
+
+
 def _make_checkpoints(plan: FrontierPlan, out: OutputDirectory) -> None:
     for one in plan.checkpoints:
         if one.recipe and one.model and not (Path(one.path) / MANIFEST_NAME).exists():
@@ -135,7 +183,7 @@ def _measure(
     served: Served,
     on_run: OnRun,
 ) -> Document:
-    run_load_test(_warm_up(), Target(served.url), on_run)
+    warm_up(served.url, on_run)
     results = {}
     for name, scenario in scenarios.items():
         asks = repetition == 0 and name == (plan.quality_under or plan.scenarios[0].name)
@@ -153,35 +201,10 @@ def _measure(
         "checkpoint": checkpoint.name,
         "repetition": repetition,
         "ready_s": served.ready_s,
-        "server": _server_facts(served.url),
+        "server": {**server_facts(served.url), "bytes": weight_bytes(Path(checkpoint.path))},
         "scenarios": results,
     }
 
 
 def _titled(on_run: OnRun, title: str) -> OnRun:
     return lambda of_run, requests: on_run(f"{title}: {of_run}", requests)
-
-
-def _warm_up() -> Scenario:
-    data = {
-        "arrivals": {"kind": "closed", "concurrency": 4},
-        "prompts": {"kind": "text"},
-        "output": {"tokens": 16},
-        "requests": 8,
-    }
-    return parse_scenario(data, "warm-up")
-
-
-def _server_facts(url: str) -> Document:
-    """What the server says of its checkpoint and engine; empty for one that does not say."""
-    try:
-        answer = httpx.get(f"{url}/lowbit/checkpoint", timeout=10.0, trust_env=False)
-        facts: Document = answer.json() if answer.status_code == httpx.codes.OK else {}
-    except (httpx.HTTPError, OSError, ValueError):
-        facts = {}
-    engine, manifest = facts.get("engine") or {}, facts.get("manifest") or {}
-    return {
-        "engine": {key: engine[key] for key in ENGINE_FACTS if key in engine},
-        "size": manifest.get("size"),
-        "quality": manifest.get("quality"),
-    }

@@ -21,7 +21,7 @@ from lowbit_loadtest.frontier.page import as_html, as_markdown
 from lowbit_loadtest.frontier.plan import FrontierPlan, load_plan
 from lowbit_loadtest.frontier.processes import Served
 from lowbit_loadtest.frontier.recommendation import recommend
-from lowbit_loadtest.frontier.run import OutputDirectory, order_of_runs, run_frontier
+from lowbit_loadtest.frontier.run import OutputDirectory, order_of_runs, run_decision, run_frontier
 from lowbit_loadtest.generate.workers import OnTally
 
 PLAN = """
@@ -138,12 +138,150 @@ def test_a_checkpoint_that_does_not_start_is_reported_and_the_others_are_measure
             "unknown key 'constraints.accuracy_of_base'; it is called 'constraints.acc_norm_of_base' now",
         ),
         (("probes: 3", "items: 3"), "unknown key 'quality.items'; it is called 'quality.limit' now"),
+        (("base: base", "base: base\ndecide: {within: 60m}"), "leave out repetitions"),
+        (
+            ("repetitions: 2", "quality_under: load\ndecide: {within: 60m}"),
+            "asks without other load; leave out quality_under",
+        ),
+        (
+            ("repetitions: 2", "decide: {within: soon}"),
+            "decide.within = 'soon': allowed is a number above 0 of seconds, or text like 90s, 60m, 1.5h",
+        ),
+        (("repetitions: 2", "decide: {within: -3m}"), "decide.within"),
+        (("repetitions: 2", "decide: {within: 0h}"), "decide.within"),
+        (("repetitions: 2", "decide: {withn: 60m}"), "unknown key 'decide.withn'; did you mean within?"),
+        (("repetitions: 2", "decide: {within: 60m, objective: speed}"), "decide.objective = 'speed'"),
+        (
+            ("repetitions: 2", "decide: {within: 60m, objective: cost}"),
+            "needs a price_per_hour of each checkpoint; base has none",
+        ),
+        (
+            ("repetitions: 2", "decide: {within: 60m, margins: {objective: 3}}"),
+            "decide.margins.objective = 3",
+        ),
+        (
+            ("scenarios:", "decide: {within: 60m}\nscenarios:\n  - {name: b, scenario: load.yaml}"),
+            "leave out repetitions",
+        ),
+        (
+            ("ttft_p95_s: 5", "choice_probability_of_base: 0.9"),
+            "choice_probability_of_base is measured where the plan has decide",
+        ),
+        (("ttft_p95_s: 5", "bytes_of_base: 0"), "constraints.bytes_of_base"),
+        (("ttft_p95_s: 5", "kv_tokens: 0.5"), "constraints.kv_tokens"),
     ],
 )
 def test_a_wrong_plan_is_refused_with_its_key(tmp_path: Path, change: tuple[str, str], message: str) -> None:
     (tmp_path / "plan.yaml").write_text(PLAN.replace(*change, 1))
     with pytest.raises(ConfigError, match=re.escape(message)):
         load_plan(tmp_path / "plan.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("60m", 3600), ("90s", 90), ("1.5h", 5400), ("45", 45), (" 2 m ", 120), ("7.5", 7.5)],
+)
+def test_the_time_of_a_decision_is_given_in_seconds_minutes_or_hours(
+    tmp_path: Path, text: str, seconds: float
+) -> None:
+    (tmp_path / "plan.yaml").write_text(PLAN.replace("repetitions: 2", f"decide: {{within: {text}}}"))
+    plan = load_plan(tmp_path / "plan.yaml")
+    assert plan.decide is not None
+    assert plan.decide.within == seconds
+
+
+@pytest.mark.parametrize(
+    ("decide", "constraint", "message"),
+    [
+        (
+            "accuracy: acc_norm",
+            "choice_probability_of_base: 0.9",
+            "needs decide.accuracy: choice_probability",
+        ),
+        ("accuracy: choice_probability", "acc_norm_of_base: 0.9", "needs decide.accuracy: acc_norm"),
+    ],
+)
+def test_a_constraint_on_another_measure_than_the_decisions_is_refused(
+    tmp_path: Path, decide: str, constraint: str, message: str
+) -> None:
+    text = PLAN.replace("repetitions: 2", f"decide: {{within: 60m, {decide}}}")
+    (tmp_path / "plan.yaml").write_text(text.replace("ttft_p95_s: 5", constraint))
+    with pytest.raises(ConfigError, match=message):
+        load_plan(tmp_path / "plan.yaml")
+
+
+@pytest.mark.parametrize(
+    ("load", "objective", "message"),
+    [
+        ("arrivals: {kind: ramp, start_rps: 1, max_rps: 2, stage_s: 1}\nprompts: {kind: text}", "throughput",
+         "decide repeats one load; a ramp, a search and a sweep are several"),
+        (LOAD, "goodput", "the objective goodput needs a limit in slo"),
+    ],
+)  # fmt: skip
+def test_a_load_that_cannot_decide_is_refused_before_anything_is_served(
+    tmp_path: Path, fake_server: FakeServer, load: str, objective: str, message: str
+) -> None:
+    (tmp_path / "load.yaml").write_text(load)
+    decide = f"decide: {{within: 60m, objective: {objective}}}"
+    (tmp_path / "plan.yaml").write_text(PLAN.replace("repetitions: 2", decide))
+    serve = FakeServing(fake_server)
+    with pytest.raises(ConfigError, match=message):
+        run_decision(load_plan(tmp_path / "plan.yaml"), OutputDirectory(tmp_path / "out"), quiet, serve)
+    assert serve.flags == []
+
+
+def test_the_time_and_the_margins_may_change_where_a_stopped_decision_goes_on_but_not_the_seed(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "load.yaml").write_text(LOAD)
+    (tmp_path / "plan.yaml").write_text(PLAN.replace("repetitions: 2", "decide: {within: 5m}"))
+    out = OutputDirectory(tmp_path / "out")
+    out.prepare(load_plan(tmp_path / "plan.yaml"))
+    out.prepare(load_plan(tmp_path / "plan.yaml", ("decide.within=60m", "decide.margins.objective=0.05")))
+    with pytest.raises(ConfigError, match="has the runs of another plan"):
+        out.prepare(load_plan(tmp_path / "plan.yaml", ("decide.seed=2",)))
+
+
+def test_a_step_that_a_kill_cut_off_is_left_out_and_the_next_begins_a_line(tmp_path: Path) -> None:
+    (tmp_path / "load.yaml").write_text(LOAD)
+    (tmp_path / "plan.yaml").write_text(PLAN.replace("repetitions: 2", "decide: {within: 5m}"))
+    out = OutputDirectory(tmp_path / "out")
+    out.prepare(load_plan(tmp_path / "plan.yaml"))
+    out.keep({"kind": "end", "at_s": 1.0})
+    with out.steps_file.open("a") as file:
+        file.write('{"kind": "round", "check')
+    assert out.steps() == [{"kind": "end", "at_s": 1.0}]
+    out.prepare(load_plan(tmp_path / "plan.yaml"))
+    out.keep({"kind": "end", "at_s": 2.0})
+    assert [step["at_s"] for step in out.steps()] == [1.0, 2.0]
+
+
+def sized(name: str, size: int, kv_tokens: int) -> dict[str, Any]:
+    server = {"engine": {"kv_tokens": kv_tokens}, "bytes": size}
+    return {
+        "checkpoint": name,
+        "repetition": 0,
+        "ready_s": 1.0,
+        "server": server,
+        "scenarios": {"load": {"points": list[Any]()}},
+    }
+
+
+@pytest.mark.parametrize(
+    ("constraint", "statuses"),
+    [("bytes_of_base: 0.5", ["missed", "met"]), ("kv_tokens: 900", ["met", "missed"])],
+)
+def test_bytes_and_kv_tokens_are_constraints_of_every_plan(
+    tmp_path: Path, constraint: str, statuses: list[Status]
+) -> None:
+    (tmp_path / "load.yaml").write_text(LOAD)
+    (tmp_path / "plan.yaml").write_text(PLAN.replace("ttft_p95_s: 5", constraint))
+    plan = load_plan(tmp_path / "plan.yaml")
+    runs = [sized("base", 1000, 1000), sized("small", 400, 800)]
+    document = as_document(plan, runs, {})
+    key = constraint.partition(":")[0]
+    assert [one["statuses"][key] for one in document["results"]] == statuses
+    assert document["recommendation"]["name"] == ("small" if statuses[1] == "met" else "base")
 
 
 def test_a_missing_scenario_is_refused_before_anything_is_served(

@@ -1,0 +1,147 @@
+"""What has to be known before a frontier is decided: one claim for each thing that may be wrong. Pure logic.
+
+A claim has a confidence sequence and is settled by it: a constraint is `met` or `missed`, a comparison `better`,
+`worse` or `equal`, or it is `undecided`. All claims that a plan could ever make share the permitted error (union bound,
+Bonferroni): alpha = (1 - confidence) / number of claims. So no statement of the result is wrong with that confidence,
+however the candidates were chosen and whenever the measuring ended.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from lowbit_loadtest.frontier.decide.evidence import Evidence
+from lowbit_loadtest.frontier.decide.sequences import Confidence
+from lowbit_loadtest.frontier.plan import FrontierPlan
+
+Kind = Literal["round", "questions", "texts"]
+Settled = Literal["met", "missed", "better", "worse", "equal", "undecided"]
+UNITS = {"round": "rounds", "questions": "questions", "texts": "texts"}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """`one` keeps a limit, or is better than `other`. `limit` is a constraint's, `margin` a comparison's.
+
+    `kind` is what more of would settle it. Confidences are of logarithms where `is_log`.
+    """
+
+    name: str
+    kind: Kind
+    one: str
+    other: str | None
+    confidence: Confidence
+    limit: float | None = None
+    margin: float | None = None
+    at_least: bool = True
+    is_log: bool = False
+
+    @property
+    def settled(self) -> Settled:
+        found = self.confidence
+        if self.margin is not None:
+            if found.within(self.margin):
+                return "equal"
+            return "better" if found.low > 0 else "worse" if found.high < 0 else "undecided"
+        limit = self.limit or 0.0
+        if self.at_least:
+            return "met" if found.low >= limit else "missed" if found.high < limit else "undecided"
+        return "met" if found.high <= limit else "missed" if found.low > limit else "undecided"
+
+    @property
+    def asks(self) -> tuple[str, ...]:
+        """Which checkpoints more is asked of."""
+        return (self.one,) if self.other is None else (self.one, self.other)
+
+    def more_units(self) -> float:
+        """About how many more units settle it, if the value stays: intervals narrow as 1 / sqrt(n)."""
+        found = self.confidence
+        if self.settled != "undecided":
+            return 0.0
+        if found.n < 2 or math.isinf(found.half):
+            return float(max(8, found.n))
+        if self.margin is not None:
+            needed = max(abs(found.value), self.margin - abs(found.value))
+        else:
+            needed = abs(found.value - (self.limit or 0.0))
+        return max(1.0, found.n * ((found.half / max(needed, 1e-9)) ** 2 - 1))
+
+
+class Claims:
+    """The claims of a plan on what is known so far."""
+
+    def __init__(self, plan: FrontierPlan, evidence: Evidence, candidates: tuple[str, ...]) -> None:
+        assert plan.decide is not None
+        self.plan, self.decide, self.evidence = plan, plan.decide, evidence
+        self.count = self._count(candidates)
+        self.alpha = (1 - self.decide.confidence) / self.count
+
+    def _count(self, candidates: tuple[str, ...]) -> int:
+        """How many claims could ever be made."""
+        limits = self.plan.constraints
+        n, others = len(candidates), sum(name != self.plan.base for name in candidates)
+        of_quality = (self._accuracy_share, limits.kl_from_base, limits.perplexity_of_base)
+        quality = others * sum(limit is not None for limit in of_quality)
+        return max(
+            1, quality + n * len(limits.latencies_s) + n * (n - 1)
+        )  # each pair by speed and by accuracy
+
+    @property
+    def _accuracy_share(self) -> float | None:
+        limits = self.plan.constraints
+        return (
+            limits.acc_norm_of_base
+            if self.decide.accuracy == "acc_norm"
+            else limits.choice_probability_of_base
+        )
+
+    @property
+    def compares_quality(self) -> bool:
+        """Whether any constraint needs the base's answers."""
+        limits = (
+            self._accuracy_share,
+            self.plan.constraints.kl_from_base,
+            self.plan.constraints.perplexity_of_base,
+        )
+        return any(limit is not None for limit in limits)
+
+    def constraints(self, name: str) -> list[Claim]:
+        """The measured constraints of one checkpoint; the base keeps those of quality by being the base."""
+        found = [] if name == self.plan.base else self._of_quality(name)
+        return found + [
+            Claim(measure, "round", name, None, self.evidence.level(name, measure, self.alpha), math.log(limit),
+                  at_least=False, is_log=True)
+            for measure, limit in self.plan.constraints.latencies_s.items()
+        ]  # fmt: skip
+
+    def _of_quality(self, name: str) -> list[Claim]:
+        base, limits, evidence, alpha = self.plan.base, self.plan.constraints, self.evidence, self.alpha
+        found = []
+        if (share := self._accuracy_share) is not None:
+            slack = evidence.more_right(name, base, alpha, share)
+            found.append(Claim(f"{self.decide.accuracy}_of_base", "questions", name, base, slack, 0.0))
+        if limits.kl_from_base is not None:
+            nats = evidence.divergence(name, base, alpha)
+            found.append(
+                Claim("kl_from_base", "texts", name, base, nats, limits.kl_from_base, at_least=False)
+            )
+        if limits.perplexity_of_base is not None:
+            ratio = evidence.log_perplexity(name, base, alpha)
+            limit = math.log(limits.perplexity_of_base)
+            found.append(
+                Claim("perplexity_of_base", "texts", name, base, ratio, limit, at_least=False, is_log=True)
+            )
+        return found
+
+    def faster(self, one: str, other: str) -> Claim:
+        """The objective of two checkpoints, compared."""
+        found = self.evidence.faster(one, other, self.alpha)
+        margin = math.log1p(self.decide.margins.objective)
+        return Claim(self.decide.objective, "round", one, other, found, margin=margin, is_log=True)
+
+    def more_right(self, one: str, other: str) -> Claim:
+        """The accuracy of two checkpoints, compared item by item."""
+        found = self.evidence.more_right(one, other, self.alpha)
+        return Claim(
+            self.decide.accuracy, "questions", one, other, found, margin=self.decide.margins.accuracy
+        )
