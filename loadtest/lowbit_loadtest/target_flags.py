@@ -77,7 +77,7 @@ def _url(text: str) -> str:
         known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
     except ValueError:  # `port` is no number, or a bracket is missing
         known = None
-    if known and text.isascii() and text.isprintable() and " " not in text:
+    if known and text.isprintable() and " " not in text:
         return text
     raise argparse.ArgumentTypeError(f"{text!r} is not a server's root URL such as http://127.0.0.1:8000")
 

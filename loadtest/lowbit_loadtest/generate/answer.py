@@ -29,6 +29,7 @@ class Answer:
     reasoning_bytes: int = 0
     other_bytes: int = 0
     events: int = 0
+    unread: str = ""  # the last event that meant nothing to us
     streamed: bool = True  # or not meant to be
     done: bool = False
     texts: list[str] = field(default_factory=list)

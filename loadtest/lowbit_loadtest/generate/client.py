@@ -24,6 +24,7 @@ from lowbit_loadtest.generate.request import Request
 
 REJECTED_STATUSES = (429, 503, 529)  # 529: Anthropic's overloaded
 FAILED_FINISH_REASONS = ("abort", "error", "failed", "cancelled", "insufficient_system_resource")
+READABLE = ("", "identity", "gzip", "deflate")  # content codings; a proxy may add one that nobody asked for
 LENIENT = "counted as completed without {} (--lenient)"
 
 Clock = Callable[[], float]  # seconds of one monotonic clock
@@ -53,6 +54,8 @@ class Client:
         """
         target = self._target
         body = target.access.changed(self._endpoint.body(request, target.model))
+        if not body.get("stream"):
+            body.pop("stream_options", None)  # servers refuse it then
         limit = self._limit(body)
         answer = Answer(None if limit is None else 4 * limit + 64, request.keep_text)
         sent_s = self._clock()
@@ -127,7 +130,10 @@ class Client:
 
     async def _read(self, response: httpx.Response, answer: Answer) -> _End:
         clock: Clock = response.extensions.get("arrival_clock", self._clock)
-        plain = response.headers.get("content-encoding", "identity") in ("", "identity")
+        coding = response.headers.get("content-encoding", "").lower()
+        if coding not in READABLE:
+            return _End(Outcome.FAILED, f"content-encoding {coding!r} was not asked for and cannot be read")
+        plain = coding in ("", "identity")
         reader = EventReader()
         try:
             async for chunk in response.aiter_raw() if plain else response.aiter_bytes():
@@ -161,6 +167,8 @@ class Client:
             answer.add(piece, now_s)
         except NOT_OF_THIS_API:
             return self._not_of_this_api(event.text)
+        if piece.says_nothing and "choices" not in event.value:
+            answer.unread = event.text  # perhaps the reason, in words of the server's own
         if piece.error is not None:
             return _End(Outcome.FAILED, f"error event: {piece.error}")
         if answer.most_chunks is not None and len(answer.chunk_times_s) > answer.most_chunks:
@@ -203,6 +211,8 @@ class Client:
         if answer.done:
             return _End(Outcome.CUT_OFF, f"{mark} without {key}")
         hint = "; --lenient counts such answers" if answer.finish_reason is not None else ""
+        if answer.unread and not hint:
+            hint = f"; it said: {one_line(answer.unread)}"
         return _End(Outcome.CUT_OFF, f"the stream ended without {mark}{hint}")
 
 

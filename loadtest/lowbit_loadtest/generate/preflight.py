@@ -1,7 +1,7 @@
 """What is asked before a run: is the server there, may we, and which model is it?
 
 A server need not list its models, nor an adapter that it would load: with `--model` the run goes on, and a warning says
-so. A model that is not among those listed is asked one token, so that a wrong name is refused here.
+so. A model that is not among those listed is asked a few tokens, so that a wrong name is refused here.
 """
 
 from typing import Any
@@ -18,13 +18,14 @@ from lowbit_loadtest.generate.request import Request
 PREFLIGHT_TIMEOUT_S = 10.0
 NO_LIST = (403, 404, 405, 501)  # the statuses of servers that list no models, and of keys that may not ask
 MOST_SHOWN = 20
+FEW_TOKENS = 16  # OpenAI's /v1/responses takes no fewer
 
 log = get_logger("loadtest")
 
 
-async def find_model(http: httpx.AsyncClient, target: Target) -> str:
+async def find_model(http: httpx.AsyncClient, target: Target, timeout_s: float = PREFLIGHT_TIMEOUT_S) -> str:
     """The target's model, or the first that the server lists if it has none; ConfigError if that is not to be had."""
-    served = await served_models(http, target)
+    served = await served_models(http, target, timeout_s)
     wanted = target.model
     if served is None:
         log.warning("%s lists no models: %s is asked for all the same", target.shown, wanted)
@@ -35,11 +36,13 @@ async def find_model(http: httpx.AsyncClient, target: Target) -> str:
     return wanted
 
 
-async def served_models(http: httpx.AsyncClient, target: Target) -> list[str] | None:
+async def served_models(
+    http: httpx.AsyncClient, target: Target, timeout_s: float = PREFLIGHT_TIMEOUT_S
+) -> list[str] | None:
     """The models that the server lists; None where it has no list, and the target names a model. ConfigError where it
     cannot be asked at all."""
     try:
-        response = await http.get("models", timeout=PREFLIGHT_TIMEOUT_S)
+        response = await http.get("models", timeout=timeout_s)
     except (httpx.HTTPError, OSError, httpx.InvalidURL) as error:
         raise ConfigError(_unreachable(target, describe(error))) from error
     status = response.status_code
@@ -60,8 +63,8 @@ async def served_models(http: httpx.AsyncClient, target: Target) -> list[str] | 
 
 
 async def _try(http: httpx.AsyncClient, target: Target, served: list[str]) -> None:
-    """Ask an unlisted model one token: an adapter that the server loads when it is named answers."""
-    hello = Request(({"role": "user", "content": "Hello"},), max_tokens=1, temperature=0.0, seed=0)
+    """Ask an unlisted model a few tokens: an adapter that the server loads when it is named answers."""
+    hello = Request(({"role": "user", "content": "Hello"},), max_tokens=FEW_TOKENS, temperature=0.0, seed=0)
     record = await Client(http, target).complete(hello)
     if record.outcome is Outcome.COMPLETED:
         log.warning("%s is not among the models that %s lists, but it answers", target.model, target.shown)

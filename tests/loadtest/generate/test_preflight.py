@@ -99,3 +99,18 @@ def test_a_server_that_cannot_be_asked_is_refused_in_its_words(
 ) -> None:
     with pytest.raises(ConfigError, match=words):
         find(answer, **target)
+
+
+def test_a_server_that_falls_silent_is_refused() -> None:
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    async def run() -> str:
+        listener = await asyncio.start_server(silent, "127.0.0.1", 0)
+        target = Target(f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}")
+        async with listener, open_http(target) as http:
+            return await preflight.find_model(http, target, timeout_s=0.05)
+
+    with pytest.raises(ConfigError, match=r"does not answer .ReadTimeout: nothing came within 0.05 s"):
+        asyncio.run(run())

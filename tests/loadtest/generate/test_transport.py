@@ -173,3 +173,17 @@ def test_a_connection_is_kept_only_if_the_server_keeps_it(
 
     asyncio.run(asyncio.wait_for(ask(handler, 2), 20))
     assert len(opened) == connections
+
+
+@pytest.mark.parametrize(
+    "sent", [b"", b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 12\r\n\r\nhello"]
+)
+def test_a_timeout_is_kept_wherever_the_server_falls_silent(sent: bytes) -> None:
+    async def ask_silence() -> None:
+        server = await asyncio.start_server(answering(sent, close=False), "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        async with server, httpx.AsyncClient(transport=StreamTransport()) as http:
+            await http.get(f"http://127.0.0.1:{port}/", timeout=0.05)
+
+    with pytest.raises(httpx.ReadTimeout, match=r"nothing came within 0\.05 s"):
+        asyncio.run(asyncio.wait_for(ask_silence(), 20))

@@ -37,6 +37,10 @@ class Piece:
     def has_output(self) -> bool:
         return bool(self.text or self.reasoning or self.other)
 
+    @property
+    def says_nothing(self) -> bool:
+        return not (self.has_output or self.usage or self.finish_reason or self.done)
+
 
 def read_usage(usage: Any) -> Usage | None:
     """OpenAI's usage by its names of both APIs; None where there is none."""

@@ -20,12 +20,8 @@ finish_key = "status"
 key_header: str | None = None
 headers: dict[str, str] = {}
 TEXT = ("response.output_text.delta",)
-REASONING = ("response.reasoning_text.delta",)  # a summary of what was thought is not counted as output
-OTHER = (
-    "response.refusal.delta",
-    "response.function_call_arguments.delta",
-    "response.custom_tool_call_input.delta",
-)
+REASONING = ("response.reasoning_text.delta",)
+UNCOUNTED = ("response.reasoning_summary_text.delta",)  # usage has the tokens of what it sums up
 ENDS = ("response.completed", "response.incomplete", "response.failed", "response.cancelled")
 
 
@@ -78,7 +74,7 @@ def read(event: dict[str, Any]) -> Piece:
         return Piece(text=event["delta"])
     if kind in REASONING:
         return Piece(reasoning=event["delta"])
-    if kind in OTHER:
+    if kind.endswith(".delta") and kind not in UNCOUNTED:  # a refusal, a call's arguments, …
         return Piece(other=event["delta"])
     if kind in ENDS:
         return _read_end(event["response"])

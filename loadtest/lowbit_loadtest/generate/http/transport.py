@@ -36,14 +36,19 @@ class StreamTransport(httpx.AsyncBaseTransport):
         origin = (url.scheme, url.host, url.port or (443 if url.scheme == "https" else 80))
         sent = _head_of(request) + body
         kept = self._idle_connection(origin)
-        connection = kept or await self._connect(origin)
+        limits = request.extensions.get("timeout", {})
+        connection = kept or await self._connect(origin, limits.get("connect"))
+        connection.most_wait_s = limits.get("read")
         try:
             status, headers, keeps = await connection.ask(sent)
         except (httpx.ReadError, httpx.RemoteProtocolError):
             connection.close()
             if kept is None or connection.answered:
                 raise
-            connection = await self._connect(origin)  # the server closed a kept one just as we wrote
+            connection = await self._connect(
+                origin, limits.get("connect")
+            )  # a kept one closed just as we wrote
+            connection.most_wait_s = limits.get("read")
             status, headers, keeps = await connection.ask(sent)
         empty = request.method == "HEAD" or status in (204, 304)
         stream = _Body(self, origin, connection, headers, empty, keeps)
@@ -70,15 +75,18 @@ class StreamTransport(httpx.AsyncBaseTransport):
             connection.close()
         return None
 
-    async def _connect(self, origin: Origin) -> "_Connection":
+    async def _connect(self, origin: Origin, timeout_s: float | None) -> "_Connection":
         scheme, host, port = origin
         if scheme == "https" and self._ssl is None:
             self._ssl = self._make_ssl()
         loop = asyncio.get_running_loop()
         try:
-            _, connection = await loop.create_connection(
-                _Connection, host, port, ssl=self._ssl if scheme == "https" else None
-            )
+            async with asyncio.timeout(timeout_s):
+                _, connection = await loop.create_connection(
+                    _Connection, host, port, ssl=self._ssl if scheme == "https" else None
+                )
+        except TimeoutError:
+            raise httpx.ConnectTimeout(f"no connection within {timeout_s:g} s") from None
         except OSError as error:
             raise httpx.ConnectError(str(error)) from error
         return connection
@@ -94,6 +102,9 @@ class _Connection(asyncio.Protocol):
         self.closed = False
         self.answered = False  # whether bytes of the answer to the last request have come
         self.idle_since_s = 0.0
+        self.most_wait_s: float | None = (
+            None  # for the next bytes; None: whoever asks has a deadline of its own
+        )
         self._arrived_s = 0.0
         self.error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -140,7 +151,14 @@ class _Connection(asyncio.Protocol):
                 raise httpx.ReadError(f"{type(self.error).__name__}: {self.error}") from self.error
             raise httpx.RemoteProtocolError(f"the server closed the connection before {expected}")
         self._waiter = asyncio.get_running_loop().create_future()
-        await self._waiter
+        if self.most_wait_s is None:
+            await self._waiter
+            return
+        try:
+            async with asyncio.timeout(self.most_wait_s):
+                await self._waiter
+        except TimeoutError:
+            raise httpx.ReadTimeout(f"nothing came within {self.most_wait_s:g} s") from None
 
     async def line(self, expected: str) -> bytes:
         """The buffer up to the next CRLF, without it."""
@@ -201,11 +219,14 @@ class _Body(httpx.AsyncByteStream):
         self._complete = False
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        length = self._headers.get("content-length", "")
+        length = self._headers.get("content-length", "").partition(",")[0].strip()
+        coding = self._headers.get("transfer-encoding", "").lower()
         reusable = self._keeps
         if self._empty:
             pass
-        elif self._headers.get("transfer-encoding", "").lower() == "chunked":
+        elif coding not in ("", "chunked", "identity"):
+            raise httpx.RemoteProtocolError(f"transfer-encoding {coding!r} was not asked for")
+        elif coding == "chunked":
             async for data in self._chunked():
                 yield data
         elif length.isdigit():
