@@ -2,8 +2,10 @@
 
     python benchmarks/mock_engine.py serve DIR …          # `folder(DIR)` writes what DIR needs
 
-Each step takes STEP_S and gives every running request one token. What a request's `seed` says goes wrong: 1 is refused
-as vLLM refuses, 2 raises. It knows this revision's names and those of ca07873, so that both can be measured.
+Each step takes STEP_S and gives every running request one token. A piece of a stream says when it was made (`created`)
+and when the engine got its request (`received`), in nanoseconds of the monotonic clock. What a request's `seed` says
+goes wrong: 1 is refused as vLLM refuses, 2 raises. This revision's names are known and those of ca07873, so that both
+can be measured.
 """
 
 import asyncio
@@ -12,6 +14,7 @@ import importlib.util
 import json
 import struct
 import sys
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -25,8 +28,8 @@ CONFIG = {
     "hidden_size": 64, "vocab_size": 64, "max_position_embeddings": 8192, "dtype": "bfloat16",
 }  # fmt: skip
 CHUNK = (
-    b'data: {"id":"%s","object":"chat.completion.chunk","created":1,"model":"mock","choices":[{"index":0,'
-    b'"delta":{"content":" a"},"logprobs":null,"finish_reason":null,"token_ids":null}]}\n\n'
+    b'data: {"id":"%s","object":"chat.completion.chunk","created":%%d,"received":%d,"model":"mock","choices":[{"index":'
+    b'0,"delta":{"content":" a"},"logprobs":null,"finish_reason":null,"token_ids":null}]}\n\n'
 )
 
 
@@ -88,13 +91,13 @@ class MockEngine:
     async def _tokens(self, name: str, document: dict[str, Any]) -> AsyncIterator[bytes]:
         """The events of a stream; however it ends, its tokens are counted."""
         steps: asyncio.Queue[None] = asyncio.Queue()
-        chunk, made = CHUNK % name.encode(), 0
+        chunk, made = CHUNK % (name.encode(), time.monotonic_ns()), 0
         self._running.add(steps)
         try:
             for _ in range(document.get("max_tokens", 16)):
                 await steps.get()
                 made += 1
-                yield chunk
+                yield chunk % time.monotonic_ns()
             yield b"data: [DONE]\n\n"
         finally:
             self._running.discard(steps)

@@ -45,6 +45,10 @@ QUESTIONS = {1: 2, 8: 1, 32: 1}  # of each stream and turn, by the number of str
 BETWEEN_STREAMS_S = 0.03  # all at once, how the first prompts fall into batches would be a matter of luck
 KV_BYTES = 1 << 30
 BARE = "vllm.entrypoints.launchers.api_server.entry"
+LIMITS = (
+    "--request-timeout-s", "600", "--max-output-tokens", "1024", "--max-num-queued-reqs", "256",
+    "--max-num-queued-tokens", "100000", "--max-prompt-characters", "20000",
+)  # fmt: skip
 Cells = dict[tuple[str, int], list["Turn"]]
 
 
@@ -78,11 +82,7 @@ def main() -> int:
         "VLLM_LOGGING_LEVEL": "WARNING",
     }  # as Lowbit's
     keys, key = key_file(arguments.work)
-    limits = (
-        "--served-model-name", MODEL, "--api-keys", str(keys), "--request-timeout-s", "600", "--max-output-tokens",
-        "1024", "--max-num-queued-reqs", "256", "--max-num-queued-tokens", "100000", "--max-prompt-characters",
-        "20000", "--max-num-seqs", "64",
-    )  # fmt: skip
+    limits = ("--served-model-name", MODEL, "--api-keys", str(keys), *LIMITS, "--max-num-seqs", "64")
     cells: Cells = {}
     names = ("lowbit", "bare", "bare again")
     for number in range(arguments.sets):

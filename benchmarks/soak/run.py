@@ -3,9 +3,10 @@
     python benchmarks/soak/run.py --work DIR --out benchmarks/soak/results/mock.json                      # 60 minutes
     python benchmarks/soak/run.py --checkpoint DIR --minutes 15 --rate 2 --work DIR --out ….json
 
-Without a checkpoint the engine is benchmarks/mock_engine.py behind the whole of `lowbit serve`. `churn.py` has the kinds
-of clients. Meanwhile the key file changes every few seconds: other limits, other names, and a broken file. Memory is
-resident memory of the API's process (and of the engine's) every 5 s; its slope is fitted to all but the first quarter.
+Without a checkpoint the engine is benchmarks/mock_engine.py behind the whole of `lowbit serve`. `churn.py` has the
+kinds of clients. Meanwhile the key file changes every few seconds: other limits, other names, and a broken file. Memory
+is resident memory of the API's process (and of the engine's) every 5 s; its slope is fitted to all but the first
+quarter.
 Exit status 1 where the API's slope is above 0.1 MB/min, an answer was another than due, or a counter differs.
 """
 
@@ -189,7 +190,8 @@ def judged(
         "engine": "mock" if arguments.checkpoint is None else arguments.checkpoint.name, "minutes": arguments.minutes,
         "rate": arguments.rate, "seed": arguments.seed, "requests": expected.requests, "kinds": expected.kinds,
         "mb_per_minute": slopes, "bound_mb_per_minute": BOUND_MB_PER_MINUTE, "counted": counted, "differs": differs,
-        "wrong": expected.wrong[:50], "wrong_in_all": len(expected.wrong), "samples": samples[:: max(1, len(samples) // 120)],
+        "wrong": expected.wrong[:50], "wrong_in_all": len(expected.wrong),
+        "samples": samples[:: max(1, len(samples) // 120)],
     }  # fmt: skip
     write_result(arguments.out, result)
     shown = ("requests", "mb_per_minute", "counted", "differs", "wrong_in_all")

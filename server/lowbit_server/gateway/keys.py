@@ -78,7 +78,7 @@ class KeyStore:
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self._path, self._clock = path, clock
         self._stamp, self._looked_at = file_stamp(path), clock()
-        self._keys = read_keys(path)
+        self._take(read_keys(path))
         self.on_change: Callable[[Iterable[Key]], None] = lambda _keys: None
 
     def find(self, presented: str) -> Key | None:
@@ -88,10 +88,9 @@ class KeyStore:
         key = self._keys.get(hashed)
         return key if key is not None and hmac.compare_digest(key.sha256, hashed) else None
 
-    @property
-    def uses_priorities(self) -> bool:
-        """Whether any key is served before another."""
-        return any(key.priority for key in self._keys.values())
+    def _take(self, keys: dict[str, Key]) -> None:
+        self._keys = keys
+        self.uses_priorities = any(key.priority for key in keys.values())  # whether any is served before another
 
     def _reload_if_changed(self) -> None:
         now = self._clock()
@@ -103,7 +102,7 @@ class KeyStore:
             return
         self._stamp = stamp
         try:
-            self._keys = read_keys(self._path)
+            self._take(read_keys(self._path))
         except ConfigError as error:
             log.error("API keys: %s; the keys read before stay in force", error)
         else:

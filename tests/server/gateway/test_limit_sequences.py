@@ -2,9 +2,8 @@
 tokens behind, or lets more through than the limits say.
 
 hypothesis' stateful machine drives the whole stack of middleware over an engine that obeys it, on a clock and an event
-loop that pass when it says so. An oracle counts beside it, by the documentation and without the code's help.
-LOWBIT_LIMIT_SEQUENCES=2000 runs as many sequences; the default is for every day. A machine's rules are one class, hence
-the module's length.
+loop that pass when it says so. limit_books.py counts beside it, by the documentation and without the code's help.
+LOWBIT_LIMIT_SEQUENCES=2000 runs as many sequences; the default is for every day.
 """
 
 import json
@@ -19,17 +18,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from tests.server.gateway.key_files import key_file
-from tests.server.gateway.limit_oracle import (
-    BAD_BODIES,
-    CHOICES,
-    LIMITS,
-    NAMES,
-    OUTPUTS,
-    PROMPTS,
-    UNITS,
-    Account,
-)
-from tests.server.gateway.scripted_engine import Broken, Exchange, ScriptedEngine
+from tests.server.gateway.limit_books import Books
+from tests.server.gateway.limit_oracle import BAD_BODIES, CHOICES, LIMITS, NAMES, OUTPUTS, PROMPTS, UNITS
+from tests.server.gateway.scripted_engine import Exchange, ScriptedEngine
 from tests.server.gateway.stepped_loop import SteppedLoop
 
 from lowbit_server.app import with_cors
@@ -42,7 +33,6 @@ from lowbit_server.http.entrance import Entrance
 
 SEQUENCES = int(os.environ.get("LOWBIT_LIMIT_SEQUENCES", "40"))
 PLACES, BODY_BYTES, ALL_BODIES = 6, 400, 420
-REFUSALS = (400, 401, 403, 404, 408, 413, 415, 429, 503)
 
 
 class LimitSequences(RuleBasedStateMachine):
@@ -53,16 +43,11 @@ class LimitSequences(RuleBasedStateMachine):
         self.loop = SteppedLoop()
         self.now, self.draining = 5000.0, False
         self.file = Path(self.folder.name) / "keys"
-        self.entries: dict[str, dict[str, Any]] = {"a": LIMITS[6], "b": LIMITS[4], "c": LIMITS[3]}
-        self.secrets = {name: name for name in NAMES}  # name -> whose secret it has
-        self.accounts = {name: Account() for name in NAMES}
-        self.gone: dict[str, Account] = {}  # by secret
-        self._write()
-        for name, account in self.accounts.items():
-            account.change(self.entries[name])
+        self.books = Books(PLACES, LATE_S)
+        key_file(self.file, *self.books.in_file())
         self.tracker = RequestTracker(write_log=False)
         self.keys = KeyStore(self.file, lambda: self.now)
-        engine = ScriptedEngine(self.tracker.engine_finished, self._on_admitted)
+        engine = ScriptedEngine(self.tracker.engine_finished, self.books.admitted)
         limits = ServerLimits(PLACES, 4000, BODY_BYTES, None, None, None)
         self.gateway = Gateway(
             engine, limits, self.keys, self.tracker, Models("tiny", {"tiny"}.__contains__),
@@ -71,9 +56,6 @@ class LimitSequences(RuleBasedStateMachine):
         self.gateway._capacity.body_bytes = ALL_BODIES
         front = Entrance(self.gateway, "", BODY_BYTES)
         self.app = with_cors(front, ServeConfig(Path("unused"), cors_origins=("https://a.example",)))
-        self.open: list[Exchange] = []
-        self.facts: dict[Exchange, dict[str, Any]] = {}
-        self.late: list[tuple[float, Account, dict[str, Any]]] = []
 
     # Requests
 
@@ -132,9 +114,9 @@ class LimitSequences(RuleBasedStateMachine):
         end=st.sampled_from(("end", "end", "raise", "refuse", "fail", "leave")), used=st.integers(0, 90),
     )  # fmt: skip
     def whole_exchange(self, name: str, output: Any, prompt: Any, end: str, used: int) -> None:
-        before = list(self.open)
+        before = list(self.books.open)
         self.request(name, output, CHOICES[0], prompt, 1, end == "leave", "", False)
-        exchange = next((one for one in self.open if one not in before and one.admitted), None)
+        exchange = next((one for one in self.books.open if one not in before and one.admitted), None)
         if exchange is None:
             return
         if used % 2:
@@ -161,20 +143,16 @@ class LimitSequences(RuleBasedStateMachine):
             self._deliver(exchange)
 
     def _run(self, exchange: Exchange, facts: dict[str, Any]) -> None:
-        self.facts[exchange] = facts
-        self.open.append(exchange)
+        self.books.facts[exchange] = facts
+        self.books.open.append(exchange)
         scope, receive, send = exchange.scope, exchange.receive, exchange.send
         exchange.task = self.loop.start(self.app(scope, receive, send))
-        if "name" in facts and not exchange.done:  # its body is awaited: it has a place, and is one request
-            account = facts["account"] = self._account_of(facts["name"])
-            account.places += 1
-            facts["held"] = 1
-            assert account.places <= account.limits.get("concurrent_requests", 1 << 30)
-            facts["requests"] = [account.take("requests_per_minute", 1)]
+        if "name" in facts and not exchange.done:
+            self.books.entered(facts)
         self._reap()
 
     def _deliver(self, exchange: Exchange) -> None:
-        facts = self.facts[exchange]
+        facts = self.books.facts[exchange]
         part = facts["parts"].pop(0)
         facts["delivered"] += len(part)
         exchange.body(part, more=bool(facts["parts"]))
@@ -182,19 +160,19 @@ class LimitSequences(RuleBasedStateMachine):
         self._reap()
 
     def _pick(self, data: Any, admitted: bool | None = None) -> Exchange | None:
-        some = [one for one in self.open if admitted is None or one.admitted == admitted]
+        some = [one for one in self.books.open if admitted is None or one.admitted == admitted]
         return data.draw(st.sampled_from(some)) if some else None
 
-    @precondition(lambda self: self.open)
+    @precondition(lambda self: self.books.open)
     @rule(data=st.data())
     def more_of_a_body(self, data: Any) -> None:
         exchange = self._pick(data, admitted=False)
-        if exchange is not None and self.facts[exchange].get("parts"):
+        if exchange is not None and self.books.facts[exchange].get("parts"):
             self._deliver(exchange)
 
     # How they go on
 
-    @precondition(lambda self: self.open)
+    @precondition(lambda self: self.books.open)
     @rule(
         data=st.data(),
         order=st.sampled_from(("chunk", "chunk", "count", "end", "end", "raise", "refuse", "busy", "answer", "fail")),
@@ -207,7 +185,7 @@ class LimitSequences(RuleBasedStateMachine):
 
     def obey(self, exchange: Exchange, order: str, used: int) -> None:
         """Let the engine do something with a request that it has."""
-        facts = self.facts[exchange]
+        facts = self.books.facts[exchange]
         if order == "count":
             facts["counted"] += used + 1
             facts["finished"] += 1
@@ -220,7 +198,7 @@ class LimitSequences(RuleBasedStateMachine):
         self.loop.settle()
         self._reap()
 
-    @precondition(lambda self: self.open)
+    @precondition(lambda self: self.books.open)
     @rule(data=st.data())
     def client_leaves(self, data: Any) -> None:
         exchange = self._pick(data)
@@ -230,7 +208,7 @@ class LimitSequences(RuleBasedStateMachine):
         self.loop.settle()
         self._reap()
 
-    @precondition(lambda self: self.open)
+    @precondition(lambda self: self.books.open)
     @rule(data=st.data())
     def server_cancels(self, data: Any) -> None:
         exchange = self._pick(data)
@@ -245,16 +223,14 @@ class LimitSequences(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from((0.5, 2.5, 11.0, 31.0, 61.0)))
     def time_passes(self, seconds: float) -> None:
         self.now += seconds
-        for account in self._all_accounts():
-            account.flow(seconds)
+        self.books.flow(seconds)
         self.loop.advance(seconds)
         self._reap()
 
     @rule(seconds=st.sampled_from((-5000.0, -30.0, 600.0)))
     def clock_steps(self, seconds: float) -> None:
         self.now += seconds
-        for account in self._all_accounts():
-            account.flow(max(0.0, seconds))
+        self.books.flow(max(0.0, seconds))
 
     def request_while_draining(self, name: str) -> None:
         self.draining = True
@@ -265,7 +241,7 @@ class LimitSequences(RuleBasedStateMachine):
     def key_file_changes(self, name: str, limits: dict[str, int], kind: int) -> None:
         if kind == 0:
             self.key_file_is_broken_for_a_while()
-        elif kind == 1 and len(self.entries) > 1:
+        elif kind == 1 and len(self.books.entries) > 1:
             self.key_goes(name)
         elif kind == 2:
             self.key_is_renamed(name)
@@ -275,25 +251,24 @@ class LimitSequences(RuleBasedStateMachine):
             self.key_comes_back(name, limits)
 
     def limits_change(self, name: str, limits: dict[str, int]) -> None:
-        if name in self.entries:
-            self.entries[name] = limits
+        if name in self.books.entries:
+            self.books.entries[name] = limits
             self._reload()
 
     def key_goes(self, name: str) -> None:
-        if name in self.entries:
-            del self.entries[name]
+        if name in self.books.entries:
+            del self.books.entries[name]
             self._reload()
 
     def key_comes_back(self, name: str, limits: dict[str, int]) -> None:
-        if name not in self.entries and name not in {self.secrets[one] for one in self.entries}:
-            self.entries[name], self.secrets[name] = limits, name
+        books = self.books
+        if name not in books.entries and name not in {books.secrets[one] for one in books.entries}:
+            books.entries[name], books.secrets[name] = limits, name
             self._reload()
 
     def key_is_renamed(self, name: str) -> None:
-        """Under its new name it has its old secret."""
-        if name in self.entries and f"{name}-new" not in self.entries:
-            self.entries[f"{name}-new"] = self.entries.pop(name)
-            self.secrets[f"{name}-new"] = self.secrets[name]
+        if name in self.books.entries and f"{name}-new" not in self.books.entries:
+            self.books.rename(name)
             self._reload()
 
     def key_file_is_broken_for_a_while(self) -> None:
@@ -301,92 +276,26 @@ class LimitSequences(RuleBasedStateMachine):
         self._look_again()
         self._reload()
 
-    def _write(self) -> None:
-        entries = (
-            {"name": name, "secret": self.secrets[name], **limits} for name, limits in self.entries.items()
-        )
-        key_file(self.file, *entries)
-
     def _reload(self) -> None:
-        self._write()
-        before = dict(self.accounts)
-        after = {name: before[name] for name in self.entries if name in before}
-        left = {self.secrets[name]: account for name, account in before.items() if name not in self.entries}
-        left |= self.gone
-        for name in self.entries:
-            if name not in after:
-                secret = self.secrets[name]
-                after[name] = left.pop(secret) if secret in left else Account()
-        self.accounts, self.gone = after, left
+        key_file(self.file, *self.books.in_file())
+        self.books.hand_over()
         self._look_again()
-        for name, account in self.accounts.items():
-            account.change(self.entries[name])
+        self.books.take_limits()
 
     def _look_again(self) -> None:
         self.now += 3
-        for account in self._all_accounts():
-            account.flow(3)
+        self.books.flow(3)
         os.utime(self.file, ns=(int(self.now * 1e9), id(object()) % 1000 + int(self.now * 1e9)))
         self.keys.find("nobody")
 
-    # What the oracle says
-
-    def _all_accounts(self) -> list[Account]:
-        running = [facts["account"] for facts in self.facts.values() if "account" in facts]
-        return list(
-            {id(one): one for one in (*self.accounts.values(), *self.gone.values(), *running)}.values()
-        )
-
-    def _account_of(self, name: str) -> Account:
-        return next(self.accounts[one] for one in self.entries if self.secrets[one] == name)
-
-    def _on_admitted(self, exchange: Exchange) -> None:
-        facts = self.facts[exchange]
-        assert "bad" not in facts
-        account: Account = facts["account"]
-        more = facts["prompts"] - 1
-        account.places += more
-        facts["held"] += more
-        assert account.places <= account.limits.get("concurrent_requests", 1 << 30) or not more
-        if more:
-            facts["requests"].append(account.take("requests_per_minute", more))
-        facts["tokens"] = account.take("tokens_per_minute", facts["reserved"])
-        in_engine = sum(self.facts[one]["prompts"] for one in self.open if one.admitted)
-        assert in_engine <= PLACES
-
     def _reap(self) -> None:
-        """Requests that have ended, however."""
-        for exchange in [one for one in self.open if one.done]:
-            self.open.remove(exchange)
-            assert exchange.task is not None
-            if not exchange.task.cancelled() and (error := exchange.task.exception()) is not None:
-                assert isinstance(error, Broken)
-            self._ended(exchange, self.facts[exchange])
-        due = [one for one in self.late if one[0] <= self.loop.now_s]
-        self.late = [one for one in self.late if one not in due]
-        for _, account, facts in due:
-            account.use(facts["read"], facts["tokens"])
+        self.books.reap(self.loop.now_s)
 
-    def _ended(self, exchange: Exchange, facts: dict[str, Any]) -> None:
-        account: Account | None = facts.get("account")
-        if account is not None:
-            account.places -= facts["held"]
-        refused = 400 <= exchange.status < 500 or not exchange.admitted
-        if refused and account is not None and not facts.get("counted"):
-            for receipt in facts["requests"]:
-                account.use(0, receipt)
-        if not exchange.admitted:
-            assert exchange.task is not None
-            assert exchange.task.cancelled() or exchange.status in REFUSALS, exchange.sent
-        elif account is not None:
-            if facts["counted"] or refused or exchange.status >= 500:
-                account.use(facts["counted"], facts["tokens"])
-            else:
-                self.late.append((self.loop.now_s + LATE_S, account, facts))
+    # What the books say
 
     @invariant()
     def every_bucket_is_as_full_as_the_documentation_says(self) -> None:
-        for name, account in self.accounts.items():
+        for name, account in self.books.accounts.items():
             usage = self.gateway._usages._by_name.get(name)
             if usage is None:
                 continue
@@ -398,10 +307,10 @@ class LimitSequences(RuleBasedStateMachine):
     @invariant()
     def no_more_is_held_than_runs(self) -> None:
         capacity = self.gateway._capacity
-        held = sum(self.facts[one].get("delivered", 0) for one in self.open)
+        held = sum(self.books.facts[one].get("delivered", 0) for one in self.books.open)
         assert 0 <= capacity.places_taken <= PLACES
         assert capacity.bytes_taken <= min(held + 100, ALL_BODIES)
-        if not self.open:
+        if not self.books.open:
             assert (capacity.places_taken, capacity.bytes_taken, self.tracker.active) == (0, 0, 0)
 
     def teardown(self) -> None:
@@ -414,12 +323,12 @@ class LimitSequences(RuleBasedStateMachine):
             logging.disable(logging.NOTSET)
 
     def _end_everything(self) -> None:
-        for exchange in list(self.open):
+        for exchange in list(self.books.open):
             exchange.disconnect()
             exchange.order("end")
         self.loop.settle()
         self.time_passes(100.0)
-        for exchange in list(self.open):
+        for exchange in list(self.books.open):
             assert exchange.done, (exchange.path, exchange.status)
 
     def _nothing_is_left(self) -> None:
