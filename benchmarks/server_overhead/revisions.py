@@ -26,13 +26,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import uvloop
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.endpoint import write_result  # noqa: E402
-from benchmarks.http_load import quantile  # noqa: E402
 from benchmarks.mock_engine import folder  # noqa: E402
 from benchmarks.revisions.trees import Tree, two_trees  # noqa: E402
 from benchmarks.server_overhead.run import LIMITS, MODEL, key_file  # noqa: E402
@@ -173,12 +173,16 @@ async def answer(port: int, tokens: int, key: str, mock: bool) -> tuple[list[flo
     return first, pieces
 
 
+def _quantile(name: str, share: float) -> Callable[[Sequence[Turn]], float]:
+    return lambda turns: float(np.quantile(np.concatenate([getattr(one, name) for one in turns]), share))
+
+
 FIGURES: dict[str, Callable[[Sequence[Turn]], float]] = {
     "cpu": lambda turns: statistics.median(one.cpu_us for one in turns),
-    "first_p50": lambda turns: quantile([us for one in turns for us in one.first_us], 0.5),
-    "first_p99": lambda turns: quantile([us for one in turns for us in one.first_us], 0.99),
-    "between_p50": lambda turns: quantile([us for one in turns for us in one.between_us], 0.5),
-    "between_p99": lambda turns: quantile([us for one in turns for us in one.between_us], 0.99),
+    "first_p50": _quantile("first_us", 0.5),
+    "first_p99": _quantile("first_us", 0.99),
+    "between_p50": _quantile("between_us", 0.5),
+    "between_p99": _quantile("between_us", 0.99),
 }
 
 

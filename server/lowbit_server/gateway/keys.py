@@ -90,7 +90,9 @@ class KeyStore:
 
     def _take(self, keys: dict[str, Key]) -> None:
         self._keys = keys
-        self.uses_priorities = any(key.priority for key in keys.values())  # whether any is served before another
+        self.uses_priorities = any(
+            key.priority for key in keys.values()
+        )  # whether any is served before another
 
     def _reload_if_changed(self) -> None:
         now = self._clock()

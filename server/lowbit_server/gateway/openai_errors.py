@@ -11,6 +11,7 @@ from typing import Any
 from starlette.types import Send
 
 from lowbit_server.gateway.route_table import ErrorShape
+from lowbit_server.gateway.validation_errors import readable
 
 TYPES = {
     401: "authentication_error",
@@ -37,6 +38,7 @@ CODES = {
 # What vLLM says of a prompt that is too long: parameters that no API has, and words of its messages.
 PROMPT_PARAMETERS = ("input_tokens", "input_text")
 PROMPT_TOO_LONG = ("is longer than the maximum model length", "plus the number of requested output tokens")
+NOT_KEPT = "Response with id "
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,9 @@ def normalized(status: int, body: bytes, prompt: str | None = None) -> tuple[int
     """
     status = 400 if status == 422 else status
     message, param, code = _read(body)
+    message, param = readable(message, param)
+    if status == 404 and message.startswith(NOT_KEPT):
+        message += " Responses are kept only with VLLM_ENABLE_RESPONSES_API_STORE=1: send the conversation as `input`."
     if status == 400 and (param in PROMPT_PARAMETERS or any(mark in message for mark in PROMPT_TOO_LONG)):
         code, param = "context_length_exceeded", prompt
     return status, error_document(

@@ -92,7 +92,7 @@ class ResponseWriter:
         if status == 503 and self._retry_after is not None and any(mark in body for mark in QUEUE_FULL):
             status = 429
             headers["retry-after"] = str(self._retry_after())
-        if self._headers:  # health responses have none and keep their own shape
+        if self._headers or status != 503:  # what a probe says of the engine keeps its own shape
             status, body = normalized(status, body, self._prompt)
         headers |= {"content-type": "application/json", "content-length": str(len(body))}
         self._note(status)

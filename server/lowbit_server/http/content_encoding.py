@@ -13,6 +13,10 @@ from starlette.types import Message, Receive, Scope
 from lowbit_server.gateway.openai_errors import ApiError
 
 PLAIN = ("", "identity")
+ENCODINGS = (
+    b"content-encoding",
+    b"transfer-encoding",
+)  # chunks, always the last of the latter, are the parser's
 PIECE_BYTES = 256 << 10  # inflated at once, between two looks at other connections
 WINDOW: dict[int, int] = {zstd.DecompressionParameter.window_log_max: 23}
 
@@ -47,9 +51,10 @@ DECOMPRESSORS: dict[str, Callable[[], Decompressor]] = {
 
 
 def encoding_of(scope: Scope) -> str:
-    """The content encoding that a request names, in small letters."""
-    named = [value for name, value in scope["headers"] if name == b"content-encoding"]
-    return b", ".join(named).decode("latin-1").strip().lower() if named else ""
+    """The encoding, in small letters, of a body whose chunks have been put together: of its content or its transfer."""
+    named = [value for name, value in scope["headers"] if name in ENCODINGS]
+    codings = b",".join(named).decode("latin-1").lower().split(",") if named else []
+    return ", ".join(one for one in map(str.strip, codings) if one not in ("", "chunked"))
 
 
 class Inflating:

@@ -1,7 +1,7 @@
 """What every request passes first, whatever answers it: HTTP's general rules, so that nothing behind knows of them.
 
-HEAD is a GET whose body the HTTP server drops; a path may come with the prefix that a proxy has for this server; a body
-may be compressed. Behind it is the answer that the model loads, and then the gateway.
+HEAD is a GET whose body the HTTP server drops; a path may come with the prefix that a proxy has for this server, and
+with a slash at its end; a body may be compressed. Behind it is the answer that the model loads, and then the gateway.
 """
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -24,8 +24,13 @@ class Entrance:
             scope = {**scope, "method": "GET"}
         elif scope["method"] == "POST" and (encoding := encoding_of(scope)) not in PLAIN:
             scope, receive = _without_encoding(scope), Inflating(encoding, receive, self._most)
-        if self._root_path:
-            scope = {**scope, "path": self._below_root(scope["path"])}
+        path = self._below_root(scope["path"]) if self._root_path else scope["path"]
+        if path.endswith("/"):
+            path = (
+                path.rstrip("/") or "/"
+            )  # in place of a redirect, which behind a proxy names the wrong address
+        if path != scope["path"]:
+            scope = {**scope, "path": path}
         await self._app(scope, receive, send)
 
     def _below_root(self, path: str) -> str:

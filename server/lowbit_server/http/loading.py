@@ -28,7 +28,7 @@ class Loading:
         self._number += 1
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        status = PROBES.get(scope["path"].rstrip("/"))
+        status = PROBES.get(scope["path"])
         again = {"retry-after": str(RETRY_AFTER_S)}
         if status is None:
             error = ApiError(503, "the model is loading; try again soon", "loading", headers=again)

@@ -1,9 +1,9 @@
 """uvicorn's HTTP/1.1 protocol with bounds on all that arrives: how large, and how long it may take.
 
 llhttp, the parser, refuses what could smuggle a request past a proxy: two lengths, a length together with chunks, a
-space before a colon, folded headers (tests/server/gateway/test_http_parser.py). It has no limits of its own, and
+space before a colon, folded headers (tests/server/http/test_odd_clients.py). It has no limits of its own, and
 uvicorn none on how long a head, a body or a client that reads nothing may take. Nothing here runs for a piece of a
-response; how a connection ends is in `http_endings.py`.
+response; how a connection ends is in `endings.py`.
 
 An offer to go on in another protocol (`Upgrade: h2c`, which Java's HttpClient and `curl --http2` make) is declined, as
 HTTP allows: the request is answered in HTTP/1.1. httptools drops the body of such a request, so its head is parsed
@@ -77,6 +77,9 @@ class BoundedHttp(EndingHttp):
             return  # `_decline` parses it again
         if self.head_bytes > self.max_header_bytes and self._head_size() > self.max_header_bytes:
             self._refuse_large_head()
+            return
+        if sum(name == b"host" for name, _ in self.headers) > 1:
+            self.refuse(400, "the request names two hosts")
             return
         super().on_headers_complete()
         self.in_head = False

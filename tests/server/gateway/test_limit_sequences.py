@@ -229,8 +229,11 @@ class LimitSequences(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from((-5000.0, -30.0, 600.0)))
     def clock_steps(self, seconds: float) -> None:
+        """A bucket that nobody looks at between two steps sees their sum: so each is looked at."""
         self.now += seconds
         self.books.flow(max(0.0, seconds))
+        for usage in self.gateway._usages._by_name.values():
+            usage.headers()
 
     def request_while_draining(self, name: str) -> None:
         self.draining = True

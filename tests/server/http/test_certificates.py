@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from fastapi import FastAPI
+from tests.server.http.raw_sockets import read_to_the_end
 
 from lowbit_core.cli import main
 from lowbit_core.errors import ConfigError
@@ -83,6 +84,36 @@ async def test_the_server_serves_the_pair_of_its_flags(tmp_path: Path) -> None:
     with bind("127.0.0.1", 0) as listener:
         async with serving(FastAPI(), listener, config):
             assert await shown(listener.getsockname()[1]) == "first"
+
+
+async def test_clients_that_leave_in_the_handshake_or_send_no_tls_leave_nothing_behind(
+    tmp_path: Path,
+) -> None:
+    certificate, key = pair(tmp_path, "first")
+    config = ServeConfig(tmp_path, ssl_certfile=certificate, ssl_keyfile=key, drain_timeout_s=1)
+    outgoing = ssl.MemoryBIO()
+    client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname="a")
+    with pytest.raises(ssl.SSLWantReadError):
+        client.do_handshake()
+    hello = outgoing.read()
+    with bind("127.0.0.1", 0) as listener:
+        port = listener.getsockname()[1]
+        async with serving(FastAPI(), listener, config) as running:
+            for sent in (hello[:1], hello[:5], hello[:-1], hello):
+                _, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.write(sent)
+                await writer.drain()
+                writer.transport.abort()
+            for nonsense in (b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n", hello + b"junk" * 10):
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.write(nonsense)
+                await asyncio.wait_for(
+                    read_to_the_end(reader), 5
+                )  # an alert, or nothing: there is no TLS to answer in
+                writer.close()
+            assert await shown(port) == "first"
+            await asyncio.sleep(0.1)
+            assert running.server.server_state.connections == set()
 
 
 def test_a_pair_that_does_not_fit_is_refused_before_anything_is_loaded(
