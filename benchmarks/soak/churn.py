@@ -20,7 +20,7 @@ from backports import zstd
 
 CHAT = "/v1/chat/completions"
 TOKEN = re.compile(rb'"content":"[^"]')
-LONG = 300  # tokens of a request that is not to end by itself
+LONG = 300  # tokens of a request that is not to end by itself: 9 s of the mock engine
 READ_S = 120.0
 HEAD_S = 30.0  # the server's own bound for a head
 RESET = struct.pack("ii", 1, 0)
@@ -74,10 +74,15 @@ class Connection:
 
 
 class Clients:
-    """The kinds of request, and what is needed to send them. `keys`: secret by name; `mock`: the engine can fail."""
+    """The kinds of request, and what is needed to send them.
 
-    def __init__(self, port: int, keys: dict[str, str], model: str, mock: bool, seed: int) -> None:
-        self.port, self.keys, self.model, self.mock = port, keys, model, mock
+    `keys`: secret by name; `mock`: the engine can fail; `long`: tokens of a request that is not to end by itself.
+    """
+
+    def __init__(
+        self, port: int, keys: dict[str, str], model: str, mock: bool, seed: int, long: int = LONG
+    ) -> None:
+        self.port, self.keys, self.model, self.mock, self.long = port, keys, model, mock, long
         self.random, self.expected = random.Random(seed), Expected()
         self.one_at_a_time = asyncio.Lock()
         self.kinds: dict[Callable[[], Awaitable[None]], int] = {
@@ -214,7 +219,7 @@ class Clients:
 
     async def leaves_stream(self, reset: bool = False) -> None:
         async with self.connection() as connection:
-            connection.send(self.request(self.churn, self.document(LONG, stream=True)))
+            connection.send(self.request(self.churn, self.document(self.long, stream=True)))
             await connection.until(TOKEN)
             if reset:
                 connection.reset()
@@ -225,7 +230,7 @@ class Clients:
 
     async def leaves_whole(self) -> None:
         async with self.connection() as connection:
-            connection.send(self.request(self.churn, self.document(LONG)))
+            connection.send(self.request(self.churn, self.document(self.long)))
             await asyncio.sleep(self.random.uniform(0.3, 0.6))
             connection.reset()
         self.expected.ended("client_gone")
@@ -245,12 +250,12 @@ class Clients:
     # Deadlines
 
     async def deadline_whole(self) -> None:
-        sent = self.request(self.churn, self.document(LONG), "X-Request-Timeout: 0.4")
+        sent = self.request(self.churn, self.document(self.long), "X-Request-Timeout: 0.4")
         status(await self.answer(sent), 504)
         self.expected.ended("deadline")
 
     async def deadline_stream(self) -> None:
-        sent = self.request(self.churn, self.document(LONG, stream=True), "X-Request-Timeout: 1.5")
+        sent = self.request(self.churn, self.document(self.long, stream=True), "X-Request-Timeout: 1.5")
         found = await self.answer(sent)
         if b"deadline_exceeded" not in found or b"[DONE]" in found:
             raise ValueError(f"a deadline ended with {found[-200:]!r}")
@@ -299,7 +304,7 @@ class Clients:
         """A key with one place: the second request of two is refused, and the third, after the first, is not."""
         async with self.one_at_a_time:
             async with self.connection() as connection:
-                connection.send(self.request("one", self.document(LONG, stream=True)))
+                connection.send(self.request("one", self.document(self.long, stream=True)))
                 await connection.until(TOKEN)
                 await self.refused(self.request("one", self.document(1)), 429, "key_concurrent")
             self.expected.ended("client_gone")

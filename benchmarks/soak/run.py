@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.endpoint import PYTHON, lowbit_serve, running, write_result  # noqa: E402
 from benchmarks.mock_engine import MODEL, folder  # noqa: E402
-from benchmarks.soak.churn import Clients, Expected  # noqa: E402
+from benchmarks.soak.churn import LONG, Clients, Expected  # noqa: E402
 
 BOUND_MB_PER_MINUTE = 0.1
 SAMPLE_S, KEYS_S = 5.0, 7.0
@@ -51,6 +51,9 @@ def main() -> int:
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--rate", type=float, default=10.0, help="requests started in a second")
+    parser.add_argument(
+        "--long", type=int, default=LONG, help="tokens of a request that is left or timed out"
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
@@ -68,7 +71,7 @@ def main() -> int:
         started = lowbit_serve(arguments.checkpoint, log, *flags)
     with started as server:
         port = int(server.url.rpartition(":")[2])
-        clients = Clients(port, keys, MODEL, arguments.checkpoint is None, arguments.seed)
+        clients = Clients(port, keys, MODEL, arguments.checkpoint is None, arguments.seed, arguments.long)
         process = psutil.Process(server.process.pid)
         seconds = arguments.minutes * 60
         samples = asyncio.run(soak(clients, process, work / "keys.yaml", seconds, arguments.rate))
