@@ -63,18 +63,14 @@ def _hidden(model: LoadedModel, text: TokenText, what: str) -> Iterator[Tensor]:
 
 def compare_text(base: TextStates, ours: TextStates, text: TokenText, *, fp8_cache: bool) -> QualityRecord:
     """The `quality` section of a manifest, from two models' hidden states."""
-    same, p, q = nn.Identity(), base.hidden, ours.hidden
-    head = base.head
+    same, head = nn.Identity(), base.head
     if head.shape[0] != ours.head.shape[0]:
         raise ConfigError(
             f"MODEL's vocabulary has {ours.head.shape[0]} tokens, that of --base {head.shape[0]}: their "
             "distributions cannot be compared"
         )
-    if head.shape != ours.head.shape or not torch.equal(head, ours.head):  # one head for both, side by side
-        head = torch.cat([base.head.float(), ours.head.float()], dim=1)
-        p = torch.cat([p.float(), p.new_zeros(*p.shape[:2], ours.head.shape[1]).float()], dim=-1)
-        q = torch.cat([q.new_zeros(*q.shape[:2], base.head.shape[1]).float(), q.float()], dim=-1)
-    predictions = kl.compare(p, q, same, same, head, text.ids)
+    own_head = None if torch.equal(head, ours.head) else ours.head
+    predictions = kl.compare(base.hidden, ours.hidden, same, same, head, text.ids, own_head)
     return kl.summarize(predictions, text, kv_cache_included=fp8_cache)
 
 

@@ -103,8 +103,9 @@ def _finished_walk(
     """The walk whose shards lie in the output, and its quality; passes on trial stay if they lower held-out KL."""
 
     def prepared(name: str, passes: tuple[Pass, ...], directory: Path) -> Walk:
-        work = Work(plan.modules, passes, plan.paired, plan.fp8_cache, plan.baselines(texts[1].domains))
-        shards = decoder.depth + 1 + len(base.carried_shards)
+        baselines, alone = plan.baselines(texts[1].domains), not base.rest.carried
+        work = Work(plan.modules, passes, plan.paired, plan.fp8_cache, baselines, fold_head=alone)
+        shards = decoder.depth + plan.quantizes_head + 1 + len(base.carried_shards)
         writer = CheckpointWriter(directory, shards, scratch=run.scratch)
         return Walk(decoder, work, texts, writer, run.journal(name), memory_bytes)
 
@@ -123,7 +124,7 @@ def _finished_walk(
         run.end_trial(TrialResult(kept=with_them < without, kld_without=without, kld_with=with_them))
     if run.trial is not None and run.trial.kept:
         return walked(prepared(WALK, plan.passes, run.out))
-    run.keep_shards(WITHOUT, [record.shard for record in run.journal(WITHOUT).layers])
+    run.keep_shards(WITHOUT, run.journal(WITHOUT).shards)
     return walked(prepared(WITHOUT, settled, run.out))
 
 
@@ -131,9 +132,9 @@ def write_rest(plan: Plan, base: Base, walk: Walk, run: RunDirectory) -> Compani
     """Write what lies outside the layers, the index, the configuration, and copies of what lies beside the weights."""
     decoder, architecture = walk.decoder, plan.architecture
     names = map(architecture.published_name, plan.skeleton.state_dict())
-    outside = [name for name in names if not name.startswith(f"{architecture.layers}.")]
-    if plan.tied:
-        outside.remove(f"{architecture.head}.weight")
+    written = [architecture.layers] + [architecture.head] * (plan.tied or plan.quantizes_head)
+    written += [architecture.final_norm] * plan.quantizes_head
+    outside = [name for name in names if not name.startswith(tuple(f"{one}." for one in written))]
     walk.writer.write_shard({name: decoder.read(name) for name in outside})
     for shard in base.carried_shards:
         walk.writer.write_shard({name: base.read_carried(name, decoder.dtype) for name in shard})

@@ -30,6 +30,11 @@ from lowbit_quantize.walk.module_plan import ModulePlan, Modules
 
 log = get_logger("quantize")
 
+EMBEDDING_STAYS = (
+    "engines look rows up in: vLLM 0.32 reads quantized rows on GPUs only, and none of a matrix that is the "
+    "head too"
+)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -62,7 +67,13 @@ class Plan:
         Not where a pass changes what layers compute: that is not an error to be made up for.
         """
         changed = any(one.changes_function for one in self.passes)
-        return not changed and any(entry.compensates for entry in self.modules.values())
+        entries = (entry for name, entry in self.modules.items() if name != self.architecture.head)
+        return not changed and any(entry.compensates for entry in entries)
+
+    @property
+    def quantizes_head(self) -> bool:
+        """Whether the output matrix is quantized, which only a rule that names it asks for."""
+        return self.architecture.head in self.modules
 
     @property
     def fp8_cache(self) -> bool:
@@ -103,7 +114,8 @@ class Plan:
             for group in self.architecture.groups_of(layer)
             for name in group.other_readers
         )
-        return (self.architecture.head, *gates, *self.unquantized_linears)
+        head = () if self.quantizes_head else (self.architecture.head,)
+        return (*head, *gates, *self.unquantized_linears)
 
     def baselines(self, domains: Sequence[str]) -> dict[str, list[int]]:
         """The held-out sequences, of these domains, that walk as baselines; none where the recipe wants none."""
@@ -163,7 +175,8 @@ def _table(skeleton: nn.Module, architecture: Architecture, recipe: Recipe, cata
     linears = decoder_linears(skeleton, architecture)
     others = [name for name, module in skeleton.named_modules() if _has_matrix(module)]
     published = {name: architecture.published_name(name) for name in dict.fromkeys([*linears, *others])}
-    wanted = resolve(recipe.modules, published, linears.keys(), catalog)
+    head, fixed = _outside(skeleton, architecture)
+    wanted = resolve(recipe.modules, published, linears.keys(), catalog, head.keys(), fixed)
     sets = list(_fused_sets(skeleton, architecture))
     modules: dict[str, ModulePlan] = {}
     for names in sets:
@@ -171,9 +184,21 @@ def _table(skeleton: nn.Module, architecture: Architecture, recipe: Recipe, cata
         modules.update(dict.fromkeys(names, entry) if entry else {})
     modules = {name: modules[name] for name in linears if name in modules}
     _check_experts(modules, linears, architecture, published)
+    modules |= {name: entry for name in head if (entry := wanted[name].entry)}
     for name, entry in modules.items():
-        _check_width(published[name], linears[name].in_features, entry, linears.values())
+        _check_width(published[name], (linears | head)[name].in_features, entry, linears.values())
+    for name, linear in head.items():
+        _check_words(name, linear.out_features, modules.get(name))
     return modules
+
+
+def _outside(skeleton: nn.Module, architecture: Architecture) -> tuple[dict[str, nn.Linear], dict[str, str]]:
+    """What rules may ask for beside the decoder's linears, the head; and by name why the embedding stays as it is."""
+    head, embedding = architecture.head, architecture.embedding
+    fixed = {embedding: EMBEDDING_STAYS}
+    if getattr(skeleton, "config").tie_word_embeddings:  # noqa: B009 (nn.Module's getattr is typed as Module)
+        return {}, fixed | {head: f"is {embedding}, which {EMBEDDING_STAYS}"}
+    return {head: linear_of(skeleton, head)}, fixed
 
 
 def _has_matrix(module: nn.Module) -> bool:
@@ -260,6 +285,16 @@ def _check_width(name: str, inputs: int, entry: ModulePlan, linears: Any) -> Non
     raise RecipeError(
         f"modules: {entry.scheme.name} does not fit the {inputs} inputs of {name}: {reason}; {hint}, "
         "or leave it as it is with scheme: none"
+    )
+
+
+def _check_words(name: str, words: int, entry: ModulePlan | None) -> None:
+    """vLLM cuts packed zero points by whole words of 32 bits along the vocabulary."""
+    if entry is None or entry.scheme.symmetric or words * entry.scheme.bits % 32 == 0:
+        return
+    raise RecipeError(
+        f"modules: {entry.scheme.name} does not fit the {words} outputs of {name}: engines read zero points of "
+        f"{32 / entry.scheme.bits:g} outputs at a time; give a symmetric scheme, or leave it as it is"
     )
 
 

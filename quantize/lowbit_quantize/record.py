@@ -26,7 +26,7 @@ from lowbit_quantize.quality.dataset import TokenText
 from lowbit_quantize.run.companions import Companions
 from lowbit_quantize.run.directory import RunDirectory
 from lowbit_quantize.run.identity import tool_versions
-from lowbit_quantize.run.journal import LayerRecord
+from lowbit_quantize.run.journal import HeadRecord, LayerRecord
 from lowbit_quantize.walk.forward import Walk
 
 
@@ -79,7 +79,8 @@ def manifest_of(
         ),
         recipe=plan.recipe.model_dump(mode="json"),
         size=_size(plan, walk, base.weights.bytes + base.carried_bytes),
-        modules=[module for record in walk.layers for module in record.modules],
+        modules=[module for record in walk.layers for module in record.modules]
+        + ([walk.head.module] if walk.head else []),
         unquantized=list(plan.unquantized_linears),
         kv_cache=_kv_cache(walk.layers),
         experts=_experts(plan, walk.layers),
@@ -95,8 +96,9 @@ def manifest_of(
 
 
 def _size(plan: Plan, walk: Walk, base_bytes: int) -> SizeRecord:
-    packed = sum(record.packed_bytes for record in walk.layers)
-    quantized = sum(record.quantized_parameters for record in walk.layers)
+    records: list[LayerRecord | HeadRecord] = [*walk.layers, *([walk.head] if walk.head else [])]
+    packed = sum(record.packed_bytes for record in records)
+    quantized = sum(record.quantized_parameters for record in records)
     return SizeRecord(
         parameters=plan.parameters,
         base_bytes=base_bytes,

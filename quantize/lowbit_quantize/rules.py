@@ -4,6 +4,7 @@ import fnmatch
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from lowbit_core.errors import RecipeError
 from lowbit_quantize.catalog import Catalog, unknown_name
@@ -33,14 +34,20 @@ class Wanted:
 
 
 def resolve(
-    rules: Sequence[Rule], published: Mapping[str, str], linears: Collection[str], catalog: Catalog
+    rules: Sequence[Rule],
+    published: Mapping[str, str],
+    linears: Collection[str],
+    catalog: Catalog,
+    on_request: Collection[str] = (),
+    fixed: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Wanted]:
-    """What the rules want of each of `linears`, by name; raises RecipeError.
+    """What the rules want of each of `linears` and of those `on_request`, by name; raises RecipeError.
 
-    `published` maps the names of all linears of the model, which are more (the head), to those that rules are written
-    in.
+    `published` maps the names of all matrices of the model, which are more, to those that rules are written in.
+    `on_request` is the head: a pattern that means the decoder's linears (`*`) does not mean it, only one that matches
+    none of these; `none` always does. `fixed` says why others stay as they are.
     """
-    wanted = dict.fromkeys(linears, Wanted())
+    wanted = dict.fromkeys([*linears, *on_request], Wanted())
     for number, rule in enumerate(rules):
         entry = _entry(rule, f"modules.{number}", catalog)
         for pattern in rule.match:
@@ -53,10 +60,13 @@ def resolve(
                     "'*.down_proj' or 're:.*down_proj'"
                 )
             mine = [name for name in matched if name in wanted]
+            if entry is not None:
+                mine = [name for name in mine if name not in on_request] or mine
             if entry is not None and not mine:
+                why = fixed.get(matched[0], "is none of the decoder's linears and stays as it is")
                 raise RecipeError(
-                    f"modules.{number}.match: {pattern!r} matches {published[matched[0]]} only, which is none of "
-                    "the decoder's linears and stays as it is; give it scheme: none or leave the rule out"
+                    f"modules.{number}.match: {pattern!r} matches {published[matched[0]]} only, which {why}; give it "
+                    "scheme: none or leave the rule out"
                 )
             wanted.update(dict.fromkeys(mine, Wanted(entry, by_rule=True)))
     return wanted

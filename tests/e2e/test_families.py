@@ -33,12 +33,17 @@ SMALL = (
     "quality.max_seq_length=64",
 )
 PLAIN_EXPERTS = "modules=[{match: '*', scheme: W4A16, group_size: 64}, {match: '*.experts.*', scheme: none}]"
+HEAD = (
+    "modules=[{match: '*', scheme: W4A16, group_size: 64}, "
+    "{match: lm_head, scheme: W4A16_ASYM, group_size: 64, methods: [awq, gptq]}]"
+)
 HALF = ("passes=[{prune_experts: {prune_ratio: 0.5}}]", "modules=[]", "kv_cache.dtype=none")
 CASES: dict[str, tuple[str, ...]] = {
     **{
         family: ((PLAIN_EXPERTS,) if family_has.moe_block else ())
         for family, family_has in ARCHITECTURES.items()
     },
+    "qwen2 head": (HEAD,),
     "qwen3_moe pruned": HALF,
     "deepseek_v2 pruned": HALF,
 }

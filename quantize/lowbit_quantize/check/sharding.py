@@ -21,6 +21,7 @@ CPU_MULTIPLE = 32  # of inputs and outputs on a rank
 EXPERTS_HIDDEN_MULTIPLE = 128
 EXPERTS_MIDDLE_MULTIPLE = 64
 SPLITS_INPUTS = ("o_proj", "down_proj")
+VOCABULARY_MULTIPLE = 64  # that engines fill the head's outputs up to
 WHOLE = ("q_a_proj", "kv_a_proj_with_mqa")  # what makes a latent is on every rank
 KEYS_AND_VALUES = ("k_proj", "v_proj")
 
@@ -86,6 +87,12 @@ def _shards(plan: Plan, size: int, expert_parallel: bool) -> Iterator[Shard]:
                     config,
                     1 if _whole(group, expert_parallel) else size,
                 )
+    if (head := plan.modules.get(architecture.head)) is not None:
+        inputs = int(config.hidden_size)
+        words = -(-int(config.vocab_size) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+        yield Shard(
+            architecture.head, _part(words, size), inputs, inputs, expert=False, group=head.scheme.group_size
+        )
 
 
 def _whole(group: LinearGroup, expert_parallel: bool) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lowbit_quantize.export.checkpoint import Checkpoint
 from lowbit_quantize.export.exporter import Exported
-from lowbit_quantize.export.older_format import obstacle, odd_outputs, repack, scheme_of
+from lowbit_quantize.export.older_format import HEAD, obstacle, odd_outputs, repack, scheme_of
 from lowbit_quantize.export.packing import pack_last
 from lowbit_quantize.schemes.integer import Integer
 from lowbit_quantize.schemes.scheme import Quantized
@@ -41,7 +41,7 @@ class AutoAwq:
                 "bits": scheme.bits,
                 "group_size": scheme.group_size,
                 "zero_point": True,
-                "modules_to_not_convert": ["lm_head", *checkpoint.manifest.unquantized],
+                "modules_to_not_convert": [HEAD, *checkpoint.manifest.unquantized],
             },
         )
 

@@ -20,6 +20,7 @@ from lowbit_quantize.schemes.scheme import Quantized
 KERNEL_GROUP_SIZES = (32, 64, 128)  # what vLLM's GPU code takes in the older formats
 OUTPUT_MULTIPLE = 32  # AutoAWQ, AutoGPTQ and vLLM's CPU kernel count outputs in blocks of 32
 KV_SCALES = ("k_scale", "v_scale")
+HEAD = "lm_head"
 
 
 def scheme_of(checkpoint: Checkpoint) -> Integer:
@@ -34,6 +35,8 @@ def obstacle(checkpoint: Checkpoint, bits: tuple[int, ...], *, asymmetric: bool)
     kinds = list(dict.fromkeys(checkpoint.schemes.values()))
     if checkpoint.manifest.experts is not None:
         return "the format is for dense models and this one has experts"
+    if HEAD in checkpoint.modules:
+        return f"its readers keep the head as it is, and this checkpoint quantizes {HEAD}"
     if not kinds:
         return "it holds quantized linears only, and this checkpoint has none"
     if len(kinds) > 1:

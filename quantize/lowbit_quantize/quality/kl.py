@@ -42,10 +42,17 @@ class Predictions:
 
 
 def compare(
-    base: Tensor, compressed: Tensor, base_norm: nn.Module, norm: nn.Module, head: Tensor, ids: Tensor
+    base: Tensor,
+    compressed: Tensor,
+    base_norm: nn.Module,
+    norm: nn.Module,
+    head: Tensor,
+    ids: Tensor,
+    own_head: Tensor | None = None,
 ) -> Predictions:
     """Compare two models by their last hidden states, (sequences, tokens, hidden), on the text `ids`.
 
+    `own_head` is the compressed model's, where it is not the base's.
     The vocabulary is gone through in blocks, of which one at a time is float32: the sums over it are kept relative
     to the largest logit so far (Milakov and Gimelshein 2018, arXiv 1805.02867).
     """
@@ -55,7 +62,7 @@ def compare(
         rows = slice(start, start + sequences)
         targets = ids[rows, 1:].to(head.device)
         p, q = base_norm(base[rows, :-1].to(head.device)), norm(compressed[rows, :-1].to(head.device))
-        columns = _compare_positions(p.flatten(0, 1), q.flatten(0, 1), head, targets.flatten())
+        columns = _compare_positions(p.flatten(0, 1), q.flatten(0, 1), head, own_head, targets.flatten())
         chunks.append([column.view(targets.shape) for column in columns])
     return Predictions(*(torch.cat(columns) for columns in zip(*chunks, strict=True)))
 
@@ -101,7 +108,9 @@ def _logits(states: Tensor, words: Tensor, dtype: torch.dtype) -> Tensor:
         return (high.float() @ words.T).addmm_(low.float(), words.T)
 
 
-def _compare_positions(base: Tensor, compressed: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+def _compare_positions(
+    base: Tensor, compressed: Tensor, head: Tensor, own_head: Tensor | None, targets: Tensor
+) -> tuple[Tensor, ...]:
     """KL, agreement and both losses, (positions,), of normed hidden states, (positions, hidden)."""
     p_sum, q_sum = _Softmax(len(base), head.device), _Softmax(len(base), head.device)
     apart = torch.zeros(
@@ -109,8 +118,11 @@ def _compare_positions(base: Tensor, compressed: Tensor, head: Tensor, targets: 
     )  # sum of exp(p − largest) · (p − q)
     losses = [torch.zeros_like(apart), torch.zeros_like(apart)]
     for first in range(0, len(head), BLOCK_WORDS):
-        wide = head[first : first + BLOCK_WORDS].float()
-        p, q = (_logits(states, wide, head.dtype) for states in (base, compressed))  # (positions, words)
+        words = slice(first, first + BLOCK_WORDS)
+        wide = head[words].float()
+        own = wide if own_head is None else own_head[words].float()
+        own_dtype = head.dtype if own_head is None else own_head.dtype
+        p, q = _logits(base, wide, head.dtype), _logits(compressed, own, own_dtype)  # (positions, words)
         here = (targets - first).clamp(0, len(wide) - 1).unsqueeze(-1)
         inside = (targets >= first) & (targets < first + len(wide))
         for loss, logits in zip(losses, (p, q), strict=True):

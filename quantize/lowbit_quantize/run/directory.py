@@ -175,7 +175,7 @@ def _begin(directory: RunDirectory, identity: Identity, overwrite: bool) -> None
     for name in (MANIFEST_NAME, f"{MANIFEST_NAME}.tmp"):
         (out / name).unlink(missing_ok=True)
     _remove_ours(
-        out, keep={name for walk in _begun_walks(out) for name in directory.journal(walk).shard_files}
+        out, keep={shard.file for walk in _begun_walks(out) for shard in directory.journal(walk).shards}
     )
 
 

@@ -51,11 +51,21 @@ class LayerRecord(_Record):
     streams: FileRecord
 
 
+class HeadRecord(_Record):
+    """A quantized head, in a shard with the norm that it reads."""
+
+    shard: ShardRecord
+    module: ModuleRecord
+    packed_bytes: int
+    quantized_parameters: int
+
+
 class Conclusion(_Record):
-    """The comparison at the end of a walk."""
+    """The comparison at the end of a walk, and the head where it is quantized."""
 
     quality: QualityRecord
     base_files: list[str]
+    head: HeadRecord | None = None
 
 
 class TrialResult(_Record):
@@ -86,9 +96,10 @@ class Journal:
         return {name for record in last for name in record.base_files}
 
     @property
-    def shard_files(self) -> list[str]:
-        """Names of the shards of finished layers."""
-        return [record.shard.file for record in self.layers]
+    def shards(self) -> list[ShardRecord]:
+        """The shards of finished layers, and of a finished head."""
+        head = self.conclusion.head if self.conclusion else None
+        return [*(record.shard for record in self.layers), *([head.shard] if head else [])]
 
     def begin(self, shards: Path) -> None:
         """Get ready to add records of a walk whose shards lie in a directory.
@@ -97,8 +108,8 @@ class Journal:
         """
         self.directory.mkdir(parents=True, exist_ok=True)
         self._remove_streams(keep=-1 if self.conclusion else len(self.layers) - 1)
-        for record in self.layers:
-            verify(shards / record.shard.file, record.shard.written)
+        for shard in self.shards:
+            verify(shards / shard.file, shard.written)
         if self.layers and not self.conclusion:
             verify(self._streams_path(self.layers[-1].layer), self.layers[-1].streams)
 

@@ -6,6 +6,7 @@ for earlier errors, the base model's calibration text walks too (stages.py), and
 held-out text in float32 (baselines.py).
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
@@ -22,10 +23,11 @@ from lowbit_quantize.model.weights import is_finite
 from lowbit_quantize.quality import kl
 from lowbit_quantize.quality.dataset import TokenText
 from lowbit_quantize.run.hidden_states import HiddenStates
-from lowbit_quantize.run.journal import Conclusion, Journal, LayerRecord
+from lowbit_quantize.run.journal import Conclusion, HeadRecord, Journal, LayerRecord
 from lowbit_quantize.run.writer import CheckpointWriter
 from lowbit_quantize.schemes.kv_cache import KVScales
 from lowbit_quantize.walk.baselines import Baselines
+from lowbit_quantize.walk.head import QuantizedHead, quantize_head
 from lowbit_quantize.walk.layer import LayerContext, LayerResult, Pass, QuantizedLinear
 from lowbit_quantize.walk.module_plan import ModulePlan, Modules
 
@@ -35,13 +37,15 @@ log = get_logger("quantize")
 @dataclass(frozen=True)
 class Work:
     """What a walk does: the table, the passes in order, whether the base model's calibration text walks too, the cache,
-    and the held-out sequences of each baseline."""
+    the held-out sequences of each baseline, and whether a scale of the head's inputs may fold into the final norm.
+    """
 
     modules: Modules
     passes: tuple[Pass, ...]
     paired: bool
     fp8_cache: bool
     baselines: Mapping[str, list[int]]
+    fold_head: bool = True
 
 
 class Walk:
@@ -94,7 +98,7 @@ class Walk:
     def _take_up(self) -> int:
         """Restore what an earlier process has finished; returns the number of layers."""
         self.journal.begin(self.writer.directory)
-        self.writer.adopt([record.shard for record in self.journal.layers])
+        self.writer.adopt(self.journal.shards)
         if self.journal.layers and not self.journal.conclusion:
             self.journal.load_streams(self._streams)
             log.info("going on after %d of %d layers", len(self.journal.layers), self.decoder.depth)
@@ -135,6 +139,7 @@ class Walk:
             calibration=self._streams["calibration"],
             calibration_base=self._streams["calibration_base"] if self.work.paired else None,
             fp8_cache=self.work.fp8_cache,
+            read_on=index + 1 < self.decoder.depth or self._head_entry is not None,
         )
 
     def quality(self) -> QualityRecord:
@@ -143,16 +148,48 @@ class Walk:
             return self.journal.conclusion.quality
         keep_no_freed_memory()  # layers are small and many, logits are large
         norm, head = self.decoder.head()
-        base = self._streams["heldout_base"]
-        predictions = kl.compare(base, self._streams["heldout"], norm, norm, head, self._heldout_text.ids)
+        base, ours = self._streams["heldout_base"], self._streams["heldout"]
+        our_norm, found = self._quantized_head(copy.deepcopy(norm), head)
+        our_head = found.weight if found else None
+        predictions = kl.compare(base, ours, norm, our_norm, head, self._heldout_text.ids, our_head)
         measured = kl.summarize(
             predictions,
             self._heldout_text,
             kv_cache_included=any(record.kv_scales for record in self.layers),
             **self._baselines.measure(base, norm, head),
         )
-        self.journal.conclude(Conclusion(quality=measured, base_files=self._base_files))
+        record = self._write_head(our_norm, found) if found else None
+        self.journal.conclude(Conclusion(quality=measured, base_files=self._base_files, head=record))
         return measured
+
+    @property
+    def head(self) -> HeadRecord | None:
+        """What is recorded of a quantized head, once the walk has ended."""
+        return self.journal.conclusion.head if self.journal.conclusion else None
+
+    @property
+    def _head_entry(self) -> ModulePlan | None:
+        return self.work.modules.get(self.decoder.architecture.head)
+
+    def _quantized_head(self, norm: nn.Module, head: Tensor) -> tuple[nn.Module, QuantizedHead | None]:
+        """The final norm that is served, and the head where it is quantized."""
+        entry, offset = self._head_entry, self.decoder.architecture.norm_offset
+        if entry is None:
+            return norm, None
+        states = self._streams["calibration"]
+        return norm, quantize_head(norm, head, entry, states, offset, fold=self.work.fold_head)
+
+    def _write_head(self, norm: nn.Module, found: QuantizedHead) -> HeadRecord:
+        architecture, entry = self.decoder.architecture, self._head_entry
+        assert entry is not None
+        tensors = {f"{architecture.head}.{key}": value for key, value in found.tensors.items()}
+        behind = {f"{architecture.final_norm}.{key}": value for key, value in norm.state_dict().items()}
+        return HeadRecord(
+            shard=self.writer.write_shard(behind | tensors),
+            module=_record(architecture.head, entry, found),
+            packed_bytes=sum(tensor.nbytes for tensor in found.tensors.values()),
+            quantized_parameters=found.weight.numel(),
+        )
 
     def _write(self, layer: nn.Module, index: int, result: LayerResult) -> None:
         name, published = self.decoder.layer_name(index), self.decoder.architecture.published_name
@@ -201,7 +238,7 @@ def layer_tensors(
     return tensors
 
 
-def _record(name: str, entry: ModulePlan, linear: QuantizedLinear) -> ModuleRecord:
+def _record(name: str, entry: ModulePlan, linear: QuantizedLinear | QuantizedHead) -> ModuleRecord:
     return ModuleRecord(
         name=name,
         scheme=entry.scheme.name,

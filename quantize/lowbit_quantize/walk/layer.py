@@ -44,8 +44,8 @@ class LayerContext:
     """One layer on the walk. Streams are (sequences, tokens, hidden) and hold what the layer reads.
 
     `calibration` is the compressed model's stream, `calibration_base` the base model's where it walks too. A pass
-    that is the `last` may move both on to the next layer itself, and says so in `advanced`; any other leaves them as
-    they are.
+    that is the `last` may move both on to the next layer itself, where they are `read_on`, and says so in `advanced`;
+    any other leaves them as they are.
     """
 
     decoder: Decoder
@@ -54,6 +54,7 @@ class LayerContext:
     calibration: Tensor
     calibration_base: Tensor | None
     fp8_cache: bool
+    read_on: bool = True
     last: bool = False
     advanced: bool = False
     kv_seen: bool = False
@@ -89,7 +90,7 @@ class LayerContext:
             seen = KVAbsmax()
             self.decoder.observe(layer, self.index, self.calibration, {}, seen, stop=False)
             self.set_kv_scales(seen)
-        if self.advanced or self.index + 1 == self.decoder.depth:
+        if self.advanced or not self.read_on:
             return
         if self.calibration_base is not None:
             self.decoder.advance(self.base_layer(), self.index, self.calibration_base)

@@ -55,7 +55,7 @@ class StagedLayer:
             stages = self._stages()
             for number, stage in enumerate(stages):
                 self._quantize_stage(stages, number, stage, halves)
-            if self._context.last and self._index + 1 < self._decoder.depth:
+            if self._context.last and self._context.read_on:
                 self._decoder.advance(self._layer, self._index, self._hidden, self._context.result.kv_scales)
         self._context.advanced = self._context.last
         self._context.result.linears = self._done.linears

@@ -3,6 +3,7 @@
 25 random bases; LOWBIT_RANDOM_BASES=500 tries as many more.
 """
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -10,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from tests.quantize.edited_bases import QUICK, Tensors, edited, quick_run
 from tests.quantize.small_runs import recipe_of, reloaded_kld
 from tests.tiny_models import write_tiny_model
@@ -41,11 +43,17 @@ DTYPES = st.sampled_from([torch.bfloat16, torch.float32, torch.float16, torch.in
 WRAPPERS = st.sampled_from(["_orig_mod.", "module.", "base_model.model.", "x.", "model."])
 FILES = st.dictionaries(
     st.sampled_from(
-        ["a.txt", "b/c.json", "pytorch_model.bin", "adapter.py", "README.md", "config.json.bak", "optimizer.pt"]
+        [
+            "a.txt", "b/c.json", "pytorch_model.bin", "adapter.py", "README.md", "config.json.bak", "optimizer.pt",
+            "consolidated.safetensors", "generation_config.json", "chat_template.jinja", "params.json",
+        ]
     ),
-    st.text(st.characters(exclude_categories=["Cs"]), max_size=20),
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+    | st.sampled_from(["{}", "[]", "null", '{"do_sample": 1, "temperature": -1}', "{{ messages }}"]),
     max_size=3,
 )  # fmt: skip
+# How the tensors lie in files: together, in shards, one of them in two shards, or beside what an index names.
+STORED = st.sampled_from(["one", "one", "shards", "same twice", "other twice", "stale index", "stray shard"])
 
 
 def add(name: str, dtype: torch.dtype) -> Change:
@@ -80,6 +88,25 @@ def widen(name: str, dtype: torch.dtype) -> Change:
     return lambda tensors: {key: one.to(dtype) if key == name else one for key, one in tensors.items()}
 
 
+def in_shards(base: Path, stored: str) -> None:
+    """Store the tensors of a base another way."""
+    single = base / "model.safetensors"
+    tensors = load_file(single)
+    names = sorted(tensors)
+    first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    one = tensors[names[0]]
+    twice = {names[0]: (one.float() / 2).to(one.dtype) if stored == "other twice" else one}
+    save_file({name: tensors[name] for name in names[::2]}, base / first)
+    rest = {name: tensors[name] for name in names[1::2]}
+    save_file({**rest, **(twice if stored.endswith("twice") else {})}, base / second)
+    if stored == "stray shard":
+        save_file(twice, base / "model-00003-of-00003.safetensors")
+    index = {name: first if name in names[::2] else second for name in names}
+    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    if stored != "stale index":
+        single.unlink()
+
+
 CHANGES = st.one_of(
     st.builds(add, STRANGE, DTYPES),
     st.builds(remove, NAMES),
@@ -103,10 +130,15 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     derandomize=True,
     suppress_health_check=list(HealthCheck),
     database=None,
+    phases=[Phase.generate],  # a run costs a second: the first that fails is small enough
 )
-@given(changes=st.lists(CHANGES, min_size=1, max_size=3), files=FILES)
+@given(changes=st.lists(CHANGES, max_size=3), files=FILES, stored=STORED)
 def test_a_run_is_refused_in_one_line_or_its_checkpoint_is_what_was_measured(
-    whole: Path, tmp_path_factory: pytest.TempPathFactory, changes: list[Change], files: dict[str, str]
+    whole: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    changes: list[Change],
+    files: dict[str, str],
+    stored: str,
 ) -> None:
     directory = tmp_path_factory.mktemp("any")
 
@@ -118,6 +150,8 @@ def test_a_run_is_refused_in_one_line_or_its_checkpoint_is_what_was_measured(
 
     try:
         base = edited(whole, directory / "base", every, files=files)
+        if stored != "one":
+            in_shards(base, stored)
         manifest, refusal = None, ""
         try:
             manifest = quick_run(base, directory / "out")

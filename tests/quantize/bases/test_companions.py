@@ -10,8 +10,9 @@ from tests.quantize.edited_bases import QUICK, edited, quick_run
 from tests.quantize.small_runs import CPU, recipe_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lowbit_core.errors import CheckpointError
+from lowbit_core.errors import CheckpointError, ModelError
 from lowbit_core.manifest import read_manifest, verify_files
+from lowbit_quantize.model.reference import find_model
 from lowbit_quantize.pipeline import quantize
 from lowbit_quantize.run.companions import companions
 
@@ -27,6 +28,26 @@ USELESS = {
     "model-Q4_K_M.gguf": "weights in another form", "onnx/model.onnx": "the model in another format",
 }  # fmt: skip
 CODE = "class Odd: pass\n"
+
+
+@pytest.mark.parametrize("text", ["null", "[]", "{", '"x"', "\ufeff{}", ""])
+def test_a_generation_configuration_that_keeps_models_from_opening_is_refused(
+    tiny_model: TinyModel, tmp_path: Path, text: str
+) -> None:
+    base = edited(tiny_model("llama"), tmp_path / "base", files={"generation_config.json": text})
+    with pytest.raises(ModelError) as caught:
+        find_model(str(base)).config  # noqa: B018 (reading it is what is tried)
+    assert "generation_config.json of base cannot be read" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_odd_values_of_a_generation_configuration_that_opens_are_kept(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    text = '{"do_sample": false, "temperature": 0.7, "my_own": [1]}'
+    base = edited(tiny_model("llama"), tmp_path / "base", files={"generation_config.json": text})
+    quick_run(base, tmp_path / "out")
+    assert (tmp_path / "out" / "generation_config.json").read_text() == text
 
 
 def test_files_beside_the_weights_go_along_and_useless_ones_are_named(

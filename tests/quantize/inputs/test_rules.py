@@ -169,7 +169,7 @@ def test_what_no_rule_matches_stays_without_a_warning(
         ({"methods": ["awq", "awq"]}, "a method stands twice; name each once"),
         ({"match": "mlp.down_proj"}, "'mlp.down_proj' matches no linear; names look like model.layers.2.mlp.down"),
         ({"match": "re:("}, "modules.0.match: 're:(' is not a regular expression"),
-        ({"match": "lm_head"}, "'lm_head' matches lm_head only, which is none of the decoder's linears"),
+        ({"match": "*embed*"}, "'*embed*' matches model.embed_tokens only, which engines look rows up in"),
         ({"group_size": 128}, "W4A16 does not fit the 192 inputs of model.layers.0.mlp.down_proj: groups of 128"),
         ({"scheme": "none", "group_size": None}, "modules leave no linear to quantize; give a rule with a scheme"),
     ],

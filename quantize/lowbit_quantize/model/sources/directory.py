@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, GenerationConfig
 
 from lowbit_core.errors import ModelError
 from lowbit_core.manifest import file_sha256
@@ -19,6 +19,7 @@ from lowbit_quantize.model.sources.contents import CONFIG
 from lowbit_quantize.model.weights import WeightFiles
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
+GENERATION = "generation_config.json"
 VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "tekken.json", "*.tiktoken")
 REASON_LENGTH = 300
 
@@ -40,10 +41,24 @@ class ModelDirectory:
                 f"{self.name} is code of its own (auto_map in {CONFIG}) for the model type {said.get('model_type')!r}, "
                 "which is not run; models that transformers itself has are read"
             )
+        self._check_generation()
         try:
             return AutoConfig.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # whatever a wrong file makes of transformers' code
             raise unreadable("configuration", self.name, error) from error
+
+    def _check_generation(self) -> None:
+        """A file that transformers cannot read keeps the model itself from being opened; raises ModelError."""
+        if not (self.path / GENERATION).is_file():
+            return
+        try:
+            GenerationConfig.from_pretrained(self.path, local_files_only=True)
+        except Exception as error:  # as below
+            reason = " ".join(str(error).split())[:REASON_LENGTH]
+            raise ModelError(
+                f"{GENERATION} of {self.name} cannot be read ({type(error).__name__}: {reason}), so that no engine "
+                "opens the model; set it right or remove it"
+            ) from error
 
     @property
     def written_config(self) -> dict[str, Any]:
