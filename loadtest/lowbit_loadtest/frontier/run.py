@@ -152,6 +152,7 @@ def run_decision(
     check_items(plan, pool)
     out.prepare(plan)
     evidence = Evidence(plan, out.steps())
+    evidence.failures.clear()  # tried again
     budget = Budget(plan.decide, clock, evidence.spent_s)
     if not evidence.bytes:
         _make_checkpoints(plan, out)

@@ -12,7 +12,7 @@ from benchmarks.frontier.simulate import CASES, FakeBench, Truth, make_plan, sim
 
 from lowbit_core.errors import ConfigError, EngineError
 from lowbit_loadtest.frontier.decide.claims import Claim
-from lowbit_loadtest.frontier.decide.decision import Decision, decide
+from lowbit_loadtest.frontier.decide.decision import Compared, Decision, _compared, decide
 from lowbit_loadtest.frontier.decide.document import decided_document
 from lowbit_loadtest.frontier.decide.evidence import Evidence, Step
 from lowbit_loadtest.frontier.decide.rounds import Budget, check_items, run_rounds
@@ -293,6 +293,37 @@ def test_a_constraint_is_settled_by_the_whole_interval(
     ends: tuple[float, float, float], at_least: bool, settled: str
 ) -> None:
     assert claim(*ends, limit=0.0, at_least=at_least).settled == settled
+
+
+def compared(gaps: Mapping[str, tuple[float, float]]) -> Compared:
+    """Of a, b and c: the value and the half interval of each pair's logarithm, as "ab"."""
+
+    def compare(one: str, other: str) -> Claim:
+        sign = 1 if one + other in gaps else -1
+        value, half = gaps[one + other if sign > 0 else other + one]
+        found = Confidence(sign * value, sign * value - half, sign * value + half, 20, 0.03)
+        return Claim("throughput", "round", one, other, found, margin=0.03)
+
+    return _compared(["a", "b", "c"], compare)
+
+
+def test_what_is_open_against_the_leader_is_out_where_another_surely_beats_it() -> None:
+    found = compared({"ab": (0.001, 0.01), "ac": (0.03, 0.04), "bc": (0.04, 0.01)})
+    assert (found.leader, found.stay) == ("a", ("a", "b"))
+    assert [(claim.one, claim.other) for claim in found.worse] == [("b", "c")]
+    assert found.needed == ("b",)  # it must keep the constraints, or c is back
+    assert not found.open
+
+
+def test_the_leader_is_whoever_surely_beats_the_one_with_the_best_value() -> None:
+    found = compared({"ab": (-0.01, 0.05), "ac": (0.02, 0.01), "bc": (-0.01, 0.05)})
+    assert found.leader == "a"
+
+
+def test_equals_do_not_chain_so_the_set_is_told_against_the_leader() -> None:
+    found = compared({"ab": (0.015, 0.005), "ac": (0.04, 0.005), "bc": (0.02, 0.005)})
+    assert found.stay == ("a", "b")
+    assert [(claim.one, claim.other) for claim in found.worse] == [("a", "c")]
 
 
 def test_a_claim_takes_fewer_units_the_further_it_is_from_what_it_hangs_on() -> None:

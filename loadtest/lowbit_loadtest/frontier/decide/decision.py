@@ -1,9 +1,10 @@
 """Which checkpoint wins, which are equal, or what is still open: pure logic on claims.
 
 Possible are the checkpoints that miss no constraint. F is the fastest of them as far as measured; the others are slower
-than F (out, while F is possible), equal to it within the margin, or open. Of F and its equals G is the most accurate;
-the others are less accurate (out), equal, or open. The result is G with its equals, once no claim about them and about
-F is open: a winner if G is alone. It is told relative to F and G because "equal within a margin" does not chain.
+than F or than another possible one (out, while that is possible), equal to F within the margin, or open. Of F and its
+equals G is the most accurate; the others are less accurate (out), equal, or open. The result is G with its equals, once
+no claim about them, about F and about those that beat others is open: a winner if G is alone. It is told relative to F
+and G because "equal within a margin" does not chain.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -65,31 +66,59 @@ def _among(
     out: dict[str, str],
     told: list[Claim],
 ) -> Decision:
-    fastest = _leader(possible, claims.faster)
-    by_speed = [claims.faster(fastest, name) for name in possible if name != fastest]
-    tied = _sorted_out(by_speed, fastest, out)
-    finest = _leader(tied, claims.more_right)
-    by_accuracy = [claims.more_right(finest, name) for name in tied if name != finest]
-    best = _sorted_out(by_accuracy, finest, out)
-    open_speed = [claim for claim in by_speed if claim.settled == "undecided"]
-    open_accuracy = [claim for claim in by_accuracy if claim.settled == "undecided"]
-    members = {*best, fastest, *(claim.other or "" for claim in (*open_speed, *open_accuracy))}
-    told += [claim for claim in (*by_speed, *by_accuracy) if claim.settled != "undecided"]
+    by_speed = _compared(possible, claims.faster)
+    by_accuracy = _compared(by_speed.stay, claims.more_right)
+    out |= {claim.other or "": comparison_text(claim) for claim in (*by_speed.worse, *by_accuracy.worse)}
+    members = {by_speed.leader, *by_speed.needed, *by_accuracy.needed, *by_accuracy.stay}
     limits = [claim for name in possible if name in members for claim in constraints[name]]
-    told += [claim for claim in limits if claim.settled != "undecided"]
     open_limits = [claim for claim in limits if claim.settled == "undecided"]
-    hanging = (*open_speed, *open_accuracy, *open_limits)
+    told += [*by_speed.settled, *by_accuracy.settled, *(one for one in limits if one.settled != "undecided")]
+    hanging = (*by_speed.open, *by_accuracy.open, *open_limits)
     last = [name for name in possible if name not in out]
     verdict: Verdict = "undecided" if hanging else "winner" if len(last) == 1 else "equal"
     return Decision(verdict, tuple(last), out, hanging, tuple(told), claims.alpha, claims.count)
 
 
-def _sorted_out(compared: Sequence[Claim], leader: str, out: dict[str, str]) -> list[str]:
-    """The leader and what is equal to it; what is worse goes to `out`, what is open to neither."""
-    for claim in compared:
-        if claim.settled == "better" and claim.other:
-            out[claim.other] = comparison_text(claim)
-    return [leader, *(claim.other for claim in compared if claim.settled == "equal" and claim.other)]
+@dataclass(frozen=True)
+class Compared:
+    """The leader of some checkpoints with its equals (`stay`), and claims about the others."""
+
+    leader: str
+    stay: tuple[str, ...]
+    equal: tuple[Claim, ...]
+    worse: tuple[Claim, ...]
+    open: tuple[Claim, ...]
+
+    @property
+    def settled(self) -> tuple[Claim, ...]:
+        return (*self.equal, *self.worse)
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """Whose constraints matter too: who beats another must keep them, and who is open may yet be the result."""
+        return (*(claim.one for claim in self.worse), *(claim.other or "" for claim in self.open))
+
+
+def _compared(names: Sequence[str], compare: Callable[[str, str], Claim]) -> Compared:
+    """Each against the leader; one that is open there is out all the same if another surely beats it."""
+    leader = _leader(names, compare)
+    equal, worse, still_open = list[Claim](), list[Claim](), list[Claim]()
+    for name in names:
+        if name == leader:
+            continue
+        claim = compare(leader, name)
+        beaten = [claim] if claim.settled == "better" else []
+        if claim.settled == "undecided":
+            others = (compare(other, name) for other in names if other not in (leader, name))
+            beaten = [one for one in others if one.settled == "better"][:1]
+        if claim.settled == "equal":
+            equal.append(claim)
+        elif beaten:
+            worse += beaten
+        else:
+            still_open.append(claim)
+    stay = (leader, *(claim.other or "" for claim in equal))
+    return Compared(leader, stay, tuple(equal), tuple(worse), tuple(still_open))
 
 
 def _leader(names: Sequence[str], compare: Callable[[str, str], Claim]) -> str:

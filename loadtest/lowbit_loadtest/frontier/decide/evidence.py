@@ -54,6 +54,7 @@ class Evidence:
             self.bytes, self.pool = step["bytes"], step["pool"]
         elif kind == "start":
             self.facts[name] = step["facts"]
+            self.failures.pop(name, None)
         elif kind == "failure":
             self.failures[name] = step["reason"]
         elif kind == "out":
