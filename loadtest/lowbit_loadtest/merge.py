@@ -25,9 +25,9 @@ from lowbit_loadtest.rates import at_setting
 from lowbit_loadtest.report.result import Joined, Result
 from lowbit_loadtest.scenario import Scenario
 
-OF_A_MACHINE = frozenset(
-    {"generator", "api_key_env", "description", "path", "model"}
-)  # may differ between parts
+# What may differ between parts: it is of a machine, or not of what is sent.
+OF_A_MACHINE = frozenset({"generator", "api_key_env", "description", "model", "headers", "query", "proxy"})
+OF_A_FILE = frozenset({"arrivals.path", "prompts.path"})
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def merge(paths: Sequence[Path]) -> tuple[Scenario, Result, str]:
         first["client"]["prompt_tokens_counted_by"],
         any(one.document["interrupted"] for one in files),
         recording=Recording(**first["recording"]) if first["recording"] else None,
-        joined=Joined(len(files), apart_s),
+        joined=Joined(len(files), apart_s, first["request"]),
         knees=knees_of(scenario, points),
     )
     return scenario, result, min(str(one.document["started"]) for one in files)
@@ -93,6 +93,8 @@ def _check_same_plan(first: PartFile, other: PartFile) -> None:
     both = f"{first.path} and {other.path} are not of one plan"
     if difference := _difference(first.document["scenario"], other.document["scenario"]):
         raise ConfigError(f"{both}: {difference}")
+    if difference := _difference(first.document["request"], other.document["request"], "request"):
+        raise ConfigError(f"{both}: {difference}")
     if first.document["model"] != other.document["model"]:
         raise ConfigError(f"{both}: models are {first.document['model']} and {other.document['model']}")
     if [_plans(one) for one in first.points] != [_plans(one) for one in other.points]:
@@ -109,8 +111,12 @@ def _plans(measured: Measured) -> tuple[object, ...]:
 def _difference(one: Any, other: Any, key: str = "") -> str | None:
     """The first key that differs, in words."""
     if isinstance(one, dict) and isinstance(other, dict):
-        names = [name for name in {**one, **other} if name not in OF_A_MACHINE]
-        found = (_difference(one.get(name), other.get(name), f"{key}.{name}".lstrip(".")) for name in names)
+        keys = {f"{key}.{name}".lstrip("."): name for name in {**one, **other} if name not in OF_A_MACHINE}
+        found = (
+            _difference(one.get(name), other.get(name), path)
+            for path, name in keys.items()
+            if path not in OF_A_FILE
+        )
         return next((words for words in found if words), None)
     return None if one == other else f"{key} is {json.dumps(one)} and {json.dumps(other)}"
 

@@ -12,7 +12,7 @@ from lowbit_core import __version__
 from lowbit_core.evals.results import as_rows
 from lowbit_loadtest.generate.records import RequestRecord
 from lowbit_loadtest.quality.verdict import QualityResult
-from lowbit_loadtest.report.result import Point, Result, highest_rate
+from lowbit_loadtest.report.result import Joined, Point, Result, highest_rate
 from lowbit_loadtest.report.summary import Run
 from lowbit_loadtest.scenario import Scenario
 
@@ -36,7 +36,7 @@ def as_document(scenario: Scenario, result: Result, started: str, requests: bool
         "format_version": FORMAT_VERSION,
         "started": started,
         "target": result.target.shown,
-        "request": result.target.described(),
+        "request": dict(result.joined.request) if result.joined else result.target.described(),
         "model": result.target.model,
         "scenario": scenario.model_dump(mode="json"),
         "client": {
@@ -53,12 +53,16 @@ def as_document(scenario: Scenario, result: Result, started: str, requests: bool
         "invalid_because": [reason for point in result.points for reason in point.invalid_because],
         "highest_rate": highest_rate(scenario, result.points),
         "knees": [asdict(knee) for knee in result.knees],
-        "joined": asdict(result.joined) if result.joined else None,
+        "joined": _joined(result.joined) if result.joined else None,
         "recording": asdict(result.recording) if result.recording else None,
         "quality": quality_document(result.quality, requests) if result.quality else None,
         **first,
         "points": points,
     }
+
+
+def _joined(joined: Joined) -> dict[str, Any]:
+    return {"parts": joined.parts, "starts_apart_s": joined.starts_apart_s}
 
 
 def _point(point: Point, scenario: Scenario, requests: bool) -> dict[str, Any]:

@@ -43,10 +43,11 @@ class Point:
 
 @dataclass(frozen=True)
 class Joined:
-    """A result that several machines sent: how many, and between the starts of the first and the last."""
+    """A result that several machines sent: how many, how far apart they started, and how they asked."""
 
     parts: int
     starts_apart_s: float
+    request: Mapping[str, Any]
 
 
 @dataclass(frozen=True)

@@ -190,6 +190,7 @@ def test_two_parts_joined_have_the_send_times_and_the_counts_of_one(
     assert "the parts started" in joined["invalid_because"][0]
     assert joined["outcomes"] == alone["outcomes"]
     assert joined["output_tokens"] == alone["output_tokens"] == 69
+    assert joined["request"] == alone["request"]
     for (index, due_s), (other, other_s) in zip(planned_times(alone), planned_times(joined), strict=True):
         assert index == other
         assert due_s == pytest.approx(other_s, abs=3e-6)  # times are written in microseconds
@@ -215,6 +216,10 @@ def _assert_that_parts_of_other_plans_are_refused(tmp_path: Path, halves: list[P
             halves[0],
             changed("slo", lambda one: one["scenario"]["slo"].update(ttft_s=1)),
         ): "slo.ttft_s is null and 1",
+        (
+            halves[0],
+            changed("door", lambda one: one["request"].update(lenient=True)),
+        ): "lenient is false and true",
         (halves[0], changed("model", lambda one: one.update(model="b"))): "models are fake-model and b",
         (
             halves[0],
