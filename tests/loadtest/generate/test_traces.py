@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from lowbit_core.errors import ConfigError
 from lowbit_loadtest.arrival_kinds import Replay
@@ -268,6 +270,14 @@ def azure(row: str) -> str:
             r"item 1, key conversations\.0\.from: 'robot'",
         ),
         ('[{"conversations": [{"from": "human"}]}]', r"item 1, key conversations\.0\.value: allowed is text"),
+        (
+            '[{"conversations": [{"from": [1], "value": "a"}]}]',
+            r"key conversations\.0\.from: '\[1\]' is given",
+        ),
+        (
+            MOONCAKE.replace("27000", "1e300"),
+            "line 2, key timestamp: '1e\\+300' is given; allowed is a number up to",
+        ),
         ("[3]", "item 1: not an object: '3'"),
         ('{"messages": []}', "line 1, key messages: allowed is a list of one or more messages"),
         (
@@ -281,6 +291,10 @@ def azure(row: str) -> str:
             r"key messages\.0\.think_s: -1 is given; allowed is a number of seconds",
         ),
         ('{"messages": [{"role": "user", "content": "a"}], "tools": 3}', "key tools: allowed is a list"),
+        (
+            '{"messages": [{"role": "user", "content": "a"}], "tools": [{"name": "f"}]}',
+            "key tools: allowed is a list",
+        ),
         ('{"prompt": ["a"]}', "key prompt: allowed is text, not empty"),
     ],
 )
@@ -320,3 +334,38 @@ def test_every_format_can_be_asked_for_by_its_name() -> None:
     assert {one.name for one in FORMATS} == {
         "azure", "bailian", "burstgpt", "mooncake", "sharegpt", "openai", "lowbit",
     }  # fmt: skip
+
+
+KEYS = st.sampled_from(
+    sorted({key for one in FORMATS for key in one.keys} | {"tools", "at_s", "hash_ids", "role"})
+)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8) | KEYS, inner, max_size=4)
+    ),
+    max_leaves=8,
+)
+HEADERS = st.sampled_from([one.splitlines()[0] for one in (AZURE_2023, BURSTGPT, BURSTGPT_3)])
+TABLE = st.builds(
+    lambda head, rows: "\n".join([head, *rows]), HEADERS, st.lists(st.text(max_size=30), max_size=3)
+)
+ROWS = st.lists(st.dictionaries(KEYS, VALUES, max_size=5), min_size=1, max_size=3)
+JSON_LINES = st.builds(lambda rows: "\n".join(map(json.dumps, rows)), ROWS)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(TABLE | JSON_LINES | st.builds(json.dumps, ROWS) | st.text() | st.binary())
+def test_whatever_a_file_holds_it_is_read_or_refused_in_one_line(
+    tmp_path: Path, content: str | bytes
+) -> None:
+    raw = content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass")
+    file = written(tmp_path, raw)
+    try:
+        _, sessions = read_recording(file, "trace")
+    except ConfigError as error:
+        assert "\n" not in str(error)  # noqa: PT017
+        assert str(file) in str(error)  # noqa: PT017
+    else:
+        for turn in (turn for session in sessions for turn in session.turns):
+            assert turn.messages or turn.prompt_tokens is not None

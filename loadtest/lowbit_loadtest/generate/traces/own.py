@@ -67,9 +67,14 @@ def _tools(row: Row) -> tuple[Message, ...]:
     tools: Any = row.get("tools")
     if tools is None:
         return ()
-    if not isinstance(tools, list) or not all(isinstance(one, dict) for one in tools):
+    if not isinstance(tools, list) or not all(map(_is_function, tools)):
         raise row.error("tools", "allowed is a list of {type: function, function: {name: …}}")
     return tuple(tools)
+
+
+def _is_function(tool: Any) -> bool:
+    function = tool.get("function") if isinstance(tool, dict) else None
+    return isinstance(function, dict) and isinstance(function.get("name"), str)
 
 
 LENGTHS = Format("lowbit", ("prompt_tokens", "output_tokens"), _session)

@@ -11,6 +11,7 @@ from lowbit_core.text_file import quote
 from lowbit_loadtest.generate.request import Message
 
 MOST_TOKENS = 100_000_000  # above it a length is a mistake: of the unit, or of the column
+MOST_TIME = 1e13  # milliseconds since 1970 are 1.8e12
 _WHOLE = re.compile(r"\d{1,18}(\.0*)?")
 
 
@@ -72,8 +73,8 @@ class Row:
             number = float(value) if not isinstance(value, bool) else math.nan
         except (TypeError, ValueError, OverflowError):
             number = math.nan
-        if not math.isfinite(number):
-            raise self.error(name, self._wrong(value, "a number"))
+        if not abs(number) <= MOST_TIME:
+            raise self.error(name, self._wrong(value, f"a number up to {MOST_TIME:.0e}"))
         return number
 
     @staticmethod

@@ -34,7 +34,7 @@ def _message(row: Row, index: int, said: Any) -> Message:
         if isinstance(said, dict)
         else (None, None)
     )
-    if who not in ROLES:
+    if not isinstance(who, str) or who not in ROLES:
         raise row.error(f"{KEY}.{index}.from", f"{quote(str(who))} is given; allowed is {', '.join(ROLES)}")
     if not isinstance(text, str):
         raise row.error(f"{KEY}.{index}.value", "allowed is text")
