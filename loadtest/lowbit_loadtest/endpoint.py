@@ -86,7 +86,6 @@ async def _served_name(http: httpx.AsyncClient, target: Target) -> str:
     if served is None:
         if directory.is_dir():
             raise ConfigError(f"--target {target.shown} lists no models; give the served name as MODEL")
-        log.warning("%s lists no models: %s is asked for all the same", target.shown, name)
         return name
     if name in served:
         return name

@@ -16,7 +16,7 @@ import httpx
 
 from lowbit_loadtest.generate.answer import Answer
 from lowbit_loadtest.generate.endpoints import endpoint_named
-from lowbit_loadtest.generate.endpoints.piece import DETAIL_CHARACTERS, error_message, error_of, one_line
+from lowbit_loadtest.generate.endpoints.piece import error_message, error_of, one_line
 from lowbit_loadtest.generate.http.events import MOST_EVENT_BYTES, Event, EventReader, OversizedEvent
 from lowbit_loadtest.generate.http.target import Target
 from lowbit_loadtest.generate.records import Outcome, RequestRecord
@@ -196,7 +196,7 @@ class Client:
         return self._ended(answer)
 
     def _not_of_this_api(self, text: str) -> _End:
-        return _End(Outcome.FAILED, f"not of /v1/{self._endpoint.path}: {text[:DETAIL_CHARACTERS]}")
+        return _End(Outcome.FAILED, f"not of /v1/{self._endpoint.path}: {one_line(text)}")
 
     def _ended(self, answer: Answer) -> _End:
         mark, key = self._endpoint.last_mark, self._endpoint.finish_key

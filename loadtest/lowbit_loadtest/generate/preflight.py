@@ -16,7 +16,7 @@ from lowbit_loadtest.generate.records import Outcome
 from lowbit_loadtest.generate.request import Request
 
 PREFLIGHT_TIMEOUT_S = 10.0
-NO_LIST = (403, 404, 405, 501)  # the statuses of servers that list no models, and of keys that may not ask
+NOT_READY = (502, 503, 504)
 MOST_SHOWN = 20
 FEW_TOKENS = 16  # OpenAI's /v1/responses takes no fewer
 
@@ -27,11 +27,9 @@ async def find_model(http: httpx.AsyncClient, target: Target, timeout_s: float =
     """The target's model, or the first that the server lists if it has none; ConfigError if that is not to be had."""
     served = await served_models(http, target, timeout_s)
     wanted = target.model
-    if served is None:
-        log.warning("%s lists no models: %s is asked for all the same", target.shown, wanted)
-    elif not wanted:
-        return served[0]
-    elif wanted not in served:
+    if served is not None and wanted not in served:
+        if not wanted:
+            return served[0]
         await _try(http, target, served)
     return wanted
 
@@ -52,10 +50,11 @@ async def served_models(
         raise ConfigError(f"--target {target.shown}, {_models_path(http)}: {redirect_text(response)}")
     if response.is_success and (names := _names(response)):
         return names
-    lists_none = response.is_success or status in NO_LIST
-    if target.model and lists_none:
+    ready = status not in NOT_READY
+    if target.model and ready:
+        log.warning("%s lists no models (%d): %s is asked all the same", target.shown, status, target.model)
         return None
-    advice = ", or --model NAME if it lists none" if lists_none else " that is ready"
+    advice = ", or --model NAME if it lists none" if ready else " that is ready"
     raise ConfigError(
         f"--target {target.shown} lists no model at {_models_path(http)} (status {status}); "
         f"give the root URL of an OpenAI-compatible server{advice}"
@@ -66,7 +65,7 @@ async def _try(http: httpx.AsyncClient, target: Target, served: list[str]) -> No
     """Ask an unlisted model a few tokens: an adapter that the server loads when it is named answers."""
     hello = Request(({"role": "user", "content": "Hello"},), max_tokens=FEW_TOKENS, temperature=0.0, seed=0)
     record = await Client(http, target).complete(hello)
-    if record.outcome is Outcome.COMPLETED:
+    if record.outcome is not Outcome.FAILED:
         log.warning("%s is not among the models that %s lists, but it answers", target.model, target.shown)
         return
     shown = ", ".join(served[:MOST_SHOWN]) + (", …" if len(served) > MOST_SHOWN else "")

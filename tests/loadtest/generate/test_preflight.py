@@ -50,6 +50,8 @@ def test_a_list_is_read_in_each_of_its_forms(body: Any) -> None:
     [
         httpx.Response(404, json={"detail": "Not Found"}),
         httpx.Response(405),
+        httpx.Response(400, json={"error": {"message": "api-version is missing"}}),
+        httpx.Response(500),
         httpx.Response(403, json={"error": {"message": "this key may not list models"}}),
         httpx.Response(200, text="<html>hello</html>"),
         httpx.Response(200, json={"data": []}),
@@ -62,7 +64,7 @@ def test_without_a_list_a_named_model_goes_on_with_a_warning_and_no_name_is_refu
 ) -> None:
     logging.getLogger("lowbit").propagate = True
     assert find(answer, "m") == "m"
-    assert "lists no models: m is asked for all the same" in caplog.text
+    assert f"lists no models ({answer.status_code}): m is asked all the same" in caplog.text
     with pytest.raises(
         ConfigError, match=r"lists no model at /v1/models .*or --model NAME|refuses the API key"
     ):
