@@ -1,8 +1,8 @@
-"""Every dialect of `dialects.py` against the client: nothing is miscounted, and tokens are the server's."""
+"""Every dialect of `table.py` against the client: nothing is miscounted, and tokens are the server's."""
 
 import pytest
-from tests.loadtest.generate.dialects import OWN, SHARED, Dialect
-from tests.loadtest.generate.odd_server import asked, play
+from tests.loadtest.dialects.odd_server import asked, play
+from tests.loadtest.dialects.table import OWN, SHARED, Dialect
 
 from lowbit_core.access import Access, body_change
 from lowbit_loadtest.generate.client import Client
