@@ -285,18 +285,22 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    found = {}
+    found: dict[str, Any] = {}
+    document = {
+        "kind": "lowbit.frontier.simulation",
+        "accuracy": arguments.accuracy,
+        "within_minutes": 60,
+        "confidence": 0.95,
+        "noise_of_a_round": NOISE,
+        "cases": found,
+    }
     with ProcessPoolExecutor(arguments.workers) as pool:
         for case in arguments.cases:
             jobs = [(case, seed, arguments.accuracy) for seed in range(arguments.plans)]
             found[case] = summary(list(pool.map(_one, jobs, chunksize=4)))
             print(case, json.dumps(found[case]), flush=True)
-    document = {
-        "kind": "lowbit.frontier.simulation", "accuracy": arguments.accuracy, "within_minutes": 60,
-        "confidence": 0.95, "noise_of_a_round": NOISE, "cases": found,
-    }  # fmt: skip
-    if arguments.json:
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+            if arguments.json:
+                arguments.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

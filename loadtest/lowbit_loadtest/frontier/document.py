@@ -51,7 +51,9 @@ def as_document(plan: FrontierPlan, runs: Sequence[Document], failures: dict[str
 def pareto(results: Sequence[CheckpointResult], scenario: str) -> list[str]:
     """The checkpoints that no other beats: as good in throughput and in acc_norm, and better in one of them."""
     known = [
-        (one.name, one.throughput[scenario].value, one.acc_norm.value) for one in results if one.acc_norm
+        (one.name, one.throughput[scenario].value, one.acc_norm.value)
+        for one in results
+        if one.acc_norm and one.runs
     ]
     return [
         name

@@ -108,7 +108,7 @@ def _columns(document: Document) -> list[Column]:
         return lambda one: span(Estimate(**one[key]), form) if one[key] else "–"
 
     def speed(name: str) -> Callable[[Document], str]:
-        return lambda one: span(Estimate(**one["throughput"][name]), "{:.0f}")
+        return lambda one: span(Estimate(**one["throughput"][name]), "{:.0f}") if one["runs"] else "–"
 
     return [
         ("checkpoint", lambda one: str(one["name"])),
@@ -159,7 +159,7 @@ def _cell(text: str) -> str:
 
 def _pareto(document: Document, colors: dict[str, str]) -> list[str]:
     parts = []
-    known = [one for one in document["results"] if one["acc_norm"]]
+    known = [one for one in document["results"] if one["acc_norm"] and one["runs"]]
     for load in document["plan"]["scenarios"] if known else ():
         name = load["name"]
         spots = [

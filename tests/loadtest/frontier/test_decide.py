@@ -258,7 +258,8 @@ def test_objectives_of_which_less_is_better(objective: str, winner: str) -> None
 
 
 def claim(low: float, value: float, high: float, **kinds: Any) -> Claim:
-    return Claim("throughput", "round", "a", "b", Confidence(value, low, high, 20, 0.03), **kinds)
+    found = Confidence(value, low, high, 20, 0.03, lambda n: 0.18 / n**0.5)
+    return Claim("throughput", "round", "a", "b", found, **kinds)
 
 
 @pytest.mark.parametrize(

@@ -159,3 +159,24 @@ def test_the_ratio_of_sums_is_that_of_all_tokens() -> None:
     found = ratio_of_sums(list(sums), list(weights), ALPHA, 100)
     assert found.value == pytest.approx(sums.sum() / weights.sum())
     assert found.low < 0.1 < found.high
+
+
+@pytest.mark.parametrize("spread", [0.03, 0.1, 0.3])
+def test_what_it_would_take_is_about_what_it_takes(spread: float) -> None:
+    """Extrapolated from 500 items, the interval after 3000 is within a third of what it becomes."""
+    values = np.clip(np.random.default_rng(6).normal(0, spread, 3000), -1, 1)
+    early, late = (bounded_mean(values[:n], -1, 1, 0.002) for n in (500, 3000))
+    assert early.reach(3000) == pytest.approx(late.half, rel=0.34)
+    needed = early.units_until(late.half)
+    assert needed is not None
+    assert 1500 < needed < 6000
+
+
+def test_more_rounds_are_counted_exactly_for_a_spread_that_stays() -> None:
+    found = normal_mean(np.random.default_rng(7).normal(0, 0.04, 30), 0.002, 40)
+    assert found.reach(30) == pytest.approx(found.half)
+    needed = found.units_until(0.02)
+    assert needed is not None
+    assert found.reach(needed) <= 0.02 < found.reach(needed - 1)
+    assert found.units_until(1e-9) is None
+    assert UNKNOWN.units_until(0.1) is None

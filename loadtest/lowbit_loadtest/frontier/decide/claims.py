@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lowbit_loadtest.frontier.decide.evidence import Evidence
-from lowbit_loadtest.frontier.decide.sequences import Confidence
+from lowbit_loadtest.frontier.decide.sequences import MOST_UNITS, Confidence
 from lowbit_loadtest.frontier.plan import FrontierPlan
 
 Kind = Literal["round", "questions", "texts"]
 Settled = Literal["met", "missed", "better", "worse", "equal", "undecided"]
+FIRST_UNITS = 8.0  # of what nothing is known yet
 UNITS = {"round": "rounds", "questions": "questions", "texts": "texts"}
 
 
@@ -54,17 +55,18 @@ class Claim:
         return (self.one,) if self.other is None else (self.one, self.other)
 
     def more_units(self) -> float:
-        """About how many more units settle it, if the value stays: intervals narrow as 1 / sqrt(n)."""
+        """About how many more units settle it, if value and spread stay."""
         found = self.confidence
         if self.settled != "undecided":
             return 0.0
-        if found.n < 2 or math.isinf(found.half):
-            return float(max(8, found.n))
+        if found.n < 2:
+            return FIRST_UNITS
         if self.margin is not None:
             needed = max(abs(found.value), self.margin - abs(found.value))
         else:
             needed = abs(found.value - (self.limit or 0.0))
-        return max(1.0, found.n * ((found.half / max(needed, 1e-9)) ** 2 - 1))
+        until = found.units_until(needed)
+        return float(MOST_UNITS) if until is None else float(max(1, until - found.n))
 
 
 class Claims:

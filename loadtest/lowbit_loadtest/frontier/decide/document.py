@@ -16,7 +16,7 @@ from lowbit_loadtest.frontier.decide.claims import Claim
 from lowbit_loadtest.frontier.decide.decision import Decision, claims_of, decide
 from lowbit_loadtest.frontier.decide.evidence import Evidence
 from lowbit_loadtest.frontier.decide.sequences import Confidence
-from lowbit_loadtest.frontier.decide.wording import OBJECTIVES, claim_text, shown
+from lowbit_loadtest.frontier.decide.wording import OBJECTIVES, shown, whole_text
 from lowbit_loadtest.frontier.document import head
 from lowbit_loadtest.frontier.plan import FrontierPlan
 from lowbit_loadtest.frontier.recommendation import Recommendation, constraint_text
@@ -59,7 +59,7 @@ def _section(plan: FrontierPlan, evidence: Evidence, decision: Decision) -> Docu
         ],
         "takes": [
             {
-                "claim": claim_text(need.claim),
+                "claim": whole_text(need.claim),
                 "kind": need.claim.kind,
                 "more": math.ceil(need.units),
                 "minutes": need.minutes,
@@ -96,7 +96,7 @@ def _claim(claim: Claim) -> Document:
         "limit": math.exp(limit) if claim.is_log and limit is not None else limit,
         "margin": math.expm1(margin) if claim.is_log and margin is not None else margin,
         "settled": claim.settled,
-        "text": claim_text(claim),
+        "text": whole_text(claim),
     }
 
 
@@ -113,7 +113,7 @@ def reasons(plan: FrontierPlan, evidence: Evidence, decision: Decision) -> list[
     what = OBJECTIVES[plan.decide.objective]
     lines = [
         f"{what} in {plan.deciding_scenario}, for {constraint_text(plan.constraints)}; equal is within "
-        f"{100 * margins.objective:g} % of it and {100 * margins.accuracy:g} points of {plan.decide.accuracy}",
+        f"{100 * margins.objective:g} % of it and {margins.accuracy:g} of {plan.decide.accuracy}",
         f"{minutes:.1f} of {plan.decide.within / 60:g} minutes; all statements together hold with "
         f"{plan.decide.confidence:.0%} confidence, however often was looked",
     ]
@@ -122,19 +122,18 @@ def reasons(plan: FrontierPlan, evidence: Evidence, decision: Decision) -> list[
     kept = [
         claim for claim in decision.told if claim.one in decision.names and claim.settled in ("met", "equal")
     ]
-    lines += [
-        f"{claim.one}: {claim_text(claim)}" if claim.margin is None else _equal(claim) for claim in kept
-    ]
+    lines += [_kept(claim) for claim in kept]
     for name, reason in decision.out.items():
         at_s = evidence.out.get(name, {}).get("at_s")
         when = "" if at_s is None else f" after {at_s / 60:.1f} minutes"
         lines.append(f"{name} is out{when}: {reason}")
-    lines += [f"open: {claim_text(need.claim)}; {need.text} would tell" for need in needs(decision, evidence)]
+    lines += [f"open: {whole_text(need.claim)}; {need.text} would tell" for need in needs(decision, evidence)]
     return lines
 
 
-def _equal(claim: Claim) -> str:
-    return f"{claim.other} equals {claim.one} within the margin: {claim_text(claim)}"
+def _kept(claim: Claim) -> str:
+    text = whole_text(claim)
+    return text if claim.margin is None else f"equal within the margin: {text}"
 
 
 def _result(plan: FrontierPlan, evidence: Evidence, name: str) -> CheckpointResult:
@@ -152,9 +151,9 @@ def _result(plan: FrontierPlan, evidence: Evidence, name: str) -> CheckpointResu
     return CheckpointResult(
         name=name,
         runs=len(evidence.rounds[name]),
-        throughput={plan.deciding_scenario: exponential(_estimate(speed) or Estimate(0.0, None, None))},
+        throughput={plan.deciding_scenario: _exponential(_estimate(speed)) or Estimate(0.0, None, None)},
         acc_norm=right["acc_norm"],
-        perplexity=_perplexity(evidence, name, alpha),
+        perplexity=_exponential(_estimate(evidence.nats_per_token(name, alpha))),
         acc_norm_of_base=_of_base(evidence, name, base, alpha),
         perplexity_of_base=_exponential(
             None if name == base else _estimate(evidence.log_perplexity(name, base, alpha))
@@ -192,10 +191,6 @@ def _of_base(evidence: Evidence, name: str, base: str, alpha: float) -> Estimate
     if found is None or level == 0 or found.low is None or found.high is None:
         return None
     return Estimate(*(1 + end / level for end in (found.value, found.low, found.high)))
-
-
-def _perplexity(evidence: Evidence, name: str, alpha: float) -> Estimate | None:
-    return _exponential(_estimate(evidence.nats_per_token(name, alpha)))
 
 
 def _against(evidence: Evidence, name: str, base: str, kl: Estimate | None) -> Changes:

@@ -10,6 +10,7 @@ items. Items come in one random order for all, so that the first n are n drawn o
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from lowbit_core.evals.arithmetic import kl_lower_bound
@@ -200,6 +201,10 @@ def _right(one: Answer, measure: str) -> float:
 
 def _of_texts(sums: Sequence[float], weights: Sequence[float], alpha: float) -> Confidence:
     found = ratio_of_sums(sums, weights, alpha, PLANNED_TEXTS)
-    if 0 < found.n < FEWEST_TEXTS:
-        return Confidence(found.value, -math.inf, math.inf, found.n, found.spread)
-    return found
+    if not 0 < found.n < FEWEST_TEXTS:
+        return found
+
+    def reach(n: int) -> float:
+        return found.reach(n) if n >= FEWEST_TEXTS else math.inf
+
+    return replace(found, low=-math.inf, high=math.inf, reach=reach)

@@ -83,6 +83,7 @@ def run_rounds(plan: FrontierPlan, bench: Bench, evidence: Evidence, keep: Keep,
         if decision.verdict != "undecided" or work is None:
             return decision
         if not _do(plan.decide, work, bench, evidence, keep, budget):
+            log.info("the next step would not end in time; %.0f s are left", max(0.0, budget.left_s))
             return decide(plan, evidence)
 
 

@@ -18,8 +18,9 @@ bound, so that its intervals are asymptotic, and nothing is decided by fewer tha
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +30,7 @@ Floats = NDArray[np.float64]
 GAPS = (0.0025, 0.005, 0.01, 0.02, 0.08)  # of the range's half: what the mixture bets on
 FIRST_VARIANCE = 0.05  # of the half range squared: what is thought of the spread before the first item
 LARGEST_BET = 0.9  # of what would risk ruin
+MOST_UNITS = 1_000_000
 BISECTIONS = 18  # of the range: an end to within one part in 260,000
 
 
@@ -36,7 +38,7 @@ BISECTIONS = 18  # of the range: an end to within one part in 260,000
 class Confidence:
     """A mean with the ends of its confidence sequence after n units; infinite where n is too small to say.
 
-    `spread` is the standard deviation of a unit.
+    `spread` is the standard deviation of a unit; `reach` says how far the interval will reach to a side after n units.
     """
 
     value: float
@@ -44,10 +46,17 @@ class Confidence:
     high: float
     n: int
     spread: float
+    reach: Callable[[int], float] = field(default=lambda n: math.inf, compare=False)
 
     @property
     def half(self) -> float:
         return (self.high - self.low) / 2
+
+    def units_until(self, half: float) -> int | None:
+        """After how many units the interval reaches no further than `half`, if the spread stays; None: a million."""
+        if not math.isfinite(self.spread) or self.reach(MOST_UNITS) > half:
+            return None
+        return bisect_left(range(MOST_UNITS), True, lo=2, key=lambda n: self.reach(n) <= half)
 
     def within(self, margin: float) -> bool:
         """Whether the whole interval is nearer to 0 than `margin`."""
@@ -75,6 +84,7 @@ def bounded_mean(values: Sequence[float] | Floats, low: float, high: float, alph
         middle + half * ends[1],
         len(values),
         half * float(scaled.std()),
+        lambda n: half * _betting_reach(n, float(scaled.std()), alpha),
     )
 
 
@@ -102,6 +112,22 @@ def _refused_below(scaled: Floats, bets: Floats, alpha: float) -> float:
     return low
 
 
+def _betting_reach(n: int, spread: float, alpha: float) -> float:
+    """About how far from the mean the interval of n items reaches: where the mixture's best bet has grown enough.
+
+    A bet b on a gap h grows by about b h - b^2 (spread^2 + h^2) / 2 an item; values are on -1..1.
+    """
+    needed = math.log(2 * len(GAPS) / alpha) / n
+    variance = spread**2 + FIRST_VARIANCE / n
+    reach = [1.0]
+    for gap in GAPS:
+        bet = min(LARGEST_BET, gap / (variance + gap**2))
+        discriminant = bet**2 - 2 * bet**2 * (needed + bet**2 * variance / 2)
+        if discriminant >= 0:
+            reach.append((bet - math.sqrt(discriminant)) / bet**2)
+    return min(reach)
+
+
 def _log_capital(scaled: Floats, bets: Floats, m: float) -> float:
     """Of the mixture that bets on a mean above m; bets are cut where losing one would cost more than LARGEST_BET."""
     cut = np.minimum(bets, LARGEST_BET / (1 + m)) if m > -1 else bets
@@ -118,8 +144,12 @@ def normal_mean(values: Sequence[float] | Floats, alpha: float, planned: int) ->
         return UNKNOWN if n == 0 else Confidence(float(array[0]), -math.inf, math.inf, 1, math.inf)
     mean = float(array.mean())
     spread = float(array.std(ddof=1))
-    half = spread * math.sqrt((n - 1) / n) * _student_reach(n, alpha, planned)
-    return Confidence(mean, mean - half, mean + half, n, spread)
+
+    def reach(count: int) -> float:
+        return spread * math.sqrt((count - 1) / count) * _student_reach(count, alpha, planned)
+
+    half = reach(n)
+    return Confidence(mean, mean - half, mean + half, n, spread, reach)
 
 
 def ratio_of_sums(sums: Sequence[float], weights: Sequence[float], alpha: float, planned: int) -> Confidence:

@@ -32,10 +32,17 @@ def shown(claim: Claim) -> Estimate:
     return Estimate(turn(found.value), low, high)
 
 
+def whole_text(claim: Claim) -> str:
+    """A claim with the checkpoint that it is about."""
+    return comparison_text(claim) if claim.margin is not None else f"{claim.one}: {claim_text(claim)}"
+
+
 def claim_text(claim: Claim) -> str:
     """A constraint: what was found against its limit."""
     if claim.margin is not None:
         return comparison_text(claim)
+    if claim.confidence.n == 0:
+        return f"{NAMES[claim.name]} is not measured yet"
     units = f"{claim.confidence.n:,} {UNITS[claim.kind]}"
     if claim.name.endswith("_of_base") and claim.kind == "questions":
         slack = _points(claim)
@@ -47,10 +54,14 @@ def claim_text(claim: Claim) -> str:
 def comparison_text(claim: Claim) -> str:
     """How `other` stands to `one`, which leads."""
     units = f"{claim.confidence.n:,} {UNITS[claim.kind]}"
+    if claim.confidence.n == 0:
+        name = NAMES.get(claim.name) or OBJECTIVES[claim.name]
+        return f"{claim.one} and {claim.other} are not compared yet in {name}"
     if claim.kind == "questions":
-        return f"{claim.one} is {_points(claim)} points better in {NAMES[claim.name]}, {units}"
+        return f"{claim.one} is {_points(claim)} points better than {claim.other} in {NAMES[claim.name]}, {units}"
     percent = _hundredfold(shown(claim), less=1.0)
-    return f"{claim.one} is {span(percent, '{:.1f}')} % better in {OBJECTIVES[claim.name]}, {units}"
+    gain = span(percent, "{:.1f}")
+    return f"{claim.one} is {gain} % better than {claim.other} in {OBJECTIVES[claim.name]}, {units}"
 
 
 def _points(claim: Claim) -> str:
