@@ -70,9 +70,9 @@ class Ramp(Section):
 class Replay(Section):
     """A recorded trace with times; `format` overrides what its header or its keys say (`generate/traces/`).
 
-    `speed` 2 plays twice as fast. Rows before `skip_s` are left out. Lengths above the limits are cut to them, and the
-    result counts how many were. A row without output was answered with nothing (BurstGPT's failures): it is sent with
-    the smallest limit there is, 1 token, or skipped; the result counts these too.
+    `speed` 2 plays twice as fast, recorded pauses too. Rows before `skip_s` are left out. Lengths above the limits are
+    cut to them, and the result counts how many were. A row without output was answered with nothing (BurstGPT's
+    failures): it is sent with the smallest limit there is, 1 token, or skipped; the result counts these too.
     """
 
     kind: Literal["replay"]

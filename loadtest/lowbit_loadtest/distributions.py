@@ -42,9 +42,9 @@ class Distribution(Section):
 
 
 class Lengths(Distribution):
-    """Whole numbers of tokens or turns; a bare number means that number always."""
+    """Whole numbers of tokens or turns, at least 1; a bare number means that number always."""
 
-    min: int = Field(default=1, ge=0)
+    min: int = Field(default=1, ge=1)
     max: int = Field(default=1_000_000, ge=1)
 
     @property

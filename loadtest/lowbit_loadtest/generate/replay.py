@@ -69,12 +69,23 @@ def _check_times(replay: Replay, name: str, recorded: Sequence[RecordedSession])
 
 
 def _timed(sessions: Sequence[RecordedSession], replay: Replay) -> list[RecordedSession]:
-    """In order of time, counted from the first that is played."""
+    """In order of time, counted from the first that is played; recorded pauses are as much shorter."""
     ordered = sorted(sessions, key=lambda session: session.at_s or 0.0)
     first_s = (ordered[0].at_s or 0.0) + replay.skip_s if ordered else 0.0
     played = [session for session in ordered if (session.at_s or 0.0) >= first_s]
     start_s = (played[0].at_s or 0.0) if played else 0.0
-    return [replace(one, at_s=((one.at_s or 0.0) - start_s) / replay.speed) for one in played]
+    return [
+        replace(
+            one,
+            at_s=((one.at_s or 0.0) - start_s) / replay.speed,
+            turns=tuple(_faster(turn, replay.speed) for turn in one.turns),
+        )
+        for one in played
+    ]
+
+
+def _faster(turn: RecordedTurn, speed: float) -> RecordedTurn:
+    return turn if turn.pause_s is None else replace(turn, pause_s=turn.pause_s / speed)
 
 
 def _all_without_output(session: RecordedSession) -> bool:

@@ -203,6 +203,11 @@ def test_a_recorded_agent_is_asked_again_with_parts_tools_calls_and_pauses(tmp_p
     assert (second.max_tokens, third.max_tokens) == (4, 1)
 
 
+def test_a_faster_replay_has_shorter_pauses(tmp_path: Path) -> None:
+    (session,) = played(written(tmp_path, json.dumps(AGENT)), speed=2).sessions
+    assert [turn.pause_s for turn in session.turns] == [None, 0.625, 2]
+
+
 def test_messages_that_end_with_a_question_are_one_request_with_its_history(tmp_path: Path) -> None:
     messages: list[dict[str, str]] = [
         {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"},
@@ -254,6 +259,7 @@ def azure(row: str) -> str:
             "line 5, column ContextTokens: '99999999999' is given",
         ),
         (azure("2023-11-16 18:17:08,1\n"), "line 5: 2 columns, where the header has 3"),
+        ("\r\n \n" + azure("2023-11-16 18:17:08,1,x\n"), "line 7, column GeneratedTokens: 'x' is given"),
         (azure('2023-11-16 18:17:08,"1,2\n'), "line 5"),
         (
             "time,tokens\n1,2\n",

@@ -73,7 +73,9 @@ def _array(path: Path, what: str) -> Iterator[Row]:
 
 def _table(path: Path, what: str) -> Iterator[Row]:
     with reading(path, what, ConfigError), open_text(path, newline="") as text:
-        first = text.readline()
+        before, first = 0, text.readline()
+        while first and not first.strip():
+            before, first = before + 1, text.readline()
         delimiter = max(DELIMITERS, key=first.count)
         header = [name.strip().casefold() for name in next(csv.reader([first], delimiter=delimiter))]
         lines = csv.reader(text, delimiter=delimiter)
@@ -81,9 +83,10 @@ def _table(path: Path, what: str) -> Iterator[Row]:
             for cells in lines:
                 if not any(cell.strip() for cell in cells):
                     continue
-                place = f"{what} {path}, line {lines.line_num + 1}"
+                place = f"{what} {path}, line {before + 1 + lines.line_num}"
                 if len(cells) != len(header):
                     raise ConfigError(f"{place}: {len(cells)} columns, where the header has {len(header)}")
                 yield Row(place, dict(zip(header, cells, strict=True)), "column")
         except csv.Error as failure:
-            raise ConfigError(f"{what} {path}, line {lines.line_num + 1}: no CSV: {failure}") from None
+            place = f"{what} {path}, line {before + 1 + lines.line_num}"
+            raise ConfigError(f"{place}: no CSV: {failure}") from None
