@@ -16,12 +16,11 @@ from typing import Any
 from lowbit_core.cli import Command, file_path
 from lowbit_core.errors import ConfigError
 from lowbit_core.log import get_logger
-from lowbit_loadtest.generate.parts import WHOLE, parse_part
+from lowbit_loadtest.generate.part import WHOLE, parse_part
 from lowbit_loadtest.generate.prompts import read_prompts
 from lowbit_loadtest.generate.records import Outcome
-from lowbit_loadtest.merge import merge
-from lowbit_loadtest.part_file import part_section
-from lowbit_loadtest.prompt_kinds import DEFAULT_PROMPT, FilePrompts
+from lowbit_loadtest.parts.file import part_section
+from lowbit_loadtest.parts.merge import merge
 from lowbit_loadtest.quality.run import Answers
 from lowbit_loadtest.quality.verdict import base_answers
 from lowbit_loadtest.report.document import as_document, record_lines
@@ -31,6 +30,7 @@ from lowbit_loadtest.report.result import Result
 from lowbit_loadtest.report.text import lines
 from lowbit_loadtest.runner import run_part
 from lowbit_loadtest.scenario import Scenario, bundled_scenarios, load_scenario, parse_scenario
+from lowbit_loadtest.sections.prompts import DEFAULT_PROMPT, FilePrompts
 from lowbit_loadtest.target_flags import add_target_arguments, check_fits, target_of
 
 log = get_logger("loadtest")

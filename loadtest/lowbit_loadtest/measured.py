@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lowbit_loadtest.arrival_kinds import AtOnce
 from lowbit_loadtest.generate.records import Interval, RequestRecord
 from lowbit_loadtest.report.result import Point, Setting
 from lowbit_loadtest.report.server_metrics import check_usage
@@ -22,6 +21,7 @@ from lowbit_loadtest.report.summary import (
     whole_span,
 )
 from lowbit_loadtest.scenario import Scenario
+from lowbit_loadtest.sections.arrivals import AtOnce
 
 MOST_APART_S = 1.0  # between the starts of parts
 

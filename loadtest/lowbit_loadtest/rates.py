@@ -9,10 +9,10 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lowbit_loadtest.arrival_kinds import Poisson, Ramp
-from lowbit_loadtest.distributions import Lengths
 from lowbit_loadtest.report.result import Point, Seen, Setting, bracket, seen_rates
 from lowbit_loadtest.scenario import Output, Scenario, Search
+from lowbit_loadtest.sections.arrivals import Poisson, Ramp
+from lowbit_loadtest.sections.distributions import Lengths
 
 
 def settings_to_measure(scenario: Scenario, points: Sequence[Point]) -> Iterator[Setting]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from lowbit_core.errors import ConfigError
 from lowbit_loadtest.generate.endpoints import endpoint_named
 from lowbit_loadtest.generate.http.target import Target, open_http
-from lowbit_loadtest.generate.parts import WHOLE, Part, digest, own_part
+from lowbit_loadtest.generate.part import WHOLE, Part, digest, own_part
 from lowbit_loadtest.generate.planner import make_schedule, whole_share
 from lowbit_loadtest.generate.preflight import find_model
 from lowbit_loadtest.generate.schedule import Schedule

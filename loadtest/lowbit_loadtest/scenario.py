@@ -1,7 +1,7 @@
 """A scenario: when requests are sent, what they ask, and what counts as good, in strict YAML.
 
-Unknown keys are refused with their path. Knows nothing of HTTP and of clocks. `arrival_kinds.py` and `prompt_kinds.py`
-have the sections `arrivals` and `prompts`.
+Unknown keys are refused with their path. Knows nothing of HTTP and of clocks. Sections that have several kinds are in
+`sections/`.
 """
 
 import math
@@ -13,10 +13,10 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator, model_validator
 
 from lowbit_core.documents import DocumentPath, Section, load_document, parse_document
-from lowbit_loadtest.arrival_kinds import Arrivals, AtOnce, Closed, Constant, Gamma, Poisson, Ramp, Replay
-from lowbit_loadtest.distributions import LengthsOrNumber, NonNegativeFloat
-from lowbit_loadtest.distributions import PositiveFloat as PositiveFloat
-from lowbit_loadtest.prompt_kinds import Prompts, Synthetic
+from lowbit_loadtest.sections.arrivals import Arrivals, AtOnce, Closed, Constant, Gamma, Poisson, Ramp, Replay
+from lowbit_loadtest.sections.distributions import LengthsOrNumber, NonNegativeFloat
+from lowbit_loadtest.sections.distributions import PositiveFloat as PositiveFloat
+from lowbit_loadtest.sections.prompts import Prompts, Synthetic
 
 PositiveInt = Annotated[int, Field(ge=1)]
 MOST_POINTS = 200

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 
 from lowbit_core.errors import ConfigError
-from lowbit_loadtest.arrival_kinds import Constant, Gamma, Poisson
-from lowbit_loadtest.distributions import Lengths
 from lowbit_loadtest.generate.arrivals import Draw, draw_lengths, generator, send_times_s
 from lowbit_loadtest.generate.http.target import Target
 from lowbit_loadtest.generate.planner import make_schedule
 from lowbit_loadtest.generate.prompts import PromptMaker
 from lowbit_loadtest.generate.schedule import Schedule
 from lowbit_loadtest.generate.tokens import ServerTokens, WordTokens, find_counter, fit_to_tokens
-from lowbit_loadtest.prompt_kinds import Conversations
 from lowbit_loadtest.scenario import Scenario, bundled_scenarios, load_scenario, parse_scenario
+from lowbit_loadtest.sections.arrivals import Constant, Gamma, Poisson
+from lowbit_loadtest.sections.distributions import Lengths
+from lowbit_loadtest.sections.prompts import Conversations
 
 POISSON = {"kind": "poisson", "rate_rps": 2}
 TEXT = {"kind": "text"}

@@ -12,7 +12,6 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from lowbit_core.documents import SUFFIXES, DocumentPath, Section, document_path, load_document
 from lowbit_core.errors import ConfigError
-from lowbit_loadtest.arrival_kinds import Ramp
 from lowbit_loadtest.scenario import (
     QUALITY_RENAMED,
     PositiveFloat,
@@ -20,6 +19,7 @@ from lowbit_loadtest.scenario import (
     Scenario,
     load_scenario,
 )
+from lowbit_loadtest.sections.arrivals import Ramp
 
 RENAMED = {**QUALITY_RENAMED, "constraints.accuracy_of_base": "constraints.acc_norm_of_base"}
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]

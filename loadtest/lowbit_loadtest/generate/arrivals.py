@@ -8,8 +8,8 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from lowbit_loadtest.arrival_kinds import Constant, Gamma, Poisson
-from lowbit_loadtest.distributions import Distribution, Lengths, Seconds
+from lowbit_loadtest.sections.arrivals import Constant, Gamma, Poisson
+from lowbit_loadtest.sections.distributions import Distribution, Lengths, Seconds
 
 OpenArrivals = Poisson | Gamma | Constant
 

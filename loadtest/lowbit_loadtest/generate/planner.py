@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from lowbit_core.errors import ConfigError
-from lowbit_loadtest.arrival_kinds import AtOnce, Closed, Ramp, Replay
-from lowbit_loadtest.distributions import Lengths
 from lowbit_loadtest.generate.arrivals import Draw, OpenArrivals, draw_lengths, generator, send_times_s
 from lowbit_loadtest.generate.driver import Share
 from lowbit_loadtest.generate.http.target import Target
@@ -13,8 +11,10 @@ from lowbit_loadtest.generate.prompts import PlannedSession, PromptMaker
 from lowbit_loadtest.generate.replay import play
 from lowbit_loadtest.generate.schedule import Job, Recording, Schedule, Turn
 from lowbit_loadtest.generate.tokens import Counter
-from lowbit_loadtest.prompt_kinds import FilePrompts, Text
 from lowbit_loadtest.scenario import Scenario
+from lowbit_loadtest.sections.arrivals import AtOnce, Closed, Ramp, Replay
+from lowbit_loadtest.sections.distributions import Lengths
+from lowbit_loadtest.sections.prompts import FilePrompts, Text
 
 POOL_REQUESTS = 512  # distinct prompts of a closed loop that runs for a time and not for a count
 DEFAULT_OUTPUT = Lengths(mean=128)

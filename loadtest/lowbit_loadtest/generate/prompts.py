@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from lowbit_core.errors import ConfigError
-from lowbit_loadtest.distributions import LengthsOrNumber, Seconds
 from lowbit_loadtest.generate.arrivals import Draw, draw_lengths, draw_seconds, generator
 from lowbit_loadtest.generate.replay import describe
 from lowbit_loadtest.generate.request import Message
@@ -21,7 +20,15 @@ from lowbit_loadtest.generate.tokens import Counter, fit_to_tokens, text_of
 from lowbit_loadtest.generate.traces.read import read_recording
 from lowbit_loadtest.generate.traces.recorded import RecordedSession, RecordedTurn
 from lowbit_loadtest.generate.words import draw_words
-from lowbit_loadtest.prompt_kinds import Agentic, Conversations, FilePrompts, SharedPrefix, Synthetic, Text
+from lowbit_loadtest.sections.distributions import LengthsOrNumber, Seconds
+from lowbit_loadtest.sections.prompts import (
+    Agentic,
+    Conversations,
+    FilePrompts,
+    SharedPrefix,
+    Synthetic,
+    Text,
+)
 
 OF_REQUEST, OF_GROUP, OF_BLOCK, OF_TOOL = range(4)  # what words are drawn for
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lowbit_core.errors import ConfigError
-from lowbit_loadtest.arrival_kinds import Replay
 from lowbit_loadtest.generate.schedule import Recording
 from lowbit_loadtest.generate.traces.read import read_recording
 from lowbit_loadtest.generate.traces.recorded import RecordedSession, RecordedTurn
+from lowbit_loadtest.sections.arrivals import Replay
 
 
 @dataclass(frozen=True)

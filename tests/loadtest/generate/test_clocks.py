@@ -9,12 +9,12 @@ import pytest
 from tests.loadtest.conftest import HELLO, jobs
 from tests.loadtest.generate.virtual_time import drive_virtually
 
-from lowbit_loadtest.arrival_kinds import Poisson
 from lowbit_loadtest.generate.arrivals import Draw, generator, send_times_s
 from lowbit_loadtest.generate.records import Outcome
 from lowbit_loadtest.generate.schedule import Job, Turn
 from lowbit_loadtest.report.statistics import PERCENTILES
 from lowbit_loadtest.report.summary import Run, arrival_window, summarize
+from lowbit_loadtest.sections.arrivals import Poisson
 
 TOLERANCE_S = 0.002
 

@@ -15,14 +15,14 @@ from tests.loadtest.test_cli import lowbit_loadtest
 from lowbit_core.errors import ConfigError
 from lowbit_loadtest.generate.driver import Share
 from lowbit_loadtest.generate.http.target import Target
-from lowbit_loadtest.generate.parts import Part, digest, own_part, parse_part
+from lowbit_loadtest.generate.part import Part, digest, own_part, parse_part
 from lowbit_loadtest.generate.planner import make_schedule
 from lowbit_loadtest.generate.records import Outcome, RequestRecord
 from lowbit_loadtest.generate.schedule import Schedule
 from lowbit_loadtest.generate.tokens import WordTokens
 from lowbit_loadtest.generate.workers import run_workers
 from lowbit_loadtest.measured import Measured, Sent, make_point
-from lowbit_loadtest.part_file import part_section, read_part
+from lowbit_loadtest.parts.file import part_section, read_part
 from lowbit_loadtest.runner import PAUSE_S, Starts
 from lowbit_loadtest.scenario import Scenario, parse_scenario
 

@@ -11,7 +11,6 @@ from tests.loadtest.conftest import drive
 from tests.loadtest.generate.virtual_time import drive_virtually
 
 from lowbit_core.errors import ConfigError
-from lowbit_loadtest.distributions import Seconds
 from lowbit_loadtest.generate.arrivals import Draw, draw_seconds, generator
 from lowbit_loadtest.generate.planner import make_schedule
 from lowbit_loadtest.generate.records import Outcome, RequestRecord
@@ -22,6 +21,7 @@ from lowbit_loadtest.report.sessions import sessions_of
 from lowbit_loadtest.report.summary import Run
 from lowbit_loadtest.report.text import session_lines
 from lowbit_loadtest.scenario import SLO, parse_scenario
+from lowbit_loadtest.sections.distributions import Seconds
 
 if TYPE_CHECKING:
     from tests.loadtest.conftest import FakeServer

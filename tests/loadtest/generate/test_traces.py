@@ -11,13 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lowbit_core.errors import ConfigError
-from lowbit_loadtest.arrival_kinds import Replay
 from lowbit_loadtest.generate.planner import make_schedule
 from lowbit_loadtest.generate.replay import Played, play
 from lowbit_loadtest.generate.schedule import Recording, Schedule
 from lowbit_loadtest.generate.tokens import WordTokens
 from lowbit_loadtest.generate.traces.read import FORMATS, read_recording
 from lowbit_loadtest.scenario import parse_scenario
+from lowbit_loadtest.sections.arrivals import Replay
 
 AZURE_2023 = """TIMESTAMP,ContextTokens,GeneratedTokens
 2023-11-16 18:17:03.9799600,48,10

@@ -11,9 +11,9 @@ from typing import Any
 from lowbit_core.errors import ConfigError
 from lowbit_core.jsonl import parse_json, read_jsonl
 from lowbit_core.text_file import open_text, quote, reading
-from lowbit_loadtest.distributions import TraceFormat
 from lowbit_loadtest.generate.traces import azure, bailian, burstgpt, mooncake, own, sharegpt
 from lowbit_loadtest.generate.traces.recorded import Format, RecordedSession, Row
+from lowbit_loadtest.sections.distributions import TraceFormat
 
 # The first whose keys are all there: Bailian's are Mooncake's and more. Messages are ours unless openai is asked for.
 FORMATS = (

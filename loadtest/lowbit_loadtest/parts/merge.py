@@ -16,11 +16,11 @@ from lowbit_core.errors import ConfigError
 from lowbit_core.jsonl import parse_json
 from lowbit_core.text_file import open_text, reading
 from lowbit_loadtest.generate.http.target import Target
-from lowbit_loadtest.generate.parts import Part
+from lowbit_loadtest.generate.part import Part
 from lowbit_loadtest.generate.schedule import Recording
 from lowbit_loadtest.knees import knees_of
 from lowbit_loadtest.measured import Measured, Sent, make_point, starts_apart_s
-from lowbit_loadtest.part_file import read_part
+from lowbit_loadtest.parts.file import read_part
 from lowbit_loadtest.rates import at_setting
 from lowbit_loadtest.report.result import Joined, Result
 from lowbit_loadtest.scenario import Scenario

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lowbit_core.errors import ConfigError
-from lowbit_loadtest.generate.parts import Part
+from lowbit_loadtest.generate.part import Part
 from lowbit_loadtest.generate.records import Outcome, RequestRecord
 from lowbit_loadtest.measured import Measured, Sent
 

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from lowbit_core.documents import DocumentPath, Section
-from lowbit_loadtest.distributions import LengthsOrNumber, Seconds, SecondsOrNumber, TraceFormat
+from lowbit_loadtest.sections.distributions import LengthsOrNumber, Seconds, SecondsOrNumber, TraceFormat
 
 DEFAULT_PROMPT = "Explain in a few paragraphs how a refrigerator moves heat from a cold place to a warm one."
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from lowbit_core.documents import DocumentPath, Section
-from lowbit_loadtest.distributions import NonNegativeFloat, PositiveFloat, TraceFormat
+from lowbit_loadtest.sections.distributions import NonNegativeFloat, PositiveFloat, TraceFormat
 
 
 def _no_infinite_rate(value: Any) -> Any:

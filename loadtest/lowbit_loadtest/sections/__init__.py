@@ -1,0 +1,1 @@
+"""Sections of a scenario that have several kinds."""
