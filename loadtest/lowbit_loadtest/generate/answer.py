@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from lowbit_loadtest.generate.endpoints.piece import Piece, Usage
+from lowbit_loadtest.generate.thoughts import ThoughtTags
 
 HIDDEN_REASONING = "hidden reasoning tokens: time per output token is of the others"
 MORE_TOKENS_THAN_BYTES = "usage has more tokens than the answer has bytes: some were not to be seen"
@@ -33,6 +34,7 @@ class Answer:
     streamed: bool = True  # or not meant to be
     done: bool = False
     texts: list[str] = field(default_factory=list)
+    tags: ThoughtTags = field(default_factory=ThoughtTags)
 
     def add(self, piece: Piece, now_s: float | None) -> None:
         """Take a piece that came at `now_s`; None for a whole answer, whose parts have no times."""
@@ -48,13 +50,21 @@ class Answer:
     def _add_output(self, piece: Piece, now_s: float | None) -> None:
         if now_s is not None:
             self.chunk_times_s.append(now_s)
-            if self.first_answer_s is None and (piece.text or piece.other):
-                self.first_answer_s = now_s
+            self._find_answer(piece, now_s)
         if piece.reasoning:
             self.reasoning_bytes += _bytes(piece.reasoning)
         self.other_bytes += _bytes(piece.text) + _bytes(piece.other)
         if self.keep_text and piece.text:
             self.texts.append(piece.text)
+
+    def _find_answer(self, piece: Piece, now_s: float) -> None:
+        """The first output that is no reasoning, by its kind or by its tags."""
+        if piece.text:
+            self.tags.add(piece.text)
+            if self.tags.inside or self.tags.closed:
+                self.first_answer_s = None
+        if self.first_answer_s is None and (piece.other or (piece.text and self.tags.answers)):
+            self.first_answer_s = now_s
 
     def _count(self, usage: Usage, has_output: bool) -> None:
         """Later counts replace earlier ones; a count that is missing later leaves the earlier one."""

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from tests.loadtest.dialects.table import Dialect
+from tests.loadtest.dialects.wire import Dialect
 
 Found = TypeVar("Found")
 

@@ -2,7 +2,8 @@
 
 import pytest
 from tests.loadtest.dialects.odd_server import asked, play
-from tests.loadtest.dialects.table import OWN, SHARED, Dialect
+from tests.loadtest.dialects.table import OWN, SHARED
+from tests.loadtest.dialects.wire import Dialect
 
 from lowbit_core.access import Access, body_change
 from lowbit_loadtest.generate.client import Client

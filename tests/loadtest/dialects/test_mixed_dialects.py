@@ -15,7 +15,9 @@ from lowbit_loadtest.generate.records import Outcome, RequestRecord
 from lowbit_loadtest.generate.request import Request
 
 HELLO = Request(({"role": "user", "content": "Hello"},), max_tokens=64, temperature=0.0, seed=0)
-WORDS = st.text(st.characters(codec="utf-8"), min_size=1, max_size=8)
+WORDS = st.text(
+    st.characters(codec="utf-8", exclude_characters="<"), min_size=1, max_size=8
+)  # no tags of thought
 NOTHING: st.SearchStrategy[Any] = st.sampled_from([None, "", {}])
 NOISE = st.dictionaries(
     st.sampled_from(["error", "id", "provider", "system_fingerprint", "service_tier"]), NOTHING

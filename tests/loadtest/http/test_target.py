@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from tests.loadtest.dialects.odd_server import OddServer, asked
-from tests.loadtest.dialects.table import NORMAL, plain, whole
+from tests.loadtest.dialects.wire import NORMAL, plain, whole
 
 from lowbit_core.access import Access, body_change
 from lowbit_core.errors import ConfigError

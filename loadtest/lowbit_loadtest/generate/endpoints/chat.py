@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lowbit_loadtest.generate.endpoints.conversation import parts_text
-from lowbit_loadtest.generate.endpoints.piece import Piece, read_usage
+from lowbit_loadtest.generate.endpoints.piece import Piece, finish_of, read_usage
 from lowbit_loadtest.generate.request import Request
 
 name = "chat"
@@ -49,8 +49,8 @@ def read(event: dict[str, Any]) -> Piece:
     for choice in event.get("choices") or ():
         delta = choice["delta"] if "delta" in choice else choice.get("message")
         _read_delta(delta or choice, piece)
-        if choice.get("finish_reason"):
-            piece.finish_reason = str(choice["finish_reason"])
+        if reason := choice.get("finish_reason"):
+            piece.finish_reason = finish_of(reason)
         usage = usage or choice.get("usage")  # Moonshot
     usage = usage or (event.get("x_groq") or {}).get("usage")
     if usage:

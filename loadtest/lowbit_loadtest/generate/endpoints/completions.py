@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lowbit_loadtest.generate.endpoints.conversation import as_prompt
-from lowbit_loadtest.generate.endpoints.piece import Piece, read_usage
+from lowbit_loadtest.generate.endpoints.piece import Piece, finish_of, read_usage
 from lowbit_loadtest.generate.request import Request
 
 name = "completions"
@@ -43,8 +43,8 @@ def read(event: dict[str, Any]) -> Piece:
     for choice in event.get("choices") or ():
         piece.text += choice.get("text") or ""
         piece.reasoning += choice.get("reasoning") or ""
-        if choice.get("finish_reason"):
-            piece.finish_reason = str(choice["finish_reason"])
+        if reason := choice.get("finish_reason"):
+            piece.finish_reason = finish_of(reason)
     if usage := event.get("usage"):
         piece.usage = read_usage(usage)
     return piece

@@ -85,6 +85,11 @@ def _count(value: Any) -> int | None:
     return int(value)
 
 
+def finish_of(reason: Any) -> str | None:
+    """Why an answer ended; some servers write "null" or "" while it has not."""
+    return str(reason) if reason and reason not in ("null", "None") else None
+
+
 def error_of(event: dict[str, Any]) -> str | None:
     """The message of an event that is an error: OpenAI's `error`, unless null or empty, or vLLM's and Anthropic's."""
     error = event.get("error")
