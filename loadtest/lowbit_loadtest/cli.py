@@ -23,6 +23,7 @@ from lowbit_loadtest.parts.file import part_section
 from lowbit_loadtest.parts.merge import merge
 from lowbit_loadtest.quality.run import Answers
 from lowbit_loadtest.quality.verdict import base_answers
+from lowbit_loadtest.report.csv_tables import write_csv
 from lowbit_loadtest.report.document import as_document, record_lines
 from lowbit_loadtest.report.page import as_html
 from lowbit_loadtest.report.progress import progress
@@ -81,6 +82,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--html", metavar="FILE.html", type=file_path, help="write a page with charts")
     parser.add_argument(
+        "--csv",
+        metavar="FILE.csv",
+        type=file_path,
+        help="write a row for each rate, and a row for each request into FILE.requests.csv",
+    )
+    parser.add_argument(
+        "--price-per-hour",
+        metavar="PRICE",
+        type=_positive,
+        help="of the machine: gives the price of a million tokens",
+    )
+    parser.add_argument(
         "--quality-base",
         metavar="BASE.json",
         type=file_path,
@@ -127,12 +140,13 @@ def run(arguments: argparse.Namespace) -> int:
     _check_writable("--json", arguments.json)
     _check_writable("--records", arguments.records)
     _check_writable("--html", arguments.html)
+    _check_writable("--csv", arguments.csv)
     base = _quality_base(arguments.quality_base, scenario)
     started = datetime.now(UTC).isoformat(timespec="seconds")
     log.info("%s: %s", target.shown, scenario.description or f"{scenario.arrivals.kind} arrivals")
     with progress() as on_run:
         ran = run_part(scenario, target, on_run, base, arguments.part or WHOLE, arguments.start_at)
-    for line in lines(scenario, ran.result):
+    for line in lines(scenario, ran.result, arguments.price_per_hour):
         log.info(line)
     section = part_section(arguments.part, ran.measured) if arguments.part is not None else None
     _write(arguments, scenario, ran.result, started, section)
@@ -151,7 +165,7 @@ def _merge(arguments: argparse.Namespace) -> int:
     if not files:
         raise ConfigError("merge: give the files of all parts, such as part-1.json part-2.json")
     scenario, result, started = merge([file_path(one) for one in files])
-    for line in lines(scenario, result):
+    for line in lines(scenario, result, arguments.price_per_hour):
         log.info(line)
     _write(arguments, scenario, result, started)
     return _exit_status(result, is_scenario=True)
@@ -164,14 +178,17 @@ def _write(
     started: str,
     part: dict[str, Any] | None = None,
 ) -> None:
-    whole = as_document(scenario, result, started, requests=True)
+    price = arguments.price_per_hour
+    whole = as_document(scenario, result, started, requests=True, price_per_hour=price)
     if arguments.json is not None:
         arguments.json.write_text(_dump({**whole, "part": part} if part else whole), encoding="utf-8")
     if arguments.html is not None:
         arguments.html.write_text(as_html(whole), encoding="utf-8")
+    if arguments.csv is not None:
+        write_csv(whole, arguments.csv)
     if arguments.records is not None:
         arguments.records.write_text("".join(line + "\n" for line in record_lines(result)), encoding="utf-8")
-    sys.stdout.write(_dump(as_document(scenario, result, started)))
+    sys.stdout.write(_dump(as_document(scenario, result, started, price_per_hour=price)))
 
 
 def _dump(document: dict[str, Any]) -> str:

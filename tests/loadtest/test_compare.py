@@ -1,17 +1,25 @@
 """`lowbit compare`: verdicts on runs whose difference is known, what is refused, and exit statuses."""
 
 import argparse
+import copy
 import json
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lowbit_core.errors import ConfigError
 from lowbit_core.evals.results import as_rows
 from lowbit_core.evals.scoring import Answer
-from lowbit_loadtest.compare import compare, judge
+from lowbit_loadtest.compare.comparison import Comparison
+from lowbit_loadtest.compare.comparison import compare as compare_measured
+from lowbit_loadtest.compare.outcomes import judge
+from lowbit_loadtest.compare.readers import lowbit
 from lowbit_loadtest.compare_cli import command
 from lowbit_loadtest.report.document import FORMAT_VERSION, REQUEST_COLUMNS
 from lowbit_loadtest.report.statistics import Bounds
@@ -41,8 +49,12 @@ def document(
     return head | {"scenario": {"seed": 0, "model": "a", **scenario}, "points": [point]}
 
 
+def compare(a: dict[str, Any], b: dict[str, Any], tolerance: float, draws: int = 200) -> Comparison:
+    return compare_measured(lowbit.read(a, "a"), lowbit.read(b, "b"), tolerance, draws=draws)
+
+
 def verdicts(a: dict[str, Any], b: dict[str, Any], tolerance: float = 0.05) -> set[str]:
-    return {one.verdict for one in compare(a, b, tolerance).differences if one.metric != "share completed"}
+    return {one.verdict for one in compare(a, b, tolerance).differences}
 
 
 def test_twenty_percent_more_is_worse_and_less_is_better() -> None:
@@ -122,10 +134,10 @@ def test_quality_under_load_is_judged_item_by_item() -> None:
     assert worse["perplexity"].change == pytest.approx(np.exp(0.6 * (1 + 9.5 / 99)) - 1, rel=1e-3)
     unanswered = judged_items(160, -100.0)
     for row in unanswered["quality"]["answers"]["loaded"][:100]:
-        row["acc_norm"] = row["chosen"] = None  # they were right in A and count in neither
+        row["acc_norm"] = row["chosen"] = None  # they were right in A, and no answer is no right answer
     found = {one.metric: one for one in compare(judged_items(200, -100.0), unanswered, 0.05).differences}
-    assert found["acc_norm"].a == pytest.approx(100 / 200)
-    assert found["acc_norm"].b == pytest.approx(60 / 200)
+    assert found["acc_norm"].a == pytest.approx(200 / 300)
+    assert found["acc_norm"].b == pytest.approx(60 / 300)
     with pytest.raises(ConfigError, match="cannot be read"):
         compare(judged_items(1, -1.0), document() | {"quality": {"answers": {"loaded": [{}]}}}, 0.05)
     same = judged(200, -100.0)
@@ -151,16 +163,154 @@ def test_a_verdict_needs_an_interval_without_zero_and_more_than_the_tolerance(
     assert judge(change, None, 0.05, lower_is_better=True) == "undecided"
 
 
+def failing(found: dict[str, Any], places: Sequence[int], outcome: str = "failed") -> dict[str, Any]:
+    """The document with some requests failed, which keep their times: a 500 comes fast, and a cut stream has chunks."""
+    changed = copy.deepcopy(found)
+    for place in places:
+        changed["points"][0]["request_table"]["rows"][place][REQUEST_COLUMNS.index("outcome")] = outcome
+    return changed
+
+
 def test_a_server_that_drops_requests_is_worse_however_fast() -> None:
-    dropping = document(0.5, 1)
-    rows = dropping["points"][0]["request_table"]["rows"]
-    for row in rows[::4]:
-        row[REQUEST_COLUMNS.index("outcome")] = "rejected"
-        for column in ("ttft_s", "tpot_s", "e2e_s"):
-            row[REQUEST_COLUMNS.index(column)] = None
-    comparison = compare(document(), dropping, 0.05)
+    comparison = compare(document(), failing(document(0.5, 1), range(0, 600, 4), "rejected"), 0.05)
     assert comparison.verdict == "worse"
-    assert [one.metric for one in comparison.differences if one.verdict == "worse"] == ["share completed"]
+    completed, rejected = comparison.outcomes
+    assert (completed.outcome, completed.verdict, rejected.outcome) == ("completed", "worse", "rejected")
+    assert (completed.count_a, completed.count_b, rejected.count_b) == (590, 444, 146)
+    assert completed.interval.low <= completed.change <= completed.interval.high < -0.2
+
+
+def test_a_failure_is_never_a_latency() -> None:
+    """Times of requests that failed are in the file, and in no number: A's and B's medians are of the answers."""
+    slow = document(3.0, 1)
+    dropped = failing(slow, [place for place in range(600) if place % 10 == 0])
+    of_all, of_rest = (compare(document(), one, 0.05).differences for one in (slow, dropped))
+    times = [row[REQUEST_COLUMNS.index("ttft_s")] for row in slow["points"][0]["request_table"]["rows"]]
+    kept = [time for place, time in enumerate(times) if place % 10 and place % 300 >= 5]
+    assert of_rest[0].b == pytest.approx(np.median(kept))
+    assert of_all[0].b != of_rest[0].b
+
+
+def test_dropping_the_slow_requests_makes_nothing_look_faster() -> None:
+    """B is as A, and fails the slowest tenth: its p95 of answers is far lower, and its verdict is not."""
+    whole = document(1.0, 1)
+    column = REQUEST_COLUMNS.index("ttft_s")
+    rows = whole["points"][0]["request_table"]["rows"]
+    slowest = sorted(range(len(rows)), key=lambda place: -rows[place][column])[:60]
+    comparison = compare(document(), failing(whole, slowest), 0.05)
+    assert comparison.verdict == "worse"
+    p95 = next(one for one in comparison.differences if one.metric == "time to first token p95")
+    assert p95.verdict == "worse"
+    apart = compare(document(seed=1), failing(whole, slowest), 0.05)
+    p95 = next(one for one in apart.differences if one.metric == "time to first token p95")
+    assert (p95.change < -0.2, p95.verdict, p95.completed_alone) == (True, "worse", "better")
+
+
+GOODNESS = {
+    "b_completed_nothing": 0,
+    "a_completed_nothing": 0,
+    "worse": 1,
+    "undecided": 2,
+    "same": 2,
+    "better": 3,
+}
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    factor=st.sampled_from([0.6, 0.97, 1.0, 1.04, 1.3]),
+    requests=st.sampled_from([6, 24, 60]),
+    paired=st.booleans(),
+    already=st.floats(0, 0.3),
+    more=st.floats(0, 1),
+    which=st.sampled_from(["slowest", "fastest", "any"]),
+    outcome=st.sampled_from(["failed", "rejected", "cut_off", "timed_out"]),
+    seed=st.integers(0, 5),
+)
+def test_turning_answers_into_failures_never_makes_a_verdict_better(
+    factor: float,
+    requests: int,
+    paired: bool,
+    already: float,
+    more: float,
+    which: str,
+    outcome: str,
+    seed: int,
+) -> None:
+    rng = np.random.default_rng(seed)
+    a = failing(
+        document(requests=requests), [place for place in range(2 * requests) if rng.random() < already / 2]
+    )
+    b = document(factor, 1, requests, seed=0 if paired else 1)
+    times = [row[REQUEST_COLUMNS.index("ttft_s")] for row in b["points"][0]["request_table"]["rows"]]
+    places = {
+        "slowest": np.argsort(times)[::-1],
+        "fastest": np.argsort(times),
+        "any": rng.permutation(len(times)),
+    }
+    order = [int(place) for place in places[which]]
+    before = failing(b, order[: int(already * len(order))], outcome)
+    after = failing(before, order[: int(max(already, more) * len(order))], outcome)
+    found = [compare(a, one, 0.05, draws=60) for one in (before, after)]
+    assert GOODNESS[found[1].verdict] <= GOODNESS[found[0].verdict]
+    verdicts_before, verdicts_after = (
+        {one.metric: GOODNESS[one.verdict] for one in comparison.differences} for comparison in found
+    )
+    for metric in verdicts_before.keys() & verdicts_after.keys():
+        assert verdicts_after[metric] <= verdicts_before[metric]
+
+
+@pytest.mark.parametrize("side", ["a", "b", "both"])
+@pytest.mark.parametrize("requests", [1, 300])
+def test_a_side_that_completed_nothing_has_a_verdict_of_its_own_and_status_1(
+    side: str, requests: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Every request of it a fast 500; with --tolerance 0.99 too."""
+    a, b = document(requests=10 + requests), document(0.01, 1, 10 + requests)
+    everything = range(2 * (10 + requests))
+    a = failing(a, everything) if side in ("a", "both") else a
+    b = failing(b, everything) if side in ("b", "both") else b
+    found = compare(a, b, 0.99)
+    assert found.verdict == ("a_completed_nothing" if side == "a" else "b_completed_nothing")
+    assert not found.differences
+    with caplog.at_level(logging.INFO, "lowbit"):
+        assert lowbit_compare(tmp_path, a, b, "--tolerance", "0.99", "--completed-tolerance", "0.99") == 1
+    assert f"{'A' if side == 'a' else 'B'} completed no request" in caplog.text
+
+
+def test_few_completed_requests_are_said_and_judge_nothing() -> None:
+    found = compare(document(requests=12), document(0.2, 1, requests=12), 0.05)
+    assert found.verdict == "undecided"
+    assert {one.verdict for one in found.differences} == {"undecided"}
+    assert [note for note in found.notes if "B completed 14 of 14 requests at 4 requests/s: too few" in note]
+
+
+def test_turns_that_were_not_sent_after_a_failure_are_not_forgotten() -> None:
+    one = document()
+    other = failing(document(), [17])
+    other["points"][0]["not_sent"] = 90
+    found = compare(one, other, 0.05)
+    assert [(one.outcome, one.count_b) for one in found.outcomes] == [
+        ("completed", 589),
+        ("failed", 1),
+        ("not sent", 90),
+    ]
+    assert found.verdict == "worse"
+    assert compare(one, other | {"interrupted": True}, 0.05).outcomes[-1].outcome == "failed"
+
+
+def test_joules_and_money_are_judged_over_repetitions() -> None:
+    def costing(joules: list[float], price: float) -> dict[str, Any]:
+        found = document()
+        rows = [
+            {"joules_per_output_token": one, "price_per_million_output_tokens": price + one} for one in joules
+        ]
+        found["points"][0]["cost"] = {"repetitions": rows}
+        return found
+
+    found = compare(costing([2.0, 2.1, 1.9], 1), costing([3.0, 3.2, 2.9], 1), 0.05).differences
+    judged = {one.metric: one.verdict for one in found[-2:]}
+    assert judged == {"joules per output token": "worse", "price of a million output tokens": "worse"}
 
 
 def lowbit_compare(tmp_path: Path, a: object, b: object, *flags: str) -> int:
@@ -185,7 +335,7 @@ def test_exit_status_is_for_ci(tmp_path: Path, capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kind": "other"}, "b.json is not a result of lowbit loadtest"),
+        ({"kind": "other"}, "b.json is not a result of lowbit loadtest --json, AIPerf"),
         ({"format_version": 2}, "has format 2, this version reads 3"),
         ({"valid": False, "invalid_because": ["sends were late"]}, r"is invalid \(sends were late\)"),
         ({"points": [{"offered_rps": 4.0}]}, "has no requests; give the file that --json wrote"),

@@ -1,46 +1,24 @@
 """The frontier for people: a Markdown table, and one HTML page that needs no other file. It computes nothing."""
 
 from collections.abc import Callable
-from html import escape
 from typing import Any
 
 from lowbit_core.evals.arithmetic import Estimate, span
-from lowbit_loadtest.frontier.charts import Spot, color, dots_by_group, legend, scatter, stacked_bars
-from lowbit_loadtest.report.svg import Chart, Mark, Series
+from lowbit_loadtest.frontier.charts import decision_charts
+from lowbit_loadtest.report.chart import COLORS, Chart, Mark, Series, Table, lines
+from lowbit_loadtest.report.html import heading, page, paragraph, verdict, wide
+from lowbit_loadtest.report.plots import Bar, Member, Spot, intervals, scatter, stacked_bars
 
 Document = dict[str, Any]
 MIB = 1 << 20
+VERDICT_KINDS = {"recommended": "good", "equal": "good", "undecided": "open", "none": "bad"}
 COMPONENT_COLORS = ("#1864ab", "#74c0fc", "#f08c00", "#868e96", "#2b8a3e", "#862e9c")
-STYLE = """
-:root { color-scheme: light }
-body { font: 16px/1.55 system-ui, "DejaVu Sans", sans-serif; max-width: 1080px; margin: 2.5rem auto; padding: 0 1.25rem;
-  color: #212529; background: #fff }
-h1 { font-size: 1.7rem; margin: 0 0 .2rem } h2 { font-size: 1.15rem; margin: 2.4rem 0 .3rem }
-p { margin: .3rem 0 } .quiet { color: #5c636a; font-size: .9rem }
-.verdict { border-left: 5px solid #2b8a3e; background: #f4faf5; padding: .8rem 1.1rem; margin: 1.2rem 0 }
-.verdict.undecided { border-color: #e67700; background: #fff9ef }
-.verdict.none { border-color: #c92a2a; background: #fdf3f3 }
-.verdict strong { font-size: 1.1rem } .verdict ul { margin: .4rem 0 0; padding-left: 1.2rem; font-size: .92rem }
-table { border-collapse: collapse; font-size: .84rem; width: 100% } .wide { overflow-x: auto }
-th { text-align: right; color: #5c636a; font-weight: 500; vertical-align: bottom }
-td, th { padding: 5px 6px; border-bottom: 1px solid #e9ecef; text-align: right } td { white-space: nowrap }
-td:first-child, th:first-child { text-align: left } td small { color: #5c636a; display: block }
-tr.best td { background: #f4faf5 }
-svg { width: 100%; max-width: 900px; height: auto }
-svg text { font: 13px system-ui, "DejaVu Sans", sans-serif; fill: #495057 }
-svg text.name { paint-order: stroke; stroke: #fff; stroke-width: 4px; stroke-linejoin: round }
-svg text.axis { fill: #212529 } svg text.name { fill: #212529; font-size: 13.5px }
-figure { margin: .3rem 0; max-width: 900px } figure svg text { font-size: 11px } figcaption { display: none }
-.legend { font-size: .88rem } .key { margin-right: 1.1rem; white-space: nowrap }
-.swatch { display: inline-block; width: .8em; height: .8em; border-radius: 50%; margin-right: .4em }
-.bad { background: #fff3bf; padding: 8px 12px }
-"""
 
 
 def as_markdown(document: Document) -> str:
     """A table, the recommendation above it."""
     head = _columns(document)
-    lines = [
+    text = [
         f"# {document['plan']['description'] or 'Frontier'}",
         "",
         f"**{_verdict(document)}**",
@@ -51,33 +29,34 @@ def as_markdown(document: Document) -> str:
         "| " + " | ".join(name for name, _ in head) + " |",
         "|" + "---|" * len(head),
     ]
-    lines += ["| " + " | ".join(cell(one) for _, cell in head) + " |" for one in document["results"]]
-    return "\n".join([*lines, "", _method(document), ""])
+    text += ["| " + " | ".join(cell(one) for _, cell in head) + " |" for one in document["results"]]
+    return "\n".join([*text, "", _method(document), ""])
 
 
 def as_html(document: Document) -> str:
     """The page."""
     plan, recommendation = document["plan"], document["recommendation"]
     title = plan["description"] or "Frontier"
-    colors = {one["name"]: color(index) for index, one in enumerate(plan["checkpoints"])}
-    reasons = "".join(f"<li>{escape(reason)}</li>" for reason in recommendation["reasons"])
-    parts = [
-        f"<h1>{escape(title)}</h1>",
-        f'<p class="quiet">{escape(_method(document))}</p>',
-        f'<div class="verdict {recommendation["verdict"]}"><strong>{escape(_verdict(document))}</strong>'
-        f"<ul>{reasons}</ul></div>",
+    colors = {one["name"]: COLORS[place % len(COLORS)] for place, one in enumerate(plan["checkpoints"])}
+    kind = VERDICT_KINDS.get(recommendation["verdict"], "open")
+    parts: list[str | Chart] = [
+        heading(title),
+        paragraph(_method(document), "quiet"),
+        verdict(kind, _verdict(document), recommendation["reasons"]),
         *(
-            f'<p class="bad">{escape(name)} could not be served: {escape(reason)}</p>'
+            paragraph(f"{name} could not be served: {reason}", "warning")
             for name, reason in document["failures"].items()
         ),
+        "<h2>All numbers</h2>",
+        wide(_table(document), recommendation.get("names") or [recommendation["name"]]),
+        "<h2>Charts</h2>",
+        *decision_charts(document, colors),
         *_pareto(document, colors),
-        f'<h2>All numbers</h2><div class="wide">{_table(document)}</div>',
         *_latency(document, colors),
         *_domains(document, colors),
         *_memory(document),
     ]
-    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
-    return f"<!doctype html>\n<html lang=en><head>{head}</head><body>{''.join(parts)}</body></html>\n"
+    return page(title, parts)
 
 
 def _verdict(document: Document) -> str:
@@ -139,26 +118,14 @@ def _flips(one: Document) -> str:
     return f"{against['flips']} of {against['items']}" if against else "–"
 
 
-def _table(document: Document) -> str:
+def _table(document: Document) -> Table:
     columns = _columns(document)
-    head = "".join(f"<th>{escape(name)}</th>" for name, _ in columns)
-    best = document["recommendation"]["name"]
-    rows = "".join(
-        f"<tr{' class=best' if one['name'] == best else ''}>"
-        + "".join(f"<td>{_cell(cell(one))}</td>" for _, cell in columns)
-        + "</tr>"
-        for one in document["results"]
-    )
-    return f"<table><tr>{head}</tr>{rows}</table>"
+    rows = [[cell(one) for _, cell in columns] for one in document["results"]]
+    return Table([name for name, _ in columns], rows)
 
 
-def _cell(text: str) -> str:
-    value, bracket, interval = escape(text).partition(" [")
-    return f"{value}<small>{bracket.strip()}{interval}</small>" if bracket else value
-
-
-def _pareto(document: Document, colors: dict[str, str]) -> list[str]:
-    parts = []
+def _pareto(document: Document, colors: dict[str, str]) -> list[Chart]:
+    charts = []
     known = [one for one in document["results"] if one["acc_norm"] and one["runs"]]
     for load in document["plan"]["scenarios"] if known else ():
         name = load["name"]
@@ -171,17 +138,15 @@ def _pareto(document: Document, colors: dict[str, str]) -> list[str]:
             )
             for one in known
         ]
-        picture = scatter(
-            spots, document["pareto"][name], "output tokens/s within the limits", "acc_norm", percent=True
-        )
-        parts.append(
-            f"<h2>Throughput against acc_norm: {escape(name)}</h2>"
-            f'<p class="quiet">Up and to the right is better; filled points are on the Pareto frontier.</p>{picture}'
-        )
-    return parts
+        title = f"Throughput against acc_norm: {name}"
+        note = "up and to the right is better; the dotted steps are the Pareto frontier"
+        frontier = document["pareto"][name]
+        speed = "output tokens/s within the limits"
+        charts.append(scatter(title, spots, frontier, speed, "acc_norm", percent=True, note=note))
+    return charts
 
 
-def _latency(document: Document, colors: dict[str, str]) -> list[str]:
+def _latency(document: Document, colors: dict[str, str]) -> list[Chart]:
     series = [
         Series(
             name,
@@ -189,7 +154,7 @@ def _latency(document: Document, colors: dict[str, str]) -> list[str]:
                 Mark(one["offered_rps"], 1000 * one["ttft_p95_s"]["value"], *_milliseconds(one["ttft_p95_s"]))
                 for one in rows
             ],
-            color=colors[name],
+            colors[name],
         )
         for name, rows in document["latency"].items()
         if rows
@@ -197,27 +162,19 @@ def _latency(document: Document, colors: dict[str, str]) -> list[str]:
     if not series:
         return []
     limit = document["plan"]["constraints"]["ttft_p95_s"]
-    chart = Chart(
-        "latency against rate",
-        "offered requests/s",
-        "p95 time to first token, ms",
-        series,
-        {"limit": 1000 * limit} if limit else {},
-    )
     name = document["plan"]["scenarios"][0]["name"]
-    return [
-        f"<h2>Latency against rate: {escape(name)}</h2>{legend({one.name: colors[one.name] for one in series})}",
-        chart.svg(),
-    ]
+    limits = {"limit": 1000 * limit} if limit else {}
+    title = f"Latency against rate: {name}"
+    return [lines(title, "offered requests/s", "p95 time to first token, ms", series, limits)]
 
 
 def _milliseconds(one: Document) -> tuple[float | None, float | None]:
     return tuple(None if one[end] is None else 1000 * one[end] for end in ("low", "high"))  # type: ignore[return-value]
 
 
-def _domains(document: Document, colors: dict[str, str]) -> list[str]:
+def _domains(document: Document, colors: dict[str, str]) -> list[Chart]:
     """acc_norm by task, and perplexity of held-out text by domain; both under load."""
-    found: dict[str, dict[str, list[tuple[str, str, Estimate]]]] = {"acc_norm": {}, "perplexity": {}}
+    found: dict[str, dict[str, list[Member]]] = {"acc_norm": {}, "perplexity": {}}
     for run in document["runs"]:
         for result in run["scenarios"].values():
             for task, both in (result.get("quality") or {}).get("tasks", {}).items():
@@ -225,40 +182,42 @@ def _domains(document: Document, colors: dict[str, str]) -> list[str]:
                     is_shown = kind == "acc_norm" or task.startswith("text:")
                     if task != "all" and is_shown and both["loaded"] and both["loaded"][kind]:
                         name = run["checkpoint"]
-                        one = (name, colors[name], Estimate(**both["loaded"][kind]))
+                        one = Member(name, colors[name], Estimate(**both["loaded"][kind]))
                         groups.setdefault(task.removeprefix("text:"), []).append(one)
-    parts = ["<h2>Quality by domain</h2>" + legend(colors)] if any(found.values()) else []
-    if found["acc_norm"]:
-        parts.append(dots_by_group(_in_order(found["acc_norm"], colors), "acc_norm under load", percent=True))
-    if found["perplexity"]:
-        parts.append(
-            dots_by_group(_in_order(found["perplexity"], colors), "perplexity of held-out text, under load")
-        )
-    return parts
+    titles = {
+        "acc_norm": ("Right answers by task", "acc_norm under load", "{:.1%}"),
+        "perplexity": ("Perplexity by domain", "perplexity of held-out text, under load", "{:.4g}"),
+    }
+    return [
+        intervals(title, _in_order(found[kind], colors), x_name, form)
+        for kind, (title, x_name, form) in titles.items()
+        if found[kind]
+    ]
 
 
-def _in_order(
-    groups: dict[str, list[tuple[str, str, Estimate]]], colors: dict[str, str]
-) -> dict[str, list[tuple[str, str, Estimate]]]:
+def _in_order(groups: dict[str, list[Member]], colors: dict[str, str]) -> dict[str, list[Member]]:
     order = list(colors)
     return {
-        group: sorted(members, key=lambda one: order.index(one[0]))
+        group: sorted(members, key=lambda one: order.index(one.name))
         for group, members in sorted(groups.items())
     }
 
 
-def _memory(document: Document) -> list[str]:
+def _memory(document: Document) -> list[Chart]:
     results = [one for one in document["results"] if one["memory_bytes"]]
     if not results:
         return []
     components = list(dict.fromkeys(component for one in results for component in one["memory_bytes"]))
-    colors = dict(zip(components, COMPONENT_COLORS, strict=False))
-    rows = [
-        (
+    colors = {
+        component: COMPONENT_COLORS[place % len(COMPONENT_COLORS)]
+        for place, component in enumerate(components)
+    }
+    bars = [
+        Bar(
             one["name"],
             {component: size / MIB for component, size in one["memory_bytes"].items()},
             f"{one['kv_tokens']:,} tokens of KV" if one["kv_tokens"] else "",
         )
         for one in results
     ]
-    return [f"<h2>Memory by component</h2>{legend(colors)}", stacked_bars(rows, colors, "MiB")]
+    return [stacked_bars("Memory by component", bars, colors, "MiB")]

@@ -12,24 +12,31 @@ from lowbit_core import __version__
 from lowbit_core.evals.results import as_rows
 from lowbit_loadtest.generate.records import RequestRecord
 from lowbit_loadtest.quality.verdict import QualityResult
+from lowbit_loadtest.report.cost import point_cost
 from lowbit_loadtest.report.result import Joined, Point, Result, highest_rate
 from lowbit_loadtest.report.summary import Run
 from lowbit_loadtest.scenario import Scenario
 
 FORMAT_VERSION = 3
 REQUEST_COLUMNS = (
-    "repetition", "index", "turn", "warm_up", "outcome", "due_s", "lag_s", "ttft_s", "tpot_s", "e2e_s",
+    "repetition", "index", "turn", "warm_up", "outcome", "due_s", "lag_s", "ttft_s", "ttfa_s", "tpot_s", "e2e_s",
     "prompt_tokens", "output_tokens", "chunks",
 )  # fmt: skip
 
 
-def as_document(scenario: Scenario, result: Result, started: str, requests: bool = False) -> dict[str, Any]:
+def as_document(
+    scenario: Scenario,
+    result: Result,
+    started: str,
+    requests: bool = False,
+    price_per_hour: float | None = None,
+) -> dict[str, Any]:
     """The result: what was asked, by what client, and what was measured, at each rate.
 
     The first point's numbers also stand at the top: most runs have one. With `requests`, each point has a table of
     its requests, which `lowbit compare` pairs.
     """
-    points = [_point(point, scenario, requests) for point in result.points]
+    points = [_point(point, scenario, requests, price_per_hour) for point in result.points]
     first = asdict(result.points[0].summary) if len(points) == 1 else {}
     return {
         "kind": "lowbit.loadtest",
@@ -65,7 +72,7 @@ def _joined(joined: Joined) -> dict[str, Any]:
     return {"parts": joined.parts, "starts_apart_s": joined.starts_apart_s}
 
 
-def _point(point: Point, scenario: Scenario, requests: bool) -> dict[str, Any]:
+def _point(point: Point, scenario: Scenario, requests: bool, price_per_hour: float | None) -> dict[str, Any]:
     return {
         "setting": dict(point.setting),
         "offered_rps": point.offered_rps,
@@ -73,6 +80,7 @@ def _point(point: Point, scenario: Scenario, requests: bool) -> dict[str, Any]:
         "invalid_because": list(point.invalid_because),
         "meets_slo": point.meets(scenario) if scenario.slo.has_limits else None,
         **asdict(point.summary),
+        "cost": asdict(point_cost(point, price_per_hour)),
         "sessions": asdict(point.sessions) if point.sessions else None,
         "server": list(point.server),
         "usage_check": [asdict(check) for check in point.usage],
@@ -100,6 +108,7 @@ def _request_row(repetition: int, record: RequestRecord, start_s: float) -> list
         round(record.due_s - start_s, 6),
         round(record.sent_s - record.due_s, 6),
         _rounded(record.ttft_s),
+        _rounded(record.time_to_first_answer_s),
         _rounded(record.time_per_output_token_s),
         _rounded(record.end_to_end_s),
         record.prompt_tokens,

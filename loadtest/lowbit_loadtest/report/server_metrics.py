@@ -1,10 +1,13 @@
 """The server's own metrics beside ours: scraped from /metrics once a second, if the server has it.
 
 Counters give what the server did during the run; gauges their mean and maximum. Several labels are added up, except
-shares, of which the largest counts. The scraper has its own thread in the parent process, away from the clocks.
+shares, of which the largest counts. Energy is a counter of joules where there is one (DCGM's of GPUs, RAPL's of
+processors), else the integral of the power between scrapes. The scraper has its own thread in the parent process, away
+from the clocks.
 """
 
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
@@ -33,11 +36,25 @@ GAUGES = {
     "lowbit_prompt_tokens_per_second": "prompt_tokens_per_s",
     "lowbit_requests_active": "requests_active",
 }
+JOULES = {  # counters, and what one of them is in joules
+    "DCGM_FI_DEV_TOTAL_ENERGY_CONSUMPTION": 1e-3,
+    "node_rapl_package_joules_total": 1.0,
+    "node_rapl_dram_joules_total": 1.0,
+    "kepler_node_cpu_joules_total": 1.0,
+    "kepler_node_gpu_joules_total": 1.0,
+}
+WATTS = {
+    "DCGM_FI_DEV_POWER_USAGE": 1.0,
+    "nvidia_smi_power_draw_watts": 1.0,
+}  # gauges, and what one is in watts
+ENERGY, POWER = "energy_joules", "power_watts"
 SHARES = ("kv_cache_usage",)
 MEMORY = "lowbit_memory_bytes"
 NAMES = (
     *COUNTERS,
     *GAUGES,
+    *JOULES,
+    *WATTS,
     MEMORY,
 )  # only these lines are parsed: a whole page of vLLM's takes 25 ms of a core
 
@@ -52,7 +69,11 @@ def parse_metrics(text: str) -> Values:
         short = COUNTERS.get(sample.name) or GAUGES.get(sample.name)
         if sample.name == MEMORY and "component" in sample.labels:
             short = f"memory_{sample.labels['component']}_bytes"
-        if short in SHARES:
+        if sample.name in JOULES:
+            found[ENERGY] += JOULES[sample.name] * sample.value
+        elif sample.name in WATTS:
+            found[POWER] += WATTS[sample.name] * sample.value
+        elif short in SHARES:
             found[short] = max(found[short], sample.value)
         elif short is not None:
             found[short] += sample.value
@@ -68,6 +89,7 @@ class Scraper:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, daemon=True)
         self.samples: list[Values] = []
+        self.times_s: list[float] = []
 
     def __enter__(self) -> "Scraper":
         if self._scrape():
@@ -90,22 +112,33 @@ class Scraper:
             response = self._http.get("/metrics")
             if response.status_code == httpx.codes.OK and (values := parse_metrics(response.text)):
                 self.samples.append(values)
+                self.times_s.append(time.monotonic())
                 return True
         return False
 
     def summary(self) -> dict[str, Any] | None:
         """Counters as increases over the run, gauges as mean and max; None without two samples."""
-        if len(self.samples) < 2:
-            return None
-        first, last = self.samples[0], self.samples[-1]
-        result: dict[str, Any] = {}
-        for name in last:
-            series = [sample[name] for sample in self.samples if name in sample]
-            if name in COUNTERS.values():
-                result[name] = last[name] - first.get(name, 0.0)
-            else:
-                result[name] = {"mean": float(np.mean(series)), "max": float(np.max(series))}
-        return result
+        return summarize_samples(self.samples, self.times_s)
+
+
+def summarize_samples(samples: Sequence[Values], times_s: Sequence[float]) -> dict[str, Any] | None:
+    """What happened between the first sample and the last; None of fewer than two."""
+    if len(samples) < 2:
+        return None
+    first, last = samples[0], samples[-1]
+    result: dict[str, Any] = {}
+    for name in last:
+        series = [sample[name] for sample in samples if name in sample]
+        if name in (*COUNTERS.values(), ENERGY):
+            result[name] = last[name] - first.get(name, 0.0)
+        else:
+            result[name] = {"mean": float(np.mean(series)), "max": float(np.max(series))}
+    if POWER in last and ENERGY not in last:
+        known = [
+            (at_s, sample[POWER]) for at_s, sample in zip(times_s, samples, strict=True) if POWER in sample
+        ]
+        result[ENERGY] = float(np.trapezoid([watts for _, watts in known], [at_s for at_s, _ in known]))
+    return result
 
 
 @dataclass(frozen=True)

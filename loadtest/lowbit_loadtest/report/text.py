@@ -4,6 +4,7 @@ from lowbit_core.evals.arithmetic import Estimate, span
 from lowbit_core.evals.results import Changes, TaskResult
 from lowbit_loadtest.generate.schedule import Recording
 from lowbit_loadtest.quality.verdict import QualityResult
+from lowbit_loadtest.report.cost import Cost, point_cost
 from lowbit_loadtest.report.knee import Knee
 from lowbit_loadtest.report.result import Point, Result, highest_rate
 from lowbit_loadtest.report.sessions import Sessions
@@ -19,12 +20,12 @@ VERDICTS = {
 }
 
 
-def lines(scenario: Scenario, result: Result) -> list[str]:
+def lines(scenario: Scenario, result: Result, price_per_hour: float | None = None) -> list[str]:
     """The result for people."""
     text = recording_lines(result.recording) if result.recording else []
     if (joined := result.joined) is not None:
         text.append(f"{joined.parts} parts, whose starts were {1000 * joined.starts_apart_s:.0f} ms apart")
-    text += [line for point in result.points for line in _point_lines(point, scenario)]
+    text += [line for point in result.points for line in _point_lines(point, scenario, price_per_hour)]
     text += [knee_text(knee) for knee in result.knees]
     if (found := highest_rate(scenario, result.points)) is not None:
         text.append(highest_rate_text(found))
@@ -83,7 +84,7 @@ def _rate(rate_rps: float | None) -> str:
     return "none measured" if rate_rps is None else f"{rate_rps:.3g} requests/s"
 
 
-def _point_lines(point: Point, scenario: Scenario) -> list[str]:
+def _point_lines(point: Point, scenario: Scenario, price_per_hour: float | None) -> list[str]:
     summary = point.summary
     counts = ", ".join(f"{count} {name}" for name, count in summary.outcomes.items())
     offered = f"offered {point.offered_rps:.3g} requests/s: " if point.offered_rps else ""
@@ -96,6 +97,7 @@ def _point_lines(point: Point, scenario: Scenario) -> list[str]:
         *(f"  {count} × {text}" for text, count in list(summary.contradictions.items())[:5]),
         *_notes(summary),
         *_rates(summary, scenario),
+        *_cost(point_cost(point, price_per_hour)),
         _row("time to first token", summary.ttft_s),
         *_first_answer(summary),
         _row("inter-token latency", summary.inter_token_latency_s),
@@ -135,6 +137,23 @@ def _rates(summary: Summary, scenario: Scenario) -> list[str]:
         met = f"{summary.slo_attainment:.1%} of the requests met the SLOs (wanted: {scenario.slo.attainment:.0%})"
         rates.append(f"goodput {summary.goodput_rps or 0.0:.2f} requests/s; {met}")
     return rates
+
+
+def _cost(cost: Cost) -> list[str]:
+    names = {
+        "joules_per_output_token": "joules per output token",
+        "price_per_million_output_tokens": "for a million output tokens",
+        "price_per_million_tokens": "for a million tokens, prompts included",
+    }
+    parts = []
+    for key, name in names.items():
+        value, bounds = getattr(cost, key), cost.intervals.get(key)
+        if value is not None:
+            known = Estimate(value, bounds.low, bounds.high) if bounds else Estimate(value, None, None)
+            parts.append(f"{span(known)} {name}")
+    if cost.price_per_hour is not None and cost.price_per_million_output_tokens is None:
+        parts.append("price of a token unknown: output tokens/s are")
+    return ["; ".join(parts)] if parts else []
 
 
 def _row(name: str, values: Distribution | None) -> str:
