@@ -22,7 +22,6 @@ from lowbit_quantize.model.families import architecture_of
 from lowbit_quantize.model.hooks import HookedCache
 from lowbit_quantize.model.reference import ModelReference, fetch_weights
 from lowbit_quantize.model.skeleton import skeleton_of
-from lowbit_quantize.model.sources.gguf_parts import parts_of
 from lowbit_quantize.model.weights import WeightFiles
 from lowbit_quantize.schemes.kv_cache import KVScales
 
@@ -125,7 +124,7 @@ def quantization_of(reference: ModelReference) -> dict[str, Any]:
 
 def _load(reference: ModelReference, dtype: torch.dtype) -> Any:
     disable_progress_bar()  # ours is enough
-    if reference.kind == "gguf" and len(parts_of(reference.path)) > 1:
+    if reference.kind == "gguf" and _only_we_read(reference):
         return _load_parts(reference, dtype)
     options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, "trust_remote_code": False}
     place = reference.path
@@ -143,8 +142,16 @@ def _load(reference: ModelReference, dtype: torch.dtype) -> Any:
     return model
 
 
+def _only_we_read(reference: ModelReference) -> bool:
+    """Whether a GGUF model has several parts, which transformers does not read, or positions that it leaves out."""
+    from lowbit_quantize.model.sources.gguf_model import GgufModel  # imported for GGUF files only
+
+    model = GgufModel(reference.path)
+    return len(model.parts) > 1 or model.stretching is not None
+
+
 def _load_parts(reference: ModelReference, dtype: torch.dtype) -> Any:
-    """A GGUF model of several parts, which transformers does not read, as quantize reads it: tensor by tensor."""
+    """A GGUF model that transformers does not read, as quantize reads it: tensor by tensor."""
     from lowbit_quantize.model.gguf_file import GgufFile  # as above
 
     architecture = architecture_of(reference.model_type, reference.name)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from tests.tiny_models import write_tiny_model
@@ -38,14 +39,16 @@ def write_tiny_gguf(
     *,
     left_out: str = "",
     yarn_factor: float | None = None,
+    rope_freqs: Sequence[float] = (),
     tensors_a_part: int = 0,
     said: dict[str, Any] | None = None,
     **sizes: Any,
 ) -> Path:
     """Write the tiny model and the same as `tiny.gguf` beside it, matrices as `kind`; returns the file.
 
-    `left_out` is a tensor that the file lacks, `yarn_factor` what it says its positions are stretched by, `said` what
-    it says of its tokenizer besides. With `tensors_a_part` it is split, and its first part is returned.
+    `left_out` is a tensor that the file lacks, `yarn_factor` what it says its positions are stretched by,
+    `rope_freqs` what its frequencies are divided by, `said` what it says of its tokenizer besides. With
+    `tensors_a_part` it is split, and its first part is returned.
     """
     model = write_tiny_model(directory, family, **sizes)
     config = json.loads((model / "config.json").read_text())
@@ -72,6 +75,9 @@ def write_tiny_gguf(
         values = _interleaved(tensor.float(), rows).numpy()
         raw = kind if values.ndim > 1 else gguf.GGMLQuantizationType.F32
         writer.add_tensor(_renamed(name), gguf.quantize(values, raw), raw_dtype=raw)
+    if rope_freqs:
+        writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+        writer.add_tensor("rope_freqs.weight", np.array(rope_freqs, np.float32))
     _write(writer)
     return sorted(directory.glob("tiny*.gguf"))[0]
 

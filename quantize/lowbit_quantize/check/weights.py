@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 log = get_logger("quantize")
 
 CARRIED_SHARD_BYTES = 2 << 30
-FLOATS = ("BF16", "F16", "F32")
+FLOATS = ("BF16", "F16", "F32", "F64")
 
 
 @dataclass(frozen=True)

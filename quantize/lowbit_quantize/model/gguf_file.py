@@ -29,6 +29,7 @@ from lowbit_core.progress import track
 from lowbit_quantize.model.reference import ModelReference
 from lowbit_quantize.model.sources.gguf_header import open_part
 from lowbit_quantize.model.sources.gguf_model import GgufModel
+from lowbit_quantize.model.sources.gguf_positions import ROPE_FREQS
 from lowbit_quantize.model.weights import INDEX_NAME
 
 LAYER = "blk."
@@ -38,8 +39,8 @@ BLOCK_ROWS = 4096
 class GgufFile:
     """Its tensors, of all its parts, as bfloat16, by the names of `skeleton`, the model without weights.
 
-    Raises ModelError where a part cannot be read, or has tensors or stretched positions that the model does not know
-    (transformers leaves those out, as Llama 3.1's `rope_freqs`).
+    Raises ModelError where a part cannot be read, or has tensors or stretched positions that the model does not know,
+    which transformers would leave out.
     """
 
     def __init__(self, reference: ModelReference, skeleton: nn.Module) -> None:
@@ -53,10 +54,13 @@ class GgufFile:
             self._refuse_unread(path, reader, names)
             for tensor in {tensor.tensor_type: tensor for tensor in reader.tensors}.values():
                 self._refuse_type(path, tensor)
-            self._tensors |= {names[tensor.name]: (path, tensor) for tensor in reader.tensors}
+            self._tensors |= {
+                names[tensor.name]: (path, tensor) for tensor in reader.tensors if tensor.name in names
+            }
 
     def _refuse_unread(self, path: Path, reader: GGUFReader, names: Collection[str]) -> None:
-        unread = [tensor.name for tensor in reader.tensors if tensor.name not in names]
+        known = {ROPE_FREQS} if self._model.stretching else set()  # it is in the configuration
+        unread = [tensor.name for tensor in reader.tensors if tensor.name not in {*names, *known}]
         unread += [name for name in reader.fields if ".rope.scaling." in name]
         if unread:
             raise ModelError(

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, GenerationConfig
 
@@ -41,6 +42,7 @@ class ModelDirectory:
                 f"{self.name} is code of its own (auto_map in {CONFIG}) for the model type {said.get('model_type')!r}, "
                 "which is not run; models that transformers itself has are read"
             )
+        _check_dtype(self.name, said)
         self._check_generation()
         try:
             return AutoConfig.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
@@ -106,6 +108,18 @@ class ModelDirectory:
         if not named or any(one and hasattr(transformers, one) for one in known):
             return None
         return str(named[-1])
+
+
+def _check_dtype(name: str, said: Mapping[str, Any]) -> None:
+    """Raises ModelError on a type that is none, such as `auto`, for which transformers has no words."""
+    for key in ("dtype", "torch_dtype"):
+        given = said.get(key)
+        known = getattr(torch, given.removeprefix("torch."), None) if isinstance(given, str) else None
+        if given is not None and not isinstance(known, torch.dtype):
+            raise ModelError(
+                f"{CONFIG} of {name} has {key} {given!r}, which is no type of PyTorch's, so that no engine opens the "
+                "model; set it to bfloat16, or to what its weights are stored in"
+            )
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -5,14 +5,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig
 
 from lowbit_quantize.model.sources.directory import hash_of, unreadable
 from lowbit_quantize.model.sources.gguf_header import GgufHeader, open_part, read_header
 from lowbit_quantize.model.sources.gguf_parts import parts_of
+from lowbit_quantize.model.sources.gguf_positions import ROPE_FREQS, llama3_parameters
 from lowbit_quantize.model.sources.gguf_tokenizer import Vocabulary, read_vocabulary
 from lowbit_quantize.model.sources.tokenizer_files import open_tokenizer, write_tokenizer
 
+DEFAULT_THETA = 10000.0  # of llama.cpp, where a file does not say
 ENDS = ("eos", "eot", "eom")  # of a text, of a turn, of a message
 
 
@@ -52,7 +55,19 @@ class GgufModel:
             raise unreadable("configuration", str(first), error) from error
         if len(self.parts) > 1:
             config.tie_word_embeddings = "output.weight" not in self.header.tensors
+        if self.stretching is not None:
+            config.rope_parameters = self.stretching
         return config
+
+    @cached_property
+    def stretching(self) -> dict[str, Any] | None:
+        """How the file stretches positions by `rope_freqs`, in transformers' words; None where there are none."""
+        if self.model_type != "llama" or ROPE_FREQS not in self.header.tensors:
+            return None
+        tensors = (tensor for part in self.parts for tensor in open_part(part).tensors)
+        factors = next(torch.tensor(tensor.data) for tensor in tensors if tensor.name == ROPE_FREQS)
+        theta = float(self.header.metadata.get("llama.rope.freq_base", DEFAULT_THETA))
+        return llama3_parameters(factors.float().flatten(), theta)
 
     @cached_property
     def sha256(self) -> dict[str, str]:
