@@ -99,6 +99,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=file_path,
         help="result of --json with quality, of the base model: count flips and estimate KL against it",
     )
+    _add_short_form(parser)
+    parser.epilog = (
+        "The API key is read from the environment variable LOWBIT_API_KEY, or the scenario's api_key_env."
+    )
+
+
+def _add_short_form(parser: argparse.ArgumentParser) -> None:
+    """The flags of a closed loop; each is None unless given."""
     short = parser.add_argument_group("closed loop without a scenario")
     short.add_argument(
         "--concurrency",
@@ -117,9 +125,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     short.add_argument("--temperature", type=_non_negative, help="(0)")
     short.add_argument("--timeout-s", type=_positive, help="deadline of each request (300)")
-    parser.epilog = (
-        "The API key is read from the environment variable LOWBIT_API_KEY, or the scenario's api_key_env."
-    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -161,7 +166,12 @@ def _merge(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"lowbit loadtest: {word!r} is not understood; {wanted}")
     if given := [name for name in ("target", "scenario") if getattr(arguments, name) is not None]:
         raise ConfigError(f"merge sends nothing; leave out --{given[0]}")
-    _check_writable("--out", arguments.json)
+    for flag, path in (
+        ("--out", arguments.json),
+        ("--records", arguments.records),
+        ("--html", arguments.html),
+    ):
+        _check_writable(flag, path)
     if not files:
         raise ConfigError("merge: give the files of all parts, such as part-1.json part-2.json")
     scenario, result, started = merge([file_path(one) for one in files])

@@ -27,7 +27,7 @@ from lowbit_loadtest.report.result import Point, Result, Setting
 from lowbit_loadtest.report.server_metrics import Scraper
 from lowbit_loadtest.scenario import Scenario
 
-SPAWN_S = 10.0  # workers are started so long before a given start
+SPAWN_S = 15.0  # workers are started so long before a given start
 PAUSE_S = 30.0  # between the planned end of a run and the start of the next, where starts are planned
 
 
@@ -140,7 +140,7 @@ def _send(
         title = _title(schedule, setting, repetition, len(schedules))
         on_tally = on_run(title if part == WHOLE else f"part {part}: {title}", own.requests)
         one = _send_once(scenario, target, own, workers, on_tally, start_at_s)
-        sent.append(replace(one, plan=digest(schedule)))
+        sent.append(replace(one, plan=digest(schedule)) if part.of > 1 else one)
         if one.interrupted:
             break
     return sent

@@ -55,12 +55,11 @@ def own_part(schedule: Schedule, part: Part) -> Schedule:
 
 def digest(schedule: Schedule) -> str:
     """A digest of everything that is sent, and when."""
-    plan = [asdict(job) for job in schedule.jobs]
-    rest = [
-        schedule.concurrency,
-        schedule.repeats,
-        schedule.length_s,
-        schedule.warm_up_requests,
-        schedule.warm_up_s,
-    ]
-    return hashlib.sha256(json.dumps([plan, rest], sort_keys=True).encode()).hexdigest()
+    found = hashlib.sha256()
+    for job in schedule.jobs:
+        found.update(json.dumps(asdict(job), sort_keys=True).encode())
+    rest = (
+        schedule.concurrency, schedule.repeats, schedule.length_s, schedule.warm_up_requests, schedule.warm_up_s,
+    )  # fmt: skip
+    found.update(json.dumps(rest).encode())
+    return found.hexdigest()
