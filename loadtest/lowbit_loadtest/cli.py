@@ -142,10 +142,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(
             f"--part {arguments.part} needs --json: the file is what lowbit loadtest merge joins"
         )
-    _check_writable("--json", arguments.json)
-    _check_writable("--records", arguments.records)
-    _check_writable("--html", arguments.html)
-    _check_writable("--csv", arguments.csv)
+    _check_outputs(arguments)
     base = _quality_base(arguments.quality_base, scenario)
     started = datetime.now(UTC).isoformat(timespec="seconds")
     log.info("%s: %s", target.shown, scenario.description or f"{scenario.arrivals.kind} arrivals")
@@ -166,12 +163,7 @@ def _merge(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"lowbit loadtest: {word!r} is not understood; {wanted}")
     if given := [name for name in ("target", "scenario") if getattr(arguments, name) is not None]:
         raise ConfigError(f"merge sends nothing; leave out --{given[0]}")
-    for flag, path in (
-        ("--out", arguments.json),
-        ("--records", arguments.records),
-        ("--html", arguments.html),
-    ):
-        _check_writable(flag, path)
+    _check_outputs(arguments)
     if not files:
         raise ConfigError("merge: give the files of all parts, such as part-1.json part-2.json")
     scenario, result, started = merge([file_path(one) for one in files])
@@ -280,6 +272,11 @@ def _quality_base(path: Path | None, scenario: Scenario) -> Answers | None:
         return base_answers(json.loads(path.read_text(encoding="utf-8")), str(path))
     except (OSError, ValueError) as error:
         raise ConfigError(f"--quality-base {path} cannot be read: {error}") from error
+
+
+def _check_outputs(arguments: argparse.Namespace) -> None:
+    for name in ("json", "records", "html", "csv"):
+        _check_writable(f"--{name}", getattr(arguments, name))
 
 
 def _check_writable(flag: str, path: Path | None) -> None:

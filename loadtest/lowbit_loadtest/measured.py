@@ -10,7 +10,7 @@ from typing import Any
 
 from lowbit_loadtest.generate.records import Interval, RequestRecord
 from lowbit_loadtest.report.result import Point, Setting
-from lowbit_loadtest.report.server_metrics import check_usage
+from lowbit_loadtest.report.server_metrics import Values, check_usage, summarize_samples
 from lowbit_loadtest.report.sessions import sessions_of
 from lowbit_loadtest.report.summary import (
     Run,
@@ -43,7 +43,8 @@ class Sent:
     heartbeat_lags_s: tuple[float, ...] = ()
     lost_workers: int = 0
     interrupted: bool = False
-    server: dict[str, Any] | None = None  # its own metrics meanwhile
+    samples: tuple[Values, ...] = ()  # of the server's own metrics meanwhile
+    sample_times_s: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,8 @@ def make_point(scenario: Scenario, measured: Measured) -> Point:
     summary = summarize(runs, scenario.slo)
     reasons = [reason for parts in measured.repetitions for reason in _troubles(parts)]
     reasons += _too_late(summary, scenario.generator.max_lag_s)
-    servers = [_widest(parts) for parts in measured.repetitions]
-    usage = [
-        check_usage(server, run.records)
-        for server, run, parts in zip(servers, runs, measured.repetitions, strict=True)
-        if len(parts) == 1  # another part's requests may end after this one has looked at the counters
-    ]
+    servers = [_server(parts) for parts in measured.repetitions]
+    usage = [check_usage(server, run.records) for server, run in zip(servers, runs, strict=True)]
     has_sessions = any(record.turns > 1 for run in runs for record in run.records)
     return Point(
         measured.offered_rps,
@@ -106,10 +103,17 @@ def _overlap(intervals: Sequence[Interval | None]) -> Interval | None:
     return Interval(start_s, end_s) if end_s > start_s else None
 
 
-def _widest(parts: Sequence[Sent]) -> dict[str, Any] | None:
-    """The server's metrics as the part saw them that saw most: each part looks at the whole server."""
-    seen = [part.server for part in parts if part.server is not None]
-    return max(seen, key=lambda one: one.get("generation_tokens", 0.0), default=None)
+def _server(parts: Sequence[Sent]) -> dict[str, Any] | None:
+    """The server's metrics from the first sample of any part to the last: each part looks at the whole server."""
+    seen = sorted(
+        (
+            (at_s - part.start_s, values)
+            for part in parts
+            for at_s, values in zip(part.sample_times_s, part.samples, strict=True)
+        ),
+        key=lambda one: one[0],
+    )
+    return summarize_samples([values for _, values in seen], [at_s for at_s, _ in seen])
 
 
 def _troubles(parts: Sequence[Sent]) -> list[str]:

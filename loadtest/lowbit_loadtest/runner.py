@@ -170,7 +170,8 @@ def _send_once(
         ran.heartbeat_lags_s,
         ran.lost_workers,
         ran.interrupted,
-        scraper.summary(),
+        tuple(scraper.samples),
+        tuple(scraper.times_s),
     )
 
 

@@ -53,6 +53,8 @@ def _sent(sent: Sent) -> dict[str, Any]:
     return {
         **plain,
         "heartbeat_lags_s": [round(lag_s, 6) for lag_s in sent.heartbeat_lags_s],
+        "samples": list(sent.samples),
+        "sample_times_s": [round(time_s - sent.start_s, 6) for time_s in sent.sample_times_s],
         "records": [
             {name: _written(name, getattr(one, name), sent.start_s) for name in _FIELDS}
             for one in sent.records
@@ -61,7 +63,7 @@ def _sent(sent: Sent) -> dict[str, Any]:
 
 
 _PLAIN = (
-    "started_unix_s", "plan", "planned", "concurrency", "length_s", "lost_workers", "interrupted", "server",
+    "started_unix_s", "plan", "planned", "concurrency", "length_s", "lost_workers", "interrupted",
 )  # fmt: skip
 
 
@@ -70,7 +72,10 @@ def _read_sent(data: Mapping[str, Any]) -> Sent:
         RequestRecord(**{name: _read(name, one[name]) for name in _FIELDS}) for one in data["records"]
     )
     plain = {name: data[name] for name in _PLAIN}
-    return Sent(records=records, start_s=0.0, heartbeat_lags_s=tuple(data["heartbeat_lags_s"]), **plain)
+    lists: dict[str, Any] = {
+        name: tuple(data[name]) for name in ("heartbeat_lags_s", "samples", "sample_times_s")
+    }
+    return Sent(records=records, start_s=0.0, **lists, **plain)
 
 
 def _written(name: str, value: Any, start_s: float) -> Any:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,9 @@ def record(index: int, at_s: float, **changes: Any) -> RequestRecord:
 def test_a_parts_file_gives_back_every_request_on_its_own_clock() -> None:
     records = (record(0, 100.25, cached_tokens=3, turn=1, turns=2), record(2, 101.5, chunk_tokens=(1, 1)))
     measured = Measured(
-        {"rate_rps": 2.0}, 2.0, ((sent(records, heartbeat_lags_s=(0.001,), server={"a": 1}),),)
+        {"rate_rps": 2.0},
+        2.0,
+        ((sent(records, heartbeat_lags_s=(0.001,), samples=({"a": 1.0},), sample_times_s=(99.5,)),),),
     )
     section = json.loads(json.dumps(part_section(Part(1, 2), (measured,))))
     part, (read,) = read_part(section, "part a.json")
@@ -125,7 +128,8 @@ def test_a_parts_file_gives_back_every_request_on_its_own_clock() -> None:
     assert back.records == (
         record(0, 0.25, cached_tokens=3, turn=1, turns=2), record(2, 1.5, chunk_tokens=(1, 1)),
     )  # fmt: skip
-    assert (back.heartbeat_lags_s, back.server, back.plan, back.planned) == ((0.001,), {"a": 1}, "p", 2)
+    assert (back.heartbeat_lags_s, back.plan, back.planned) == ((0.001,), "p", 2)
+    assert (back.samples, back.sample_times_s) == (({"a": 1.0},), (-0.5,))
     with pytest.raises(ConfigError, match=r"part a.json: its section part is not this version's \(KeyError"):
         read_part({**section, "points": [{}]}, "part a.json")
 
@@ -140,6 +144,19 @@ def test_joined_closed_loops_are_steady_while_every_part_is() -> None:
     assert run.window is not None
     assert (run.window.start_s, run.window.end_s) == (0.0, 4.0)
     assert point.summary.requests_per_s == pytest.approx(4)
+
+
+def test_joined_parts_see_the_servers_counters_from_before_the_first_to_after_the_last() -> None:
+    """The second part's last sample is the last of all: only it has all four tokens of both."""
+    first = sent(
+        (record(0, 0.0),), start_s=0.0, samples=({"generation_tokens": 10.0}, {"generation_tokens": 12.0})
+    )
+    second = sent(
+        (record(1, 0.1),), start_s=5.0, samples=({"generation_tokens": 11.0}, {"generation_tokens": 14.0})
+    )
+    parts = (replace(first, sample_times_s=(-0.1, 1.0)), replace(second, sample_times_s=(5.0, 6.2)))
+    (check,) = make_point(scenario(), Measured({}, 5.0, (parts,))).usage
+    assert (check.usage_tokens, check.counter_tokens, check.agrees) == (4, 4, True)
 
 
 @pytest.mark.parametrize(("apart_s", "valid"), [(0.4, True), (1.5, False)])
