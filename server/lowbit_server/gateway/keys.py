@@ -17,6 +17,7 @@ import hashlib
 import hmac
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -123,8 +124,8 @@ def read_keys(path: Path) -> dict[str, Key]:
         wrong = describe_error(error, _File)
         raise ConfigError(f"API key file {path}: {wrong}; `lowbit key NAME` prints an entry") from None
     for field in ("name", "sha256"):
-        values = [getattr(key, field) for key in keys]
-        if twice := next((value for value in values if values.count(value) > 1), None):
+        counts = Counter(getattr(key, field) for key in keys)
+        if twice := next((value for value, count in counts.items() if count > 1), None):
             raise ConfigError(f"API key file {path}: the {field} {twice} stands twice")
     for key in keys:
         refuse_reserved(key.name)

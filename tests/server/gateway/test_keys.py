@@ -25,6 +25,44 @@ def test_changed_keys_are_read_again_and_broken_ones_are_not(tmp_path: Path) -> 
     assert store.find("old-secret") is None
 
 
+def test_a_key_file_that_goes_or_becomes_no_file_changes_nothing_until_a_sound_one_is_there(
+    tmp_path: Path,
+) -> None:
+    """As secrets are mounted: a link to a folder that is replaced, with moments in which nothing is there."""
+    now = [0.0]
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        key_file(tmp_path / name / "keys", {"name": name})
+    link, path = tmp_path / "data", tmp_path / "keys"
+    link.symlink_to("one")
+    path.symlink_to("data/keys")
+    store = KeyStore(path, lambda: now[0])
+
+    def names() -> list[str]:
+        now[0] += 10
+        return [name for name in ("one", "two") if store.find(f"{name}-secret") is not None]
+
+    link.unlink()
+    assert names() == ["one"]
+    link.symlink_to("nowhere")
+    assert names() == ["one"]
+    path.unlink()
+    path.mkdir()
+    assert names() == ["one"]
+    path.rmdir()
+    for broken in (b"", b"\x00\xff", b"keys:\n\t- x", b"keys: &a [*a]"):
+        path.write_bytes(broken)
+        assert names() == ["one"]
+    link.unlink()
+    link.symlink_to("two")
+    path.unlink()
+    path.symlink_to("data/keys")
+    assert names() == ["two"]
+    key_file(tmp_path / "new", {"name": "one"})
+    (tmp_path / "new").replace(path)
+    assert names() == ["one"]
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
