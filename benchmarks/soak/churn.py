@@ -21,6 +21,7 @@ from backports import zstd
 CHAT = "/v1/chat/completions"
 TOKEN = re.compile(rb'"content":"[^"]')
 LONG = 300  # tokens of a request that is not to end by itself: 9 s of the mock engine
+MOST_WORDS = 20
 READ_S = 120.0
 HEAD_S = 30.0  # the server's own bound for a head
 RESET = struct.pack("ii", 1, 0)
@@ -110,7 +111,7 @@ class Clients:
     # What is sent
 
     def document(self, tokens: int, **more: Any) -> dict[str, Any]:
-        words = " ".join(str(self.random.randrange(1000)) for _ in range(self.random.randrange(1, 60)))
+        words = " ".join(str(self.random.randrange(1000)) for _ in range(self.random.randrange(1, MOST_WORDS)))
         message = {"role": "user", "content": words}
         return {
             "model": self.model, "messages": [message], "max_tokens": tokens, "ignore_eos": True, **more
@@ -231,7 +232,7 @@ class Clients:
     async def leaves_whole(self) -> None:
         async with self.connection() as connection:
             connection.send(self.request(self.churn, self.document(self.long)))
-            await asyncio.sleep(self.random.uniform(0.3, 0.6))
+            await asyncio.sleep(self.random.uniform(0.1, 0.4))
             connection.reset()
         self.expected.ended("client_gone")
 
@@ -255,7 +256,7 @@ class Clients:
         self.expected.ended("deadline")
 
     async def deadline_stream(self) -> None:
-        sent = self.request(self.churn, self.document(self.long, stream=True), "X-Request-Timeout: 1.5")
+        sent = self.request(self.churn, self.document(self.long, stream=True), "X-Request-Timeout: 0.5")
         found = await self.answer(sent)
         if b"deadline_exceeded" not in found or b"[DONE]" in found:
             raise ValueError(f"a deadline ended with {found[-200:]!r}")
