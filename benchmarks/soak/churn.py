@@ -111,7 +111,9 @@ class Clients:
     # What is sent
 
     def document(self, tokens: int, **more: Any) -> dict[str, Any]:
-        words = " ".join(str(self.random.randrange(1000)) for _ in range(self.random.randrange(1, MOST_WORDS)))
+        words = " ".join(
+            str(self.random.randrange(1000)) for _ in range(self.random.randrange(1, MOST_WORDS))
+        )
         message = {"role": "user", "content": words}
         return {
             "model": self.model, "messages": [message], "max_tokens": tokens, "ignore_eos": True, **more
