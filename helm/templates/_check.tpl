@@ -1,5 +1,8 @@
 {{/* What one value alone cannot show: sums and pairs. Each message says what is given and what to set. */}}
 {{- define "lowbit.check" -}}
+{{- if not .Values.enabled -}}
+{{- fail "enabled is false, which only a parent chart can follow: give the dependency `condition: lowbit.enabled`, or uninstall the release" -}}
+{{- end -}}
 {{- if eq .Values.image.tag "latest" -}}
 {{- fail "image.tag is latest, which names another image tomorrow; give a version, or set image.digest" -}}
 {{- end -}}
@@ -8,6 +11,10 @@
 {{- include "lowbit.checkCheckpoint" . -}}
 {{- include "lowbit.checkKeys" . -}}
 {{- include "lowbit.checkScaling" . -}}
+{{- include "lowbit.checkService" . -}}
+{{- include "lowbit.checkTls" . -}}
+{{- include "lowbit.checkLoadtest" . -}}
+{{- include "lowbit.checkPods" . -}}
 {{- if and .Values.ingress.enabled (not .Values.ingress.host) -}}
 {{- fail "ingress.enabled needs ingress.host" -}}
 {{- end -}}
@@ -27,8 +34,9 @@
 {{- if ne (mul $nodes $each | int) (mul $tensor $pipeline | int) -}}
 {{- fail (printf "gpu.count %d x parallel.nodes %d = %d devices, but parallel.tensorSize %d x parallel.pipelineSize %d = %d; each device holds exactly one part of the model" $each $nodes (mul $each $nodes) $tensor $pipeline (mul $tensor $pipeline)) -}}
 {{- end -}}
-{{- if hasKey .Values.resources.limits .Values.gpu.resourceName -}}
-{{- fail (printf "resources.limits names %s; set gpu.count, from which the parallel sizes follow too" .Values.gpu.resourceName) -}}
+{{- $vendor := regexMatch "^(nvidia|amd)[.]com/" .Values.gpu.resourceName -}}
+{{- if and (gt (int .Values.gpu.count) 0) (not (or $vendor .Values.image.tag .Values.image.digest)) -}}
+{{- fail (printf "gpu.resourceName is %s and says neither nvidia.com nor amd.com: no image is known for it; set image.tag or image.digest" .Values.gpu.resourceName) -}}
 {{- end -}}
 {{- end -}}
 
@@ -96,6 +104,73 @@
 {{- end -}}
 {{- if and (eq (int .minReplicas) 0) (not .keda.triggers) -}}
 {{- fail "autoscaling.minReplicas is 0: no pod has a queue then, and nothing would start one; give autoscaling.keda.triggers a trigger that sees requests outside the pods, or set 1" -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "lowbit.checkService" -}}
+{{- with .Values.service -}}
+{{- if and .nodePort (eq .type "ClusterIP") -}}
+{{- fail (printf "service.nodePort is %d and service.type ClusterIP has none; set service.type NodePort or LoadBalancer" (int .nodePort)) -}}
+{{- end -}}
+{{- if and .externalTrafficPolicy (eq .type "ClusterIP") -}}
+{{- fail "service.externalTrafficPolicy needs service.type NodePort or LoadBalancer; it is ClusterIP" -}}
+{{- end -}}
+{{- if ne .type "LoadBalancer" -}}
+{{- range $key := list "loadBalancerClass" "loadBalancerIP" "loadBalancerSourceRanges" -}}
+{{- if get $.Values.service $key -}}
+{{- fail (printf "service.%s needs service.type LoadBalancer; it is %s" $key $.Values.service.type) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- if and (gt (len .ipFamilies) 1) (not (hasSuffix "DualStack" .ipFamilyPolicy)) -}}
+{{- fail "service.ipFamilies names two, for which service.ipFamilyPolicy must be PreferDualStack or RequireDualStack" -}}
+{{- end -}}
+{{- if and (has "IPv6" .ipFamilies) (ne $.Values.server.host "::") -}}
+{{- fail (printf "service.ipFamilies has IPv6 and server.host %s listens on IPv4 alone; set server.host to \"::\"" $.Values.server.host) -}}
+{{- end -}}
+{{- $names := list "http" -}}
+{{- $ports := list (printf "%d/TCP" (int .port)) -}}
+{{- range .extraPorts -}}
+{{- $port := printf "%d/%s" (int .port) (default "TCP" .protocol) -}}
+{{- if or (has .name $names) (has $port $ports) -}}
+{{- fail (printf "service.extraPorts: %s (%s) is there already; each port of a Service has a name and a number of its own" .name $port) -}}
+{{- end -}}
+{{- if and .nodePort (eq $.Values.service.type "ClusterIP") -}}
+{{- fail (printf "service.extraPorts: %s has a nodePort and service.type ClusterIP has none; set NodePort or LoadBalancer" .name) -}}
+{{- end -}}
+{{- $names = append $names .name -}}
+{{- $ports = append $ports $port -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "lowbit.checkTls" -}}
+{{- with .Values.tls.ca -}}
+{{- if and .existingSecret .existingConfigMap -}}
+{{- fail "tls.ca.existingSecret and tls.ca.existingConfigMap are both set; give one of them" -}}
+{{- end -}}
+{{- if and (or .existingSecret .existingConfigMap) (not $.Values.tls.existingSecret) -}}
+{{- fail "tls.ca is set and tls.existingSecret is not: the server speaks HTTP, and nothing would be checked; set tls.existingSecret" -}}
+{{- end -}}
+{{- if and $.Values.tls.existingSecret $.Values.monitoring.serviceMonitor.enabled (not (or .existingSecret .existingConfigMap $.Values.monitoring.serviceMonitor.tlsConfig)) -}}
+{{- fail "monitoring.serviceMonitor with tls.existingSecret: no public CA signs a name in .svc, so every scrape would fail; give tls.ca, or monitoring.serviceMonitor.tlsConfig, for example {insecureSkipVerify: true}" -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "lowbit.checkLoadtest" -}}
+{{- with .Values.loadtest -}}
+{{- if .enabled -}}
+{{- if not .startAt -}}
+{{- fail "loadtest.enabled needs loadtest.startAt: the moment at which all parts start, in UTC, 2 or 3 minutes ahead, for example 2026-11-28T13:00:00Z" -}}
+{{- end -}}
+{{- if not .existingClaim -}}
+{{- fail "loadtest.enabled needs loadtest.existingClaim: the claim that the parts write their results to" -}}
+{{- end -}}
+{{- if .resources.claims -}}
+{{- fail "loadtest.resources has claims, and a load test uses no device; leave them out" -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}

@@ -1,43 +1,23 @@
-{{/* What every pod of the chart has: no token, no links, no root. */}}
+{{/* What every pod of the chart has: no token, no links, no root, and where and how the cluster lets it run. */}}
 {{- define "lowbit.podBase" -}}
-serviceAccountName: {{ include "lowbit.serviceAccountName" . }}
+serviceAccountName: {{ include "lowbit.serviceAccountName" . | quote }}
 automountServiceAccountToken: false
 # A Service named lowbit would set LOWBIT_PORT=tcp://… in every pod.
 enableServiceLinks: false
 securityContext:
   runAsNonRoot: true
-  runAsUser: 10001
-  runAsGroup: 10001
-  fsGroup: 10001
+  {{- with .Values.podSecurityContext }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
   fsGroupChangePolicy: OnRootMismatch
   seccompProfile:
     type: RuntimeDefault
-{{- with .Values.image.pullSecrets }}
+{{- with concat (default list (.Values.global).imagePullSecrets) .Values.image.pullSecrets }}
 imagePullSecrets:
   {{- range . }}
-  - name: {{ . }}
+  - name: {{ if kindIs "string" . }}{{ quote . }}{{ else }}{{ quote .name }}{{ end }}
   {{- end }}
 {{- end }}
-{{- end -}}
-
-{{/* image and security of every container of the chart; the root file system is read-only. */}}
-{{- define "lowbit.containerBase" -}}
-image: {{ include "lowbit.image" . }}
-imagePullPolicy: {{ .Values.image.pullPolicy }}
-securityContext:
-  allowPrivilegeEscalation: false
-  readOnlyRootFilesystem: true
-  capabilities:
-    drop: [ALL]
-{{- end -}}
-
-{{/* Caches of vLLM, torch and the hub follow HOME; torch asks for a user name, which the image may not know. */}}
-{{- define "lowbit.homeEnv" -}}
-- {name: HOME, value: /cache}
-- {name: USER, value: lowbit}
-{{- end -}}
-
-{{- define "lowbit.placement" -}}
 {{- with .Values.nodeSelector }}
 nodeSelector:
   {{- toYaml . | nindent 2 }}
@@ -46,58 +26,126 @@ nodeSelector:
 tolerations:
   {{- toYaml . | nindent 2 }}
 {{- end }}
-{{- with .Values.gpu.runtimeClassName }}
-runtimeClassName: {{ . }}
+{{- with .Values.hostAliases }}
+hostAliases:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with default (ternary "ClusterFirstWithHostNet" "" .Values.hostNetwork) .Values.dnsPolicy }}
+dnsPolicy: {{ . }}
+{{- end }}
+{{- with .Values.dnsConfig }}
+dnsConfig:
+  {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- end -}}
 
-{{/* resources and GPUs of a container: (dict "resources" … "gpus" … "resourceName" …). */}}
+{{/* What every container shares: (dict "root" $), and of its own: "settings", whether it reads the server's; "env" and
+"mounts", lists in YAML; "client", whether it talks to the Service alone, for which no proxy is asked.
+Caches of vLLM, torch and the hub follow HOME; torch asks for a user name, which the image may not know. */}}
+{{- define "lowbit.container" -}}
+{{- $ := .root -}}
+{{- $client := .client -}}
+image: {{ include "lowbit.image" $ | quote }}
+imagePullPolicy: {{ $.Values.image.pullPolicy }}
+securityContext:
+  allowPrivilegeEscalation: false
+  readOnlyRootFilesystem: true
+  capabilities:
+    drop: [ALL]
+{{- if or .settings $.Values.extraEnvFrom }}
+envFrom:
+  {{- with $.Values.extraEnvFrom }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+  {{- if .settings }}
+  # Last, so that it wins.
+  - configMapRef: {name: {{ include "lowbit.fullname" $ | quote }}}
+  {{- end }}
+{{- end }}
+env:
+  - {name: HOME, value: /cache}
+  - {name: USER, value: lowbit}
+  {{- with .env }}
+  {{- trim . | nindent 2 }}
+  {{- end }}
+  {{- if $client }}
+  - {name: NO_PROXY, value: {{ include "lowbit.serviceHost" $ | quote }}}
+  - {name: no_proxy, value: {{ include "lowbit.serviceHost" $ | quote }}}
+  {{- end }}
+  {{- range $.Values.extraEnv }}
+  {{- if not (and $client (eq (lower .name) "no_proxy")) }}
+  {{- toYaml (list .) | nindent 2 }}
+  {{- end }}
+  {{- end }}
+volumeMounts:
+  - {name: tmp, mountPath: /tmp}
+  - {name: cache, mountPath: /cache}
+  {{- with .mounts }}
+  {{- trim . | nindent 2 }}
+  {{- end }}
+  {{- with $.Values.extraVolumeMounts }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+{{- end -}}
+
+{{/* (dict "root" $ "tmp" SIZE "cache" SIZE "claim" NAME "own" YAML): the volumes of a pod; a claim takes the place of the cache. */}}
+{{- define "lowbit.volumes" -}}
+- name: tmp
+  emptyDir: {sizeLimit: {{ include "lowbit.setting" .tmp | quote }}}
+- name: cache
+  {{- if .claim }}
+  persistentVolumeClaim: {claimName: {{ .claim | quote }}}
+  {{- else }}
+  emptyDir: {sizeLimit: {{ include "lowbit.setting" .cache | quote }}}
+  {{- end }}
+{{- with .own }}
+{{ trim . }}
+{{- end }}
+{{- with .root.Values.extraVolumes }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}
+
+{{/* (list $ VOLUME SECRET): readable by the pod's group, or by its only user where the cluster gives the ids. */}}
+{{- define "lowbit.secretVolume" -}}
+- name: {{ index . 1 }}
+  secret: {secretName: {{ index . 2 | quote }}, defaultMode: {{ ternary "0440" "0444" (hasKey (default dict (first .).Values.podSecurityContext) "fsGroup") }}}
+{{- end -}}
+
+{{/* resources of a container: (dict "resources" … "gpus" … "resourceName" …). GPUs come from a device plugin, or from
+the claims where it has some. */}}
 {{- define "lowbit.resources" -}}
 requests:
   {{- toYaml .resources.requests | nindent 2 }}
 limits:
   {{- toYaml .resources.limits | nindent 2 }}
-  {{- if gt (int .gpus) 0 }}
+  {{- if and (gt (int .gpus) 0) (not .resources.claims) }}
   {{ .resourceName }}: {{ int .gpus }}
   {{- end }}
+{{- with .resources.claims }}
+claims:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
 {{- end -}}
 
-{{- define "lowbit.volumes" -}}
-- name: checkpoint
-  {{- if .Values.checkpoint.existingClaim }}
-  persistentVolumeClaim: {claimName: {{ .Values.checkpoint.existingClaim }}, readOnly: true}
-  {{- else if .Values.checkpoint.hub.id }}
-  emptyDir: {sizeLimit: {{ add (int .Values.checkpoint.sizeGib) 1 }}Gi}
-  {{- else }}
-  image:
-    reference: {{ .Values.checkpoint.image.reference }}
-    pullPolicy: {{ .Values.checkpoint.image.pullPolicy }}
+{{/* (list $ RESOURCES): of resourceClaims those that the container uses. */}}
+{{- define "lowbit.resourceClaims" -}}
+{{- $used := list -}}
+{{- range (last .).claims }}{{ $used = append $used .name }}{{ end -}}
+{{- if $used -}}
+resourceClaims:
+  {{- range (first .).Values.resourceClaims }}
+  {{- if has .name $used }}
+  {{- toYaml (list .) | nindent 2 }}
   {{- end }}
-- name: tmp
-  emptyDir: {sizeLimit: {{ .Values.volumes.tmp }}}
-- name: cache
-  emptyDir: {sizeLimit: {{ .Values.volumes.cache }}}
-- name: shared-memory
-  emptyDir: {medium: Memory, sizeLimit: {{ .Values.volumes.sharedMemory }}}
-{{- include "lowbit.hubVolume" .Values.checkpoint.hub }}
-{{- with include "lowbit.keysSecret" . }}
-- name: api-keys
-  secret: {secretName: {{ . }}, defaultMode: 0440}
-{{- end }}
-{{- with .Values.tls.existingSecret }}
-- name: tls
-  secret: {secretName: {{ . }}, defaultMode: 0440}
-{{- end }}
-{{- with .Values.extraVolumes }}
-{{ toYaml . }}
-{{- end }}
+  {{- end }}
+{{- end -}}
 {{- end -}}
 
-{{/* A hub token of the values `hub`: its volume, its mount, and the variable that names the file. */}}
+{{/* A hub token. (list $ HUB): its volume. HUB: its mount, and the variable that names the file. */}}
 {{- define "lowbit.hubVolume" -}}
-{{- with .existingSecret }}
-- name: hub-token
-  secret: {secretName: {{ . }}, defaultMode: 0440}
+{{- with (last .).existingSecret }}
+{{ include "lowbit.secretVolume" (list (first $) "hub-token" .) }}
 {{- end }}
 {{- end -}}
 
@@ -109,42 +157,26 @@ limits:
 
 {{- define "lowbit.hubEnv" -}}
 {{- if .existingSecret }}
-- {name: HF_TOKEN_PATH, value: /etc/lowbit/hub/{{ .key }}}
+- {name: HF_TOKEN_PATH, value: {{ printf "/etc/lowbit/hub/%s" .key | quote }}}
 {{- end }}
 {{- end -}}
 
-{{- define "lowbit.volumeMounts" -}}
-- {name: checkpoint, mountPath: /checkpoint, readOnly: true}
-- {name: tmp, mountPath: /tmp}
-- {name: cache, mountPath: /cache}
-- {name: shared-memory, mountPath: /dev/shm}
-{{- if include "lowbit.keysSecret" . }}
-- {name: api-keys, mountPath: /etc/lowbit/keys, readOnly: true}
-{{- end }}
-{{- if .Values.tls.existingSecret }}
-- {name: tls, mountPath: /etc/lowbit/tls, readOnly: true}
-{{- end }}
-{{- with .Values.extraVolumeMounts }}
-{{ toYaml . }}
-{{- end }}
+{{/* Ports on which a download leaves: name servers, HTTPS, and those of proxies and mirrors in extraEnv. */}}
+{{- define "lowbit.downloadPorts" -}}
+{{- $ports := list 443 -}}
+{{- range .Values.extraEnv -}}
+{{- if regexMatch "(?i)^(https?_proxy|all_proxy|hf_endpoint)$" .name -}}
+{{- $url := default "" .value -}}
+{{- with regexFind "^([a-z0-9]+://)?[^/]*:[0-9]+(/|$)" $url -}}
+{{- $ports = append $ports (regexFind "[0-9]+" (regexFind ":[0-9]+(/|$)" .) | int) -}}
+{{- else -}}
+{{- if not (hasPrefix "https://" $url) }}{{ $ports = append $ports 80 }}{{ end -}}
 {{- end -}}
-
-{{/* Loading answers /startupz with 503; only then do the other two count. */}}
-{{- define "lowbit.probes" -}}
-{{- $scheme := include "lowbit.scheme" . -}}
-startupProbe:
-  httpGet: {path: /startupz, port: http, scheme: {{ $scheme }}}
-  periodSeconds: 5
-  timeoutSeconds: 5
-  failureThreshold: {{ div (add (include "lowbit.startupBudgetS" . | int) 4) 5 }}
-livenessProbe:
-  httpGet: {path: /livez, port: http, scheme: {{ $scheme }}}
-  periodSeconds: 10
-  timeoutSeconds: 5
-  failureThreshold: 6
-readinessProbe:
-  httpGet: {path: /readyz, port: http, scheme: {{ $scheme }}}
-  periodSeconds: 5
-  timeoutSeconds: 5
-  failureThreshold: 2
+{{- end -}}
+{{- end -}}
+- {port: 53, protocol: UDP}
+- {port: 53, protocol: TCP}
+{{- range uniq $ports }}
+- {port: {{ . }}, protocol: TCP}
+{{- end }}
 {{- end -}}

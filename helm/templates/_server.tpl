@@ -3,11 +3,7 @@
 {{- $ := .root -}}
 metadata:
   labels:
-    {{- include "lowbit.commonLabels" $ | nindent 4 }}
-    app.kubernetes.io/component: {{ .role }}
-    {{- with $.Values.podLabels }}
-    {{- toYaml . | nindent 4 }}
-    {{- end }}
+    {{- include "lowbit.labels" (list $ .role $.Values.podLabels) | nindent 4 }}
   annotations:
     checksum/settings: {{ include "lowbit.settings" $ | sha256sum }}
     {{- if eq .role "follower" }}
@@ -20,16 +16,18 @@ metadata:
     {{- end }}
 spec:
   {{- include "lowbit.podBase" $ | nindent 2 }}
-  terminationGracePeriodSeconds: {{ $.Values.shutdown.terminationGracePeriodS }}
-  {{- include "lowbit.checkpointFirst" $ | nindent 2 }}
+  {{- if $.Values.hostNetwork }}
+  hostNetwork: true
+  {{- end }}
+  terminationGracePeriodSeconds: {{ int $.Values.shutdown.terminationGracePeriodS }}
+  {{- with include "lowbit.initContainers" $ | trim }}
+  initContainers:
+    {{- . | nindent 4 }}
+  {{- end }}
   containers:
     - name: {{ .role }}
-      {{- include "lowbit.containerBase" $ | nindent 6 }}
       args: [serve]
-      envFrom:
-        - configMapRef: {name: {{ include "lowbit.fullname" $ }}}
-      env:
-        {{- include "lowbit.serverEnv" $ | nindent 8 }}
+      {{- include "lowbit.container" (dict "root" $ "settings" true "env" (include "lowbit.serverEnv" $) "mounts" (include "lowbit.serverMounts" $)) | nindent 6 }}
       {{- if eq .role "server" }}
       ports:
         - name: http
@@ -39,21 +37,22 @@ spec:
       lifecycle:
         preStop:
           exec:
-            command: [sleep, {{ $.Values.shutdown.preStopS | quote }}]
+            command: [sleep, "{{ int $.Values.shutdown.preStopS }}"]
       resources:
         {{- include "lowbit.resources" (dict "resources" $.Values.resources "gpus" $.Values.gpu.count "resourceName" $.Values.gpu.resourceName) | nindent 8 }}
-      volumeMounts:
-        {{- include "lowbit.volumeMounts" $ | nindent 8 }}
     {{- if eq .role "server" }}
     {{- with $.Values.sidecars }}
     {{- toYaml . | nindent 4 }}
     {{- end }}
     {{- end }}
   volumes:
-    {{- include "lowbit.volumes" $ | nindent 4 }}
-  {{- include "lowbit.placement" $ | nindent 2 }}
+    {{- include "lowbit.volumes" (dict "root" $ "tmp" $.Values.volumes.tmp "cache" $.Values.volumes.cache "claim" $.Values.volumes.cacheClaim "own" (include "lowbit.serverVolumes" $)) | nindent 4 }}
+  {{- include "lowbit.resourceClaims" (list $ $.Values.resources) | nindent 2 }}
+  {{- with $.Values.gpu.runtimeClassName }}
+  runtimeClassName: {{ . | quote }}
+  {{- end }}
   {{- with $.Values.priorityClassName }}
-  priorityClassName: {{ . }}
+  priorityClassName: {{ . | quote }}
   {{- end }}
   {{- with $.Values.affinity }}
   affinity:
@@ -66,7 +65,6 @@ spec:
 
 {{/* A LeaderWorkerSet puts LWS_… before these, so that they can refer to it. */}}
 {{- define "lowbit.serverEnv" -}}
-{{ include "lowbit.homeEnv" . }}
 - {name: HF_HUB_OFFLINE, value: "1"}
 - {name: VLLM_NO_USAGE_STATS, value: "1"}
 {{- if include "lowbit.multiNode" . }}
@@ -74,20 +72,72 @@ spec:
 - {name: LOWBIT_MASTER_ADDR, value: $(LWS_LEADER_ADDRESS)}
 - {name: VLLM_HOST_IP, valueFrom: {fieldRef: {fieldPath: status.podIP}}}
 {{- end }}
-{{- with .Values.extraEnv }}
-{{ toYaml . }}
+{{- end -}}
+
+{{- define "lowbit.serverVolumes" -}}
+- name: checkpoint
+  {{- if .Values.checkpoint.existingClaim }}
+  persistentVolumeClaim: {claimName: {{ .Values.checkpoint.existingClaim | quote }}, readOnly: true}
+  {{- else if .Values.checkpoint.hub.id }}
+  emptyDir: {sizeLimit: {{ add (int .Values.checkpoint.sizeGib) 1 }}Gi}
+  {{- else }}
+  image:
+    reference: {{ .Values.checkpoint.image.reference | quote }}
+    pullPolicy: {{ .Values.checkpoint.image.pullPolicy }}
+  {{- end }}
+- name: shared-memory
+  emptyDir: {medium: Memory, sizeLimit: {{ include "lowbit.setting" .Values.volumes.sharedMemory | quote }}}
+{{- if .Values.checkpoint.hub.id }}
+{{- include "lowbit.hubVolume" (list . .Values.checkpoint.hub) }}
 {{- end }}
+{{- with include "lowbit.keysSecret" . }}
+{{ include "lowbit.secretVolume" (list $ "api-keys" .) }}
+{{- end }}
+{{- with .Values.tls.existingSecret }}
+{{ include "lowbit.secretVolume" (list $ "tls" .) }}
+{{- end }}
+{{- end -}}
+
+{{- define "lowbit.serverMounts" -}}
+- {name: checkpoint, mountPath: /checkpoint, readOnly: true}
+- {name: shared-memory, mountPath: /dev/shm}
+{{- if include "lowbit.keysSecret" . }}
+- {name: api-keys, mountPath: /etc/lowbit/keys, readOnly: true}
+{{- end }}
+{{- if .Values.tls.existingSecret }}
+- {name: tls, mountPath: /etc/lowbit/tls, readOnly: true}
+{{- end }}
+{{- end -}}
+
+{{/* Loading answers /startupz with 503; only then do the other two count. */}}
+{{- define "lowbit.probes" -}}
+{{- $scheme := include "lowbit.scheme" . -}}
+startupProbe:
+  httpGet: {path: /startupz, port: http, scheme: {{ $scheme }}}
+  periodSeconds: 5
+  timeoutSeconds: 5
+  failureThreshold: {{ div (add (include "lowbit.startupBudgetS" . | int) 4) 5 }}
+livenessProbe:
+  httpGet: {path: /livez, port: http, scheme: {{ $scheme }}}
+  periodSeconds: 10
+  timeoutSeconds: 5
+  failureThreshold: 6
+readinessProbe:
+  httpGet: {path: /readyz, port: http, scheme: {{ $scheme }}}
+  periodSeconds: 5
+  timeoutSeconds: 5
+  failureThreshold: 2
 {{- end -}}
 
 {{- define "lowbit.spread" -}}
 {{- with .Values.topologySpread.topologyKey }}
 topologySpreadConstraints:
   - maxSkew: 1
-    topologyKey: {{ . }}
+    topologyKey: {{ . | quote }}
     whenUnsatisfiable: {{ $.Values.topologySpread.whenUnsatisfiable }}
     labelSelector:
       matchLabels:
-        {{- include "lowbit.selectorLabels" $ | nindent 8 }}
+        {{- include "lowbit.selectorLabels" (list $ "server") | nindent 8 }}
     {{- if not (include "lowbit.multiNode" $) }}
     # Of the old and the new pods of a rollout, each is spread by itself.
     matchLabelKeys: [pod-template-hash]
@@ -95,38 +145,36 @@ topologySpreadConstraints:
 {{- end }}
 {{- end -}}
 
-{{/* What must be there before the server starts: the Job's checkpoint, or the download of one. */}}
-{{- define "lowbit.checkpointFirst" -}}
-{{- if .Values.quantize.enabled -}}
-initContainers:
-  - name: wait-for-checkpoint
-    {{- include "lowbit.containerBase" . | nindent 4 }}
-    # The manifest is written last.
-    command: [sh, -c, 'until [ -f "$LOWBIT_DIR/lowbit.json" ]; do sleep 5; done']
-    envFrom:
-      - configMapRef: {name: {{ include "lowbit.fullname" . }}}
-    resources:
-      requests: {cpu: 10m, memory: 16Mi}
-      limits: {memory: 64Mi}
-    volumeMounts:
-      - {name: checkpoint, mountPath: /checkpoint, readOnly: true}
-{{- else if .Values.checkpoint.hub.id -}}
-{{- $id := splitList "@" .Values.checkpoint.hub.id -}}
-initContainers:
-  - name: download-checkpoint
-    {{- include "lowbit.containerBase" . | nindent 4 }}
-    command: [hf, download, {{ first $id }}, --revision, {{ last $id | quote }}, --local-dir, /checkpoint]
-    env:
-      {{- include "lowbit.homeEnv" . | nindent 6 }}
-      # The image says offline, for serving.
-      - {name: HF_HUB_OFFLINE, value: "0"}
-      {{- include "lowbit.hubEnv" .Values.checkpoint.hub | indent 6 }}
-    resources:
-      {{- include "lowbit.resources" (dict "resources" .Values.resources "gpus" 0) | nindent 6 }}
-    volumeMounts:
-      - {name: checkpoint, mountPath: /checkpoint}
-      - {name: tmp, mountPath: /tmp}
-      - {name: cache, mountPath: /cache}
-      {{- include "lowbit.hubMount" .Values.checkpoint.hub | indent 6 }}
+{{/* The user's own, then what must be there before the server starts: the Job's checkpoint, or the download of one. */}}
+{{- define "lowbit.initContainers" -}}
+{{- with .Values.initContainers }}
+{{ toYaml . }}
+{{- end }}
+{{- if .Values.quantize.enabled }}
+- name: wait-for-checkpoint
+  # The manifest is written last.
+  command: [sh, -c, 'until [ -f "$LOWBIT_DIR/lowbit.json" ]; do sleep 5; done']
+  {{- include "lowbit.container" (dict "root" . "settings" true "mounts" "- {name: checkpoint, mountPath: /checkpoint, readOnly: true}") | nindent 2 }}
+  resources:
+    requests: {cpu: 10m, memory: 16Mi}
+    limits: {memory: 64Mi}
+{{- else if .Values.checkpoint.hub.id }}
+{{- $id := splitList "@" .Values.checkpoint.hub.id }}
+- name: download-checkpoint
+  command: [hf, download, {{ first $id | quote }}, --revision, {{ last $id | quote }}, --local-dir, /checkpoint]
+  {{- include "lowbit.container" (dict "root" . "env" (include "lowbit.downloadEnv" .) "mounts" (include "lowbit.downloadMounts" .)) | nindent 2 }}
+  resources:
+    {{- include "lowbit.resources" (dict "resources" (omit .Values.resources "claims") "gpus" 0) | nindent 4 }}
+{{- end }}
 {{- end -}}
+
+{{- define "lowbit.downloadEnv" -}}
+# The image says offline, for serving.
+- {name: HF_HUB_OFFLINE, value: "0"}
+{{- include "lowbit.hubEnv" .Values.checkpoint.hub }}
+{{- end -}}
+
+{{- define "lowbit.downloadMounts" -}}
+- {name: checkpoint, mountPath: /checkpoint}
+{{- include "lowbit.hubMount" .Values.checkpoint.hub }}
 {{- end -}}

@@ -1,7 +1,6 @@
 {{/* Every LOWBIT_ variable of the server: `server`, flag by flag, and what follows from other values. */}}
 {{- define "lowbit.settings" -}}
 LOWBIT_DIR: {{ list "/checkpoint" .Values.checkpoint.path | compact | join "/" | quote }}
-LOWBIT_HOST: "0.0.0.0"
 LOWBIT_PORT: "8000"
 LOWBIT_TENSOR_PARALLEL_SIZE: {{ include "lowbit.tensorSize" . | quote }}
 LOWBIT_PIPELINE_PARALLEL_SIZE: {{ include "lowbit.pipelineSize" . | quote }}
@@ -10,11 +9,11 @@ LOWBIT_NNODES: {{ int .Values.parallel.nodes | quote }}
 LOWBIT_MASTER_PORT: "29501"
 {{- end }}
 {{- if include "lowbit.keysSecret" . }}
-LOWBIT_API_KEYS: {{ printf "/etc/lowbit/keys/%s" (ternary "keys.yaml" .Values.apiKeys.key (gt (len .Values.apiKeys.entries) 0)) }}
+LOWBIT_API_KEYS: {{ printf "/etc/lowbit/keys/%s" (ternary "keys.yaml" .Values.apiKeys.key (gt (len .Values.apiKeys.entries) 0)) | quote }}
 {{- end }}
 {{- if .Values.tls.existingSecret }}
-LOWBIT_SSL_CERTFILE: /etc/lowbit/tls/tls.crt
-LOWBIT_SSL_KEYFILE: /etc/lowbit/tls/tls.key
+LOWBIT_SSL_CERTFILE: {{ printf "/etc/lowbit/tls/%s" .Values.tls.certKey | quote }}
+LOWBIT_SSL_KEYFILE: {{ printf "/etc/lowbit/tls/%s" .Values.tls.privateKeyKey | quote }}
 {{- end }}
 {{- range $name, $value := .Values.server }}
 {{- if not (or (kindIs "invalid" $value) (eq (toString $value) "") (and (kindIs "slice" $value) (not $value))) }}

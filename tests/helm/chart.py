@@ -20,6 +20,7 @@ EXAMPLES: dict[str, Resource] = {
 }
 
 SECOND = {
+    "loadtest-job": "LoadTest",
     "dashboard": "Dashboard",
     "networkpolicy-jobs": "JobsPolicy",
     "networkpolicy-nodes": "NodesPolicy",
@@ -36,9 +37,14 @@ def merged(values: Resource, changes: Resource) -> Resource:
 
 
 def render(example: str = "cpu", **changes: Any) -> dict[str, Resource]:
-    """The resources by kind; of two, one is named `Dashboard`, `JobsPolicy` or `NodesPolicy`."""
+    """The resources by kind; of two, one is named `Dashboard`, `JobsPolicy`, `LoadTest` or `NodesPolicy`."""
+    return release(merged(EXAMPLES[example], changes))
+
+
+def release(values: Resource, name: str = "demo", namespace: str = "models") -> dict[str, Resource]:
+    """As `render`, of these values alone and for any release."""
     with helm_python.Chart.load(CHART) as chart:
-        files = chart.render(merged(EXAMPLES[example], changes), name="demo", namespace="models")
+        files = chart.render(values, name=name, namespace=namespace)
     found: dict[str, Resource] = {}
     for path, text in files.items():
         if path.endswith(".yaml") and text.strip():

@@ -21,8 +21,9 @@ from tests.helm.chart import (
     pod,
     render,
     settings,
-    templates,
 )
+from tests.helm.kubernetes_rules import pods
+from tests.helm.test_clusters import LOADTEST
 
 from lowbit_core.cli import Command
 from lowbit_loadtest.cli import command as loadtest
@@ -151,16 +152,12 @@ def test_gpus_are_limited_and_split_the_model() -> None:
     assert "nvidia.com/gpu" not in container(render("cpu"))["resources"]["limits"]
 
 
-def pods_of(resources: dict[str, Resource]) -> list[Resource]:
-    found = [*(template["spec"] for template in templates(resources)), resources["Pod"]["spec"]]
-    return [*found, *([resources["Job"]["spec"]["template"]["spec"]] if "Job" in resources else [])]
-
-
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_every_pod_meets_the_restricted_security_standard(example: str) -> None:
-    resources = render(example)
+    resources = render(example, loadtest=LOADTEST)
     assert resources["ServiceAccount"]["automountServiceAccountToken"] is False
-    for spec in pods_of(resources):
+    for template in pods(resources).values():
+        spec = template["spec"]
         assert spec["automountServiceAccountToken"] is False
         assert spec["securityContext"]["runAsNonRoot"] is True
         assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}

@@ -14,12 +14,17 @@ import jsonschema
 import kubernetes_validate
 import pytest
 from tests.helm.chart import CHART, EXAMPLES, Resource, render, templates
+from tests.helm.test_clusters import CORPORATE, LOADTEST, PLACED
 
 CRDS = {path.stem: json.loads(path.read_text()) for path in (Path(__file__).parent / "crds").glob("*.json")}
 VERSIONS = [f"1.{minor}" for minor in range(30, 38)]
 HPA: Resource = {"autoscaling": {"mode": "hpa", "minReplicas": 2}}
 HUB: Resource = {"checkpoint": {"existingClaim": "", "hub": {"id": "a/b@c", "existingSecret": "hub"}}}
-VARIANTS: list[tuple[str, Resource]] = [*((name, {}) for name in EXAMPLES), ("autoscaled", HPA), ("cpu", HUB)]
+VARIANTS: list[tuple[str, Resource]] = [
+    *((name, {}) for name in EXAMPLES),
+    ("autoscaled", HPA),
+    ("cpu", HUB | CORPORATE | PLACED | {"loadtest": LOADTEST, "hostNetwork": True}),
+]
 # Image volumes came with Kubernetes 1.31.
 FITTING = [
     (*variant, v) for variant in VARIANTS for v in VERSIONS if (variant[0], v) != ("four-gpus", "1.30")
@@ -58,7 +63,7 @@ def test_examples_use_every_kind_that_the_chart_has() -> None:
     kinds = {kind for example, changes in VARIANTS for kind in render(example, **changes)}
     assert kinds == {
         *("ConfigMap", "Dashboard", "Deployment", "HorizontalPodAutoscaler", "HTTPRoute", "Ingress", "Job"),
-        *("JobsPolicy", "LeaderWorkerSet", "NodesPolicy"),
+        *("JobsPolicy", "LeaderWorkerSet", "LoadTest", "NodesPolicy"),
         *("NetworkPolicy", "Pod", "PodDisruptionBudget", "PrometheusRule", "ScaledObject", "Secret"),
         *("Service", "ServiceAccount", "ServiceMonitor"),
     }
