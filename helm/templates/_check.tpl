@@ -131,17 +131,18 @@
 {{- fail (printf "service.ipFamilies has IPv6 and server.host %s listens on IPv4 alone; set server.host to \"::\"" $.Values.server.host) -}}
 {{- end -}}
 {{- $names := list "http" -}}
-{{- $ports := list (printf "%d/TCP" (int .port)) -}}
+{{- $ports := list (printf "port %d/TCP" (int .port)) (printf "nodePort %d/TCP" (default 0 .nodePort | int)) -}}
 {{- range .extraPorts -}}
-{{- $port := printf "%d/%s" (int .port) (default "TCP" .protocol) -}}
-{{- if or (has .name $names) (has $port $ports) -}}
-{{- fail (printf "service.extraPorts: %s (%s) is there already; each port of a Service has a name and a number of its own" .name $port) -}}
+{{- $port := printf "port %d/%s" (int .port) (default "TCP" .protocol) -}}
+{{- $nodePort := printf "nodePort %d/%s" (default 0 .nodePort | int) (default "TCP" .protocol) -}}
+{{- if or (has .name $names) (has $port $ports) (and .nodePort (has $nodePort $ports)) -}}
+{{- fail (printf "service.extraPorts: %s (%s) is there already; each port of a Service has a name and numbers of its own" .name $port) -}}
 {{- end -}}
 {{- if and .nodePort (eq $.Values.service.type "ClusterIP") -}}
 {{- fail (printf "service.extraPorts: %s has a nodePort and service.type ClusterIP has none; set NodePort or LoadBalancer" .name) -}}
 {{- end -}}
 {{- $names = append $names .name -}}
-{{- $ports = append $ports $port -}}
+{{- $ports = concat $ports (list $port $nodePort) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}

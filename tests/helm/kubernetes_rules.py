@@ -60,6 +60,11 @@ def of_resource(resource: Resource) -> Iterator[str]:
     if kind == "Service":
         names = [port["name"] for port in resource["spec"]["ports"]]
         yield from _repeated("port of the Service", names)
+        for number in ("port", "nodePort"):
+            given = [
+                f"{p[number]}/{p.get('protocol', 'TCP')}" for p in resource["spec"]["ports"] if number in p
+            ]
+            yield from _repeated(number, given)
         yield from (f"Service: port {name!r}" for name in names if not DNS_1123_LABEL.fullmatch(name))
 
 

@@ -162,7 +162,17 @@ BY_TEMPLATE: list[tuple[Resource, str]] = [
         {"service": {"ipFamilies": ["IPv6"]}},
         'server.host 0.0.0.0 listens on IPv4 alone; set server.host to "::"',
     ),
-    ({"service": {"extraPorts": [{"name": "http", "port": 1}]}}, "http .1/TCP. is there already"),
+    ({"service": {"extraPorts": [{"name": "http", "port": 1}]}}, "http .port 1/TCP. is there already"),
+    (
+        {
+            "service": {
+                "type": "NodePort",
+                "nodePort": 30080,
+                "extraPorts": [{"name": "a", "port": 1, "nodePort": 30080}],
+            }
+        },
+        "a .port 1/TCP. is there already",
+    ),
     ({"tls": {"ca": {"existingSecret": "ca"}}}, "tls.existingSecret is not: the server speaks HTTP"),
     (
         {"tls": {"existingSecret": "tls"}, "monitoring": {"serviceMonitor": {"enabled": True}}},
