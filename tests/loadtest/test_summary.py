@@ -152,6 +152,16 @@ def test_good_is_completed_within_every_limit() -> None:
     assert not is_good(record(0.0, 0.1, Outcome.CUT_OFF, chunk_times_s=(0.05,)), SLO(ttft_s=1))
 
 
+def test_a_time_per_token_that_is_not_known_is_not_within_a_limit() -> None:
+    """An answer that was not streamed has none, and counted as one of 0 s."""
+    slow = record(0.0, 60.0, output_tokens=100)
+    assert not is_good(slow, SLO(tpot_s=0.1))
+    assert not is_good(record(0.0, 60.0), SLO(tpot_s=0.1))
+    assert is_good(slow, SLO(e2e_s=60))
+    assert is_good(record(0.0, 1.0, output_tokens=1), SLO(tpot_s=0.1))
+    assert is_good(record(0.0, 1.0, chunk_times_s=(0.5,)), SLO(tpot_s=0.1))
+
+
 def test_rejected_requests_lower_the_attainment() -> None:
     records = (open_record(0.0, 0.1, 0.5), record(1.0, 1.1, Outcome.REJECTED, intended_s=1.0))
     summary = summarize_runs([Run(records, Interval(0.0, 2.0))], SLO(ttft_s=1.0))

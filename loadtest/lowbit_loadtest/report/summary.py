@@ -185,14 +185,26 @@ def _gaps_s(run: Run, record: RequestRecord) -> Sequence[float]:
 
 
 def is_good(record: RequestRecord, slo: SLO) -> bool:
-    """Completed within every limit. Without usage, or for one token, the time per token is that of chunks."""
+    """Completed within every limit; a time that is limited and not known is not within it.
+
+    Without usage, or for one token, the time per token is that of chunks; one chunk or token has none to exceed.
+    """
     if record.outcome is not Outcome.COMPLETED:
         return False
     tpot_s = record.time_per_output_token_s
-    if tpot_s is None and len(record.chunk_times_s) > 1:
-        tpot_s = (record.chunk_times_s[-1] - record.chunk_times_s[0]) / (len(record.chunk_times_s) - 1)
-    seen = {"ttft_s": record.ttft_s, "tpot_s": tpot_s or 0.0, "e2e_s": record.end_to_end_s}
+    if tpot_s is None:
+        tpot_s = _time_per_chunk_s(record)
+    seen = {"ttft_s": record.ttft_s, "tpot_s": tpot_s, "e2e_s": record.end_to_end_s}
     return all((value := seen[name]) is not None and value <= limit for name, limit in slo.limits_s.items())
+
+
+def _time_per_chunk_s(record: RequestRecord) -> float | None:
+    """None of an answer that did not come as a stream and is more than a token, or nobody knows how many."""
+    chunks_s = record.chunk_times_s
+    if len(chunks_s) > 1:
+        return (chunks_s[-1] - chunks_s[0]) / (len(chunks_s) - 1)
+    few = record.output_tokens is not None and record.output_tokens <= 1
+    return 0.0 if chunks_s or few else None
 
 
 def _rates(run: Run, slo: SLO) -> dict[str, float | None]:
