@@ -31,10 +31,19 @@ def as_html(comparison: Comparison, names: tuple[str, str], tolerances: dict[str
         *([paragraph(f"Compared{at_text(places[0])}.")] if len(places := _places(comparison)) == 1 else []),
         "<h2>How the requests ended</h2>",
         replace(_outcome_bars(comparison), table=_outcome_table(comparison)),
-        "<h2>What changed</h2>",
-        replace(_changes(comparison, tolerances["tolerance"]), table=_difference_table(comparison)),
+        *_what_changed(comparison, tolerances["tolerance"]),
     ]
     return page("Load tests compared", parts)
+
+
+def _what_changed(comparison: Comparison, tolerance: float) -> list[str | Chart]:
+    """Nothing where a side completed nothing."""
+    if not comparison.differences:
+        return []
+    return [
+        "<h2>What changed</h2>",
+        replace(_changes(comparison, tolerance), table=_difference_table(comparison)),
+    ]
 
 
 def _outcome_table(comparison: Comparison) -> Table:

@@ -62,7 +62,8 @@ def _curves(points: list[Document]) -> list[Curve]:
 
 def _along(curve: Curve, slo: Document) -> list[Chart]:
     latencies = [_against(curve, name, slo) for name in latencies_of(curve.points)]
-    return [*latencies, _throughput(curve), _tokens(curve), *_costs(curve)]
+    charts = [*latencies, _throughput(curve), _tokens(curve), *_costs(curve)]
+    return [chart for chart in charts if chart.table.rows]
 
 
 def _titled(title: str, curve: Curve) -> str:

@@ -170,7 +170,7 @@ def intervals(
     )
     if "%" not in form and min(domain) > 0 and zero is None:
         domain[0] = max(0.0, domain[0])
-    x = _axis("x", x_name, domain, _d3(form))
+    x = _axis("x", x_name, domain, _d3(form, domain))
     y = {"field": "row", "type": "ordinal", "axis": None, "scale": {"domain": list(range(rows))}}
     names = {one.name: one.color for members in groups.values() for one in members}
     look = series_channels(names)
@@ -222,8 +222,11 @@ def _with_text(
     return found
 
 
-def _d3(form: str) -> str | None:
-    return ".0%" if "%" in form else None
+def _d3(form: str, domain: Sequence[float]) -> str | None:
+    """Percent with a decimal where ticks would else be the same."""
+    if "%" not in form:
+        return None
+    return ".0%" if domain[1] - domain[0] > 0.06 else ".1%"
 
 
 def _band(zero: float | None, band: float | None) -> list[Spec]:
