@@ -232,10 +232,12 @@ class _Names:
         return self.stored.get(self._bare(published))
 
     def in_files(self, published: str) -> str:
-        """The name that the files would have, for names beside it."""
+        """The name that the files would have, for names beside it; of packed numbers, the name of their weight."""
         bare = self._bare(published)
-        name = self.stored.get(bare)
-        return name if name is not None else bare
+        module = bare.removesuffix(".weight")
+        names = (bare, f"{module}.weight_packed", f"{bare}_blocks", f"{module}_blocks")
+        found = next((self.stored[name] for name in names if name in self.stored), bare)
+        return found if self.stored.get(bare) == found else _weight_name(found)
 
     def published(self, name: str) -> str:
         """The published name of one in the files."""

@@ -10,15 +10,22 @@ from typing import Any
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 NEW_TOKENIZER_CLASS, KNOWN_TOKENIZER_CLASS = "TokenizersBackend", "PreTrainedTokenizerFast"
+OLD_EXPERTS, NEW_EXPERTS = "num_experts", "num_local_experts"
 GLOBAL, LOCAL = "full_attention", "sliding_attention"
 LONGROPE = ("short_factor", "long_factor")
 
 
-def with_older_keys(data: Mapping[str, Any], positions: Mapping[str, Any] | None) -> dict[str, Any]:
-    """A configuration with `rope_theta`, `rope_scaling` and `torch_dtype` where it has them not; `positions` are
-    transformers 5's `rope_parameters`, of all layers or by their kinds.
+def with_older_keys(
+    data: Mapping[str, Any], positions: Mapping[str, Any] | None, aliases: Mapping[str, str]
+) -> dict[str, Any]:
+    """A configuration with `rope_theta`, `rope_scaling`, `torch_dtype` and `num_experts` where it has them not.
+
+    `positions` are transformers 5's `rope_parameters`, of all layers or by their kinds; `aliases` other names of its
+    keys, by those: the number of experts is one that has changed places with its alias.
     """
     older: dict[str, Any] = {"torch_dtype": data["dtype"]} if "dtype" in data else {}
+    if aliases.get(OLD_EXPERTS) == NEW_EXPERTS and NEW_EXPERTS in data:
+        older[OLD_EXPERTS] = data[NEW_EXPERTS]
     if positions and "rope_theta" not in data and "rope_scaling" not in data:
         older |= _older_positions(positions)
     return {**data, **older}

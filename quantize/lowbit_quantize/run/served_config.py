@@ -51,7 +51,7 @@ def served_config(
     data["tie_word_embeddings"] = bool(config.tie_word_embeddings)
     if quantization:
         data["quantization_config"] = quantization
-    older = with_older_keys(data, getattr(config, "rope_parameters", None))
+    older = with_older_keys(data, getattr(config, "rope_parameters", None), config.attribute_map)
     return older if _positions(older, config) == getattr(config, "rope_parameters", None) else data
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from tests.quantize.edited_bases import QUICK, edited, quick_run
-from tests.quantize.small_runs import CPU, recipe_of
+from tests.quantize.small_runs import CPU, PLAIN_CACHE, PLAIN_WEIGHTS, recipe_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lowbit_core.errors import CheckpointError, ModelError
@@ -161,3 +161,13 @@ def test_links_are_copied_as_what_they_point_to(tiny_model: TinyModel, tmp_path:
     shutil.rmtree(base)
     assert not (tmp_path / "out" / "LICENSE").is_symlink()
     assert (tmp_path / "out" / "LICENSE").read_text() == "a licence"
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "mixtral", "olmoe"])
+def test_the_number_of_experts_has_the_name_that_transformers_4_reads(
+    tiny_model: TinyModel, tmp_path: Path, family: str
+) -> None:
+    names = {"mixtral": "num_local_experts"}  # of transformers 4; the others' is num_experts
+    quick_run(tiny_model(family), tmp_path / "out", *PLAIN_WEIGHTS, PLAIN_CACHE)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written[names.get(family, "num_experts")] == 8

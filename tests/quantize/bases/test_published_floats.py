@@ -10,12 +10,16 @@ import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from tests.quantize.edited_bases import Tensors, edited, quick_run, renamed
-from tests.quantize.small_runs import tensors_of
+from tests.quantize.small_runs import recipe_of, tensors_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lowbit_core.errors import ModelError
+from lowbit_quantize.check.weights import base_of
 from lowbit_quantize.model.published_floats import from_fp8, from_mxfp4
+from lowbit_quantize.model.reference import find_model
+from lowbit_quantize.model.weights import WeightFiles
+from lowbit_quantize.plan import make_plan
 
 TinyModel = Callable[[str], Path]
 Pair = tuple[Tensors, Tensor]  # how a weight is published, by the ends of names, and what it says
@@ -121,6 +125,35 @@ def test_the_same_bytes_as_the_dequantized_twin(
     assert meant.base.dequantized is None
     written = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert written["format"] == "pack-quantized"
+
+
+WRAPPED = {
+    "compiled": lambda name: f"_orig_mod.{name}",
+    "parallel": lambda name: f"module._orig_mod.{name}",
+    "layers": lambda name: name.replace(".self_attn.", "._orig_mod.self_attn._checkpoint_wrapped_module."),
+    "adapter": lambda name: f"base_model.model._orig_mod.{name}",
+    "bare": lambda name: name.removeprefix("model."),
+}
+
+
+@pytest.mark.parametrize("wrapped", WRAPPED)
+@pytest.mark.parametrize("case", ["fp8-blocks", "compressed-rows", "mxfp4", "mxfp4-blocks"])
+def test_wrappers_names_hide_no_numbers(
+    tiny_model: TinyModel, tmp_path: Path, case: str, wrapped: str
+) -> None:
+    quantization, store = CASES[case]
+    tensors, twins = published(tensors_of(tiny_model("llama")), store)
+
+    def stored(_: Tensors) -> Tensors:
+        return renamed(WRAPPED[wrapped])(tensors)
+
+    config = {"quantization_config": quantization}
+    base = edited(tiny_model("llama"), tmp_path / "base", stored, config)
+    plan = make_plan(find_model(str(base)), recipe_of("rtn-g64"))
+    found = base_of(plan, WeightFiles(base))
+    assert not found.rest.carried
+    for name, meant in twins.items():
+        assert torch.equal(found.weights.read(name).float(), meant.float()), name
 
 
 def test_stacked_experts_in_fp8_are_read_entry_by_entry(tiny_model: TinyModel, tmp_path: Path) -> None:
