@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -18,7 +19,9 @@ from lowbit_core.errors import ModelError
 from lowbit_quantize.model.published_floats import PublishedFloats, Stored, beside, stored
 from lowbit_quantize.model.weights import WeightFiles
 
-WRAPPERS = re.compile(r"^module\.|(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+WRAPPERS = re.compile(
+    r"^module\.|(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer)\."
+)
 EXPERT = re.compile(
     r"(?P<experts>.*\.experts)\.(?P<number>\d+)\.(?P<linear>gate_proj|up_proj|down_proj)\.weight"
 )
@@ -225,7 +228,7 @@ class _Names:
                     f"{files.directory} holds {self.stored[bare]} and {name}, two candidates for one tensor; remove one"
                 )
             self.stored[bare] = name
-        self.added, self.missing = _prefixes(self.stored, anchor)
+        self.added, self.missing = _prefixes(self.stored, anchor, files.directory)
 
     def find(self, published: str) -> str | None:
         """The name in the files."""
@@ -251,13 +254,17 @@ class _Names:
         return f"{self.added}{published}"
 
 
-def _prefixes(names: Mapping[str, Any], anchor: str) -> tuple[str, str]:
+def _prefixes(names: Mapping[str, Any], anchor: str, directory: Path) -> tuple[str, str]:
     """What stands before every published name in the files, and what lacks there."""
     if anchor in names:
         return "", ""
-    added = next((name.removesuffix(anchor) for name in names if name.endswith(f".{anchor}")), "")
+    added = sorted(name.removesuffix(anchor) for name in names if name.endswith(f".{anchor}"))
+    if len(added) > 1:
+        raise ModelError(
+            f"{directory} holds {len(added)} models, whose tensors begin with {', '.join(added)}; keep one of them"
+        )
     if added:
-        return added, ""
+        return added[0], ""
     part = anchor
     while "." in part:
         part = part.partition(".")[2]

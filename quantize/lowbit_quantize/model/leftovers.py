@@ -17,7 +17,9 @@ from lowbit_core.errors import ModelError
 from lowbit_quantize.model.architecture import Architecture
 from lowbit_quantize.model.base_weights import BaseWeights, Place
 
-BUFFERS = re.compile(r".*\.(rotary_emb\.(inv_freq|cos_cached|sin_cached)|masked_bias|attn\.bias)")
+BUFFERS = re.compile(
+    r".*\.(rotary_emb\.(inv_freq|cos_cached|sin_cached)|masked_bias|attn\.bias|position_ids)"
+)
 DRAFT_COUNTS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "num_mtp_modules")
 BUFFER, ASKED, SCALE = (
     "a buffer that is computed",

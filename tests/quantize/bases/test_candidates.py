@@ -86,6 +86,17 @@ def test_a_tensor_under_two_names_that_mean_one_is_refused(tiny_model: TinyModel
         quick_run(edited(tiny_model("qwen2"), tmp_path / "base", again), tmp_path / "out")
 
 
+def test_two_models_in_one_file_are_refused(tiny_model: TinyModel, tmp_path: Path) -> None:
+    def both(tensors: Tensors) -> Tensors:
+        return {f"{who}.{name}": one * 1 for who in ("teacher", "student") for name, one in tensors.items()}
+
+    base = edited(tiny_model("llama"), tmp_path / "base", both)
+    with pytest.raises(
+        ModelError, match=r"holds 2 models, whose tensors begin with student\., teacher\.; keep one"
+    ):
+        quick_run(base, tmp_path / "out")
+
+
 def test_two_chat_templates_stay_as_they_are_and_the_readers_choice_is_kept(
     tiny_model: TinyModel, tmp_path: Path
 ) -> None:

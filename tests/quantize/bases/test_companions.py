@@ -41,7 +41,7 @@ def test_a_generation_configuration_that_keeps_models_from_opening_is_refused(
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("given", ["auto", "fp16", "BF16", 5, {"": "bfloat16"}])
+@pytest.mark.parametrize("given", ["auto", "fp16", "BF16", "torch.bfloat16", 5, {"": "bfloat16"}])
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
 def test_a_type_that_is_none_is_named(tiny_model: TinyModel, tmp_path: Path, key: str, given: object) -> None:
     base = edited(tiny_model("llama"), tmp_path / "base", config={key: given})

@@ -131,7 +131,7 @@ WRAPPED = {
     "compiled": lambda name: f"_orig_mod.{name}",
     "parallel": lambda name: f"module._orig_mod.{name}",
     "layers": lambda name: name.replace(".self_attn.", "._orig_mod.self_attn._checkpoint_wrapped_module."),
-    "adapter": lambda name: f"base_model.model._orig_mod.{name}",
+    "adapter": lambda name: f"base_model.model._orig_mod.{name}".replace("_proj.", "_proj.base_layer."),
     "bare": lambda name: name.removeprefix("model."),
 }
 

@@ -114,7 +114,7 @@ def _check_dtype(name: str, said: Mapping[str, Any]) -> None:
     """Raises ModelError on a type that is none, such as `auto`, for which transformers has no words."""
     for key in ("dtype", "torch_dtype"):
         given = said.get(key)
-        known = getattr(torch, given.removeprefix("torch."), None) if isinstance(given, str) else None
+        known = getattr(torch, given, None) if isinstance(given, str) else None
         if given is not None and not isinstance(known, torch.dtype):
             raise ModelError(
                 f"{CONFIG} of {name} has {key} {given!r}, which is no type of PyTorch's, so that no engine opens the "
