@@ -38,7 +38,7 @@ FROM ${ENGINE} AS gpu
 RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
     python3 -m pip install --no-cache-dir --no-deps /wheel/lowbit-*.whl \
  && python3 -m pip install --no-cache-dir \
-    "httpx>=0.28,<1" "numpy>=2.1" "pydantic>=2.12,<3" "pyyaml>=6.0.2,<7" "rich>=14,<16" "scipy>=1.15,<2" \
+    "httpx>=0.28,<1" "numpy>=2.1" "pydantic>=2.12,<3" "pyyaml>=6.0.2,<7" "rich>=14,<16" "scipy>=1.15,<2" "vl-convert-python>=1.9,<2" \
     "backports.zstd>=1.6,<2" "fastapi>=0.133,<0.137" "httptools>=0.6.4" "uvicorn>=0.35" "uvloop>=0.21" \
     "prometheus-client>=0.22" "psutil>=7" "nvidia-ml-py>=12"
 
