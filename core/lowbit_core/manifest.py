@@ -62,6 +62,8 @@ class ModuleRecord(_Record):
 
     `scheme` is a name of compressed-tensors; `group_size` is null where parameters span all inputs of an output
     channel; `methods` were applied in this order; `alpha` is the exponent of the scale of its inputs, if it has one.
+    `inputs` says how engines round what it reads ("int8 by token"), `input_scale` is what they divide it by where
+    that was calibrated.
     """
 
     name: str
@@ -72,6 +74,8 @@ class ModuleRecord(_Record):
     methods: list[str]
     error: float
     alpha: float | None
+    inputs: str | None = None
+    input_scale: float | None = None
 
 
 class KVLayerRecord(_Record):

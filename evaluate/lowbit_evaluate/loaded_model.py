@@ -1,7 +1,8 @@
 """Loads a whole model with plain transformers: a base model, or a checkpoint in any format that transformers opens.
 
 Where the checkpoint has an FP8 KV cache, keys and values are rounded with its scales, as when it is served. The
-compressed-tensors package would do this itself, but it rounds the scales to bfloat16 first; it is switched off.
+compressed-tensors package would do this itself, but it rounds the scales to bfloat16 first; it is switched off. Inputs that
+engines round are rounded too (rounded_inputs.py).
 """
 
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from lowbit_core.errors import ModelError
 from lowbit_core.manifest import Manifest, read_manifest, verify_files
+from lowbit_evaluate.rounded_inputs import round_inputs
 from lowbit_quantize.model.architecture import Architecture
 from lowbit_quantize.model.families import architecture_of
 from lowbit_quantize.model.hooks import HookedCache
@@ -77,6 +79,7 @@ def load_model(
     scales = _scales(reference, architecture, manifest) if fp8_cache else {}
     model = _load(reference, dtype or _served_dtype(reference)).to(device).eval()
     _round_caches(model, architecture, scales)
+    round_inputs(model)
     with torch.no_grad():  # compressed-tensors unpacks when the model as a whole is first called
         model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=False)
     return LoadedModel(reference.name, model, reference.tokenizer(), scales)

@@ -8,12 +8,13 @@ from lowbit_quantize.methods.awq import Awq
 from lowbit_quantize.methods.gptq import Gptq
 from lowbit_quantize.methods.method import Method
 from lowbit_quantize.methods.rtn import RoundToNearest
+from lowbit_quantize.methods.smoothquant import SmoothQuant
 from lowbit_quantize.passes.distill_router import DistillRouterKind
 from lowbit_quantize.passes.kind import PassKind
 from lowbit_quantize.passes.prune_experts import PruneExpertsKind
 from lowbit_quantize.passes.quantize import QuantizeKind
 from lowbit_quantize.recipe import NONE
-from lowbit_quantize.schemes import integer
+from lowbit_quantize.schemes import eight_bits, integer
 from lowbit_quantize.schemes.scheme import Preset
 
 
@@ -27,8 +28,8 @@ class Catalog:
 
 
 CATALOG = Catalog(
-    presets=integer.PRESETS,
-    methods=(RoundToNearest(), Awq(), Gptq()),
+    presets=(*integer.PRESETS, *eight_bits.PRESETS),
+    methods=(RoundToNearest(), Awq(), SmoothQuant(), Gptq()),
     passes=(PruneExpertsKind(), DistillRouterKind(), QuantizeKind()),
 )
 

@@ -90,6 +90,11 @@ def _entry(rule: Rule, key: str, catalog: Catalog) -> ModulePlan | None:
         hint = f"; {method} is a method: methods: [{method}]" if method else ""
         raise RecipeError(unknown_name(f"{key}.scheme", rule.scheme, [*presets, NONE]) + hint)
     preset = presets[rule.scheme]
+    if preset.fixed_size and rule.group_size not in (None, preset.group_size):
+        raise RecipeError(
+            f"{key}.group_size = {rule.group_size}: {rule.scheme} has one scale a channel or tensor; "
+            "leave group_size out"
+        )
     scheme: Scheme = preset.make(rule.group_size or preset.group_size)
     return ModulePlan(scheme, _methods(rule.methods or DEFAULT_METHODS, f"{key}.methods", catalog))
 

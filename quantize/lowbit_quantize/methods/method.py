@@ -27,11 +27,13 @@ class SitePart:
 class Site:
     """All linears that read one activation, which the operation before them can divide by a scale.
 
-    `tie` makes the values of channels equal, (in,) to (in,), that must share a scale.
+    `tie` makes the values of channels equal, (in,) to (in,), that must share a scale. `inputs` are some of what they
+    read, (tokens, in), where a method needs `input_range` or engines round inputs.
     """
 
     parts: Sequence[SitePart]
     tie: Callable[[Tensor], Tensor] = lambda channels: channels
+    inputs: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ class Integer(Affine):
 
     format = "pack-quantized"
     code_dtype = torch.int8
+    input_quantizer = None
 
     def search(self, weight: Tensor, hessian: Tensor | None) -> Params:
         if hessian is None:

@@ -12,6 +12,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from lowbit_quantize.schemes.inputs import InputQuantizer
+
 Params = Mapping[str, Tensor]  # each (out, groups)
 Kernel = Literal["marlin", "cpu"]
 KERNELS: tuple[Kernel, ...] = ("marlin", "cpu")
@@ -24,7 +26,9 @@ QuantizeColumn = Callable[[Tensor, Tensor, Tensor], None]
 class Scheme(Protocol):
     """A class of numbers; `name` is compressed-tensors' preset, `group_size` None where a row is one group.
 
-    `format` is compressed-tensors' name of how codes lie in the file, `code_dtype` how they lie in memory.
+    `format` is compressed-tensors' name of how codes lie in the file, `code_dtype` how they lie in memory;
+    `input_quantizer` says how engines round the inputs before they multiply, None where they do not; with one, sums of
+    codes are multiplied by the parameter `scale`, (out, 1).
     """
 
     @property
@@ -39,6 +43,8 @@ class Scheme(Protocol):
     def format(self) -> str: ...
     @property
     def code_dtype(self) -> torch.dtype: ...
+    @property
+    def input_quantizer(self) -> InputQuantizer | None: ...
 
     def width(self, features: int) -> int:
         """Inputs in a group of a weight with so many inputs."""
@@ -104,11 +110,15 @@ class Scheme(Protocol):
 
 @dataclass(frozen=True)
 class Quantized:
-    """A quantized weight: codes (out, in), parameters (out, groups) each, and the scheme that they belong to."""
+    """A quantized weight: codes (out, in), parameters (out, groups) each, and the scheme that they belong to.
+
+    `input_scale` is the scale of its inputs, where the scheme has a calibrated one.
+    """
 
     codes: Tensor
     params: Params
     scheme: Scheme
+    input_scale: float | None = None
 
     def dequantize(self) -> Tensor:
         """The weight that is served, (out, in), float32."""
@@ -117,20 +127,27 @@ class Quantized:
     def rows(self, start: int, stop: int) -> "Quantized":
         """A part of the outputs."""
         params = {name: values[start:stop] for name, values in self.params.items()}
-        return Quantized(self.codes[start:stop], params, self.scheme)
+        return Quantized(self.codes[start:stop], params, self.scheme, self.input_scale)
 
     def tensors(self) -> dict[str, Tensor]:
         """What the file holds."""
-        return self.scheme.tensors(self.codes, self.params)
+        tensors = self.scheme.tensors(self.codes, self.params)
+        if self.input_scale is not None:
+            tensors["input_scale"] = torch.tensor([self.input_scale], dtype=torch.float32)
+        return tensors
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A row of the table of schemes: its name, the scheme it makes for a group size, and the size it has by itself."""
+    """A row of the table of schemes: its name, the scheme it makes for a group size, and the size it has by itself.
+
+    `fixed_size`: it has no other.
+    """
 
     name: str
     make: Callable[[GroupSize], Scheme]
     group_size: GroupSize
+    fixed_size: bool = False
 
 
 def diagonal_blocks(hessian: Tensor, width: int) -> Tensor:

@@ -1,6 +1,6 @@
 """Statistics of one layer, gathered in one pass: Hessians, and how far its inputs are from the base model's."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from lowbit_quantize.model.architecture import Architecture, LinearGroup, linear_of
 from lowbit_quantize.statistics.error_compensation import Drift
 from lowbit_quantize.statistics.hessian import AttendedHessian, Hessian
+from lowbit_quantize.statistics.input_sample import InputSample
 from lowbit_quantize.statistics.sample import Sample
 
 Observers = dict[str, Callable[[Tensor], None]]
@@ -30,16 +31,19 @@ class LayerStatistics:
         device: torch.device,
         groups: Sequence[LinearGroup] | None = None,
         paired: Mapping[str, Tensor | None] | None = None,
+        sampled: Collection[str] = (),
     ) -> None:
         """Observe `groups`, by default all of the layer.
 
         `paired` names the first linears of groups whose inputs are observed in the base model too, and what the
-        compressed model's inputs of each are divided by, (features,), if by anything.
+        compressed model's inputs of each are divided by, (features,), if by anything; `sampled` those whose inputs are
+        kept in part, as they are.
         """
         self._layer, self._architecture = layer, architecture
         self._hessians: dict[str, Hessian] = {}
         self._drifts: dict[str, Drift] = {}  # by the name of a group's first linear
         self._residuals: dict[str, Drift] = {}  # by the name of the norm that reads the residual stream
+        self._samples: dict[str, InputSample] = {}  # by where they are taken
         self._block_inputs = Sample(BORROWED_TOKENS)
         self._routes = False
         for group in architecture.groups_of(layer) if groups is None else groups:
@@ -48,6 +52,9 @@ class LayerStatistics:
             kind = AttendedHessian if group.attended else Hessian
             for name in dict.fromkeys((self._place(group), *group.other_readers[:1])):
                 self._hessians[name] = kind(features, device)
+            if group.linears[0] in sampled:
+                for name in dict.fromkeys((self._place(group), *group.other_readers[:1])):
+                    self._samples.setdefault(name, InputSample(features, device))
             if paired and group.linears[0] in paired:
                 weights = [linear_of(layer, name).weight for name in group.linears]
                 drift = Drift(weights, paired[group.linears[0]], group.attended, bool(group.residual))
@@ -60,11 +67,13 @@ class LayerStatistics:
         """What to call with the input of each observed module of the layer, in the compressed model."""
         observers: Observers = {name: drift.see_residual for name, drift in self._residuals.items()}
         observers.update({name: seen.add for name, seen in self._hessians.items()})
+        for name, sample in self._samples.items():
+            observers[name] = both(observers[name], sample.add)
         for name, drift in self._drifts.items():
             observers[name] = both(observers[name], drift.add)
         if self._routes:
-            router, sample = self._architecture.router, self._block_inputs.add
-            observers[router] = both(observers[router], sample) if router in observers else sample
+            router, take = self._architecture.router, self._block_inputs.add
+            observers[router] = both(observers[router], take) if router in observers else take
         elif self.attended:  # the attention is known before this is reached
             observers.setdefault(self._architecture.attention_end, _ignore)
         return observers
@@ -116,6 +125,16 @@ class LayerStatistics:
             return seen.matrix()
         own = seen.tokens / seen.features
         return own * seen.matrix() + (1 - own) * self._borrowed(group)
+
+    def sample(self, group: LinearGroup) -> InputSample | None:
+        """Some of a group's inputs, where they are kept."""
+        return self._samples.get(self._place(group))
+
+    def joint_sample(self, groups: Sequence[LinearGroup]) -> InputSample | None:
+        """Some of what all these groups read, where it is kept."""
+        if self._architecture.is_expert(groups[0]):
+            return self._samples.get(self._architecture.router)
+        return self.sample(groups[0])
 
     def joint_hessian(self, groups: Sequence[LinearGroup]) -> Tensor:
         """H of the activation that all these groups read: for experts, every token of the block."""

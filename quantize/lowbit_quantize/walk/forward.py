@@ -248,4 +248,6 @@ def _record(name: str, entry: ModulePlan, linear: QuantizedLinear | QuantizedHea
         methods=[method.name for method in entry.methods],
         error=linear.error,
         alpha=linear.alpha,
+        inputs=entry.scheme.input_quantizer.words if entry.scheme.input_quantizer else None,
+        input_scale=linear.quantized.input_scale,
     )

@@ -24,6 +24,12 @@ class ModulePlan:
         return tuple(method for method in self.methods if method.scales_inputs)
 
     @property
+    def samples_inputs(self) -> bool:
+        """Whether some of the inputs are kept, token by token."""
+        wanted = any("input_range" in method.needs for method in self.methods)
+        return wanted or self.scheme.input_quantizer is not None
+
+    @property
     def compensates(self) -> bool:
         """Whether the weight is aimed at what makes up for earlier errors, for which the base model walks too."""
         return any("base_stream" in method.needs for method in self.methods)

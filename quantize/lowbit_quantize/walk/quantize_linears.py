@@ -6,7 +6,7 @@ quantized by itself, so that the float32 copies of one expert are alive at a tim
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,12 @@ from lowbit_quantize.model.folds import (
     multiply_columns,
     shared_by_heads,
 )
+from lowbit_quantize.schemes.rounding_linear import RoundingLinear
 from lowbit_quantize.schemes.scheme import Quantized
 from lowbit_quantize.statistics.hessian import output_error
+from lowbit_quantize.statistics.input_sample import InputSample
 from lowbit_quantize.statistics.layer import LayerStatistics
+from lowbit_quantize.statistics.rounded_inputs import with_rounded_inputs
 from lowbit_quantize.walk.layer import QuantizedLinear
 from lowbit_quantize.walk.module_plan import ModulePlan, Modules
 
@@ -52,7 +55,9 @@ class _GroupState:
     plan: ModulePlan
     weight: Tensor
     hessian: Tensor
+    sample: InputSample | None = None
     folded: InputScale | None = None
+    already: Tensor | None = None
     producer_divisor: Tensor | None = None
 
     def scale_columns(self, folded: InputScale) -> None:
@@ -60,6 +65,31 @@ class _GroupState:
         self.weight = self.weight * folded.scale
         self.hessian = self.hessian / torch.outer(folded.scale, folded.scale)
         self.folded = folded if self.folded is None else _product(self.folded, folded)
+
+    @property
+    def inputs(self) -> Tensor | None:
+        """Some of the inputs as they are served, (tokens, in), where they are kept."""
+        if self.sample is None:
+            return None
+        return self.sample.rows() / self._divisor
+
+    @property
+    def _divisor(self) -> Tensor | float:
+        """What observed inputs are divided by since."""
+        scale = 1.0 if self.folded is None else self.folded.scale
+        return scale if self.already is None else scale / self.already
+
+    def quantized(self) -> Quantized:
+        """The stacked weight, on inputs that are rounded where the scheme rounds them."""
+        scheme, quantizer, input_scale = self.plan.scheme, self.plan.scheme.input_quantizer, None
+        inputs = self.inputs
+        if quantizer is not None and inputs is not None and self.sample is not None and len(inputs):
+            input_scale = quantizer.calibrated(self.sample.absmax / self._divisor, inputs)
+            rounded = quantizer.round(inputs, input_scale)
+            if "hessian" in self.plan.quantizer.needs:
+                self.weight, self.hessian = with_rounded_inputs(self.weight, self.hessian, inputs, rounded)
+        found = self.plan.quantizer.quantize(self.weight, self.hessian, scheme)
+        return replace(found, input_scale=input_scale)
 
 
 def quantize_linears(
@@ -91,13 +121,7 @@ def quantize_linears(
             if state.group in later:
                 done.folded.update({state.group.linears[0]: state.folded} if state.folded else {})
                 continue
-            done.linears.update(
-                _install(
-                    layer,
-                    state,
-                    state.plan.quantizer.quantize(state.weight, state.hessian, state.plan.scheme),
-                )
-            )
+            done.linears.update(_install(layer, state, state.quantized()))
 
 
 def folded_later(
@@ -151,7 +175,9 @@ def _state_of(
     if folded is not None:  # its inputs are divided already
         weight = weight * folded.scale
     target = statistics.target(group, weight, hessian)
-    state = _GroupState(group, modules[group.linears[0]], target, hessian, folded)
+    plan, sample = modules[group.linears[0]], statistics.sample(group)
+    already = None if folded is None else folded.scale
+    state = _GroupState(group, plan, target, hessian, sample, folded, already)
     if group.fold == "norm" and group.fold_into in norms:
         state.scale_columns(norms[group.fold_into])
     return state
@@ -207,6 +233,7 @@ def _norm_site(
     hessian = statistics.joint_hessian(quantized)
     if folded is not None:
         hessian = hessian / torch.outer(folded.scale, folded.scale)
+    sample = statistics.joint_sample(quantized)
     alike: dict[ModulePlan, list[Tensor]] = {}
     for group in quantized:
         plan = modules[group.linears[0]]
@@ -217,7 +244,8 @@ def _norm_site(
         [
             SitePart(torch.cat(weights), plan.scheme, plan.quantizer.cost(hessian))
             for plan, weights in alike.items()
-        ]
+        ],
+        inputs=None if sample is None else sample.rows() / (1.0 if folded is None else folded.scale),
     )
 
 
@@ -235,7 +263,8 @@ def _fold_linear(
     for method in state.plan.input_scalers:
         cost = state.plan.quantizer.cost(state.hessian)
         part = SitePart(state.weight, state.plan.scheme, cost)
-        choice = method.input_scale(Site([part], lambda channels: shared_by_heads(channels, heads)))
+        site = Site([part], lambda channels: shared_by_heads(channels, heads), state.inputs)
+        choice = method.input_scale(site)
         if choice is None:
             continue
         scale = shared_by_heads(choice.scale, heads)
@@ -272,6 +301,16 @@ def _install(
         with exact_products(torch.bfloat16):  # not exact here: three digits are enough for a report
             power = output_error(original, state.hessian).clamp(min=1e-30)
             error = float(output_error(original - served, state.hessian) / power)
-        linear.weight = nn.Parameter(served.to(linear.weight.dtype), requires_grad=False)
+        _serve(layer, name, linear, part, served)
         yield name, QuantizedLinear(part, state.folded.alpha if state.folded else None, error)
         start = stop
+
+
+def _serve(layer: nn.Module, name: str, linear: nn.Linear, part: Quantized, served: Tensor) -> None:
+    """Let a layer compute with what engines compute with."""
+    quantizer = part.scheme.input_quantizer
+    if quantizer is None:
+        linear.weight = nn.Parameter(served.to(linear.weight.dtype), requires_grad=False)
+    else:
+        codes, scale = part.codes.to(linear.weight.dtype), part.params["scale"]
+        layer.set_submodule(name, RoundingLinear(linear, codes, scale, quantizer, part.input_scale))

@@ -109,7 +109,8 @@ class StagedLayer:
                 name = group.linears[0]
                 folded = self._done.folded.get(name)
                 paired[name] = folded.scale if folded else None
-        return LayerStatistics(self._layer, self._architecture, self._decoder.device, groups, paired)
+        sampled = {group.linears[0] for group in groups if self._modules[group.linears[0]].samples_inputs}
+        return LayerStatistics(self._layer, self._architecture, self._decoder.device, groups, paired, sampled)
 
     def _observe(
         self, statistics: LayerStatistics, hook: KVCacheHook | None, advance: str | None, kept: Kept

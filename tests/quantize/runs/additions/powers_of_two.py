@@ -45,6 +45,7 @@ class PowersOfTwo:
     symmetric = True
     format = "pack-quantized"
     code_dtype = torch.int8
+    input_quantizer = None
 
     def width(self, features: int) -> int:
         return self.group_size or features
