@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lowbit_quantize.methods.method import InputScale, Need, Site, SitePart
+from lowbit_quantize.schemes.inputs import token_weights
 from lowbit_quantize.schemes.scheme import Quantized, Scheme, diagonal_blocks
 
 ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
@@ -72,7 +73,8 @@ def _centred(logarithm: Tensor) -> Tensor:
 @torch.enable_grad()
 def _descend(site: Site, start: Tensor) -> Tensor:
     assert site.inputs is not None
-    tokens = site.inputs[:: max(1, len(site.inputs) // TOKENS)].abs().clamp(min=1e-6).log()
+    rows = site.inputs[:: max(1, len(site.inputs) // TOKENS)]
+    tokens, counts = rows.abs().clamp(min=1e-6).log(), (token_weights(rows) / len(rows)).log()
     parts = [_Logarithms(part) for part in site.parts]
     logarithm = start.clone().requires_grad_()
     optimizer = torch.optim.Adam([logarithm], lr=RATE)
@@ -80,7 +82,7 @@ def _descend(site: Site, start: Tensor) -> Tensor:
         for group in optimizer.param_groups:
             group["lr"] = RATE * (1 - step / STEPS)
         tied = site.tie(logarithm.exp()).log()
-        step_of_inputs = (2 * (tokens - tied).amax(1)).logsumexp(0) - torch.tensor(len(tokens)).log()
+        step_of_inputs = (2 * (tokens - tied).amax(1) + counts).logsumexp(0)
         loss = torch.stack([part.error(tied, step_of_inputs) for part in parts]).logsumexp(0)
         optimizer.zero_grad()
         loss.backward()
@@ -114,6 +116,7 @@ def _pair_error(site: Site, scale: Tensor) -> float:
     assert site.inputs is not None
     error = 0.0
     inputs = site.inputs / scale
+    counts = token_weights(site.inputs) / len(inputs)
     for part in site.parts:
         blocks = diagonal_blocks(_diagonal(part.cost), part.scheme.width(len(scale)))
         step = max(1, len(part.weight) // ROWS)
@@ -123,7 +126,7 @@ def _pair_error(site: Site, scale: Tensor) -> float:
         if quantizer is not None:
             fixed = quantizer.calibrated(inputs.abs().amax(0), inputs)
             off = quantizer.round(inputs, fixed) - inputs
-            error += float((off @ rows.T).square().sum(1).mean()) * step
+            error += float((off @ rows.T).square().sum(1) @ counts) * step
     return error
 
 

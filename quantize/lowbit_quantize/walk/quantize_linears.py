@@ -27,7 +27,6 @@ from lowbit_quantize.schemes.scheme import Quantized
 from lowbit_quantize.statistics.hessian import output_error
 from lowbit_quantize.statistics.input_sample import InputSample
 from lowbit_quantize.statistics.layer import LayerStatistics
-from lowbit_quantize.statistics.rounded_inputs import with_rounded_inputs
 from lowbit_quantize.walk.layer import QuantizedLinear
 from lowbit_quantize.walk.module_plan import ModulePlan, Modules
 
@@ -85,9 +84,6 @@ class _GroupState:
         inputs = self.inputs
         if quantizer is not None and inputs is not None and self.sample is not None and len(inputs):
             input_scale = quantizer.calibrated(self.sample.absmax / self._divisor, inputs)
-            rounded = quantizer.round(inputs, input_scale)
-            if "hessian" in self.plan.quantizer.needs:
-                self.weight, self.hessian = with_rounded_inputs(self.weight, self.hessian, inputs, rounded)
         found = self.plan.quantizer.quantize(self.weight, self.hessian, scheme)
         return replace(found, input_scale=input_scale)
 
