@@ -22,6 +22,7 @@ from lowbit_server.engine.adapters import open_adapters
 from lowbit_server.engine.arguments import derive_engine_arguments
 from lowbit_server.engine.forecast import refuse_what_does_not_fit
 from lowbit_server.engine.interface import ServingEngine
+from lowbit_server.engine.input_scales import prove_input_scales, read_input_scales
 from lowbit_server.engine.kv_scales import prove_kv_scales, read_checkpoint_scales
 from lowbit_server.engine.memory import MemoryReader, host_memory_bytes
 from lowbit_server.engine.nvml import GpuMemory, Nvml
@@ -122,7 +123,7 @@ def _limits(config: ServeConfig) -> ServerLimits:
 
 
 async def inspect_engine(engine: ServingEngine, config: ServeConfig, checkpoint: Checkpoint) -> Service:
-    """Read back what the engine runs with, and check that the checkpoint's KV scales are in force."""
+    """Read back what the engine runs with, and check that the checkpoint's scales are in force."""
     facts = await engine.facts()
     log.info(
         "KV cache: %s tokens in %s, context %d",
@@ -138,6 +139,8 @@ async def inspect_engine(engine: ServingEngine, config: ServeConfig, checkpoint:
     )
     service = Service(served_names(config, checkpoint)[0], checkpoint, facts, proof)
     log.log(logging.WARNING if proof.scales == "unit" else logging.INFO, kv_scales_in_words(service))
+    if static := prove_input_scales(read_input_scales(checkpoint.directory), facts.input_scales):
+        log.info("input scales: all %d linears that have one run with the checkpoint's", static)
     return service
 
 

@@ -58,7 +58,13 @@ def test_worker_extension_hides_nothing_of_vllms_worker() -> None:
     worker = resolve("vllm.v1.worker.gpu_worker:Worker")
     extension = resolve("lowbit_server.engine.worker:WorkerExtension")
     ours = {name for name in vars(extension) if not name.startswith("__")}
-    assert ours == {"lowbit_kv_scales", "lowbit_memory", "lowbit_layer_methods", "lowbit_layer_kernels"}
+    assert ours == {
+        "lowbit_kv_scales",
+        "lowbit_input_scales",
+        "lowbit_memory",
+        "lowbit_layer_methods",
+        "lowbit_layer_kernels",
+    }
     assert not ours & set(dir(worker))
 
 

@@ -191,6 +191,7 @@ FACTS = EngineFacts(
     max_model_len=2048,
     max_num_seqs=16,
     kv_scales=SCALES,
+    input_scales=(),
     layer_methods={"QKVParallelLinear": "WNA16"},
     layer_kernels={"QKVParallelLinear": "WNA16Kernel"},
 )

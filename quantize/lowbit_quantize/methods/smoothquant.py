@@ -20,7 +20,8 @@ from lowbit_quantize.methods.method import InputScale, Need, Site, SitePart
 from lowbit_quantize.schemes.inputs import token_weights
 from lowbit_quantize.schemes.scheme import Quantized, Scheme, diagonal_blocks
 
-ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+ALPHAS = (0.3, 0.45, 0.6, 0.75, 0.9)
+START = 0.6  # where the descent begins
 MAX_SCALE = 1e4
 STEPS, RATE = 120, 0.05  # of the descent, in log s
 ROWS, TOKENS = 256, 512  # that it is made on
@@ -58,7 +59,7 @@ def _candidates(site: Site) -> Iterator[tuple[float, Tensor]]:
     start = None
     for alpha in ALPHAS:
         scale = _centred(site.tie(inputs.pow(alpha) / weights.pow(1 - alpha)).log())
-        start = scale if alpha == 0.5 else start
+        start = scale if alpha == START else start
         yield alpha, scale
     assert start is not None
     yield 1.0, _descend(site, start.log())
@@ -75,7 +76,7 @@ def _descend(site: Site, start: Tensor) -> Tensor:
     assert site.inputs is not None
     rows = site.inputs[:: max(1, len(site.inputs) // TOKENS)]
     tokens, counts = rows.abs().clamp(min=1e-6).log(), (token_weights(rows) / len(rows)).log()
-    parts = [_Logarithms(part) for part in site.parts]
+    parts = [_Logarithms(part, cost) for part, cost in zip(site.parts, _costs(site), strict=True)]
     logarithm = start.clone().requires_grad_()
     optimizer = torch.optim.Adam([logarithm], lr=RATE)
     for step in range(STEPS):
@@ -93,9 +94,8 @@ def _descend(site: Site, start: Tensor) -> Tensor:
 class _Logarithms:
     """A part of a site as the descent sees it, all in logarithms: what its errors cost, relative to the others'."""
 
-    def __init__(self, part: SitePart) -> None:
+    def __init__(self, part: SitePart, cost: Tensor) -> None:
         weight = part.weight
-        cost = part.cost if part.cost.dim() == 1 else part.cost.diagonal()
         step = max(1, len(weight) // ROWS)
         self._columns = weight.square().sum(0).clamp(min=1e-20).log()
         self._rows = weight[::step].abs().clamp(min=1e-12).log()
@@ -117,8 +117,8 @@ def _pair_error(site: Site, scale: Tensor) -> float:
     error = 0.0
     inputs = site.inputs / scale
     counts = token_weights(site.inputs) / len(inputs)
-    for part in site.parts:
-        blocks = diagonal_blocks(_diagonal(part.cost), part.scheme.width(len(scale)))
+    for part, cost in zip(site.parts, _costs(site), strict=True):
+        blocks = diagonal_blocks(cost, part.scheme.width(len(scale)))
         step = max(1, len(part.weight) // ROWS)
         rows = part.weight[::step] * scale
         error += part.scheme.trial_error(rows, blocks / scale.view(blocks.shape).square()) * step
@@ -130,5 +130,10 @@ def _pair_error(site: Site, scale: Tensor) -> float:
     return error
 
 
-def _diagonal(cost: Tensor) -> Tensor:
-    return cost if cost.dim() == 1 else cost.diagonal()
+def _costs(site: Site) -> list[Tensor]:
+    """What an error in each column of each part costs, (in,), once tokens count as `token_weights` says."""
+    assert site.inputs is not None
+    squares, counts = site.inputs.square(), token_weights(site.inputs)
+    part_that_counts = (counts @ squares) / squares.sum(0).clamp(min=1e-12)
+    diagonals = (part.cost if part.cost.dim() == 1 else part.cost.diagonal() for part in site.parts)
+    return [diagonal * part_that_counts for diagonal in diagonals]

@@ -1,5 +1,6 @@
 """What the rest of the server needs from a running engine; tests hand in one that is not vLLM."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,6 +24,7 @@ class EngineFacts:
     max_model_len: int
     max_num_seqs: int
     kv_scales: tuple[KVScale, ...]
+    input_scales: tuple[Mapping[str, Any], ...]
     layer_methods: dict[str, str]
     layer_kernels: dict[str, str]
 

@@ -13,7 +13,8 @@ from typing import Any
 from lowbit_core.errors import CheckpointError, ConfigError
 from lowbit_server.checkpoint import Checkpoint
 from lowbit_server.config import Device, ServeConfig
-from lowbit_server.engine.kv_scales import read_checkpoint_scales, tensor_names
+from lowbit_server.engine.kv_scales import read_checkpoint_scales
+from lowbit_server.engine.stored_numbers import tensor_names
 
 EXPERT_CODES = re.compile(r"\.experts\.(?:.*\.)?(?:weight_packed|qweight)$")
 PLAIN_EXPERTS = "a rule {match: '*.experts.*', scheme: none} in modules (recipe awq-g64-plain-experts)"

@@ -192,6 +192,7 @@ class Engine:
     async def facts(self) -> EngineFacts:
         """What the engine runs with, read back from it."""
         layers = await self._client.collective_rpc("lowbit_kv_scales")
+        inputs = await self._client.collective_rpc("lowbit_input_scales")
         methods = await self._client.collective_rpc("lowbit_layer_methods")
         kernels = await self._client.collective_rpc("lowbit_layer_kernels")
         config = self._client.vllm_config
@@ -205,6 +206,7 @@ class Engine:
             max_model_len=config.model_config.max_model_len,
             max_num_seqs=config.scheduler_config.max_num_seqs,
             kv_scales=scales_from_workers(layers),
+            input_scales=tuple(layer for worker in inputs for layer in worker),
             layer_methods=methods[0],
             layer_kernels=kernels[0],
         )

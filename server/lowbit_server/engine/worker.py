@@ -9,7 +9,7 @@ without requesting them, and a worker in which nothing else has done so ends wit
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from lowbit_server.engine.memory import host_memory_bytes
 if torch.cpu._is_amx_tile_supported():
     torch.cpu._init_amx()
 
+KERNELS = ("kernel", "moe_kernel", "fp8_linear")  # what schemes call what computes
 LAYER_NUMBER = re.compile(r"\blayers\.(\d+)\b")
 
 
@@ -30,6 +31,17 @@ class WorkerExtension:
         """Each attention layer's KV scales and cache dtype, as its kernels read them."""
         layers = self.vllm_config.compilation_config.static_forward_context  # type: ignore[attr-defined]
         return [_kv_scales(name, layer) for name, layer in layers.items() if hasattr(layer, "_k_scale_float")]
+
+    def lowbit_input_scales(self) -> list[dict[str, Any]]:
+        """The static scale of each layer's inputs, as its kernel reads it, and the linears that the layer is made of."""
+        model = self.model_runner.get_model()  # type: ignore[attr-defined]
+        fused = getattr(model, "packed_modules_mapping", {})
+        found = ((name, getattr(module, "input_scale", None)) for name, module in model.named_modules())
+        return [
+            {"linears": _linears(name, fused), "scale": float(scale.max())}
+            for name, scale in found
+            if scale is not None
+        ]
 
     def lowbit_memory(self) -> dict[str, Any]:
         """Bytes that this worker holds by component, and free and total bytes of its device."""
@@ -61,10 +73,15 @@ class WorkerExtension:
         return {name: kernel for name, kernel in found if kernel is not None}
 
 
+def _linears(name: str, fused: Mapping[str, Sequence[str]]) -> list[str]:
+    parent, _, leaf = name.rpartition(".")
+    return [f"{parent}.{part}" for part in fused.get(leaf, [leaf])]
+
+
 def _kernel(module: Any) -> str | None:
     method = getattr(module, "quant_method", None)
     owners = (getattr(module, "scheme", None), method)
-    kernels = [getattr(owner, name, None) for owner in owners for name in ("kernel", "moe_kernel")]
+    kernels = [getattr(owner, name, None) for owner in owners for name in KERNELS]
     kernel = next(
         (kernel for kernel in [*kernels, getattr(module, "impl", None)] if kernel is not None), None
     )
