@@ -42,6 +42,6 @@ def _rounding(name: str, linear: Any) -> RoundingLinear:
             f"{inputs.strategy}); serve the checkpoint and give --target URL"
         )
     scale: Tensor = linear.weight_scale.detach().float().view(-1, 1).expand(linear.out_features, 1)
-    static = None if inputs.dynamic else float(linear.input_scale)
+    static = None if inputs.dynamic else float(linear.input_scale.detach())
     codes = linear.weight.detach().to(torch.bfloat16)
     return RoundingLinear(linear, codes, scale, InputQuantizer(grid, not inputs.dynamic), static)

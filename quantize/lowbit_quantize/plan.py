@@ -289,7 +289,12 @@ def _check_width(name: str, inputs: int, entry: ModulePlan, linears: Any) -> Non
 
 
 def _check_words(name: str, words: int, entry: ModulePlan | None) -> None:
-    """vLLM cuts packed zero points by whole words of 32 bits along the vocabulary."""
+    """vLLM cuts packed zero points by whole words of 32 bits along the vocabulary; what the head reads is not rounded."""
+    if entry is not None and entry.scheme.input_quantizer is not None:
+        raise RecipeError(
+            f"modules: {entry.scheme.name} rounds what {name} reads, which quality is not measured with; give a scheme "
+            "of weights only (W4A16, W8A16), or leave it as it is"
+        )
     if entry is None or entry.scheme.symmetric or words * entry.scheme.bits % 32 == 0:
         return
     raise RecipeError(

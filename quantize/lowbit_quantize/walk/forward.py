@@ -249,5 +249,5 @@ def _record(name: str, entry: ModulePlan, linear: QuantizedLinear | QuantizedHea
         error=linear.error,
         alpha=linear.alpha,
         inputs=entry.scheme.input_quantizer.words if entry.scheme.input_quantizer else None,
-        input_scale=linear.quantized.input_scale,
+        input_scale=linear.quantized.input_scale if isinstance(linear, QuantizedLinear) else None,
     )
