@@ -1,8 +1,8 @@
 """Loads a whole model with plain transformers: a base model, or a checkpoint in any format that transformers opens.
 
 Where the checkpoint has an FP8 KV cache, keys and values are rounded with its scales, as when it is served. The
-compressed-tensors package would do this itself, but it rounds the scales to bfloat16 first; it is switched off. Inputs that
-engines round are rounded too (rounded_inputs.py).
+compressed-tensors package would do this itself, but it rounds the scales to bfloat16 first; it is switched off.
+Inputs that engines round are rounded too (rounded_inputs.py).
 """
 
 from collections.abc import Mapping

@@ -38,8 +38,8 @@ def _rounding(name: str, linear: Any) -> RoundingLinear:
     known = known and weights.strategy in ("channel", "tensor") and inputs.strategy in ("token", "tensor")
     if not known or grid is None or bool(inputs.dynamic) != (inputs.strategy == "token"):
         raise ModelError(
-            f"{name} rounds its inputs in a way that this Lowbit does not compute ({inputs.num_bits} bits, {inputs.type}, "
-            f"{inputs.strategy}); serve the checkpoint and give --target URL"
+            f"{name} rounds its inputs in a way that this Lowbit does not compute ({inputs.num_bits} bits, "
+            f"{inputs.type}, {inputs.strategy}); serve the checkpoint and give --target URL"
         )
     scale: Tensor = linear.weight_scale.detach().float().view(-1, 1).expand(linear.out_features, 1)
     static = None if inputs.dynamic else float(linear.input_scale.detach())

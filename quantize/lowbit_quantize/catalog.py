@@ -36,8 +36,8 @@ CATALOG = Catalog(
 
 USUAL_NAMES = {  # what other tools call schemes and methods
     "int4": "W4A16", "int8": "W8A8", "int3": "W3A16", "int2": "W2A16", "4bit": "W4A16", "8bit": "W8A8", "4": "W4A16",
-    "8": "W8A8", "w4": "W4A16", "w8": "W8A8", "fp8": "FP8_DYNAMIC", "bf16": NONE, "bfloat16": NONE, "fp16": NONE, "skip": NONE,
-    "round": "rtn", "optq": "gptq", "sq": "smoothquant",
+    "8": "W8A8", "w4": "W4A16", "w8": "W8A8", "fp8": "FP8_DYNAMIC", "bf16": NONE, "bfloat16": NONE, "fp16": NONE,
+    "skip": NONE, "round": "rtn", "optq": "gptq", "sq": "smoothquant",
 }  # fmt: skip
 
 

@@ -289,7 +289,7 @@ def _check_width(name: str, inputs: int, entry: ModulePlan, linears: Any) -> Non
 
 
 def _check_words(name: str, words: int, entry: ModulePlan | None) -> None:
-    """vLLM cuts packed zero points by whole words of 32 bits along the vocabulary; what the head reads is not rounded."""
+    """What the head reads is not rounded, and vLLM cuts its packed zero points by whole words of 32 bits."""
     if entry is not None and entry.scheme.input_quantizer is not None:
         raise RecipeError(
             f"modules: {entry.scheme.name} rounds what {name} reads, which quality is not measured with; give a scheme "

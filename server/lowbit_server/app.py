@@ -21,8 +21,8 @@ from lowbit_server.config import Device, ServeConfig, base_url
 from lowbit_server.engine.adapters import open_adapters
 from lowbit_server.engine.arguments import derive_engine_arguments
 from lowbit_server.engine.forecast import refuse_what_does_not_fit
-from lowbit_server.engine.interface import ServingEngine
 from lowbit_server.engine.input_scales import prove_input_scales, read_input_scales
+from lowbit_server.engine.interface import ServingEngine
 from lowbit_server.engine.kv_scales import prove_kv_scales, read_checkpoint_scales
 from lowbit_server.engine.memory import MemoryReader, host_memory_bytes
 from lowbit_server.engine.nvml import GpuMemory, Nvml

@@ -1,7 +1,7 @@
 """Proof that the running engine rounds inputs with the checkpoint's static scales.
 
-A linear whose inputs are rounded by one calibrated scale (FP8) reads it from the file; an engine that dropped it would clip or
-lose what was measured, without a line in the log. As with KV scales, the files and the running layers must say the same.
+A linear whose inputs are rounded by one calibrated scale (FP8) reads it from the file; an engine that dropped it would
+clip or lose what was measured, without a line in the log. As with KV scales, files and running layers must say the same.
 """
 
 import re
@@ -23,7 +23,7 @@ def read_input_scales(directory: Path) -> dict[str, float]:
 def prove_input_scales(checkpoint: Mapping[str, float], engine: Sequence[Mapping[str, Any]]) -> int:
     """The number of linears that run with the checkpoint's scales; EngineError where one does not.
 
-    `engine` has what each layer reports: the `linears` that it is made of, and its `scale`, which is the largest of theirs.
+    `engine` has what each layer reports: the `linears` that it is made of, and its `scale`, the largest of theirs.
     """
     running = {name: layer["scale"] for layer in engine for name in layer["linears"]}
     fused = {name: layer["linears"] for layer in engine for name in layer["linears"]}

@@ -33,7 +33,7 @@ class WorkerExtension:
         return [_kv_scales(name, layer) for name, layer in layers.items() if hasattr(layer, "_k_scale_float")]
 
     def lowbit_input_scales(self) -> list[dict[str, Any]]:
-        """The static scale of each layer's inputs, as its kernel reads it, and the linears that the layer is made of."""
+        """The static scale of each layer's inputs, as its kernel reads it, and the linears that it is made of."""
         model = self.model_runner.get_model()  # type: ignore[attr-defined]
         fused = getattr(model, "packed_modules_mapping", {})
         found = ((name, getattr(module, "input_scale", None)) for name, module in model.named_modules())
