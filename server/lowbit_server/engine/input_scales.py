@@ -1,7 +1,7 @@
 """Proof that the running engine rounds inputs with the checkpoint's static scales.
 
 A linear whose inputs are rounded by one calibrated scale (FP8) reads it from the file; an engine that dropped it would
-clip or lose what was measured, without a line in the log. As with KV scales, files and running layers must say the same.
+clip or lose what was measured, and no line of the log would say so. As with KV scales, files and layers must agree.
 """
 
 import re

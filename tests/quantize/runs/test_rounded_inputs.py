@@ -45,8 +45,9 @@ def read_kld(base: Path, checkpoint: Path, recipe: Recipe) -> tuple[float, int]:
 def logits(model: Any, ids: Tensor) -> Tensor:
     """In float32, as the walk makes them; transformers would round them to bfloat16."""
     model(ids[:1, :2])  # compressed-tensors unpacks when the model as a whole is first called
-    states = model.model(ids).last_hidden_state[:, :-1]
-    return (states.float() @ model.lm_head.weight.float().T).double()
+    states: Tensor = model.model(ids).last_hidden_state[:, :-1]
+    found: Tensor = states.float() @ model.lm_head.weight.float().T
+    return found.double()
 
 
 @pytest.mark.parametrize("name", RECIPES)
