@@ -61,21 +61,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model", help="default: the first that the server lists")
     parser.add_argument("--seed", type=_at_least(0), help="of arrivals, prompts and sampling")
+    _add_parts(parser)
+    _add_results(parser)
+    _add_short_form(parser)
+    parser.epilog = (
+        "The API key is read from the environment variable LOWBIT_API_KEY, or the scenario's api_key_env."
+    )
+
+
+def _add_results(parser: argparse.ArgumentParser) -> None:
+    """What is written, and what it is held against."""
     parser.add_argument(
         "--json",
         "--out",
         metavar="FILE",
         type=file_path,
         help="also write the result here, with its requests",
-    )
-    parser.add_argument(
-        "--part",
-        metavar="I/N",
-        type=parse_part,
-        help="send the I-th of N parts of the plan, from 1/N to N/N; all with the same seed, and --json",
-    )
-    parser.add_argument(
-        "--start-at", metavar="TIME", type=_moment, help="when to start, such as 2026-01-31T12:00:00Z"
     )
     parser.add_argument(
         "--records", metavar="FILE.jsonl", type=file_path, help="write every request, chunk by chunk"
@@ -99,9 +100,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=file_path,
         help="result of --json with quality, of the base model: count flips and estimate KL against it",
     )
-    _add_short_form(parser)
-    parser.epilog = (
-        "The API key is read from the environment variable LOWBIT_API_KEY, or the scenario's api_key_env."
+
+
+def _add_parts(parser: argparse.ArgumentParser) -> None:
+    """One plan sent from several machines."""
+    parser.add_argument(
+        "--part",
+        metavar="I/N",
+        type=parse_part,
+        help="send the I-th of N parts of the plan, from 1/N to N/N; all with the same seed, and --json",
+    )
+    parser.add_argument(
+        "--start-at", metavar="TIME", type=_moment, help="when to start, such as 2026-01-31T12:00:00Z"
     )
 
 

@@ -263,6 +263,12 @@ def _check_experts(
             "all layers by one scheme; give one rule for all of them: {match: '*.experts.*', …}"
         )
     entry = next(iter(entries), None)
+    if entry is not None and entry.scheme.input_quantizer is not None:
+        raise RecipeError(
+            f"modules: {entry.scheme.name} rounds what routed experts ({published[experts[0]]}) read, which no reader "
+            "of checkpoints computes (transformers opens int8 experts not at all); give them another scheme: "
+            "{match: '*.experts.*', scheme: W4A16} or none"
+        )
     if entry is not None and not entry.scheme.symmetric:
         raise RecipeError(
             f"modules: engines run quantized experts ({published[experts[0]]}) in symmetric schemes only, "

@@ -151,17 +151,8 @@ def intervals(
     note: str = "",
 ) -> Chart:
     """A group's name, and under it a dot with its interval for each member; `band` is drawn around `zero`."""
-    texts = [
-        [
-            f"{group}: {one.name}" if one.name else group,
-            span(one.value, form),
-            *([one.note] if one.note else []),
-        ]
-        for group, members in groups.items()
-        for one in members
-    ]
-    table = Table(["", x_name, *([""] if any(len(row) > 2 for row in texts) else [])], texts)
-    if not texts:
+    table = _table_of(groups, x_name, form)
+    if not table.rows:
         return Chart(title, None, table, note)
     rows, values = _rows_of(groups)
     shown = [one.value for members in groups.values() for one in members]
@@ -195,6 +186,20 @@ def intervals(
         *_row_names(y),
     ]
     return Chart(title, layered(_with_text(values, groups, form), layers, {"step": ROW}), table, note)
+
+
+def _table_of(groups: Mapping[str, Sequence[Member]], x_name: str, form: str) -> Table:
+    """A row for each member."""
+    texts = [
+        [
+            f"{group}: {one.name}" if one.name else group,
+            span(one.value, form),
+            *([one.note] if one.note else []),
+        ]
+        for group, members in groups.items()
+        for one in members
+    ]
+    return Table(["", x_name, *([""] if any(len(row) > 2 for row in texts) else [])], texts)
 
 
 def _rows_of(groups: Mapping[str, Sequence[Member]]) -> tuple[int, list[dict[str, Any]]]:

@@ -91,7 +91,7 @@ SHARED = (
     Dialect("http500", http(b"<html>bad gateway</html>", 500, "text/html", chunked=False), FAILED, **NOTHING,
             detail="status 500: <html>bad gateway</html>"),
     Dialect("empty200", http(b"", chunked=False), CUT_OFF, **NOTHING, detail="an empty answer (status 200)"),
-    Dialect("gzip", http(gzip.compress(lines(NORMAL)), headers="content-encoding: gzip\r\n")),
+    Dialect("gzip", http(gzip.compress(lines(NORMAL), mtime=0), headers="content-encoding: gzip\r\n")),
     Dialect("untilclose", b"HTTP/1.0 200 OK\r\ncontent-type: text/event-stream\r\n\r\n" + lines(NORMAL),
             closes=True),
     Dialect("uppercase", framed(4096)),

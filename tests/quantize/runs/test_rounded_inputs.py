@@ -93,16 +93,17 @@ def test_smoothing_and_gptq_lose_less_than_rounding_to_the_nearest(
 
 
 @pytest.mark.parametrize(
-    ("rule", "words"),
+    ("family", "rule", "words"),
     [
-        ({"match": "*", "scheme": "W8A8", "group_size": 64}, "has one scale a channel or tensor; leave group_size out"),
-        ({"match": "lm_head", "scheme": "W8A8"}, "rounds what lm_head reads, which quality is not measured with"),
+        ("qwen2", {"match": "*", "scheme": "W8A8", "group_size": 64}, "has one scale a channel or tensor; leave group_size out"),
+        ("qwen2", {"match": "lm_head", "scheme": "W8A8"}, "rounds what lm_head reads, which quality is not measured with"),
+        ("qwen3_moe", {"match": "*", "scheme": "W8A8"}, r"rounds what routed experts \(.*\) read"),
     ],
-    ids=["a group size", "the head"],
+    ids=["a group size", "the head", "experts"],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(
-    tiny_model: Callable[[str], Path], rule: dict[str, object], words: str, tmp_path: Path
+    tiny_model: Callable[[str], Path], family: str, rule: dict[str, object], words: str, tmp_path: Path
 ) -> None:
     with pytest.raises(RecipeError, match=words):
-        quantize(str(tiny_model("qwen2")), recipe_with(rule), tmp_path / "out", CPU)
+        quantize(str(tiny_model(family)), recipe_with(rule), tmp_path / "out", CPU)
     assert not (tmp_path / "out").exists()
