@@ -95,8 +95,8 @@ def test_smoothing_and_gptq_lose_less_than_rounding_to_the_nearest(
 @pytest.mark.parametrize(
     ("family", "rule", "words"),
     [
-        ("qwen2", {"match": "*", "scheme": "W8A8", "group_size": 64}, "has one scale a channel or tensor; leave group_size out"),
-        ("qwen2", {"match": "lm_head", "scheme": "W8A8"}, "rounds what lm_head reads, which quality is not measured with"),
+        ("qwen2", {"match": "*", "scheme": "W8A8", "group_size": 64}, "one scale a channel or tensor; leave group"),
+        ("qwen2", {"match": "lm_head", "scheme": "W8A8"}, "rounds what lm_head reads, which quality is not"),
         ("qwen3_moe", {"match": "*", "scheme": "W8A8"}, r"rounds what routed experts \(.*\) read"),
     ],
     ids=["a group size", "the head", "experts"],
