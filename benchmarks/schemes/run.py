@@ -1,0 +1,150 @@
+"""How fast each scheme is served on this processor: bf16, W4A16, W8A8, side by side, by `lowbit loadtest`.
+
+    python benchmarks/schemes/run.py bf16=DIR w4a16=DIR w8a8=DIR --work DIR --out benchmarks/schemes/results/NAME.json
+
+The first directory is what the others are compared with. All servers are up and one is loaded at a time; a round gives
+each of them the same short load (a prompt of 768 tokens for one token of output; then 1, 4 and 16 streams of outputs),
+in an order that rotates. Compared are prompt tokens/s and output tokens/s: ratios to the first, round by round, and the
+standard error of their mean. The result names the processor, its instruction sets and the kernel of each layer.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import urllib.request
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.endpoint import LOWBIT, lowbit_serve, pinned, write_result  # noqa: E402
+
+STREAMS = (1, 4, 16)
+PROMPT, SHORT_PROMPT = 768, 64
+SETS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+Speeds = dict[str, float]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("checkpoints", nargs="+", metavar="NAME=DIR")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prompts", type=int, default=4, help="of a turn")
+    parser.add_argument("--tokens", type=int, default=48, help="of each output")
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    directories = dict(one.split("=", 1) for one in arguments.checkpoints)
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        servers = {
+            name: stack.enter_context(
+                lowbit_serve(
+                    Path(path),
+                    arguments.work / f"{name}.log",
+                    "--max-num-seqs",
+                    "16",
+                    "--served-model-name",
+                    "m",
+                )
+            )
+            for name, path in directories.items()
+        }
+        kernels = {name: _kernels(server.url) for name, server in servers.items()}
+        stack.enter_context(pinned(servers.values()))
+        rounds: dict[str, list[Speeds]] = {name: [] for name in servers}
+        names = list(servers)
+        for number in range(arguments.rounds + 1):
+            for name in names[number % len(names) :] + names[: number % len(names)]:
+                found = _turn(servers[name].url, arguments)
+                if number:  # the first round warms up
+                    rounds[name].append(found)
+                    print(number, name, json.dumps(found), flush=True)
+    result = {
+        "instruction_sets": _instruction_sets(),
+        "kernels": kernels,
+        "rounds": rounds,
+        "ratios": _ratios(rounds),
+    }
+    write_result(arguments.out, result)
+    print(json.dumps(result["ratios"]))
+
+
+def _turn(url: str, arguments: argparse.Namespace) -> Speeds:
+    """Prompt tokens/s, and output tokens/s at each number of streams."""
+    prompts = _load(url, arguments.work, concurrency=1, requests=arguments.prompts, prompt=PROMPT, output=1)
+    speeds = {"prompt": prompts["total_tokens_per_s"] - prompts["output_tokens_per_s"]}
+    for streams in STREAMS:
+        load = _load(
+            url,
+            arguments.work,
+            concurrency=streams,
+            requests=3 * streams,
+            prompt=SHORT_PROMPT,
+            output=arguments.tokens,
+        )
+        speeds[f"output at {streams}"] = load["output_tokens_per_s"]
+    return speeds
+
+
+def _load(url: str, work: Path, **load: int) -> dict[str, Any]:
+    """One closed loop; its result."""
+    out, scenario = work / "load.json", work / "load.yaml"
+    scenario.write_text(
+        json.dumps(
+            {
+                "arrivals": {"kind": "closed", "concurrency": load["concurrency"]},
+                "prompts": {"kind": "synthetic", "tokens": load["prompt"]},
+                "output": {"tokens": load["output"], "exact": True},
+                "requests": load["requests"],
+                "generator": {"workers": 1},
+            }
+        ),
+        encoding="utf-8",
+    )
+    command = [str(LOWBIT), "loadtest", "--target", url, "--scenario", str(scenario), "--json", str(out)]
+    subprocess.run(command, check=True, capture_output=True)
+    document: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+    return document
+
+
+def _kernels(url: str) -> dict[str, str]:
+    with urllib.request.urlopen(f"{url}/lowbit/checkpoint", timeout=60) as answer:
+        engine: dict[str, Any] = json.load(answer)["engine"]
+    return {
+        kind: f"{engine['layer_methods'].get(kind)}: {kernel}"
+        for kind, kernel in engine["layer_kernels"].items()
+    }
+
+
+def _instruction_sets() -> list[str]:
+    flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
+    return [name for name in SETS if name in flags.split()]
+
+
+def _ratios(rounds: dict[str, list[Speeds]]) -> dict[str, dict[str, dict[str, float]]]:
+    """Each checkpoint's speeds over the first one's: the mean over rounds and its standard error."""
+    base = next(iter(rounds))
+    return {
+        name: {
+            measure: _mean(
+                [mine[measure] / theirs[measure] for mine, theirs in zip(turns, rounds[base], strict=True)]
+            )
+            for measure in turns[0]
+        }
+        for name, turns in rounds.items()
+    }
+
+
+def _mean(values: list[float]) -> dict[str, float]:
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return {"ratio": round(statistics.mean(values), 3), "error": round(error, 3)}
+
+
+if __name__ == "__main__":
+    main()
