@@ -23,7 +23,8 @@ def round_inputs(model: Any) -> int:
     found = [
         (name, module)
         for name, module in model.named_modules()
-        if getattr(getattr(module, "quantization_scheme", None), "input_activations", None)
+        if isinstance(module, nn.Linear)  # attention has a scheme of its own, for the cache
+        and getattr(getattr(module, "quantization_scheme", None), "input_activations", None)
     ]
     for name, module in found:
         model.set_submodule(name, _rounding(name, module))
@@ -33,7 +34,7 @@ def round_inputs(model: Any) -> int:
 def _rounding(name: str, linear: Any) -> RoundingLinear:
     weights, inputs = linear.quantization_scheme.weights, linear.quantization_scheme.input_activations
     grid = GRIDS.get(inputs.type)
-    known = isinstance(linear, nn.Linear) and inputs.symmetric and inputs.type == weights.type
+    known = inputs.symmetric and inputs.type == weights.type
     known = known and inputs.num_bits == weights.num_bits == EIGHT
     known = known and weights.strategy in ("channel", "tensor") and inputs.strategy in ("token", "tensor")
     if not known or grid is None or bool(inputs.dynamic) != (inputs.strategy == "token"):

@@ -107,3 +107,12 @@ def test_what_does_not_fit_is_refused(
     with pytest.raises(RecipeError, match=words):
         quantize(str(tiny_model(family)), recipe_with(rule), tmp_path / "out", CPU)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_cache_that_is_rounded_is_no_linear_whose_inputs_are(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    rule = {"match": "*.down_proj", "scheme": "W8A8", "methods": ["rtn"]}
+    quantize(str(tiny_model("llama")), recipe_with(rule, kv_cache={"dtype": "fp8"}), tmp_path / "out", CPU)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    assert round_inputs(model) == model.config.num_hidden_layers
