@@ -33,7 +33,7 @@ from lowbit_core.names import nearest
             "inspect --model X",
             ["'--model' is not understood", "DIR is given without a flag: lowbit inspect DIR"],
         ),
-        ("compare a.json", ["required: B.json"]),
+        ("compare a.json", ["required: B;"]),
         ("version", ["unknown command 'version'; did you mean lowbit --version?"]),
         ("help", ["unknown command 'help'; did you mean lowbit --help?"]),
         ("help quantize", ["did you mean lowbit quantize --help?"]),

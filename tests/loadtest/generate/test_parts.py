@@ -22,7 +22,7 @@ from lowbit_loadtest.generate.records import Outcome, RequestRecord
 from lowbit_loadtest.generate.schedule import Schedule
 from lowbit_loadtest.generate.tokens import WordTokens
 from lowbit_loadtest.generate.workers import run_workers
-from lowbit_loadtest.measured import Measured, Sent, make_point
+from lowbit_loadtest.measured import MOST_APART_S, Measured, Sent, make_point
 from lowbit_loadtest.parts.file import part_section, read_part
 from lowbit_loadtest.runner import PAUSE_S, Starts
 from lowbit_loadtest.scenario import Scenario, parse_scenario
@@ -199,7 +199,9 @@ def test_two_parts_joined_have_the_send_times_and_the_counts_of_one(
     timed_server: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     url = timed_server(Reply(ttft_s=0.01, gap_s=0.005, chunks=3))
-    one, *halves = [send(tmp_path, url, part) for part in ("1/1", "1/2", "2/2")]
+    one, first = (send(tmp_path, url, part) for part in ("1/1", "1/2"))
+    time.sleep(MOST_APART_S + 0.1)
+    halves = [first, send(tmp_path, url, "2/2")]
     out = tmp_path / "joined.json"
     status = lowbit_loadtest("merge", *halves, "--out", out)
     joined, alone = json.loads(out.read_text()), json.loads(one.read_text())

@@ -85,7 +85,7 @@ FAULTS = [
     (Reply(), Outcome.COMPLETED, None),
     (Reply(fault="reset"), Outcome.CUT_OFF, r"RemoteProtocolError|ReadError"),
     (Reply(fault="reset", chunks=0), Outcome.CUT_OFF, r"RemoteProtocolError|ReadError"),
-    (Reply(fault="broken_sse"), Outcome.FAILED, "not a chat completion chunk"),
+    (Reply(fault="broken_sse"), Outcome.FAILED, "not of /v1/chat/completions"),
     (Reply(fault="error_event"), Outcome.FAILED, "error event: as scripted"),
     (Reply(fault="no_done"), Outcome.CUT_OFF, r"without \[DONE\]"),
     (Reply(fault="status_429"), Outcome.REJECTED, "status 429: as scripted"),
