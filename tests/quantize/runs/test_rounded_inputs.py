@@ -50,8 +50,10 @@ def logits(model: Any, ids: Tensor) -> Tensor:
     return found.double()
 
 
-@pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text"])
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [*(("llama", name) for name in RECIPES), ("qwen2", "W8A8"), ("gemma3_text", "W8A8"), ("qwen2", "FP8")],
+)
 def test_a_reader_computes_what_was_measured_and_the_forecast_is_what_lies_there(
     tiny_model: Callable[[str], Path], family: str, name: str, tmp_path: Path
 ) -> None:
