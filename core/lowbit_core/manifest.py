@@ -61,7 +61,8 @@ class ModuleRecord(_Record):
     """One quantized linear. `error` is the relative squared output error on the calibration tokens.
 
     `scheme` is a name of compressed-tensors; `group_size` is null where parameters span all inputs of an output
-    channel; `methods` were applied in this order; `alpha` is the exponent of the scale of its inputs, if it has one.
+    channel; `methods` were applied in this order; `alpha` is the exponent of the scale of its inputs, if it has one
+    (1 where SmoothQuant's is the minimum itself, and no power).
     `inputs` says how engines round what it reads ("int8 by token"), `input_scale` is what they divide it by where
     that was calibrated.
     """

@@ -1,7 +1,8 @@
 """Linears of a loaded checkpoint that engines give rounded inputs: they compute here what engines compute.
 
 compressed-tensors would do it otherwise: it unpacks the codes to bfloat16, and its dynamic int8 scale is absmax / 127.5
-where vLLM's is absmax / 127. So each such linear is replaced before it is unpacked, of any tool's checkpoint.
+where vLLM's is absmax / 127. So each such linear is replaced before it is unpacked, of any tool's checkpoint. What
+rounds in another way (FP8 in blocks, 4-bit floats, zero points) is left to compressed-tensors, with a warning.
 """
 
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit_core.errors import ModelError
+from lowbit_core.log import get_logger
 from lowbit_quantize.schemes.grids import FP8, INT8
 from lowbit_quantize.schemes.inputs import InputQuantizer
 from lowbit_quantize.schemes.rounding_linear import RoundingLinear
@@ -17,32 +18,46 @@ from lowbit_quantize.schemes.rounding_linear import RoundingLinear
 GRIDS = {"int": INT8, "float": FP8}
 EIGHT = 8
 
+log = get_logger("evaluate")
+
 
 def round_inputs(model: Any) -> int:
-    """Replace the linears of a model that transformers has loaded and not yet unpacked; returns how many there are."""
+    """Replace the linears of a model that transformers has loaded and not yet unpacked; returns how many were."""
     found = [
         (name, module)
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)  # attention has a scheme of its own, for the cache
         and getattr(getattr(module, "quantization_scheme", None), "input_activations", None)
     ]
-    for name, module in found:
-        model.set_submodule(name, _rounding(name, module))
-    return len(found)
-
-
-def _rounding(name: str, linear: Any) -> RoundingLinear:
-    weights, inputs = linear.quantization_scheme.weights, linear.quantization_scheme.input_activations
-    grid = GRIDS.get(inputs.type)
-    known = inputs.symmetric and inputs.type == weights.type
-    known = known and inputs.num_bits == weights.num_bits == EIGHT
-    known = known and weights.strategy in ("channel", "tensor") and inputs.strategy in ("token", "tensor")
-    if not known or grid is None or bool(inputs.dynamic) != (inputs.strategy == "token"):
-        raise ModelError(
-            f"{name} rounds its inputs in a way that this Lowbit does not compute ({inputs.num_bits} bits, "
-            f"{inputs.type}, {inputs.strategy}); serve the checkpoint and give --target URL"
+    known = [(name, module) for name, module in found if _is_known(module.quantization_scheme)]
+    for name, module in known:
+        model.set_submodule(name, _rounding(module))
+    if len(known) < len(found):
+        log.warning(
+            "%d linears round what they read in a way that is left to compressed-tensors; engines may differ",
+            len(found) - len(known),
         )
+    return len(known)
+
+
+def _is_known(scheme: Any) -> bool:
+    weights, inputs = scheme.weights, scheme.input_activations
+    if (
+        not inputs.symmetric
+        or inputs.type != weights.type
+        or not inputs.num_bits == weights.num_bits == EIGHT
+    ):
+        return False
+    return weights.strategy in ("channel", "tensor") and inputs.strategy == (
+        "token" if inputs.dynamic else "tensor"
+    )
+
+
+def _rounding(linear: Any) -> RoundingLinear:
+    inputs = linear.quantization_scheme.input_activations
     scale: Tensor = linear.weight_scale.detach().float().view(-1, 1).expand(linear.out_features, 1)
     static = None if inputs.dynamic else float(linear.input_scale.detach())
     codes = linear.weight.detach().to(torch.bfloat16)
-    return RoundingLinear(linear, codes, scale, InputQuantizer(grid, not inputs.dynamic), static)
+    return RoundingLinear(
+        linear, codes, scale, InputQuantizer(GRIDS[inputs.type], not inputs.dynamic), static
+    )

@@ -139,8 +139,11 @@ async def inspect_engine(engine: ServingEngine, config: ServeConfig, checkpoint:
     )
     service = Service(served_names(config, checkpoint)[0], checkpoint, facts, proof)
     log.log(logging.WARNING if proof.scales == "unit" else logging.INFO, kv_scales_in_words(service))
-    if static := prove_input_scales(read_input_scales(checkpoint.directory), facts.input_scales):
-        log.info("input scales: all %d linears that have one run with the checkpoint's", static)
+    static, ours = read_input_scales(checkpoint.directory), checkpoint.manifest is not None
+    if proven := prove_input_scales(static, facts.input_scales, all_reported=ours):
+        log.info(
+            "input scales: %d of %d linears that have one run with the checkpoint's", proven, len(static)
+        )
     return service
 
 

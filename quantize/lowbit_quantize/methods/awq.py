@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lowbit_quantize.device.parallel import parallel_map
-from lowbit_quantize.methods.method import InputScale, Need, Site, SitePart
+from lowbit_quantize.methods.method import InputScale, Need, Site, SitePart, refined_nearest
 from lowbit_quantize.schemes.scheme import Quantized, Scheme, diagonal_blocks
 
 ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8)
@@ -44,9 +44,7 @@ class Awq:
         return hessian
 
     def quantize(self, weight: Tensor, hessian: Tensor, scheme: Scheme) -> Quantized:
-        params = scheme.search(weight, hessian)
-        codes = scheme.quantize(weight, params)
-        return Quantized(codes, scheme.refine(codes, params, weight, hessian), scheme)
+        return refined_nearest(weight, hessian, scheme)
 
 
 def search_scale(parts: Sequence[SitePart], activation: Tensor) -> InputScale:

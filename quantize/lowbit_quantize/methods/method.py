@@ -70,3 +70,10 @@ class Method(Protocol):
     def quantize(self, weight: Tensor, hessian: Tensor, scheme: Scheme) -> Quantized:
         """Quantize a weight (out, in) on inputs of this Hessian (in, in); raises NumericsError."""
         ...
+
+
+def refined_nearest(weight: Tensor, hessian: Tensor, scheme: Scheme) -> Quantized:
+    """The nearest codes under parameters that err least, and then the parameters that err least for these codes."""
+    params = scheme.search(weight, hessian)
+    codes = scheme.quantize(weight, params)
+    return Quantized(codes, scheme.refine(codes, params, weight, hessian), scheme)

@@ -16,8 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lowbit_quantize.methods.method import InputScale, Need, Site, SitePart
-from lowbit_quantize.schemes.inputs import token_weights
+from lowbit_quantize.methods.method import InputScale, Need, Site, SitePart, refined_nearest
 from lowbit_quantize.schemes.scheme import Quantized, Scheme, diagonal_blocks
 
 ALPHAS = (0.3, 0.45, 0.6, 0.75, 0.9)
@@ -46,9 +45,7 @@ class SmoothQuant:
         return hessian
 
     def quantize(self, weight: Tensor, hessian: Tensor, scheme: Scheme) -> Quantized:
-        params = scheme.search(weight, hessian)
-        codes = scheme.quantize(weight, params)
-        return Quantized(codes, scheme.refine(codes, params, weight, hessian), scheme)
+        return refined_nearest(weight, hessian, scheme)
 
 
 def _candidates(site: Site) -> Iterator[tuple[float, Tensor]]:
@@ -75,7 +72,7 @@ def _centred(logarithm: Tensor) -> Tensor:
 def _descend(site: Site, start: Tensor) -> Tensor:
     assert site.inputs is not None
     rows = site.inputs[:: max(1, len(site.inputs) // TOKENS)]
-    tokens, counts = rows.abs().clamp(min=1e-6).log(), (token_weights(rows) / len(rows)).log()
+    tokens, counts = rows.abs().clamp(min=1e-6).log(), (_token_weights(rows) / len(rows)).log()
     parts = [_Logarithms(part, cost) for part, cost in zip(site.parts, _costs(site), strict=True)]
     logarithm = start.clone().requires_grad_()
     optimizer = torch.optim.Adam([logarithm], lr=RATE)
@@ -116,7 +113,7 @@ def _pair_error(site: Site, scale: Tensor) -> float:
     assert site.inputs is not None
     error = 0.0
     inputs = site.inputs / scale
-    counts = token_weights(site.inputs) / len(inputs)
+    counts = _token_weights(site.inputs) / len(inputs)
     for part, cost in zip(site.parts, _costs(site), strict=True):
         blocks = diagonal_blocks(cost, part.scheme.width(len(scale)))
         step = max(1, len(part.weight) // ROWS)
@@ -130,10 +127,21 @@ def _pair_error(site: Site, scale: Tensor) -> float:
     return error
 
 
+def _token_weights(rows: Tensor) -> Tensor:
+    """How much each token's rounding counts, (tokens,): one that is far larger than most counts as one of them.
+
+    The next norm divides what a token holds by its size, so that an error counts for what it is of the token. Without
+    this the few attention sinks, hundreds of times as large, would decide alone.
+    """
+    size = rows.square().sum(1)
+    typical = size.median().clamp(min=1e-20)
+    return typical / (size + typical) * 2
+
+
 def _costs(site: Site) -> list[Tensor]:
-    """What an error in each column of each part costs, (in,), once tokens count as `token_weights` says."""
+    """What an error in each column of each part costs, (in,), once tokens count as `_token_weights` says."""
     assert site.inputs is not None
-    squares, counts = site.inputs.square(), token_weights(site.inputs)
+    squares, counts = site.inputs.square(), _token_weights(site.inputs)
     part_that_counts = (counts @ squares) / squares.sum(0).clamp(min=1e-12)
     diagonals = (part.cost if part.cost.dim() == 1 else part.cost.diagonal() for part in site.parts)
     return [diagonal * part_that_counts for diagonal in diagonals]

@@ -22,7 +22,6 @@ with without_compiler():  # the library compiles a function for 4-bit floats, wh
 
 INT8_CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8)
 FP8_CLIPS = tuple(2 ** (-step / 8) for step in range(9))  # an octave: a float grid repeats after it
-TRIAL_CLIPS = (1.0,)
 FORMATS = {"int8": "int-quantized", "fp8": "float-quantized"}
 
 

@@ -49,14 +49,3 @@ class InputQuantizer:
         """What engines compute with, float32, in place of inputs (tokens, features)."""
         codes, scales = self.encode(inputs, scale)
         return codes.mul_(scales)
-
-
-def token_weights(rows: Tensor) -> Tensor:
-    """How much each token's rounding counts, (tokens,): one that is far larger than most counts as one of them.
-
-    The next norm divides what a token holds by its size, so that an error counts for what it is of the token. Without
-    this the few attention sinks, hundreds of times as large, would decide alone.
-    """
-    size = rows.square().sum(1)
-    typical = size.median().clamp(min=1e-20)
-    return typical / (size + typical) * 2

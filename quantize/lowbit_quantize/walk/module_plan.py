@@ -26,8 +26,9 @@ class ModulePlan:
     @property
     def samples_inputs(self) -> bool:
         """Whether some of the inputs are kept, token by token."""
-        wanted = any("input_range" in method.needs for method in self.methods)
-        return wanted or self.scheme.input_quantizer is not None
+        quantizer = self.scheme.input_quantizer
+        calibrated = quantizer is not None and quantizer.static
+        return calibrated or any("input_range" in method.needs for method in self.methods)
 
     @property
     def compensates(self) -> bool:

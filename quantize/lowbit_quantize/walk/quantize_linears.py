@@ -48,7 +48,10 @@ class QuantizedLayer:
 
 @dataclass
 class _GroupState:
-    """A group's weights (stacked), Hessian and scale of its inputs, on the way to being quantized."""
+    """A group's weights (stacked), Hessian and scale of its inputs, on the way to being quantized.
+
+    `sample` has inputs as they were observed, divided by `already` where a scale was folded before that.
+    """
 
     group: LinearGroup
     plan: ModulePlan
@@ -68,9 +71,7 @@ class _GroupState:
     @property
     def inputs(self) -> Tensor | None:
         """Some of the inputs as they are served, (tokens, in), where they are kept."""
-        if self.sample is None:
-            return None
-        return self.sample.rows() / self._divisor
+        return None if self.sample is None else self.sample.rows() / self._divisor
 
     @property
     def _divisor(self) -> Tensor | float:
@@ -79,13 +80,13 @@ class _GroupState:
         return scale if self.already is None else scale / self.already
 
     def quantized(self) -> Quantized:
-        """The stacked weight, on inputs that are rounded where the scheme rounds them."""
-        scheme, quantizer, input_scale = self.plan.scheme, self.plan.scheme.input_quantizer, None
-        inputs = self.inputs
-        if quantizer is not None and inputs is not None and self.sample is not None and len(inputs):
-            input_scale = quantizer.calibrated(self.sample.absmax / self._divisor, inputs)
-        found = self.plan.quantizer.quantize(self.weight, self.hessian, scheme)
-        return replace(found, input_scale=input_scale)
+        """The stacked weight, with the scale of its inputs where the scheme has a calibrated one."""
+        found = self.plan.quantizer.quantize(self.weight, self.hessian, self.plan.scheme)
+        quantizer = self.plan.scheme.input_quantizer
+        if quantizer is None or self.sample is None or not quantizer.static:
+            return found
+        absmax, rows = self.sample.absmax / self._divisor, self.sample.rows() / self._divisor
+        return replace(found, input_scale=quantizer.calibrated(absmax, rows))
 
 
 def quantize_linears(

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from vllm.platforms import current_platform
 from vllm.utils.mem_utils import MemorySnapshot
 
 from lowbit_server.engine.memory import host_memory_bytes
@@ -33,12 +34,16 @@ class WorkerExtension:
         return [_kv_scales(name, layer) for name, layer in layers.items() if hasattr(layer, "_k_scale_float")]
 
     def lowbit_input_scales(self) -> list[dict[str, Any]]:
-        """The static scale of each layer's inputs, as its kernel reads it, and the linears that it is made of."""
+        """The static scale of each layer's inputs, as its kernel reads it, and the linears that it is made of.
+
+        AMD's older FP8 reads the same bits as half the value, so vLLM doubles the scales there.
+        """
         model = self.model_runner.get_model()  # type: ignore[attr-defined]
         fused = getattr(model, "packed_modules_mapping", {})
+        factor = 2 if current_platform.is_fp8_fnuz() else 1
         found = ((name, getattr(module, "input_scale", None)) for name, module in model.named_modules())
         return [
-            {"linears": _linears(name, fused), "scale": float(scale.max())}
+            {"linears": _linears(name, fused), "scale": float(torch.as_tensor(scale).max()) / factor}
             for name, scale in found
             if scale is not None
         ]

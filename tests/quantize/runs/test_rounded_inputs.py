@@ -1,5 +1,6 @@
 """Schemes whose inputs are rounded: what the walk measures is what a reader of the files computes."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,3 +119,18 @@ def test_a_cache_that_is_rounded_is_no_linear_whose_inputs_are(
     quantize(str(tiny_model("llama")), recipe_with(rule, kv_cache={"dtype": "fp8"}), tmp_path / "out", CPU)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
     assert round_inputs(model) == model.config.num_hidden_layers
+
+
+def test_a_rounding_that_is_not_known_is_left_to_its_library_with_a_warning(
+    tiny_model: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    quantize(str(tiny_model("llama")), RECIPES["W8A8 nearest"], tmp_path / "out", CPU)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    linear = model.model.layers[0].mlp.down_proj
+    scheme = linear.quantization_scheme.model_copy(deep=True)
+    scheme.input_activations.symmetric = False
+    linear.quantization_scheme = scheme
+    logging.getLogger("lowbit").propagate = True
+    caplog.set_level(logging.WARNING, logger="lowbit")
+    assert round_inputs(model) == 7 * model.config.num_hidden_layers - 1
+    assert "1 linears round what they read in a way that is left to compressed-tensors" in caplog.text

@@ -44,3 +44,10 @@ def test_fused_linears_run_with_the_largest_of_their_scales() -> None:
 def test_a_linear_that_the_engine_does_not_report_is_refused() -> None:
     with pytest.raises(EngineError, match=r"no input scale for model\.layers\.0\.mlp\.down_proj"):
         prove_input_scales(STORED, RUNNING[:1])
+
+
+def test_of_another_tools_checkpoint_only_what_a_layer_reports_is_proven() -> None:
+    experts = {"model.layers.0.mlp.experts.0.up_proj": 0.5}
+    assert prove_input_scales(STORED | experts, RUNNING, all_reported=False) == 3
+    with pytest.raises(EngineError, match="divides inputs by"):
+        prove_input_scales(STORED | {f"{ATTENTION}.q_proj": 0.5}, RUNNING, all_reported=False)
