@@ -112,6 +112,8 @@ class EightBits:
         return {key: value for key, value in PRESET_SCHEMES[self.name].items() if key != "targets"}
 
     def obstacles(self, kernel: Kernel) -> list[str]:
+        if kernel == "cpu" and self.input_quantizer.static:
+            return ["the CPU's kernels take no static scale of FP8 inputs; FP8_DYNAMIC or W8A8 run there"]
         return []
 
     def misfit(self, inputs: int) -> str | None:

@@ -17,6 +17,7 @@ from lowbit_server.engine.kv_scales import read_checkpoint_scales
 from lowbit_server.engine.stored_numbers import tensor_names
 
 EXPERT_CODES = re.compile(r"\.experts\.(?:.*\.)?(?:weight_packed|qweight)$")
+EIGHT = 8
 PLAIN_EXPERTS = "a rule {match: '*.experts.*', scheme: none} in modules (recipe awq-g64-plain-experts)"
 
 
@@ -40,6 +41,7 @@ def refuse_unfit_machine(
     if device == "cpu":
         _refuse_quantized_experts(checkpoint, runs_experts)
         _refuse_plain_positions(checkpoint)
+        _refuse_static_fp8(checkpoint)
     _refuse_latent_scales(config, checkpoint)
 
 
@@ -100,6 +102,17 @@ def _refuse_plain_positions(checkpoint: Checkpoint) -> None:
             f"{checkpoint.directory} has latent attention with plain rotary positions (rope_type: default), which "
             "this engine computes wrong on a CPU; its answers would be wrong; serve it on a GPU"
         )
+
+
+def _refuse_static_fp8(checkpoint: Checkpoint) -> None:
+    """vLLM 0.32's CPU build lacks the operation that loads such weights, and its other kernel ends at a token."""
+    for group in checkpoint.quantization.get("config_groups", {}).values():
+        inputs = group.get("input_activations") or {}
+        if inputs.get("type") == "float" and inputs.get("num_bits") == EIGHT and not inputs.get("dynamic"):
+            raise CheckpointError(
+                f"{checkpoint.directory} rounds inputs to FP8 by a static scale, which this engine does not run on a "
+                "CPU; serve it on a GPU, or quantize with FP8_DYNAMIC or W8A8"
+            )
 
 
 def _refuse_latent_scales(config: ServeConfig, checkpoint: Checkpoint) -> None:

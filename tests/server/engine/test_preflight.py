@@ -114,6 +114,30 @@ def test_latent_attention_with_plain_positions_is_refused_on_a_cpu(open_with: Op
     refuse_unfit_machine(config, stretched, "cpu", able)
 
 
+@pytest.mark.parametrize(
+    ("inputs", "runs"),
+    [
+        ({"num_bits": 8, "type": "float", "dynamic": False}, False),
+        ({"num_bits": 8, "type": "float"}, False),  # not dynamic unless it says so
+        ({"num_bits": 8, "type": "float", "dynamic": True}, True),
+        ({"num_bits": 8, "type": "int", "dynamic": False}, True),
+        (None, True),
+    ],
+)
+def test_static_fp8_is_refused_on_a_cpu(
+    open_with: OpenWith, inputs: dict[str, Any] | None, runs: bool
+) -> None:
+    groups = {"group_0": {**GROUP, "input_activations": inputs}, "group_1": GROUP}
+    checkpoint = open_with({"quantization_config": PACKED | {"config_groups": groups}})
+    config = ServeConfig(checkpoint.directory)
+    if runs:
+        refuse_unfit_machine(config, checkpoint, "cpu", able)
+    else:
+        with pytest.raises(CheckpointError, match="or quantize with FP8_DYNAMIC or W8A8"):
+            refuse_unfit_machine(config, checkpoint, "cpu", able)
+    refuse_unfit_machine(config, checkpoint, "gpu", able)
+
+
 def test_an_fp8_cache_is_refused_where_latent_attention_would_drop_its_scales(open_with: OpenWith) -> None:
     checkpoint = open_with(LATENT | YARN)
     with pytest.raises(CheckpointError, match="would run with 1"):
