@@ -31,7 +31,7 @@ these in the middle of an install, or take the last of two. */}}
 {{- if has .name $seen -}}
 {{- fail (printf "extraEnv names %s twice; one of them would win silently" .name) -}}
 {{- end -}}
-{{- if and .value .valueFrom -}}
+{{- if and (hasKey . "value") (hasKey . "valueFrom") -}}
 {{- fail (printf "extraEnv: %s has both value and valueFrom; give one of them" .name) -}}
 {{- end -}}
 {{- $seen = append $seen .name -}}

@@ -139,6 +139,7 @@ BY_TEMPLATE: list[tuple[Resource, str]] = [
     ({"extraEnv": [{"name": "HOME", "value": "/data"}]}, "HOME, which the chart sets; leave it out"),
     ({"extraEnv": [{"name": "A", "value": "1"}, {"name": "A"}]}, "extraEnv names A twice"),
     ({"extraEnv": [{"name": "A", "value": "1", "valueFrom": {"a": 1}}]}, "both value and valueFrom"),
+    ({"extraEnv": [{"name": "A", "value": "", "valueFrom": {"a": 1}}]}, "both value and valueFrom"),
     ({"extraEnvFrom": [{"prefix": "A"}]}, "one of configMapRef and secretRef"),
     ({"extraVolumes": [{"name": "cache"}]}, "cache, which is a volume of the chart.*volumes.cacheClaim"),
     ({"extraVolumes": [{"name": "a"}, {"name": "a"}]}, "extraVolumes names a twice"),
