@@ -43,6 +43,8 @@ figcaption { grid-column: 1 / -1; font-weight: 600 } figcaption .quiet { font-we
   figure { grid-template-columns: minmax(0, 1fr) }
   .numbers { max-height: 260px } }
 @media print { body { max-width: none; margin: 0; font-size: 11pt } .numbers { max-height: none; overflow: visible }
+  figure { grid-template-columns: minmax(0, 6fr) minmax(0, 5fr); gap: .3rem 1rem } .numbers table { font-size: .66rem }
+  .numbers td, .numbers th { padding: 2px 4px } .numbers small { white-space: normal }
   .wide { overflow: visible } .wide table { font-size: .62rem } h2 { break-after: avoid }
   #vg-tooltip-element { display: none } }
 """
