@@ -2,7 +2,8 @@
 
 - A client may say that it sends no more and still read its answer (`nc -N`): a half-closed connection. One that has
   left looks the same until something is written to it, so it is asked: by `100 Continue`, which HTTP/1.1 lets a server
-  send at any time before an answer. HTTP/1.0 has no such thing: there the answer must begin within a few seconds.
+  send at any time before an answer, and in the middle of one by a zero before the next chunk's size. HTTP/1.0 has no
+  such things: there the answer must begin within a few seconds.
 - HTTP/1.0 has no chunks: a body of unknown length ends with the connection.
 - Closing a socket with unread bytes resets it, which can take the answer from the client: so it is closed for writing
   first, and what comes is dropped until the client closes too.
@@ -20,6 +21,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from lowbit_server.gateway.openai_errors import error_document
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+ZERO = b"0"  # of a chunk's size, which may have zeros before it (RFC 9112, 7.1)
 OLD_VERSIONS = ("0.9", "1.0")
 Send = Callable[[Any], Awaitable[None]]
 
@@ -159,10 +161,11 @@ class EndingHttp(HttpToolsProtocol):
 
     def _ask(self, number: int = 0) -> None:
         """A client that has left answers with a reset, which the next write meets; so does a piece of an answer."""
-        if self.cycle.response_started:
+        cycle, few = self.cycle, number < len(self.times.ask_s)  # so few zeros that no parser minds
+        if cycle.response_complete or (cycle.response_started and not (few and cycle.chunked_encoding)):
             return
         if not self.pipeline:
-            self.transport.write(CONTINUE)
+            self.transport.write(ZERO if cycle.response_started else CONTINUE)
         wait_s = self.times.ask_s[min(number, len(self.times.ask_s) - 1)]
         self._question = self.loop.call_later(wait_s, self._ask, number + 1)
 
