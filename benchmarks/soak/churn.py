@@ -98,9 +98,10 @@ class Clients:
         if mock:
             self.kinds[self.engine_raises] = 3
 
-    async def one(self) -> None:
+    async def one(self, kind: Callable[[], Awaitable[None]] | None = None) -> None:
         """A request of some kind, from its begin to its end."""
-        (kind,) = self.random.choices(list(self.kinds), weights=list(self.kinds.values()))
+        if kind is None:
+            (kind,) = self.random.choices(list(self.kinds), weights=list(self.kinds.values()))
         name = kind.__name__
         self.expected.requests += 1
         self.expected.kinds[name] += 1
