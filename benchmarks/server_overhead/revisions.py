@@ -63,6 +63,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--streams", type=int, nargs="+", choices=STREAMS, default=list(STREAMS))
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--minutes", type=float, default=60.0, help="no round begins later than this")
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
@@ -75,7 +76,10 @@ def main() -> int:
             tree.name: stack.enter_context(started(tree, arguments.checkpoint, keys, arguments.work))
             for tree in trees
         }
+        ends = time.monotonic() + 60 * arguments.minutes
         for number in range(-1, arguments.rounds):  # one round to warm up
+            if time.monotonic() > ends and cells:
+                break
             for streams in arguments.streams:
                 for name in (("old", "new"), ("new", "old"))[number % 2]:
                     found = turn(servers[name], streams, arguments, key)
@@ -85,7 +89,7 @@ def main() -> int:
     rows = [row(cells, streams) for streams in arguments.streams]
     result = {
         "old": trees[0].revision, "engine": arguments.checkpoint.name if arguments.checkpoint else "mock",
-        "tokens": arguments.tokens, "rounds": arguments.rounds, "questions": QUESTIONS, "rows": rows,
+        "tokens": arguments.tokens, "rounds": len(next(iter(cells.values()))), "questions": QUESTIONS, "rows": rows,
         "cpu_us": {f"{name}, {streams}": [one.cpu_us for one in turns] for (name, streams), turns in cells.items()},
     }  # fmt: skip
     write_result(arguments.out, result)
