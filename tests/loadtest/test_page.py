@@ -177,7 +177,7 @@ def test_a_sweep_of_two_keys_has_a_curve_along_the_first_for_each_value_of_the_s
     check_page(html.page("t", charts))
 
 
-def test_a_decision_shows_each_claim_with_its_margin_or_limit() -> None:
+def test_a_decision_shows_each_measured_claim_with_its_margin_or_limit() -> None:
     def claim(
         name: str, kind: str, settled: str, value: float, half: float | None, **of: Any
     ) -> dict[str, Any]:
@@ -195,6 +195,7 @@ def test_a_decision_shows_each_claim_with_its_margin_or_limit() -> None:
             claim("acc_norm", "questions", "undecided", 0.004, None, margin=0.01),
             claim("kl_from_base", "texts", "met", 0.1, 0.02, limit=0.2),
             claim("acc_norm_of_base", "questions", "missed", -0.1, 0.02, limit=0.0),
+            claim("kl_from_base", "texts", "undecided", 0.0, None, limit=0.2, one="c") | {"value": None},
         ],
         "rounds": {"a": [{"number": 1, "throughput": 90.0}, {"number": 2, "throughput": None}]},
         "timeline": [

@@ -29,8 +29,9 @@ def decision_charts(document: Document, colors: dict[str, str]) -> list[Chart]:
     decision = document["decision"]
     if not decision:
         return []
-    comparisons = [claim for claim in decision["claims"] if claim["margin"] is not None]
-    limits = [claim for claim in decision["claims"] if claim["limit"] is not None]
+    measured = [claim for claim in decision["claims"] if claim["value"] is not None]
+    comparisons = [claim for claim in measured if claim["margin"] is not None]
+    limits = [claim for claim in measured if claim["limit"] is not None]
     names = dict.fromkeys(claim["name"] for claim in limits)
     charts = [
         _objective([claim for claim in comparisons if claim["kind"] == "round"], decision),
@@ -73,7 +74,7 @@ def _constraint(name: str, claims: list[Document]) -> Chart:
 
 def _member(claim: Document, shift: float = 0.0) -> Member:
     low, high = (None if claim[end] is None else claim[end] + shift for end in ("low", "high"))
-    value = Estimate((claim["value"] or 0.0) + shift, low, high)
+    value = Estimate(claim["value"] + shift, low, high)
     return Member("", SETTLED_COLORS.get(claim["settled"], "#5c5f66"), value, claim["settled"])
 
 

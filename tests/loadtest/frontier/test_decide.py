@@ -131,6 +131,18 @@ def test_without_enough_time_it_says_what_it_would_take() -> None:
     assert "would tell" in as_markdown(document)
 
 
+def test_what_nobody_measured_has_no_value_and_no_guess() -> None:
+    story = Story({"base": BASE, "a": SMALL, "b": SMALL}, within="2m")
+    story.run()
+    document = story.document()
+    unmeasured = [one for one in document["decision"]["claims"] if one["n"] == 0]
+    assert unmeasured
+    assert all(one["value"] is None for one in unmeasured)
+    reasons = document["recommendation"]["reasons"]
+    assert any(reason.endswith("is not measured yet") for reason in reasons)
+    assert "limit: kl from base" not in as_html(document)
+
+
 def test_items_that_are_used_up_end_it_with_what_is_missing() -> None:
     truths = {"base": BASE, "a": SMALL, "b": SMALL}
     bench = FakeBench(truths, 5, "acc_norm", pool={"questions": 300, "texts": 40})

@@ -11,7 +11,7 @@ from typing import Any
 from lowbit_core.evals.arithmetic import Estimate, exponential
 from lowbit_core.evals.results import Changes, changes
 from lowbit_loadtest.frontier.checkpoint_result import CheckpointResult, Status, component_bytes
-from lowbit_loadtest.frontier.decide.allocation import needs
+from lowbit_loadtest.frontier.decide.allocation import Need, needs
 from lowbit_loadtest.frontier.decide.claims import Claim
 from lowbit_loadtest.frontier.decide.decision import Decision, claims_of, decide
 from lowbit_loadtest.frontier.decide.evidence import Evidence
@@ -91,7 +91,7 @@ def _claim(claim: Claim) -> Document:
         "kind": claim.kind,
         "one": claim.one,
         "other": claim.other,
-        **asdict(shown(claim)),
+        **(asdict(shown(claim)) | ({} if claim.confidence.n else {"value": None})),
         "n": claim.confidence.n,
         "limit": math.exp(limit) if claim.is_log and limit is not None else limit,
         "margin": math.expm1(margin) if claim.is_log and margin is not None else margin,
@@ -127,8 +127,13 @@ def reasons(plan: FrontierPlan, evidence: Evidence, decision: Decision) -> list[
         at_s = evidence.out.get(name, {}).get("at_s")
         when = "" if at_s is None else f" after {at_s / 60:.1f} minutes"
         lines.append(f"{name} is out{when}: {reason}")
-    lines += [f"open: {whole_text(need.claim)}; {need.text} would tell" for need in needs(decision, evidence)]
-    return lines
+    return lines + [f"open: {_open(need)}" for need in needs(decision, evidence)]
+
+
+def _open(need: Need) -> str:
+    """What is open and what would settle it; of what has no spread yet nobody knows how much that is."""
+    text = whole_text(need.claim)
+    return text if need.claim.confidence.n < 2 else f"{text}; {need.text} would tell"
 
 
 def _kept(claim: Claim) -> str:
