@@ -50,7 +50,8 @@ class ServeConfig:
         "always), parameter (every tool's schema too)", one_of("auto", "function", "parameter"), "auto",
     )  # fmt: skip
     json_whitespace: str = _model(
-        "whitespace in JSON that a schema binds: any, or none (small models may write it without end)",
+        "whitespace in answers that a JSON schema binds, not in calls of tools: any, or none (small models may write "
+        "it without end)",
         one_of("any", "none"), "any",
     )  # fmt: skip
     lora_modules: tuple[tuple[str, Path], ...] = _model(
