@@ -16,6 +16,7 @@ import struct
 import sys
 import time
 from collections.abc import AsyncIterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -120,10 +121,12 @@ class MockEngine:
             from lowbit_server.engine.interface import EngineFacts
         else:
             from lowbit_server.report import EngineFacts
-        return EngineFacts(
-            vllm="mock", device="cpu", quantization=None, dtype="bfloat16", kv_cache_dtype="bfloat16", kv_tokens=1,
-            max_model_len=8192, max_num_seqs=256, kv_scales=(), layer_methods={}, layer_kernels={},
-        )  # fmt: skip
+        facts: dict[str, Any] = {
+            "vllm": "mock", "device": "cpu", "quantization": None, "dtype": "bfloat16", "kv_cache_dtype": "bfloat16",
+            "kv_tokens": 1, "max_model_len": 8192, "max_num_seqs": 256, "kv_scales": (), "input_scales": (),
+            "layer_methods": {}, "layer_kernels": {},
+        }  # fmt: skip
+        return EngineFacts(**{one.name: facts[one.name] for one in fields(EngineFacts)})
 
 
 async def _collected(tokens: AsyncIterator[bytes]) -> dict[str, Any]:
