@@ -124,7 +124,7 @@ class MockEngine:
         facts: dict[str, Any] = {
             "vllm": "mock", "device": "cpu", "quantization": None, "dtype": "bfloat16", "kv_cache_dtype": "bfloat16",
             "kv_tokens": 1, "max_model_len": 8192, "max_num_seqs": 256, "kv_scales": (), "input_scales": (),
-            "layer_methods": {}, "layer_kernels": {},
+            "layer_methods": {}, "layer_kernels": {}, "layers": (),
         }  # fmt: skip
         return EngineFacts(**{one.name: facts[one.name] for one in fields(EngineFacts)})
 

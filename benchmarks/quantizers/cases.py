@@ -14,6 +14,15 @@ HERE = Path(__file__).resolve().parent
 BARE = ("kv_cache.dtype=none", "quality.num_samples=2", "quality.isolate=false")
 
 
+LABELS = {
+    "rtn": "round to nearest",
+    "awq": "AWQ",
+    "gptq": "GPTQ",
+    "awq+gptq": "AWQ, then GPTQ",
+    "smoothquant+gptq": "SmoothQuant, then GPTQ",
+}
+
+
 @dataclass(frozen=True)
 class Case:
     """One row of the table; `settings` are the tool's own, `once` marks peers too slow to repeat."""
@@ -26,20 +35,34 @@ class Case:
     settings: dict[str, Any] = field(default_factory=dict)
     recipe_settings: tuple[str, ...] = ()
     once: bool = False
+    scheme: str | None = None  # compressed-tensors' preset with rounded inputs, in place of bits and groups
 
     @property
     def family(self) -> str:
         """Cases of one family are compared with each other."""
+        if self.scheme:
+            return self.scheme
         family = "gptq" if "gptq" in self.method else self.method
         return family if self.symmetric else f"{family}-asymmetric"
 
 
 def lowbit(method: str, symmetric: bool = True, bare: bool = False) -> Case:
     name = f"lowbit-{method}" + ("" if symmetric else "-asymmetric") + ("-bare" if bare else "")
-    label = {"rtn": "round to nearest", "awq": "AWQ", "gptq": "GPTQ", "awq+gptq": "AWQ, then GPTQ"}[method]
+    label = LABELS[method]
     if bare:
         label += ", bare"
     return Case(name, "lowbit", f"Lowbit {label}", method, symmetric, recipe_settings=BARE if bare else ())
+
+
+def eight_bits(scheme: str, method: str) -> Case:
+    """Lowbit's, with inputs rounded."""
+    name = f"lowbit-{scheme.lower().replace('_', '-')}-{method}"
+    return Case(name, "lowbit", f"Lowbit {LABELS[method]}", method, recipe_settings=BARE, scheme=scheme)
+
+
+def compressor_eight_bits(scheme: str, method: str) -> Case:
+    name = f"llmcompressor-{scheme.lower().replace('_', '-')}-{method}"
+    return Case(name, "llmcompressor", f"llm-compressor {LABELS[method]}", method, scheme=scheme)
 
 
 CASES = (
@@ -72,6 +95,15 @@ CASES = (
     Case("llmcompressor-awq", "llmcompressor", "llm-compressor AWQ", "awq", once=True),
     Case("llmcompressor-awq-asymmetric", "llmcompressor", "llm-compressor AWQ", "awq", False, once=True),
     Case("gptqmodel-awq", "gptqmodel", "GPTQModel AWQ", "awq", False, once=True),
+    eight_bits("W8A8", "rtn"),
+    eight_bits("W8A8", "smoothquant+gptq"),
+    compressor_eight_bits("W8A8", "smoothquant+gptq"),
+    eight_bits("FP8_DYNAMIC", "rtn"),
+    eight_bits("FP8_DYNAMIC", "gptq"),
+    compressor_eight_bits("FP8_DYNAMIC", "rtn"),
+    eight_bits("FP8", "rtn"),
+    eight_bits("FP8", "gptq"),
+    compressor_eight_bits("FP8", "rtn"),
 )
 
 
@@ -95,17 +127,22 @@ def command(case: Case, python: Path, scenario: Scenario, out: Path) -> list[str
     words += ["--model", scenario.model, "--token-ids", scenario.token_ids, "--out", out]
     words += ["--bits", scenario.bits, "--group-size", scenario.group_size, "--threads", scenario.threads]
     words += ["--settings", json.dumps(case.settings), *([] if case.symmetric else ["--asymmetric"])]
+    words += ["--scheme", case.scheme] if case.scheme else []
     return [str(word) for word in words]
 
 
 def lowbit_command(case: Case, python: Path, scenario: Scenario, out: Path) -> list[str]:
+    recipe = "w8a8" if case.scheme else "awq-g64"
+    numbers = [f"modules.0.scheme={case.scheme}"]
+    if not case.scheme:
+        scheme = f"W{scenario.bits}A16" + ("" if case.symmetric else "_ASYM")
+        numbers = [f"modules.0.scheme={scheme}", f"modules.0.group_size={scenario.group_size}"]
     settings = (
-        f"modules.0.scheme=W{scenario.bits}A16" + ("" if case.symmetric else "_ASYM"),
-        f"modules.0.group_size={scenario.group_size}",
+        *numbers,
         f"modules.0.methods=[{case.method.replace('+', ', ')}]",
         f"calibration.token_ids={scenario.token_ids}",
         *case.recipe_settings,
     )
     options = [option for setting in settings for option in ("--set", setting)]
     quantize = [str(python.parent / "lowbit"), "quantize", "--model", str(scenario.model)]
-    return [*quantize, "--recipe", "awq-g64", "--out", str(out), *options]
+    return [*quantize, "--recipe", recipe, "--out", str(out), *options]

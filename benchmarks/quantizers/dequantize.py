@@ -1,8 +1,8 @@
-"""The weights that a checkpoint stands for, in float32, whichever of three formats it is in.
+"""The weights that a checkpoint stands for, in float32, whichever of four formats it is in.
 
-compressed-tensors' `pack-quantized`, AutoGPTQ's format (GPTQModel writes it too) and AutoAWQ's GEMM format are
-unpacked here from what is on disk, so that no tool judges its own result: weight = (code - zero) * scale, with one
-scale and zero for each group of inputs. Knows torch and safetensors alone.
+compressed-tensors' `pack-quantized` and its formats of eight bits, AutoGPTQ's format (GPTQModel writes it too) and
+AutoAWQ's GEMM format are unpacked here from what is on disk, so that no tool judges its own result: weight =
+(code - zero) * scale, with one scale and zero for each group of inputs. Knows torch and safetensors alone.
 """
 
 import json
@@ -32,6 +32,8 @@ def dequantized(checkpoint: Path) -> Tensors:
     for owner, parts in linears.items():
         if any(part in parts for part in PACKED):
             weights[f"{owner}.weight"] = unpacked(parts, quantization)
+        elif "weight_scale" in parts:  # eight bits: codes as they are, a scale a channel or one for all
+            weights[f"{owner}.weight"] = parts["weight"].float() * parts["weight_scale"].float()
         elif "weight" in parts:
             weights[f"{owner}.weight"] = parts["weight"].float()
         if "bias" in parts:

@@ -3,9 +3,9 @@
     python kl.py --base DIR --checkpoint DIR --token-ids FILE --threads 2
 
 Runs both models with transformers in float32, the checkpoint unpacked by `dequantize.py`, so that kernels play no
-part and every tool is judged by the same arithmetic. The KV cache is not quantized here. The last line of stdout is a
-JSON object: mean KL in nats with its standard error over rows, top-1 agreement, perplexities. `--rows` takes
-the first rows only.
+part and every tool is judged by the same arithmetic; inputs are rounded where it says so (`rounded_inputs.py`). The KV
+cache is not quantized here. The last line of stdout is a JSON object: mean KL in nats, its standard error over rows,
+top-1 agreement, perplexities. `--rows` takes the first rows only.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from dequantize import dequantized
+from rounded_inputs import round_inputs
 from transformers import AutoModelForCausalLM
 
 
@@ -43,6 +44,7 @@ def load(base: Path, checkpoint: Path | None = None) -> torch.nn.Module:
         with torch.no_grad():
             for name, parameter in wanted.items():
                 parameter.copy_(weights[name])
+        round_inputs(model, checkpoint)
     return model.eval()
 
 

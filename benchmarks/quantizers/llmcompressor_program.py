@@ -1,4 +1,4 @@
-"""llm-compressor's AWQ or GPTQ on exactly the given token ids. Runs in its own environment; options: peer.py.
+"""llm-compressor's methods on exactly the given token ids. Runs in its own environment; options: peer.py.
 
 Everything that is not given is llm-compressor's default: mappings, 20 grid points, static activation order,
 batch size 1, the model's own dtype. `observer` in the settings is the weights' observer, other settings are
@@ -9,9 +9,11 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from datasets import Dataset
 from llmcompressor import oneshot
+from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
+from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 from llmcompressor.pipelines.cache import IntermediatesCache
 from peer import Task, performed
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -21,7 +23,17 @@ def keep_unpinned(*_: object, **__: object) -> None:
     """Stands in for `IntermediatesCache.pin_memory`, which fails without an accelerator (0.14.0.1)."""
 
 
-def recipe(task: Task) -> list[AWQModifier | QuantizationModifier | GPTQModifier]:
+def eight_bits(task: Task) -> list[Modifier]:
+    """The recipes of its examples for weights and inputs of eight bits."""
+    if task.method == "rtn":
+        return [QuantizationModifier(targets="Linear", scheme=task.scheme, ignore=["lm_head"])]
+    smooth = SmoothQuantModifier(smoothing_strength=0.8)
+    return [smooth, GPTQModifier(targets="Linear", scheme=task.scheme, ignore=["lm_head"], **task.settings)]
+
+
+def recipe(task: Task) -> list[Modifier]:
+    if task.scheme:
+        return eight_bits(task)
     settings = dict(task.settings)
     observer = {"observer": settings.pop("observer")} if "observer" in settings else {}
     weights = QuantizationArgs(

@@ -22,6 +22,7 @@ class Task:
     symmetric: bool
     threads: int
     settings: dict[str, Any]
+    scheme: str | None
 
 
 def performed(program: Callable[[Task], None]) -> None:
@@ -30,10 +31,11 @@ def performed(program: Callable[[Task], None]) -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--token-ids", type=Path, required=True)
     parser.add_argument("--out", required=True)
-    parser.add_argument("--method", choices=("awq", "gptq"), required=True)
+    parser.add_argument("--method", choices=("awq", "gptq", "rtn", "smoothquant+gptq"), required=True)
     parser.add_argument("--bits", type=int, required=True)
     parser.add_argument("--group-size", type=int, required=True)
     parser.add_argument("--asymmetric", action="store_true")
+    parser.add_argument("--scheme", help="a preset with rounded inputs, in place of bits and groups")
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--settings", type=json.loads, default={}, help="the peer's options as JSON")
     given = parser.parse_args()
@@ -48,6 +50,7 @@ def performed(program: Callable[[Task], None]) -> None:
         symmetric=not given.asymmetric,
         threads=given.threads,
         settings=given.settings,
+        scheme=given.scheme,
     )
     started_s = time.perf_counter()
     program(task)

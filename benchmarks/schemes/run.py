@@ -1,6 +1,9 @@
 """How fast each scheme is served on this processor: bf16, W4A16, W8A8, side by side, by `lowbit loadtest`.
 
-    python benchmarks/schemes/run.py bf16=DIR w4a16=DIR w8a8=DIR --work DIR --out benchmarks/schemes/results/NAME.json
+    python benchmarks/schemes/make.py --random --tokenizer DIR --out DIR
+    python benchmarks/schemes/run.py bf16=DIR w4a16=DIR w8a8=DIR --model "1B, random weights" --table \
+        --work DIR --out benchmarks/schemes/results/NAME.json
+    python benchmarks/schemes/table.py
 
 The first directory is what the others are compared with. All servers are up and one is loaded at a time; a round gives
 each of them the same short load (a prompt of 768 tokens for one token of output; then 1, 4 and 16 streams of outputs),
@@ -24,15 +27,20 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.endpoint import LOWBIT, lowbit_serve, pinned, write_result  # noqa: E402
 
+from lowbit_core.cpu_speeds import instructions  # noqa: E402
+
 STREAMS = (1, 4, 16)
 PROMPT, SHORT_PROMPT = 768, 64
-SETS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 Speeds = dict[str, float]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("checkpoints", nargs="+", metavar="NAME=DIR")
+    parser.add_argument("--model", required=True, help="what the checkpoints are made of, in a few words")
+    parser.add_argument(
+        "--table", action="store_true", help="the result goes into the table that the server reads"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompts", type=int, default=4, help="of a turn")
     parser.add_argument("--tokens", type=int, default=48, help="of each output")
@@ -55,7 +63,7 @@ def main() -> None:
             )
             for name, path in directories.items()
         }
-        kernels = {name: _kernels(server.url) for name, server in servers.items()}
+        checkpoints = {name: _checkpoint(server.url) for name, server in servers.items()}
         stack.enter_context(pinned(servers.values()))
         rounds: dict[str, list[Speeds]] = {name: [] for name in servers}
         names = list(servers)
@@ -66,8 +74,10 @@ def main() -> None:
                     rounds[name].append(found)
                     print(number, name, json.dumps(found), flush=True)
     result = {
-        "instruction_sets": _instruction_sets(),
-        "kernels": kernels,
+        "model": arguments.model,
+        "table": arguments.table,
+        "instructions": instructions(),
+        "checkpoints": checkpoints,
         "rounds": rounds,
         "ratios": _ratios(rounds),
     }
@@ -113,18 +123,14 @@ def _load(url: str, work: Path, **load: int) -> dict[str, Any]:
     return document
 
 
-def _kernels(url: str) -> dict[str, str]:
+def _checkpoint(url: str) -> dict[str, Any]:
+    """Its scheme, and the kernel of most of its linears."""
     with urllib.request.urlopen(f"{url}/lowbit/checkpoint", timeout=60) as answer:
-        engine: dict[str, Any] = json.load(answer)["engine"]
-    return {
-        kind: f"{engine['layer_methods'].get(kind)}: {kernel}"
-        for kind, kernel in engine["layer_kernels"].items()
-    }
-
-
-def _instruction_sets() -> list[str]:
-    flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
-    return [name for name in SETS if name in flags.split()]
+        document: dict[str, Any] = json.load(answer)
+    linears = [kind for kind in document["engine"]["layers"] if kind["kernel"] and "Linear" in kind["layer"]]
+    kernel = max(linears, key=lambda kind: int(kind["count"]))["kernel"] if linears else None
+    scheme = document["manifest"]["weights"]["scheme"] if document["manifest"] else "none"
+    return {"scheme": scheme, "kernel": kernel, "layers": document["engine"]["layers"]}
 
 
 def _ratios(rounds: dict[str, list[Speeds]]) -> dict[str, dict[str, dict[str, float]]]:

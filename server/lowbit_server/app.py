@@ -15,6 +15,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from lowbit_core import __version__
+from lowbit_core.cpu_speeds import instructions
 from lowbit_core.log import get_logger
 from lowbit_server.checkpoint import Checkpoint, served_names
 from lowbit_server.config import Device, ServeConfig, base_url
@@ -22,7 +23,7 @@ from lowbit_server.engine.adapters import open_adapters
 from lowbit_server.engine.arguments import derive_engine_arguments
 from lowbit_server.engine.forecast import refuse_what_does_not_fit
 from lowbit_server.engine.input_scales import prove_input_scales, read_input_scales
-from lowbit_server.engine.interface import ServingEngine
+from lowbit_server.engine.interface import EngineFacts, ServingEngine
 from lowbit_server.engine.kv_scales import prove_kv_scales, read_checkpoint_scales
 from lowbit_server.engine.memory import MemoryReader, host_memory_bytes
 from lowbit_server.engine.nvml import GpuMemory, Nvml
@@ -39,7 +40,14 @@ from lowbit_server.http.loading import Loading
 from lowbit_server.http.serving import serve_until_stopped, serving
 from lowbit_server.lifecycle import DrainState, end_children, unless_stopped
 from lowbit_server.metrics import LowbitCollector
-from lowbit_server.report import Service, checkpoint_document, kv_scales_in_words, model_card
+from lowbit_server.report import (
+    Service,
+    checkpoint_document,
+    kernels_in_words,
+    kv_scales_in_words,
+    model_card,
+    slower_than_bf16,
+)
 from lowbit_server.routes import (
     add_checkpoint_route,
     add_health_routes,
@@ -144,7 +152,16 @@ async def inspect_engine(engine: ServingEngine, config: ServeConfig, checkpoint:
         log.info(
             "input scales: %d of %d linears that have one run with the checkpoint's", proven, len(static)
         )
+    _log_kernels(facts)
     return service
+
+
+def _log_kernels(facts: EngineFacts) -> None:
+    for line in kernels_in_words(facts.layers):
+        log.info(line)
+    if facts.device == "cpu":
+        for line in slower_than_bf16(facts.layers, instructions()):
+            log.warning(line)
 
 
 async def build_app(

@@ -60,6 +60,7 @@ class LowbitCollector(Collector):
         yield from self._requests()
         yield self._build_info()
         yield self._checkpoint_info()
+        yield self._layers()
         yield from self._quality()
 
     def _requests(self) -> Iterator[Metric]:
@@ -142,6 +143,16 @@ class LowbitCollector(Collector):
             "lowbit_checkpoint_info", "The checkpoint in service; always 1.", labels=list(labels)
         )
         family.add_metric(list(labels.values()), 1.0)
+        return family
+
+    def _layers(self) -> GaugeMetricFamily:
+        family = GaugeMetricFamily(
+            "lowbit_layers",
+            "Layers by their type, how they are quantized, and the kernel that computes them.",
+            labels=["layer", "method", "kernel"],
+        )
+        for kind in self._facts.layers:
+            family.add_metric([kind.layer, kind.method or "", kind.kernel or ""], float(kind.count))
         return family
 
     def _unmeasured(self) -> dict[str, str]:

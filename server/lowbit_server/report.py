@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lowbit_core import __version__
+from lowbit_core.cpu_speeds import KernelSpeed, measured
 from lowbit_core.manifest import Manifest, weights_summary
 from lowbit_server.checkpoint import Checkpoint
-from lowbit_server.engine.interface import EngineFacts
+from lowbit_server.engine.interface import EngineFacts, LayerKind
 from lowbit_server.engine.kv_scales import KVProof
 from lowbit_server.engine.memory import DeviceMemory
 
@@ -78,6 +79,32 @@ def kv_scales_in_words(service: Service) -> str:
         f"KV scales: this {method} checkpoint carries none; the FP8 cache of all {proof.layers} layers "
         "runs with scale 1, which was not measured"
     )
+
+
+def kernels_in_words(layers: Iterable[LayerKind]) -> list[str]:
+    """A line for each method and the kernel that computes it: how many layers, and of which types."""
+    lines = []
+    for method, kernel in dict.fromkeys((kind.method, kind.kernel) for kind in layers if kind.kernel):
+        of_it = [kind for kind in layers if (kind.method, kind.kernel) == (method, kernel)]
+        types = ", ".join(dict.fromkeys(kind.layer for kind in of_it))
+        count = sum(kind.count for kind in of_it)
+        lines.append(f"{kernel} computes {count} layers ({types}; {method or 'unquantized'})")
+    return lines
+
+
+def slower_than_bf16(
+    layers: Iterable[LayerKind], instructions: str | None, speeds: Iterable[KernelSpeed] | None = None
+) -> list[str]:
+    """A line for each kernel in use that was measured to be slower than bf16 on such a processor."""
+    rows = [row for row in speeds or measured() if row.instructions == instructions]
+    used = {kind.kernel for kind in layers if kind.kernel}
+    fast = dict.fromkeys(row.scheme for row in rows if not row.slower)
+    instead = f"; faster here: {', '.join(fast)}" if fast else ""
+    return [
+        f"{row.scheme} by {row.kernel} is slower than bf16 here: {row.in_words()}{instead}"
+        for row in rows
+        if row.slower and row.kernel in used
+    ]
 
 
 def manifest_document(manifest: Manifest) -> dict[str, Any]:

@@ -5,8 +5,9 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from lowbit_quantize.catalog import CATALOG
 from lowbit_quantize.check.sharding import Shard, _shard_obstacles
-from lowbit_quantize.schemes.integer import CPU_BITS, MARLIN_GROUPS
+from lowbit_quantize.schemes.integer import CPU_BITS, MARLIN_GROUPS, Integer
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
 
@@ -38,9 +39,22 @@ def test_the_cpu_kernel_takes_the_same_shapes_and_bits(
         group_size=32,
         zero_points=not symmetric,
     )
-    shard = Shard("mlp.down_proj", outputs, inputs, inputs, expert=False, group=None)
+    scheme = Integer(bits, 32, symmetric=symmetric, name="any")
+    shard = Shard("mlp.down_proj", outputs, inputs, inputs, expert=False, scheme=scheme)
     ours = bits in CPU_BITS and not list(_shard_obstacles(shard, "cpu"))
     assert CPUWNA16LinearKernel.can_implement(config)[0] == ours
+
+
+def test_the_kernels_named_for_cpus_are_vllms() -> None:
+    from vllm.model_executor.kernels import linear
+    from vllm.platforms.interface import PlatformEnum
+
+    tables = (linear._POSSIBLE_KERNELS, linear._POSSIBLE_INT8_KERNELS, linear._POSSIBLE_FP8_KERNELS)
+    known = {kernel.__name__ for table in tables for kernel in table[PlatformEnum.CPU]}
+    for preset in CATALOG.presets:
+        scheme = preset.make(preset.group_size)
+        assert bool(scheme.cpu_kernels) == (not scheme.obstacles("cpu"))
+        assert set(scheme.cpu_kernels) <= known
 
 
 def test_marlin_takes_the_same_groups() -> None:
@@ -53,7 +67,8 @@ def test_marlin_takes_the_same_groups() -> None:
 def test_vllm_refuses_the_same_straddling_groups(inputs: int, group: int) -> None:
     from vllm.distributed.utils import verify_group_size_divides_partition
 
-    straddles = bool(list(_shard_obstacles(Shard("mlp.down_proj", 64, inputs, 192, False, group), "marlin")))
+    scheme = Integer(4, group, symmetric=True, name="any")
+    straddles = bool(list(_shard_obstacles(Shard("mlp.down_proj", 64, inputs, 192, False, scheme), "gpu")))
     try:
         verify_group_size_divides_partition(inputs, group)
     except ValueError:

@@ -62,8 +62,7 @@ def test_worker_extension_hides_nothing_of_vllms_worker() -> None:
         "lowbit_kv_scales",
         "lowbit_input_scales",
         "lowbit_memory",
-        "lowbit_layer_methods",
-        "lowbit_layer_kernels",
+        "lowbit_layers",
     }
     assert not ours & set(dir(worker))
 

@@ -182,8 +182,9 @@ def test_operators_ask_on_their_own_port_and_nobody_else_does(served: Served) ->
 
 def test_the_running_kernels_are_named(served: Served) -> None:
     engine = httpx.get(f"{served.admin_url}/lowbit/checkpoint").json()["engine"]
-    assert "WNA16" in engine["layer_kernels"]["QKVParallelLinear"]
-    assert engine["layer_kernels"]["Attention"].endswith("Impl")
+    kernels = {kind["layer"]: kind["kernel"] for kind in engine["layers"]}
+    assert "WNA16" in kernels["QKVParallelLinear"]
+    assert kernels["Attention"].endswith("Impl")
 
 
 def test_a_request_joins_its_callers_trace(served: Served) -> None:

@@ -27,7 +27,7 @@ from lowbit_core.manifest import (
     record_files,
     write_manifest,
 )
-from lowbit_server.engine.interface import EngineFacts
+from lowbit_server.engine.interface import EngineFacts, LayerKind
 from lowbit_server.engine.kv_scales import KVScale
 from lowbit_server.engine.memory import DeviceMemory
 
@@ -192,8 +192,7 @@ FACTS = EngineFacts(
     max_num_seqs=16,
     kv_scales=SCALES,
     input_scales=(),
-    layer_methods={"QKVParallelLinear": "WNA16"},
-    layer_kernels={"QKVParallelLinear": "WNA16Kernel"},
+    layers=(LayerKind("QKVParallelLinear", "CompressedTensorsWNA16", "WNA16Kernel", 30),),
 )
 MEMORY = (
     DeviceMemory(

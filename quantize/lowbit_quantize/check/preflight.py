@@ -3,12 +3,16 @@
 It refuses what a run would refuse, and then says what engines will make of the result.
 """
 
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Group
 from rich.table import Table
 
+from lowbit_core.cpu_speeds import KernelSpeed, instructions, of_kernels
 from lowbit_quantize.check import forecast
 from lowbit_quantize.check.sharding import PARALLEL_SIZES, obstacles
 from lowbit_quantize.check.weights import checked_base, stored_weights
@@ -20,7 +24,7 @@ from lowbit_quantize.run.directory import check_disk, refuse_foreign
 from lowbit_quantize.schemes.scheme import KERNELS
 
 GIB = 1 << 30
-KERNEL_NAMES = {"marlin": "GPU (Marlin)", "cpu": "CPU"}
+KERNEL_NAMES = {"gpu": "GPU", "cpu": "CPU"}
 
 
 def dry_run(
@@ -53,6 +57,7 @@ def dry_run(
         "memory_bound_bytes": forecast.memory_bound_bytes(plan, streams),
         "gpu_memory_gib": gpu_memory_gib,
         "experts": plan.experts,
+        "schemes": _schemes(plan),
         "tensor_parallel": [_serving(plan, size, gpu_memory_gib) for size in PARALLEL_SIZES],
     }
 
@@ -80,6 +85,30 @@ def _serving(plan: Plan, size: int, gpu_memory_gib: float) -> dict[str, Any]:
     return served
 
 
+def _schemes(plan: Plan) -> list[dict[str, Any]]:
+    """Of each scheme: how many linears have it, where it runs, and how fast on processors like this one."""
+    counts = Counter(entry.scheme for entry in plan.modules.values())
+    here = instructions()
+    return [
+        {
+            "scheme": scheme.name,
+            "linears": count,
+            "gpus": scheme.gpus,
+            "cpu": not scheme.obstacles("cpu"),
+            "measured_here": [asdict(row) for row in of_kernels(scheme.cpu_kernels, here)],
+        }
+        for scheme, count in counts.items()
+    ]
+
+
+def _scheme_rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for found in report["schemes"]:
+        cpus = "CPUs; " if found["cpu"] else "no CPU; "
+        yield found["scheme"], f"{found['linears']} linears; runs on {cpus}GPUs: {found['gpus']}"
+        for row in found["measured_here"] if found["cpu"] else ():
+            yield f"{found['scheme']} on this CPU", KernelSpeed(**row).in_words()
+
+
 def table(report: dict[str, Any]) -> Group:
     """The report for a person."""
     facts = Table(show_header=False, title=report["model"])
@@ -89,6 +118,8 @@ def table(report: dict[str, Any]) -> Group:
     if report["experts"]:
         facts.add_row("experts a layer", str(report["experts"]))
         facts.add_row("experts on a CPU", "need AMX, or zentorch on AMD")
+    for name, words in _scheme_rows(report):
+        facts.add_row(name, words)
     serving = Table(
         "tensor parallel", "weights a rank", f"KV tokens in {report['gpu_memory_gib']:g} GiB each", "vLLM"
     )

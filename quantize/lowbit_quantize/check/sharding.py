@@ -14,10 +14,9 @@ from torch import nn
 
 from lowbit_quantize.model.architecture import LinearGroup, linear_of
 from lowbit_quantize.plan import Plan, decoder_layers
-from lowbit_quantize.schemes.scheme import Kernel
+from lowbit_quantize.schemes.scheme import Kernel, Scheme
 
 PARALLEL_SIZES = (1, 2, 4, 8)
-CPU_MULTIPLE = 32  # of inputs and outputs on a rank
 EXPERTS_HIDDEN_MULTIPLE = 128
 EXPERTS_MIDDLE_MULTIPLE = 64
 SPLITS_INPUTS = ("o_proj", "down_proj")
@@ -35,7 +34,7 @@ class Shard:
     inputs: int
     all_inputs: int
     expert: bool
-    group: int | None
+    scheme: Scheme
 
 
 def parts(name: str, config: Any, size: int) -> int:
@@ -83,16 +82,14 @@ def _shards(plan: Plan, size: int, expert_parallel: bool) -> Iterator[Shard]:
                 yield _shard(
                     layer,
                     group,
-                    entry.scheme.group_size,
+                    entry.scheme,
                     config,
                     1 if _whole(group, expert_parallel) else size,
                 )
     if (head := plan.modules.get(architecture.head)) is not None:
         inputs = int(config.hidden_size)
         words = -(-int(config.vocab_size) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-        yield Shard(
-            architecture.head, _part(words, size), inputs, inputs, expert=False, group=head.scheme.group_size
-        )
+        yield Shard(architecture.head, _part(words, size), inputs, inputs, expert=False, scheme=head.scheme)
 
 
 def _whole(group: LinearGroup, expert_parallel: bool) -> bool:
@@ -100,7 +97,7 @@ def _whole(group: LinearGroup, expert_parallel: bool) -> bool:
     return expert_parallel and ".experts." in group.linears[0]
 
 
-def _shard(layer: nn.Module, group: LinearGroup, width: int | None, config: Any, ranks: int) -> Shard:
+def _shard(layer: nn.Module, group: LinearGroup, scheme: Scheme, config: Any, ranks: int) -> Shard:
     names = group.linears
     expert = ".experts." in names[0]
     linears = {name: linear_of(layer, name) for name in names}
@@ -108,9 +105,9 @@ def _shard(layer: nn.Module, group: LinearGroup, width: int | None, config: Any,
     inputs = linears[names[0]].in_features
     if names[0].endswith(SPLITS_INPUTS):
         outputs = sum(linear.out_features for linear in linears.values())
-        return Shard(kind, outputs, _part(inputs, ranks), inputs, expert, width)
+        return Shard(kind, outputs, _part(inputs, ranks), inputs, expert, scheme)
     outputs = sum(_part(linear.out_features, parts(name, config, ranks)) for name, linear in linears.items())
-    return Shard(kind, outputs, inputs, inputs, expert, width)
+    return Shard(kind, outputs, inputs, inputs, expert, scheme)
 
 
 def _part(features: int, ranks: int) -> int:
@@ -119,21 +116,21 @@ def _part(features: int, ranks: int) -> int:
 
 
 def _shard_obstacles(shard: Shard, kernel: Kernel) -> Iterator[str]:
-    group = shard.group
+    group, multiple = shard.scheme.group_size, shard.scheme.multiple(kernel)
     if group and group < shard.all_inputs and shard.inputs % group:
         yield f"{shard.name}: groups of {group} straddle ranks that hold {shard.inputs} of {shard.all_inputs} inputs"
     if 1 in (shard.outputs, shard.inputs):
         yield f"{shard.name}: its {'outputs' if shard.outputs == 1 else 'inputs'} do not divide"
-    elif kernel == "cpu" and (shard.inputs % CPU_MULTIPLE or shard.outputs % CPU_MULTIPLE):
-        yield f"{shard.name}: {shard.outputs} x {shard.inputs} on a rank are no multiples of {CPU_MULTIPLE}"
-    elif kernel == "marlin" and shard.expert:
+    elif shard.inputs % multiple or shard.outputs % multiple:
+        yield f"{shard.name}: {shard.outputs} x {shard.inputs} on a rank are no multiples of {multiple}"
+    elif kernel == "gpu" and shard.expert:
         yield from _expert_obstacles(shard)
 
 
 def _expert_obstacles(shard: Shard) -> Iterator[str]:
     gates = not shard.name.endswith(SPLITS_INPUTS)
     hidden, middle = (shard.inputs, shard.outputs // 2) if gates else (shard.outputs, shard.inputs)
-    multiple = max(EXPERTS_MIDDLE_MULTIPLE, shard.group or 0)
+    multiple = max(EXPERTS_MIDDLE_MULTIPLE, shard.scheme.group_size or 0)
     if hidden % EXPERTS_HIDDEN_MULTIPLE:
         yield f"{shard.name}: Marlin's experts need hidden sizes of {EXPERTS_HIDDEN_MULTIPLE}s, not {hidden}"
     if middle % multiple:

@@ -22,6 +22,14 @@ with without_compiler():  # the library compiles a function for 4-bit floats, wh
 
 INT8_CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8)
 FP8_CLIPS = tuple(2 ** (-step / 8) for step in range(9))  # an octave: a float grid repeats after it
+CPU_KERNELS = {
+    "int8": ("CPUInt8ScaledMMLinearKernel", "ZentorchInt8ScaledMMLinearKernel"),
+    "fp8": ("ChannelWiseTorchFP8ScaledMMLinearKernel",),
+}
+GPUS = {
+    "int8": "NVIDIA's from 7.5 (Turing) to 9.0 (Hopper), not Blackwell; AMD's",
+    "fp8": "NVIDIA's from 8.9 (Ada) on, from 7.5 with inputs as they are; AMD's from MI300 on",
+}
 FORMATS = {"int8": "int-quantized", "fp8": "float-quantized"}
 
 
@@ -115,6 +123,17 @@ class EightBits:
         if kernel == "cpu" and self.input_quantizer.static:
             return ["the CPU's kernels take no static scale of FP8 inputs; FP8_DYNAMIC or W8A8 run there"]
         return []
+
+    def multiple(self, kernel: Kernel) -> int:
+        return 1  # where CUTLASS asks for multiples of 16, vLLM goes on with Triton
+
+    @property
+    def cpu_kernels(self) -> Sequence[str]:
+        return () if self.input_quantizer.static else CPU_KERNELS[self.grid.name]
+
+    @property
+    def gpus(self) -> str:
+        return GPUS[self.grid.name]
 
     def misfit(self, inputs: int) -> str | None:
         return None

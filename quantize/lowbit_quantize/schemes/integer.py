@@ -31,6 +31,7 @@ TRIAL_CLIPS = (1.0, 0.86)  # that a scale of the inputs is judged by
 MARLIN = ((4, True), (8, True), (4, False))  # bits, symmetric
 MARLIN_GROUPS = (None, 32, 64, 128)
 CPU_BITS = (4,)
+CPU_MULTIPLE = 32  # of inputs and outputs (`CPUWNA16LinearKernel`)
 
 
 @dataclass(frozen=True)
@@ -127,11 +128,22 @@ class Integer(Affine):
         found = []
         if kernel == "cpu" and self.bits not in CPU_BITS:
             found.append(f"the CPU's kernel takes 4 bits, not {kind}")
-        if kernel == "marlin" and (self.bits, self.symmetric) not in MARLIN:
+        if kernel == "gpu" and (self.bits, self.symmetric) not in MARLIN:
             found.append(f"Marlin does not take {kind}")
-        if kernel == "marlin" and self.group_size not in MARLIN_GROUPS:
+        if kernel == "gpu" and self.group_size not in MARLIN_GROUPS:
             found.append(f"Marlin takes groups of 32, 64, 128 or channels, not {self.group_size}")
         return found
+
+    def multiple(self, kernel: Kernel) -> int:
+        return CPU_MULTIPLE if kernel == "cpu" else 1
+
+    @property
+    def cpu_kernels(self) -> Sequence[str]:
+        return ("CPUWNA16LinearKernel", "ZentorchWNA16LinearKernel") if self.bits in CPU_BITS else ()
+
+    @property
+    def gpus(self) -> str:
+        return "NVIDIA's from 7.5 (Turing) on, AMD's (4 bits)"
 
     def misfit(self, inputs: int) -> str | None:
         if self.group_size is None and inputs % SMALLEST_GROUP:

@@ -15,8 +15,8 @@ from torch import Tensor
 from lowbit_quantize.schemes.inputs import InputQuantizer
 
 Params = Mapping[str, Tensor]  # each (out, groups)
-Kernel = Literal["marlin", "cpu"]
-KERNELS: tuple[Kernel, ...] = ("marlin", "cpu")
+Kernel = Literal["gpu", "cpu"]
+KERNELS: tuple[Kernel, ...] = ("gpu", "cpu")
 GroupSize = int | Literal["channel"]
 
 # Writes the codes nearest to a column, (rows,), and what is left of the column, into the second and third tensor.
@@ -100,7 +100,21 @@ class Scheme(Protocol):
         ...
 
     def obstacles(self, kernel: Kernel) -> list[str]:
-        """Why one of vLLM's kernels does not take these numbers whatever the shape; empty where it does."""
+        """Why vLLM's kernels of a kind do not take these numbers whatever the shape; empty where one does."""
+        ...
+
+    def multiple(self, kernel: Kernel) -> int:
+        """What the inputs and outputs of a linear must be multiples of on each rank."""
+        ...
+
+    @property
+    def cpu_kernels(self) -> Sequence[str]:
+        """vLLM's classes that compute such linears on CPUs."""
+        ...
+
+    @property
+    def gpus(self) -> str:
+        """Which GPUs vLLM has a kernel for, for a person."""
         ...
 
     def misfit(self, inputs: int) -> str | None:

@@ -12,6 +12,16 @@ from lowbit_server.lifecycle import Liveness
 
 
 @dataclass(frozen=True)
+class LayerKind:
+    """So many layers of one type (vLLM's class), how they are quantized, and the kernel that computes them."""
+
+    layer: str
+    method: str | None
+    kernel: str | None
+    count: int
+
+
+@dataclass(frozen=True)
 class EngineFacts:
     """Read back once from the running engine; `kv_tokens` is the capacity of its KV cache."""
 
@@ -25,8 +35,7 @@ class EngineFacts:
     max_num_seqs: int
     kv_scales: tuple[KVScale, ...]
     input_scales: tuple[Mapping[str, Any], ...]
-    layer_methods: dict[str, str]
-    layer_kernels: dict[str, str]
+    layers: tuple[LayerKind, ...]
 
 
 class ServingEngine(Liveness, Protocol):

@@ -39,7 +39,7 @@ except ModuleNotFoundError:  # 0.32, which the CPU builds stay at
 from lowbit_core.errors import EngineError
 from lowbit_server.config import Device
 from lowbit_server.engine.adapters import Adapters
-from lowbit_server.engine.interface import EngineFacts
+from lowbit_server.engine.interface import EngineFacts, LayerKind
 from lowbit_server.engine.kv_scales import scales_from_workers
 from lowbit_server.engine.memory import DeviceMemory, merge_workers
 from lowbit_server.engine.throughput import Throughput
@@ -191,24 +191,22 @@ class Engine:
 
     async def facts(self) -> EngineFacts:
         """What the engine runs with, read back from it."""
-        layers = await self._client.collective_rpc("lowbit_kv_scales")
+        caches = await self._client.collective_rpc("lowbit_kv_scales")
         inputs = await self._client.collective_rpc("lowbit_input_scales")
-        methods = await self._client.collective_rpc("lowbit_layer_methods")
-        kernels = await self._client.collective_rpc("lowbit_layer_kernels")
+        layers = await self._client.collective_rpc("lowbit_layers")
         config = self._client.vllm_config
         return EngineFacts(
             vllm=vllm_version,
             device=engine_device(),
             quantization=config.model_config.quantization,
             dtype=str(config.model_config.dtype).removeprefix("torch."),
-            kv_cache_dtype=_kv_dtype(layers, config.model_config.dtype),
+            kv_cache_dtype=_kv_dtype(caches, config.model_config.dtype),
             kv_tokens=config.cache_config.kv_cache_size_tokens,
             max_model_len=config.model_config.max_model_len,
             max_num_seqs=config.scheduler_config.max_num_seqs,
-            kv_scales=scales_from_workers(layers),
+            kv_scales=scales_from_workers(caches),
             input_scales=tuple(layer for worker in inputs for layer in worker),
-            layer_methods=methods[0],
-            layer_kernels=kernels[0],
+            layers=tuple(LayerKind(**kind) for kind in layers[0]),
         )
 
 

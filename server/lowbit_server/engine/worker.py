@@ -9,6 +9,7 @@ without requesting them, and a worker in which nothing else has done so ends wit
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -61,21 +62,17 @@ class WorkerExtension:
             **_device_memory(self, weights + kv_cache),
         }
 
-    def lowbit_layer_methods(self) -> dict[str, str]:
-        """Quantization method by type of layer, for example `QKVParallelLinear`."""
-        model = self.model_runner.get_model()  # type: ignore[attr-defined]
-        methods: dict[str, str] = {}
-        for module in model.modules():
-            if method := getattr(module, "quant_method", None):
-                chosen = getattr(module, "scheme", None) or method
-                methods[type(module).__name__] = type(chosen).__name__
-        return methods
+    def lowbit_layers(self) -> list[dict[str, Any]]:
+        """How many layers of each type are quantized how, and which kernel or attention backend computes them.
 
-    def lowbit_layer_kernels(self) -> dict[str, str]:
-        """By type of layer, the kernel that computes it, or the attention backend."""
+        In a mixed checkpoint layers of one type, for example `QKVParallelLinear`, may have several methods.
+        """
         model = self.model_runner.get_model()  # type: ignore[attr-defined]
-        found = ((type(module).__name__, _kernel(module)) for module in model.modules())
-        return {name: kernel for name, kernel in found if kernel is not None}
+        counts = Counter(kind for module in model.modules() if (kind := _kind(module)) is not None)
+        return [
+            {"layer": layer, "method": method, "kernel": kernel, "count": count}
+            for (layer, method, kernel), count in counts.items()
+        ]
 
 
 def _linears(name: str, fused: Mapping[str, Sequence[str]]) -> list[str]:
@@ -83,14 +80,19 @@ def _linears(name: str, fused: Mapping[str, Sequence[str]]) -> list[str]:
     return [f"{parent}.{part}" for part in fused.get(leaf, [leaf])]
 
 
-def _kernel(module: Any) -> str | None:
-    method = getattr(module, "quant_method", None)
-    owners = (getattr(module, "scheme", None), method)
-    kernels = [getattr(owner, name, None) for owner in owners for name in KERNELS]
-    kernel = next(
-        (kernel for kernel in [*kernels, getattr(module, "impl", None)] if kernel is not None), None
-    )
-    return None if kernel is None else type(kernel).__name__
+def _kind(module: Any) -> tuple[str, str | None, str | None] | None:
+    """Type of layer, quantization method, kernel; None for what is no layer with weights or a cache."""
+    method, implementation = getattr(module, "quant_method", None), getattr(module, "impl", None)
+    if method is None and implementation is None:
+        return None
+    chosen = getattr(module, "scheme", None) or method
+    kernel = _kernel(chosen, method) or implementation
+    return type(module).__name__, *(None if one is None else type(one).__name__ for one in (chosen, kernel))
+
+
+def _kernel(*owners: Any) -> Any:
+    found = (getattr(owner, name, None) for owner in owners for name in KERNELS)
+    return next((kernel for kernel in found if kernel is not None), None)
 
 
 def _kv_scales(name: str, layer: Any) -> dict[str, Any]:

@@ -128,35 +128,35 @@ def plan_of(model: Path, *overrides: str, recipe: str = "rtn-g64") -> Plan:
 def test_a_group_may_not_straddle_ranks_and_heads_must_divide(tiny_model: Callable[[str], Path]) -> None:
     """192 middle channels, 4 heads of which 2 hold keys and values."""
     plan = plan_of(tiny_model("llama"))
-    assert obstacles(plan, "marlin", 1) == obstacles(plan, "cpu", 1) == []
-    for kernel in ("marlin", "cpu"):
+    assert obstacles(plan, "gpu", 1) == obstacles(plan, "cpu", 1) == []
+    for kernel in ("gpu", "cpu"):
         assert obstacles(plan, kernel, 2) == [
             "mlp.down_proj: groups of 64 straddle ranks that hold 96 of 192 inputs"
         ]
         assert "4 attention heads do not divide by 8" in obstacles(plan, kernel, 8)
     narrow = plan_of(tiny_model("llama"), "modules.0.group_size=32")
-    assert obstacles(narrow, "marlin", 2) == obstacles(narrow, "cpu", 2) == []
+    assert obstacles(narrow, "gpu", 2) == obstacles(narrow, "cpu", 2) == []
     assert obstacles(plan_of(tiny_model("llama"), "modules=[]", "passes=[]"), "cpu", 4) == []
 
 
 def test_kernels_take_their_own_bits_and_groups(tiny_model: Callable[[str], Path]) -> None:
     llama = tiny_model("llama")
-    assert obstacles(plan_of(llama, "modules.0.scheme=W8A16"), "marlin", 1) == []
+    assert obstacles(plan_of(llama, "modules.0.scheme=W8A16"), "gpu", 1) == []
     assert obstacles(plan_of(llama, "modules.0.scheme=W8A16"), "cpu", 1) == [
         "the CPU's kernel takes 4 bits, not 8 bits symmetric"
     ]
     asymmetric = Integer(8, 64, symmetric=False, name="no preset")
-    assert asymmetric.obstacles("marlin") == ["Marlin does not take 8 bits asymmetric"]
+    assert asymmetric.obstacles("gpu") == ["Marlin does not take 8 bits asymmetric"]
     assert obstacles(
-        plan_of(llama, "modules.0.group_size=96", "modules.0.match='*.down_proj'"), "marlin", 1
+        plan_of(llama, "modules.0.group_size=96", "modules.0.match='*.down_proj'"), "gpu", 1
     ) == ["Marlin takes groups of 32, 64, 128 or channels, not 96"]
 
 
 def test_what_no_kernel_takes_is_said_of_each_scheme_of_a_mix(tiny_model: Callable[[str], Path]) -> None:
     down = "{match: '*.down_proj', scheme: W8A16, group_size: 64}"
     plan = plan_of(tiny_model("llama"), f"modules=[{{match: '*', scheme: W4A16, group_size: 32}}, {down}]")
-    assert obstacles(plan, "marlin", 1) == []
-    assert obstacles(plan, "marlin", 2) == [
+    assert obstacles(plan, "gpu", 1) == []
+    assert obstacles(plan, "gpu", 2) == [
         "mlp.down_proj: groups of 64 straddle ranks that hold 96 of 192 inputs"
     ]
     assert obstacles(plan, "cpu", 1) == ["the CPU's kernel takes 4 bits, not 8 bits symmetric"]
@@ -165,12 +165,12 @@ def test_what_no_kernel_takes_is_said_of_each_scheme_of_a_mix(tiny_model: Callab
 def test_experts_are_split_or_dealt_out_whole(tiny_model: Callable[[str], Path]) -> None:
     """6 experts of 64 middle channels: half an expert is too narrow for a kernel, three whole ones are not."""
     plan = plan_of(tiny_model("qwen3_moe"), pruning(keep_experts=6), "modules.0.group_size=32")
-    assert obstacles(plan, "marlin", 2) == [
+    assert obstacles(plan, "gpu", 2) == [
         "mlp.experts.*.gate_proj: Marlin's experts need middle channels of 64s on a rank, not 32",
         "mlp.experts.*.down_proj: Marlin's experts need middle channels of 64s on a rank, not 32",
     ]
-    assert obstacles(plan, "marlin", 2, expert_parallel=True) == []
-    assert "6 experts cannot be dealt evenly to 4 ranks" in obstacles(plan, "marlin", 4, expert_parallel=True)
+    assert obstacles(plan, "gpu", 2, expert_parallel=True) == []
+    assert "6 experts cannot be dealt evenly to 4 ranks" in obstacles(plan, "gpu", 4, expert_parallel=True)
 
 
 def test_serving_figures_are_those_of_the_sizing_table(tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_serving_figures_are_those_of_the_sizing_table(tmp_path: Path) -> None:
     assert forecast.rank_bytes(plan, 1) / GIB == pytest.approx(float(row[8]), abs=0.06)
     tokens = int(row[7].replace(",", ""))
     assert forecast.kv_bytes_per_token(plan, 1) * tokens / GIB == pytest.approx(float(row[9]), abs=0.06)
-    for kernel in ("marlin", "cpu"):
+    for kernel in ("gpu", "cpu"):
         assert [obstacles(plan, kernel, size) for size in (1, 2, 4, 8)] == [[]] * 4
     needed = (float(row[8]) + float(row[9]) + 2) / 0.9
     assert forecast.kv_tokens(plan, 1, needed * GIB) == pytest.approx(tokens, rel=0.02)

@@ -70,7 +70,7 @@ def test_a_scheme_of_one_file_runs_through_every_method_and_reloads(
     manifest = run(model, recipe, tmp_path / "out")
     plan = make_plan(find_model(str(model)), recipe, MORE)
     assert tensor_bytes(plan) == manifest.size.bytes == stored_bytes(tmp_path / "out")
-    assert obstacles(plan, "marlin", 1) == []
+    assert obstacles(plan, "gpu", 1) == []
     assert {(m.scheme, m.bits, m.group_size, tuple(m.methods)) for m in manifest.modules} == {
         ("POWERS_OF_TWO", 8, 32, tuple(methods))
     }

@@ -1,0 +1,74 @@
+"""A model whose linears round what they read as vLLM's kernels do, by what a checkpoint's configuration says.
+
+compressed-tensors' schemes with `input_activations` of eight bits: by token, with the scale of its largest number
+(dynamic), or by one stored scale (static). Rounded is in float32, so that kernels play no part.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+LARGEST = {"int": 127.0, "float": 448.0}
+SMALLEST_SCALE = {"int": 0.0, "float": 1 / (448.0 * 512.0)}  # of a token
+Round = Callable[[torch.Tensor], torch.Tensor]
+
+
+def round_inputs(model: torch.nn.Module, checkpoint: Path) -> None:
+    """Let each linear that the checkpoint gives a scheme with rounded inputs round them."""
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    quantization = config.get("quantization_config", {})
+    groups = [
+        group for group in quantization.get("config_groups", {}).values() if group.get("input_activations")
+    ]
+    if not groups:
+        return
+    scales = stored_scales(checkpoint)
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.nn.Linear) or targeted(name, quantization.get("ignore") or []):
+            continue
+        group = next((group for group in groups if targeted(name, group["targets"])), None)
+        if group is not None:
+            rounding = rounded(group["input_activations"], scales.get(name))
+            module.register_forward_pre_hook(lambda _, inputs, rounding=rounding: (rounding(inputs[0]),))
+
+
+def stored_scales(checkpoint: Path) -> dict[str, float]:
+    """The static scale of each linear that has one."""
+    found = {}
+    for path in sorted(checkpoint.glob("*.safetensors")):
+        for name, tensor in load_file(path).items():
+            if name.endswith(".input_scale"):
+                found[name.removesuffix(".input_scale")] = float(tensor)
+    return found
+
+
+def targeted(name: str, targets: list[str]) -> bool:
+    """Whether a list of names, patterns and types has a linear."""
+    return any(
+        re.match(target.removeprefix("re:"), name) if target.startswith("re:") else target in (name, "Linear")
+        for target in targets
+    )
+
+
+def rounded(inputs: dict[str, Any], static: float | None) -> Round:
+    """What is computed with in place of inputs (..., features)."""
+    kind, largest = inputs["type"], LARGEST[inputs["type"]]
+    if inputs["num_bits"] != 8 or not inputs["symmetric"] or (static is None) != bool(inputs["dynamic"]):
+        raise SystemExit(f"inputs rounded so are not known here: {inputs}")
+
+    def apply(x: torch.Tensor) -> torch.Tensor:
+        if static is None:
+            scale = (x.abs().amax(-1, keepdim=True) / largest).clamp_min(SMALLEST_SCALE[kind])
+            scale = torch.where(scale == 0, 1.0, scale)
+        else:
+            scale = torch.tensor(static)
+        codes = (x / scale).clamp(-largest, largest)
+        codes = codes.round() if kind == "int" else codes.to(torch.float8_e4m3fn).float()
+        return codes * scale
+
+    return apply
