@@ -15,7 +15,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from lowbit_core import __version__
-from lowbit_core.cpu_speeds import instructions
+from lowbit_core.cpu_speeds import ZENTORCH_EXTRA, instructions, lacks_zentorch
 from lowbit_core.log import get_logger
 from lowbit_server.checkpoint import Checkpoint, served_names
 from lowbit_server.config import Device, ServeConfig, base_url
@@ -162,6 +162,8 @@ def _log_kernels(facts: EngineFacts) -> None:
     if facts.device == "cpu":
         for line in slower_than_bf16(facts.layers, instructions()):
             log.warning(line)
+        if lacks_zentorch():
+            log.warning("this AMD processor has faster kernels that are not installed: %s", ZENTORCH_EXTRA)
 
 
 async def build_app(

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from benchmarks.schemes.table import RESULTS, TABLE, table
 
-from lowbit_core.cpu_speeds import SETS, KernelSpeed, instructions, measured, of_kernels
+from lowbit_core.cpu_speeds import SETS, KernelSpeed, instructions, lacks_zentorch, measured, of_kernels
 
 FAST = KernelSpeed("W8A8", "Eight", "avx512_vnni", "a Xeon", "1B", 1.6, {1: 1.5, 16: 1.4})
 SLOW = replace(FAST, scheme="W4A16", kernel="Four", prompt=0.5, output={1: 1.2, 16: 0.8})
@@ -30,6 +30,23 @@ def test_a_processor_is_known_by_its_best_instructions(tmp_path: Path, flags: st
 
 def test_a_system_without_cpuinfo_is_not_known(tmp_path: Path) -> None:
     assert instructions(tmp_path / "none") is None
+
+
+@pytest.mark.parametrize(
+    ("vendor", "flags", "installed", "lacks"),
+    [
+        ("AuthenticAMD", "avx2 avx512f", False, True),
+        ("AuthenticAMD", "avx2 avx512f", True, False),
+        ("AuthenticAMD", "avx2", False, False),
+        ("GenuineIntel", "avx2 avx512f", False, False),
+    ],
+)
+def test_zentorch_is_offered_where_vllm_would_use_it(
+    tmp_path: Path, vendor: str, flags: str, installed: bool, lacks: bool
+) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"vendor_id : {vendor}\nflags : {flags}\n")
+    assert lacks_zentorch(cpuinfo, installed=installed) is lacks
 
 
 def test_slower_means_slower_in_anything_beyond_noise() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 
 CPUINFO = Path("/proc/cpuinfo")
@@ -20,6 +21,7 @@ SETS = {
     "avx512f": "AVX-512",
     "avx2": "AVX2",
 }
+ZENTORCH_EXTRA = "pip install 'lowbit[cpu-amd]'"
 NOISE = 0.03  # less than this is not called slower
 
 
@@ -47,6 +49,16 @@ class KernelSpeed:
             f"prompts at {self.prompt:.2f} of bf16's tokens/s, output at {outputs} "
             f"({self.model} on {SETS[self.instructions]})"
         )
+
+
+def lacks_zentorch(cpuinfo: Path = CPUINFO, *, installed: bool | None = None) -> bool:
+    """Whether vLLM would have faster kernels on this AMD processor with zentorch, which is not there."""
+    try:
+        text = cpuinfo.read_text(encoding="utf-8")
+    except OSError:
+        return False
+    there = find_spec("zentorch") is not None if installed is None else installed
+    return "AuthenticAMD" in text and "avx512" in text and not there
 
 
 def _streams(count: int) -> str:

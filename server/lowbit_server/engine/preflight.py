@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lowbit_core.cpu_speeds import ZENTORCH_EXTRA
 from lowbit_core.errors import CheckpointError, ConfigError
 from lowbit_server.checkpoint import Checkpoint
 from lowbit_server.config import Device, ServeConfig
@@ -88,8 +89,7 @@ def _refuse_quantized_experts(checkpoint: Checkpoint, runs_experts: RunsExperts)
         raise CheckpointError(
             f"{checkpoint.directory} has {found.bits}-bit experts in groups of {found.group_size} "
             f"({found.tensor}), and the engine has no kernel for them on this processor: it needs AMX with 4 bits "
-            "in groups of 64 or 128, or an AMD processor with zentorch==2.13.0.1, deprecated and wrapt; serve it "
-            f"on a GPU, or quantize with the experts in bfloat16: {PLAIN_EXPERTS}"
+            f"in groups of 64 or 128, or an AMD processor with zentorch ({ZENTORCH_EXTRA}); serve it on a GPU, or quantize with the experts in bfloat16: {PLAIN_EXPERTS}"
         )
 
 
