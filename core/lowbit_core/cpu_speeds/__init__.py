@@ -21,7 +21,7 @@ SETS = {
     "avx512f": "AVX-512",
     "avx2": "AVX2",
 }
-ZENTORCH_EXTRA = "pip install 'lowbit[cpu-amd]'"
+ZENTORCH_EXTRA = "pip install with the extra cpu-amd"
 NOISE = 0.03  # less than this is not called slower
 
 

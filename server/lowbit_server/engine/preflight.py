@@ -89,7 +89,8 @@ def _refuse_quantized_experts(checkpoint: Checkpoint, runs_experts: RunsExperts)
         raise CheckpointError(
             f"{checkpoint.directory} has {found.bits}-bit experts in groups of {found.group_size} "
             f"({found.tensor}), and the engine has no kernel for them on this processor: it needs AMX with 4 bits "
-            f"in groups of 64 or 128, or an AMD processor with zentorch ({ZENTORCH_EXTRA}); serve it on a GPU, or quantize with the experts in bfloat16: {PLAIN_EXPERTS}"
+            f"in groups of 64 or 128, or an AMD processor with zentorch ({ZENTORCH_EXTRA}); serve it on a GPU, or "
+            f"quantize with the experts in bfloat16: {PLAIN_EXPERTS}"
         )
 
 
