@@ -87,7 +87,11 @@ def _kind(module: Any) -> tuple[str, str | None, str | None] | None:
         return None
     chosen = getattr(module, "scheme", None) or method
     kernel = _kernel(chosen, method) or implementation
-    return type(module).__name__, *(None if one is None else type(one).__name__ for one in (chosen, kernel))
+    return type(module).__name__, _type_name(chosen), _type_name(kernel)
+
+
+def _type_name(thing: Any) -> str | None:
+    return None if thing is None else type(thing).__name__
 
 
 def _kernel(*owners: Any) -> Any:

@@ -118,6 +118,17 @@ class PowersOfTwo:
             )
         }
 
+    def multiple(self, kernel: Kernel) -> int:
+        return 1
+
+    @property
+    def cpu_kernels(self) -> Sequence[str]:
+        return ()
+
+    @property
+    def gpus(self) -> str:
+        return "none"
+
     def obstacles(self, kernel: Kernel) -> list[str]:
         return []
 
