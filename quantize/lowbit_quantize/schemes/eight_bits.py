@@ -144,9 +144,6 @@ class EightBits:
         return off.square_() @ cost
 
     def _params(self, scale: Tensor, weight: Tensor) -> Params:
-        """Int8's scales are numbers that bfloat16 holds: zentorch's kernel keeps them so, the others as they are."""
-        if self.grid.name == "int8":
-            scale = scale.bfloat16().float()
         return {"scale": scale.expand(len(weight), 1).contiguous()}
 
 
