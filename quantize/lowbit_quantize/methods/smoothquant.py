@@ -22,7 +22,7 @@ from lowbit_quantize.schemes.scheme import Quantized, Scheme, diagonal_blocks
 ALPHAS = (0.3, 0.45, 0.6, 0.75, 0.9)
 START = 0.6  # where the descent begins
 MAX_SCALE = 1e4
-STEPS, RATE = 120, 0.05  # of the descent, in log s
+STEPS, RATE = 30, 0.15  # of the descent, in log s; 120 at 0.05 gain 0.2 %
 ROWS, TOKENS = 256, 512  # that it is made on
 
 
