@@ -1,6 +1,6 @@
 """Whatever is done to a base's tensors and files: a run is refused in one line, or its checkpoint is what was measured.
 
-25 random bases; LOWBIT_RANDOM_BASES=500 tries as many more.
+25 random bases; LOWBIT_RANDOM_BASES=500 tries as many more; --hypothesis-show-statistics says how they ended.
 """
 
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, assume, given, settings
+from hypothesis import HealthCheck, Phase, assume, event, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tests.quantize.edited_bases import QUICK, Tensors, edited, quick_run
@@ -162,6 +162,7 @@ def test_a_run_is_refused_in_one_line_or_its_checkpoint_is_what_was_measured(
             assert refusal
             assert "\n" not in refusal
             assert not (directory / "out" / "lowbit.json").exists()
+            event("refused")
             return
         # What is accepted has the whole model's tensors, under whatever names: it computes what the whole one does.
         # The text is the accepted base's: another chat template makes other tokens of the same conversations.
@@ -173,5 +174,6 @@ def test_a_run_is_refused_in_one_line_or_its_checkpoint_is_what_was_measured(
         assert found == pytest.approx(manifest.quality.mean_kld, abs=2e-3)
         used = manifest.base.carried + list(manifest.base.left_out)
         assert set(files) <= {*manifest.files, *used}
+        event("accepted, equal to what was measured")
     finally:
         shutil.rmtree(directory, ignore_errors=True)
