@@ -46,6 +46,7 @@ def as_document(row: Any, place: str) -> Document:
     """The document of a row; raises FormError."""
     if not isinstance(row, Mapping):
         raise FormError(f"{_short(row)} is not an object; {WANTED}")
+    keys = ", ".join(f"{key} (null)" if value is None else str(key) for key, value in row.items())
     row = {str(key): value for key, value in row.items() if value is not None}
     domain = _domain(row.get("domain", "text"))
     if key := next((key for key in CONVERSATIONS if row.get(key)), None):
@@ -59,7 +60,7 @@ def as_document(row: Any, place: str) -> Document:
         if asked in row and (answer := next((key for key in answered if key in row), None)):
             messages = _pair(row, asked, added, answer)
             return Document(domain, messages=messages, tools=_tools(row.get("tools")), place=place)
-    raise FormError(f"its keys are {_short(', '.join(row)) if row else 'none'}; {WANTED}")
+    raise FormError(f"its keys are {_short(keys) if keys else 'none'}; {WANTED}")
 
 
 def _pair(row: Mapping[str, Any], asked: str, added: Sequence[str], answer: str) -> tuple[Message, ...]:

@@ -104,7 +104,7 @@ GOOD = lines(ROWS[:1])
         ("a.jsonl", GOOD.encode() + b'{"text": "cut off', "line 2: not JSON"),
         ("a.jsonl", GOOD.encode() + b"null\n", "line 2: not a JSON object: 'null'"),
         ("a.jsonl", json.dumps(ROWS).encode(), "an array of rows belongs into a .json"),
-        ("a.jsonl", GOOD.encode() + b'{"text": null}\n', "line 2: its keys are none"),
+        ("a.jsonl", GOOD.encode() + b'{"text": null}\n', "line 2: its keys are 'text (null)'"),
         ("a.jsonl", b"[" * 100_000, "line 1: nested too deeply"),
         ("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}", "line 1: not JSON that can be read"),
         ("a.jsonl", lines().encode("utf-16-le"), "UTF-16 without a byte order mark"),
