@@ -135,7 +135,7 @@ class Plan:
 
 def make_plan(reference: ModelReference, recipe: Recipe, catalog: Catalog = CATALOG) -> Plan:
     """Check that the recipe fits the model; raises ModelError or RecipeError."""
-    architecture = architecture_of(reference.model_type, reference.name)
+    architecture = architecture_of(reference.model_type, reference.name, reference.text_part)
     floats = _floats_of(reference)
     skeleton = skeleton_of(reference, architecture)
     passes = make_passes(recipe.passes, reference, architecture, catalog)

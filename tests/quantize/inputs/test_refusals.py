@@ -64,6 +64,32 @@ def test_an_unknown_architecture(refused: Callable[..., str], tmp_path: Path, mo
     assert f"has the architecture '{model_type}'; supported are: deepseek_v2, gemma3_text, llama, " in line
 
 
+@pytest.mark.parametrize(
+    ("whole", "text", "hint"),
+    [
+        (
+            "gemma3",
+            {"model_type": "gemma3_text"},
+            "; its text part, 'gemma3_text', is supported: save that alone",
+        ),
+        ("mistral3", {"model_type": "mistral"}, "; its text part, 'mistral', is supported: save that alone"),
+        ("llama4", {"model_type": "llama4_text"}, ""),
+        ("qwen2_5_vl", ["mistral"], ""),
+    ],
+)
+def test_a_model_of_several_parts_names_its_text_part_where_that_is_supported(
+    refused: Callable[..., str], tmp_path: Path, whole: str, text: Any, hint: str
+) -> None:
+    directory = tmp_path / "m"
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps({"model_type": whole, "text_config": text}))
+    save_file({"a": torch.zeros(1)}, directory / "model.safetensors")
+    line = refused(directory)
+    assert f"has the architecture '{whole}'; supported are: " in line
+    assert line.partition("qwen3_moe")[2].startswith(hint)
+    assert ("text part" in line) == bool(hint)
+
+
 def test_a_file_that_is_not_gguf(refused: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(b"not a model at all" * 10)
     assert "is not a readable GGUF file" in refused(tmp_path / "m.gguf")
