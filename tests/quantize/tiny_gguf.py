@@ -1,7 +1,9 @@
 """A tiny model as a GGUF file, in one part or several, so that unpacking can be tested without a download."""
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,16 @@ NAMES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.gate.": "ffn_gate_inp.",
+    "mlp.experts.gate_proj": "ffn_gate_exps",
+    "mlp.experts.up_proj": "ffn_up_exps",
+    "mlp.experts.down_proj": "ffn_down_exps",
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_expert.up_proj": "ffn_up_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp",
 }
+ARCHITECTURES = {"qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of tokens
 
 
@@ -47,12 +58,13 @@ def write_tiny_gguf(
     """Write the tiny model and the same as `tiny.gguf` beside it, matrices as `kind`; returns the file.
 
     `left_out` is a tensor that the file lacks, `yarn_factor` what it says its positions are stretched by,
-    `rope_freqs` what its frequencies are divided by, `said` what it says of its tokenizer besides. With
-    `tensors_a_part` it is split, and its first part is returned.
+    `rope_freqs` what its frequencies are divided by, `said` what it says of its tokenizer, or under full keys,
+    besides. With `tensors_a_part` it is split, and its first part is returned.
     """
     model = write_tiny_model(directory, family, **sizes)
     config = json.loads((model / "config.json").read_text())
-    writer = gguf.GGUFWriter(directory / "tiny.gguf", family, split_max_tensors=tensors_a_part)
+    architecture = ARCHITECTURES.get(family, family)
+    writer = gguf.GGUFWriter(directory / "tiny.gguf", architecture, split_max_tensors=tensors_a_part)
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])
@@ -67,8 +79,9 @@ def write_tiny_gguf(
     if yarn_factor is not None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(yarn_factor)
-    _add_tokenizer(writer, {**_tokenizer(json.loads((model / "tokenizer.json").read_text())), **(said or {})})
-    tensors = load_file(model / "model.safetensors").items()
+    tokenizer = _tokenizer(json.loads((model / "tokenizer.json").read_text()))
+    _add_values(writer, {**tokenizer, **_expert_sizes(architecture, config), **(said or {})})
+    tensors = _stacked(load_file(model / "model.safetensors").items())
     for name, tensor in ((name, tensor) for name, tensor in tensors if _renamed(name) != left_out):
         heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
         rows = next((count for leaf, count in heads.items() if family == "llama" and leaf in name), 0)
@@ -85,9 +98,39 @@ def write_tiny_gguf(
 def write_vocabulary(path: Path, said: dict[str, Any], architecture: str = "llama") -> Path:
     """A GGUF file of a tokenizer and nothing else, as llama.cpp's tests have them; `said` by keys without prefix."""
     writer = gguf.GGUFWriter(path, architecture)
-    _add_tokenizer(writer, said)
+    _add_values(writer, said)
     _write(writer)
     return path
+
+
+def _expert_sizes(architecture: str, config: dict[str, Any]) -> dict[str, Any]:
+    """What a GGUF file says of its experts; nothing of a dense model."""
+    if "moe_intermediate_size" not in config:
+        return {}
+    sizes = {
+        "expert_count": config.get("num_experts") or config["num_local_experts"],
+        "expert_used_count": config["num_experts_per_tok"],
+        "expert_feed_forward_length": config["moe_intermediate_size"],
+        "expert_shared_feed_forward_length": config.get("shared_expert_intermediate_size"),
+    }
+    return {f"{architecture}.{key}": size for key, size in sizes.items()}
+
+
+def _stacked(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Experts of a layer as one tensor, (experts, out, in), and the gate of a shared one as a vector."""
+
+    def stack_of(item: tuple[str, torch.Tensor]) -> str:
+        return re.sub(r"(?<=\.experts)\.\d+", "", item[0])
+
+    def number_of(item: tuple[str, torch.Tensor]) -> int:
+        found = re.search(r"\.experts\.(\d+)", item[0])
+        return int(found[1]) if found else 0
+
+    ordered = sorted(tensors, key=lambda item: (stack_of(item), number_of(item)))
+    for name, entries in groupby(ordered, stack_of):
+        values = [tensor for _, tensor in entries]
+        stacked = torch.stack(values) if ".experts." in name else values[0]
+        yield name, stacked.flatten() if "shared_expert_gate" in name else stacked
 
 
 def _tokenizer(tokenizer: dict[str, Any]) -> dict[str, Any]:
@@ -109,7 +152,7 @@ def _tokenizer(tokenizer: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, said: dict[str, Any]) -> None:
+def _add_values(writer: gguf.GGUFWriter, said: dict[str, Any]) -> None:
     """Values of None are left out."""
     for key, value in said.items():
         name = _full_name(key)
@@ -124,7 +167,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, said: dict[str, Any]) -> None:
 
 
 def _full_name(key: str) -> str:
-    if key.startswith("general."):
+    if key.startswith(("general.", *ARCHITECTURES.values())):
         return key
     return f"tokenizer.{key}" if key.startswith("chat_template") else f"tokenizer.ggml.{key}"
 

@@ -53,7 +53,7 @@ def report_experts(
     prunings = _prunings(plan)
     if reference.kind == "gguf":
         raise RecipeError(
-            f"{model} is a GGUF file: routed experts are read from safetensors directories only"
+            f"{model} is a GGUF file; the report on experts reads directories of safetensors, give one"
         )
     vocabulary = reference.config.vocab_size
     text = load_texts(recipe.calibration, recipe.quality, reference.tokenizer(), vocabulary)[0]

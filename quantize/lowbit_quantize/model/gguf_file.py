@@ -1,13 +1,14 @@
 """A GGUF file's weights, read one at a time, and unpacked into safetensors for a walk that reads each several times.
 
 transformers knows the names and undoes what llama.cpp changes (the order of rotary rows, say), but loads whole models
-only. Its tables do the same here, tensor by tensor.
+only. Its tables do the same here, tensor by tensor. Experts, which llama.cpp stacks, are cut into single ones.
 """
 
 import json
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
@@ -28,12 +29,31 @@ from lowbit_core.errors import ModelError
 from lowbit_core.progress import track
 from lowbit_quantize.model.reference import ModelReference
 from lowbit_quantize.model.sources.gguf_header import open_part
-from lowbit_quantize.model.sources.gguf_model import GgufModel
+from lowbit_quantize.model.sources.gguf_model import EXPERT_COUNTS, EXPERT_SIZES, GgufModel
 from lowbit_quantize.model.sources.gguf_positions import ROPE_FREQS
 from lowbit_quantize.model.weights import INDEX_NAME
 
 LAYER = "blk."
 BLOCK_ROWS = 4096
+STACK = re.compile(r"(?P<experts>.*\.experts)\.(?P<linear>[a-z_]+\.weight)")  # what transformers calls one
+SHARED_GATE = ".ffn_gate_inp_shexp."  # one row, stored as a vector
+EXPERT_KEY = re.compile(r"[^.]+\.(?P<key>expert_.*)")
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor is; of a stack, (experts, out, in), the entry."""
+
+    path: Path
+    tensor: ReaderTensor
+    expert: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        sizes = tuple(int(size) for size in reversed(self.tensor.shape))
+        if self.expert is not None:
+            return sizes[1:]
+        return (1, *sizes) if SHARED_GATE in self.tensor.name and len(sizes) == 1 else sizes
 
 
 class GgufFile:
@@ -46,22 +66,23 @@ class GgufFile:
     def __init__(self, reference: ModelReference, skeleton: nn.Module) -> None:
         self._model, self._config = GgufModel(reference.path), reference.config
         self.path, self.files = reference.path, {part.name for part in self._model.parts}
-        self._processor = TENSOR_PROCESSORS.get(reference.model_type, TensorProcessor)(self._config.to_dict())
+        processor = TENSOR_PROCESSORS.get(self._model.architecture, TensorProcessor)
+        self._processor = processor(self._config.to_dict())
         names = get_gguf_hf_weights_map(skeleton, self._processor)
-        self._tensors: dict[str, tuple[Path, ReaderTensor]] = {}
+        self._places: dict[str, _Place] = {}
         for path in self._model.parts:
             reader = open_part(path)
             self._refuse_unread(path, reader, names)
             for tensor in {tensor.tensor_type: tensor for tensor in reader.tensors}.values():
                 self._refuse_type(path, tensor)
-            self._tensors |= {
-                names[tensor.name]: (path, tensor) for tensor in reader.tensors if tensor.name in names
-            }
+            for tensor in reader.tensors:
+                if tensor.name in names:
+                    self._places.update(_places(names[tensor.name], path, tensor))
 
     def _refuse_unread(self, path: Path, reader: GGUFReader, names: Collection[str]) -> None:
         known = {ROPE_FREQS} if self._model.stretching else set()  # it is in the configuration
         unread = [tensor.name for tensor in reader.tensors if tensor.name not in {*names, *known}]
-        unread += [name for name in reader.fields if ".rope.scaling." in name]
+        unread += [name for name in reader.fields if ".rope.scaling." in name or _is_unread(name)]
         if unread:
             raise ModelError(
                 f"{path} has {unread[0]}, which transformers does not read, so that another model would "
@@ -80,35 +101,42 @@ class GgufFile:
             ) from error
 
     def __contains__(self, name: str) -> bool:
-        return name in self._tensors
+        return name in self._places
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(int(size) for size in reversed(self._tensors[name][1].shape))
+        return self._places[name].shape
 
     def dtype(self, _: str) -> str:
         """As safetensors calls what is read."""
         return "BF16"
 
     def read(self, name: str) -> Tensor:
-        """One tensor; an embedding or a head, which can outweigh a layer, by blocks of rows.
-
-        It is read and not mapped: the pages of a mapped file would count as memory of the process.
-        """
-        path, tensor = self._tensors[name]
-        rows, *row = tensor.data.shape
-        step = rows if tensor.name.startswith(LAYER) else BLOCK_ROWS
-        values = torch.empty(self.shape(name), dtype=torch.bfloat16)
+        """One tensor; an embedding or a head, which can outweigh a layer, by blocks of rows."""
+        place = self._places[name]
+        if place.expert is not None:
+            return self._rows(place, place.expert, 1)[0]
+        rows = len(place.tensor.data)
+        step = rows if place.tensor.name.startswith(LAYER) else BLOCK_ROWS
+        values = torch.empty(place.shape, dtype=torch.bfloat16)
         for start in range(0, rows, step):
-            count = min(step, rows - start)
-            offset = int(tensor.data_offset) + start * (int(tensor.n_bytes) // rows)
-            try:
-                stored = np.fromfile(path, tensor.data.dtype, count * math.prod(row), offset=offset)
-                block = dequantize(stored.reshape(count, *row), tensor.tensor_type)
-            except (ValueError, OSError, NotImplementedError) as error:
-                raise ModelError(f"{path}: {tensor.name} cannot be read: {error}") from error
-            undone = self._processor.process(block, tensor.name).weights
-            values[start : start + count] = torch.from_numpy(undone)
+            values[start : start + step] = self._rows(place, start, min(step, rows - start))
         return values
+
+    def _rows(self, place: _Place, start: int, count: int) -> Tensor:
+        """`count` entries of the first dimension from `start` on.
+
+        They are read and not mapped: the pages of a mapped file would count as memory of the process.
+        """
+        tensor = place.tensor
+        rows, *row = tensor.data.shape
+        offset = int(tensor.data_offset) + start * (int(tensor.n_bytes) // rows)
+        try:
+            stored = np.fromfile(place.path, tensor.data.dtype, count * math.prod(row), offset=offset)
+            block = dequantize(stored.reshape(count, *row), tensor.tensor_type)
+        except (ValueError, OSError, NotImplementedError) as error:
+            raise ModelError(f"{place.path}: {tensor.name} cannot be read: {error}") from error
+        undone = self._processor.process(block, tensor.name).weights
+        return torch.from_numpy(undone).to(torch.bfloat16)
 
     def unpack(self, directory: Path) -> None:
         """Write a directory of safetensors, a file for each decoder layer and for each tensor outside of them, with the
@@ -116,7 +144,7 @@ class GgufFile:
         """
         directory.mkdir(parents=True)
         places: dict[str, str] = {}
-        shards = [(shard, list(names)) for shard, names in groupby(sorted(self._tensors, key=_shard), _shard)]
+        shards = [(shard, list(names)) for shard, names in groupby(sorted(self._places, key=_shard), _shard)]
         for shard, names in track(shards, len(shards), "unpacking: files"):
             with disk_errors():
                 save_file({name: self.read(name) for name in names}, directory / shard)
@@ -134,6 +162,22 @@ class GgufFile:
         if len(ends) > 1:
             settings.eos_token_id = ends
         return settings
+
+
+def _places(name: str, path: Path, tensor: ReaderTensor) -> Iterator[tuple[str, _Place]]:
+    """The tensors of the model that one of the file is, by transformers' name for it: of a stack, its experts'."""
+    stack = STACK.fullmatch(name)
+    if stack is None:
+        yield name, _Place(path, tensor)
+        return
+    for expert in range(len(tensor.data)):
+        yield f"{stack['experts']}.{expert}.{stack['linear']}", _Place(path, tensor, expert)
+
+
+def _is_unread(field: str) -> bool:
+    """Whether this is a key about experts of which nothing is known (their scale, a gate's function, say)."""
+    said = EXPERT_KEY.fullmatch(field)
+    return said is not None and said["key"] not in (*EXPERT_COUNTS, *EXPERT_SIZES)
 
 
 def _shard(name: str) -> str:

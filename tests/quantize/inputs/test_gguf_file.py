@@ -1,16 +1,18 @@
 """A GGUF file's tensors, held against transformers' own loading of the whole."""
 
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
 import torch
 from tests.quantize.small_runs import CPU, recipe_of
 from tests.quantize.tiny_gguf import write_tiny_gguf
+from tests.tiny_models import CHAT_TEMPLATE
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 
 from lowbit_core.errors import ModelError
-from lowbit_quantize.check.weights import stored_weights
+from lowbit_quantize.check.weights import checked_base, stored_weights
 from lowbit_quantize.model import gguf_file
 from lowbit_quantize.model.gguf_file import GgufFile
 from lowbit_quantize.model.reference import find_model
@@ -101,3 +103,52 @@ def test_generation_ends_where_the_file_says_a_turn_ends(tmp_path: Path) -> None
     opened(write_tiny_gguf(tmp_path / "model", said=said)).unpack(tmp_path / "base")
     settings = GenerationConfig.from_pretrained(tmp_path / "base")
     assert (settings.bos_token_id, settings.eos_token_id, settings.pad_token_id) == (0, [3, 2], 0)
+
+
+@pytest.mark.parametrize(("family", "parts"), [("qwen2_moe", 0), ("qwen3_moe", 20)])
+def test_stacked_experts_are_quantized_as_the_same_model_in_a_directory(
+    family: str, parts: int, tmp_path: Path
+) -> None:
+    """A directory stores each expert; of qwen2_moe there is a shared one, whose gate llama.cpp stores as a vector."""
+    said = {"chat_template": CHAT_TEMPLATE}
+    sizes: dict[str, Any] = {"mlp_only_layers": []}
+    file = write_tiny_gguf(tmp_path / "base", family, tensors_a_part=parts, said=said, **sizes)
+    found = [
+        quantize(str(model), recipe_of("rtn-g64"), tmp_path / f"{number}", CPU)
+        for number, model in enumerate((file, tmp_path / "base"))
+    ]
+    of_file, of_directory = (
+        {name: sha for name, sha in manifest.files.items() if "safetensors" in name} for manifest in found
+    )
+    assert of_file == of_directory
+    assert found[0].quality == found[1].quality
+    assert found[0].base.model_type == family
+
+
+def test_an_expert_is_its_part_of_a_stack_in_blocks_of_few_bits(tmp_path: Path) -> None:
+    file = write_tiny_gguf(tmp_path, "qwen3_moe", Kind.Q4_1, mlp_only_layers=[])
+    stored = opened(file)
+    stack = next(one for one in gguf.GGUFReader(file).tensors if one.name == "blk.2.ffn_down_exps.weight")
+    values = torch.from_numpy(gguf.dequantize(stack.data, stack.tensor_type)).to(torch.bfloat16)
+    for expert in range(8):
+        name = f"model.layers.2.mlp.experts.{expert}.down_proj.weight"
+        assert torch.equal(stored.read(name), values[expert])
+        assert stored.shape(name) == values[expert].shape
+
+
+@pytest.mark.parametrize(
+    ("changed", "said", "message"),
+    [
+        ({}, {"qwen3moe.expert_weights_scale": 2}, "qwen3moe.expert_weights_scale, which transformers does not read"),
+        ({"mlp_only_layers": [1]}, {}, "blk.1.ffn_(gate|up|down).weight, which"),
+        ({}, {"qwen3moe.expert_feed_forward_length": 128}, "shape .64, 128., its configuration asks for .128, 128."),
+        ({}, {"qwen3moe.expert_count": 6}, "mlp.gate.weight has shape .8, 128., its configuration asks for .6, 128."),
+    ],
+)  # fmt: skip
+def test_experts_of_a_file_that_are_not_understood_are_refused(
+    changed: dict[str, Any], said: dict[str, int], message: str, tmp_path: Path
+) -> None:
+    file = write_tiny_gguf(tmp_path, "qwen3_moe", said=said, **{"mlp_only_layers": [], **changed})
+    plan = make_plan(find_model(str(file)), load_recipe("rtn-g64"))
+    with pytest.raises(ModelError, match=message):
+        checked_base(plan, stored_weights(plan))

@@ -17,6 +17,13 @@ from lowbit_quantize.model.sources.tokenizer_files import open_tokenizer, write_
 
 DEFAULT_THETA = 10000.0  # of llama.cpp, where a file does not say
 ENDS = ("eos", "eot", "eom")  # of a text, of a turn, of a message
+MODEL_TYPES = {"qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe"}  # where transformers has another name
+# Keys about experts: those that transformers reads, and the sizes, which it leaves at its classes' defaults.
+EXPERT_COUNTS = ("expert_count", "expert_used_count")
+EXPERT_SIZES = {
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+}
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,12 @@ class GgufModel:
 
     @property
     def model_type(self) -> str:
-        """The architecture, as llama.cpp calls it."""
+        """The architecture, as transformers calls it."""
+        return MODEL_TYPES.get(self.architecture, self.architecture)
+
+    @property
+    def architecture(self) -> str:
+        """As llama.cpp calls it."""
         return self.header.architecture
 
     @property
@@ -57,12 +69,15 @@ class GgufModel:
             config.tie_word_embeddings = "output.weight" not in self.header.tensors
         if self.stretching is not None:
             config.rope_parameters = self.stretching
+        for key, name in EXPERT_SIZES.items():
+            if (size := self.header.metadata.get(f"{self.architecture}.{key}")) is not None:
+                setattr(config, name, int(size))
         return config
 
     @cached_property
     def stretching(self) -> dict[str, Any] | None:
         """How the file stretches positions by `rope_freqs`, in transformers' words; None where there are none."""
-        if self.model_type != "llama" or ROPE_FREQS not in self.header.tensors:
+        if self.architecture != "llama" or ROPE_FREQS not in self.header.tensors:
             return None
         tensors = (tensor for part in self.parts for tensor in open_part(part).tensors)
         factors = next(torch.tensor(tensor.data) for tensor in tensors if tensor.name == ROPE_FREQS)
@@ -89,4 +104,4 @@ class GgufModel:
         write_tokenizer(self._vocabulary(), directory)
 
     def _vocabulary(self) -> Vocabulary:
-        return read_vocabulary(self.parts[0], self.model_type)
+        return read_vocabulary(self.parts[0], self.architecture)
