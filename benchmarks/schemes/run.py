@@ -55,6 +55,8 @@ def main() -> None:
                 lowbit_serve(
                     Path(path),
                     arguments.work / f"{name}.log",
+                    "--kv-cache-dtype",
+                    "bfloat16",
                     "--max-num-seqs",
                     "16",
                     "--served-model-name",

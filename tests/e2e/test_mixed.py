@@ -1,6 +1,7 @@
 """Different schemes and methods in one model: what stock vLLM, `lowbit serve` and `lowbit inspect` make of it."""
 
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -56,9 +57,16 @@ def test_stock_vllm_transformers_and_our_server_say_the_same(checkpoint: Path) -
             )
             for prompt in PROMPTS.tolist()
         ]
-        weights = get(f"{url}/lowbit/checkpoint")["manifest"]["weights"]
+        document = get(f"{url}/lowbit/checkpoint")
     assert [answer.choices[0].model_extra["token_ids"] for answer in answers] == engine["texts"]  # type: ignore[index]
-    assert weights == {"scheme": "W4A16", "bits": "4", "group_size": "32+128", "methods": "awq+gptq"}
+    weights, layers = document["manifest"]["weights"], document["engine"]["layers"]
+    assert weights["scheme"].split("+") == ["W4A16", "W8A8", "FP8_DYNAMIC"]
+    methods = Counter({kind["method"]: 0 for kind in layers})
+    for kind in layers:
+        methods[kind["method"]] += kind["count"] if "Linear" in kind["layer"] else 0
+    assert methods["CompressedTensorsWNA16"] == 4 * 2 + 2  # qkv and o of four layers, gate and up of two
+    assert methods["CompressedTensorsW8A8Int8"] == 2
+    assert methods["CompressedTensorsW8A8Fp8"] == 4
 
 
 def test_inspect_shows_the_mix(checkpoint: Path) -> None:
@@ -67,7 +75,7 @@ def test_inspect_shows_the_mix(checkpoint: Path) -> None:
     )
     for line in (
         "16 x W4A16 in groups of 32 by awq, then gptq",
-        "12 x W4A16 in groups of 128 by awq",
+        "4 x W4A16 in groups of 128 by awq",
         "14 linears: model.layers.0.self_attn.q_proj",
     ):
         assert line in done.stdout
