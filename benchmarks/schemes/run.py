@@ -31,50 +31,22 @@ from lowbit_core.cpu_speeds import instructions  # noqa: E402
 
 STREAMS = (1, 4, 16)
 PROMPT, SHORT_PROMPT = 768, 64
+FLAGS = ("--kv-cache-dtype", "bfloat16", "--max-num-seqs", "16", "--served-model-name", "m")
 Speeds = dict[str, float]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("checkpoints", nargs="+", metavar="NAME=DIR")
-    parser.add_argument("--model", required=True, help="what the checkpoints are made of, in a few words")
-    parser.add_argument(
-        "--table", action="store_true", help="the result goes into the table that the server reads"
-    )
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--prompts", type=int, default=4, help="of a turn")
-    parser.add_argument("--tokens", type=int, default=48, help="of each output")
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    arguments = parser.parse_args()
+    arguments = _arguments()
     directories = dict(one.split("=", 1) for one in arguments.checkpoints)
     arguments.work.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         servers = {
-            name: stack.enter_context(
-                lowbit_serve(
-                    Path(path),
-                    arguments.work / f"{name}.log",
-                    "--kv-cache-dtype",
-                    "bfloat16",
-                    "--max-num-seqs",
-                    "16",
-                    "--served-model-name",
-                    "m",
-                )
-            )
+            name: stack.enter_context(lowbit_serve(Path(path), arguments.work / f"{name}.log", *FLAGS))
             for name, path in directories.items()
         }
         checkpoints = {name: _checkpoint(server.url) for name, server in servers.items()}
         stack.enter_context(pinned(servers.values()))
-        rounds: dict[str, list[Speeds]] = {name: [] for name in servers}
-        names = list(servers)
-        for number in range(arguments.rounds + 1):
-            for name in names[number % len(names) :] + names[: number % len(names)]:
-                found = _turn(servers[name].url, arguments)
-                if number:  # the first round warms up
-                    rounds[name].append(found)
-                    print(number, name, json.dumps(found), flush=True)
+        rounds = _rounds({name: server.url for name, server in servers.items()}, arguments)
     result = {
         "model": arguments.model,
         "table": arguments.table,
@@ -85,6 +57,32 @@ def main() -> None:
     }
     write_result(arguments.out, result)
     print(json.dumps(result["ratios"]))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("checkpoints", nargs="+", metavar="NAME=DIR")
+    parser.add_argument("--model", required=True, help="what the checkpoints are made of, in a few words")
+    parser.add_argument("--table", action="store_true", help="the result goes into the server's table")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prompts", type=int, default=4, help="of a turn")
+    parser.add_argument("--tokens", type=int, default=48, help="of each output")
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    return parser.parse_args()
+
+
+def _rounds(urls: dict[str, str], arguments: argparse.Namespace) -> dict[str, list[Speeds]]:
+    """The speeds of each checkpoint in each round; the first round warms up and is not kept."""
+    rounds: dict[str, list[Speeds]] = {name: [] for name in urls}
+    names = list(urls)
+    for number in range(arguments.rounds + 1):
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            found = _turn(urls[name], arguments)
+            if number:
+                rounds[name].append(found)
+                print(number, name, json.dumps(found), flush=True)
+    return rounds
 
 
 def _turn(url: str, arguments: argparse.Namespace) -> Speeds:
