@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from lowbit_core.errors import LowbitError
 
+USUAL_TOKENS = 87  # different ones in the held-out text by the base's own template
 EXAMPLES = int(os.environ.get("LOWBIT_RANDOM_BASES", "25"))
 Change = Callable[[Tensors], Tensors]
 
@@ -125,6 +126,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("whole") / "base", num_hidden_layers=2)
 
 
+def rounding_noise(text: torch.Tensor) -> float:
+    """What bfloat16 alone changes: it averages out over different predictions, of which a template may leave few."""
+    return 2e-3 * max(1.0, (USUAL_TOKENS / len(text.unique())) ** 0.5)
+
+
 @settings(
     max_examples=EXAMPLES,
     deadline=None,
@@ -170,8 +176,9 @@ def test_a_run_is_refused_in_one_line_or_its_checkpoint_is_what_was_measured(
             AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
             for path in (whole, directory / "out")
         )
-        found = mean_kld(before, after, heldout_ids(directory / "out", recipe_of("rtn-g64", *QUICK)))
-        assert found == pytest.approx(manifest.quality.mean_kld, abs=2e-3)
+        text = heldout_ids(directory / "out", recipe_of("rtn-g64", *QUICK))
+        found = mean_kld(before, after, text)
+        assert found == pytest.approx(manifest.quality.mean_kld, abs=rounding_noise(text))
         used = manifest.base.carried + list(manifest.base.left_out)
         assert set(files) <= {*manifest.files, *used}
         event("accepted, equal to what was measured")
