@@ -23,6 +23,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -35,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.endpoint import lowbit_serve, pinned, write_result
 
 MODEL = "agreement"
+TOKENIZER = "lowbit/agreement"
 TOOLS = ("lowbit", "aiperf", "vllm")
 LIMIT = 0.05
 MOST_SPREAD = 0.25  # of the median; ranges wider than that overlap whatever was measured
@@ -115,6 +117,7 @@ class Work:
         for key, file in (("prompt", "ours.jsonl"), ("text", "aiperf.jsonl")):
             (folder / file).write_text("".join(json.dumps({key: prompt}) + "\n" for prompt in prompts))
         (folder / "trace.jsonl").write_text("".join(json.dumps(row) + "\n" for row in trace(arguments)))
+        cache_tokenizer(arguments.checkpoint, folder / "hub")
         (folder / "scenario.yaml").write_text(json.dumps(self._scenario()))  # JSON is YAML
 
     def _scenario(self) -> dict[str, Any]:
@@ -162,12 +165,12 @@ class Work:
                  "--custom-dataset-type", "bailian_trace", "--fixed-schedule"]  # fmt: skip
         command = [
             str(self.arguments.aiperf), "profile", "--model", MODEL, "--url", self.url, "--streaming",
-            "--tokenizer", str(self.arguments.checkpoint), *(trace if self.arguments.turns else prompts),
+            "--tokenizer", TOKENIZER, *(trace if self.arguments.turns else prompts),
             "--request-count", str(self.arguments.requests), "--random-seed", str(repetition),
             "--extra-inputs", "ignore_eos:true", "--extra-inputs", "temperature:0", "--use-server-token-count",
             "--output-artifact-dir", str(self.folder / "aiperf"), "--ui", "none",
         ]  # fmt: skip
-        _run(command)
+        _run(command, HF_HUB_OFFLINE="1", HF_HUB_CACHE=str(self.folder / "hub"))
         found = json.loads((self.folder / "aiperf/profile_export_aiperf.json").read_text())
         return {
             "ttft_mean_ms": found["time_to_first_token"]["avg"],
@@ -228,12 +231,22 @@ def trace(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def _run(command: list[str]) -> None:
+def cache_tokenizer(checkpoint: Path, hub: Path) -> None:
+    """The checkpoint's tokenizer as the hub's cache holds one: AIPerf's workers for traces read no directory."""
+    home, commit = hub / f"models--{TOKENIZER.replace('/', '--')}", "0" * 40
+    (home / "refs").mkdir(parents=True)
+    (home / "refs/main").write_text(commit)
+    (home / "snapshots" / commit).mkdir(parents=True)
+    for file in (*checkpoint.glob("*.json"), *checkpoint.glob("*.jinja")):
+        shutil.copy(file, home / "snapshots" / commit)
+
+
+def _run(command: list[str], **more: str) -> None:
     environment = {
         name: value
         for name, value in os.environ.items()
         if name not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-    }
+    } | more
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise SystemExit(
