@@ -74,6 +74,10 @@ def with_openai() -> None:
         answer = create(**base | {"max_tokens": 128}, tools=[TOOL], tool_choice=FORCED)
         return place_of(answer.choices[0].message.tool_calls[0].function.arguments)
 
+    def ending() -> str:
+        answer = create(**base | {"max_tokens": 128}, tools=[TOOL], tool_choice=FORCED)
+        return str(answer.choices[0].finish_reason)
+
     def streamed_tool_call() -> str:
         chunks = create(**base | {"max_tokens": 128}, tools=[TOOL], tool_choice=FORCED, stream=True)
         calls = [
@@ -93,6 +97,7 @@ def with_openai() -> None:
         events = client.responses.create(model=MODEL, input=ASK, max_output_tokens=32, stream=True)
         return pieces_of(event.delta for event in events if event.type == "response.output_text.delta")
 
+    step(name, "forced call", ending)
     step(name, "tool call", tool_call)
     step(name, "tool stream", streamed_tool_call)
     step(name, "JSON schema", json_schema)
