@@ -30,7 +30,7 @@ from benchmarks.endpoint import LOWBIT, lowbit_serve, pinned, write_result  # no
 from lowbit_core.cpu_speeds import instructions  # noqa: E402
 
 STREAMS = (1, 4, 16)
-PROMPT, SHORT_PROMPT = 768, 64
+PROMPT, SHORT_PROMPT = 768, 32
 FLAGS = ("--kv-cache-dtype", "bfloat16", "--max-num-seqs", "16", "--served-model-name", "m")
 Speeds = dict[str, float]
 
@@ -94,7 +94,7 @@ def _turn(url: str, arguments: argparse.Namespace) -> Speeds:
             url,
             arguments.work,
             concurrency=streams,
-            requests=3 * streams,
+            requests=2 * streams,
             prompt=SHORT_PROMPT,
             output=arguments.tokens,
         )
