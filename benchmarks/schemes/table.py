@@ -31,7 +31,7 @@ def _rows(document: dict[str, Any]) -> list[dict[str, Any]]:
             "scheme": found["scheme"],
             "kernel": found["kernel"],
             "instructions": document["instructions"],
-            "processor": document["hardware"]["cpu"],
+            "processor": document["hardware"]["processor"],
             "model": document["model"],
             "prompt": document["ratios"][name]["prompt"]["ratio"],
             "output": {

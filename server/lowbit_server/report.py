@@ -101,7 +101,7 @@ def slower_than_bf16(
     fast = dict.fromkeys(row.scheme for row in rows if not row.slower)
     instead = f"; faster here: {', '.join(fast)}" if fast else ""
     return [
-        f"{row.scheme} by {row.kernel} is slower than bf16 here: {row.in_words()}{instead}"
+        f"{row.scheme} by {row.kernel} is slower than bf16 here under some loads: {row.in_words()}{instead}"
         for row in rows
         if row.slower and row.kernel in used
     ]
