@@ -72,11 +72,11 @@ class MockEngine:
         from fastapi import Request
         from fastapi.responses import JSONResponse, StreamingResponse
 
-        @app.get("/health")
+        @app.get("/health")  # type: ignore[untyped-decorator]
         async def health() -> dict[str, str]:
             return {}
 
-        @app.post("/v1/chat/completions")
+        @app.post("/v1/chat/completions")  # type: ignore[untyped-decorator]
         async def chat(request: Request) -> Any:
             document = await request.json()
             if document.get("seed") == REFUSE:
@@ -120,7 +120,7 @@ class MockEngine:
         if _is_new():
             from lowbit_server.engine.interface import EngineFacts
         else:
-            from lowbit_server.report import EngineFacts
+            from lowbit_server.report import EngineFacts  # type: ignore[attr-defined,no-redef]
         facts: dict[str, Any] = {
             "vllm": "mock", "device": "cpu", "quantization": None, "dtype": "bfloat16", "kv_cache_dtype": "bfloat16",
             "kv_tokens": 1, "max_model_len": 8192, "max_num_seqs": 256, "kv_scales": (), "input_scales": (),

@@ -4,6 +4,7 @@
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -128,7 +129,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def rounding_noise(text: torch.Tensor) -> float:
     """What bfloat16 alone changes: it averages out over different predictions, of which a template may leave few."""
-    return 2e-3 * max(1.0, (USUAL_TOKENS / len(text.unique())) ** 0.5)
+    return 2e-3 * max(1.0, math.sqrt(USUAL_TOKENS / len(text.unique())))
 
 
 @settings(
