@@ -120,7 +120,7 @@ class MockEngine:
         if _is_new():
             from lowbit_server.engine.interface import EngineFacts
         else:
-            from lowbit_server.report import EngineFacts  # type: ignore[attr-defined,no-redef]
+            from lowbit_server.report import EngineFacts  # type: ignore[attr-defined]
         facts: dict[str, Any] = {
             "vllm": "mock", "device": "cpu", "quantization": None, "dtype": "bfloat16", "kv_cache_dtype": "bfloat16",
             "kv_tokens": 1, "max_model_len": 8192, "max_num_seqs": 256, "kv_scales": (), "input_scales": (),
