@@ -96,7 +96,7 @@ def slower_than_bf16(
     layers: Iterable[LayerKind], instructions: str | None, speeds: Iterable[KernelSpeed] | None = None
 ) -> list[str]:
     """A line for each kernel in use that was measured to be slower than bf16 on such a processor."""
-    rows = [row for row in speeds or measured() if row.instructions == instructions]
+    rows = [row for row in (measured() if speeds is None else speeds) if row.instructions == instructions]
     used = {kind.kernel for kind in layers if kind.kernel}
     fast = dict.fromkeys(row.scheme for row in rows if not row.slower)
     instead = f"; faster here: {', '.join(fast)}" if fast else ""

@@ -1,7 +1,7 @@
 """How fast the engine's CPU kernels are beside bf16, as measured by benchmarks/schemes on the processors we had.
 
-What decides is the set of instructions: a processor without bf16's own multiplies computes it in float32, and int8's
-are four times as wide. `measured.json` is written by benchmarks/schemes/table.py and by nobody else.
+What decides is the set of instructions: a processor without bf16's own multiplies computes it in float32.
+`measured.json` is written by benchmarks/schemes/table.py and by nobody else.
 """
 
 import json
@@ -89,4 +89,5 @@ def of_kernels(
     kernels: Collection[str], here: str | None, rows: Iterable[KernelSpeed] | None = None
 ) -> list[KernelSpeed]:
     """What was measured of these kernels on processors with the instructions `here`."""
-    return [row for row in rows or measured() if row.kernel in kernels and row.instructions == here]
+    known = measured() if rows is None else rows
+    return [row for row in known if row.kernel in kernels and row.instructions == here]
