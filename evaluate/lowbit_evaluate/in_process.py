@@ -17,6 +17,7 @@ from lowbit_evaluate.loglikelihood import encode, score_items
 from lowbit_evaluate.settings import Settings
 from lowbit_quantize.device.memory import keep_no_freed_memory
 from lowbit_quantize.model.reference import ModelReference, find_model
+from lowbit_quantize.model.skeleton import text_config
 from lowbit_quantize.quality.dataset import TokenText
 
 log = get_logger("evaluate")
@@ -75,7 +76,10 @@ def run_model(
 def text_of(source: str | None, reference: ModelReference) -> TokenText:
     """The held-out text for MODEL."""
     return load_heldout(
-        source, checkpoint_manifest(reference), reference.tokenizer(), int(reference.config.vocab_size)
+        source,
+        checkpoint_manifest(reference),
+        reference.tokenizer(),
+        int(text_config(reference.config).vocab_size),
     )
 
 
@@ -98,7 +102,7 @@ def text_document(
 
 def check_same_tokens(model: ModelReference, base: ModelReference) -> None:
     """ConfigError where the two read different token ids."""
-    sizes = [int(one.config.vocab_size) for one in (model, base)]
+    sizes = [int(text_config(one.config).vocab_size) for one in (model, base)]
     if sizes[0] != sizes[1]:
         raise ConfigError(
             f"{model.name} has {sizes[0]} tokens in its vocabulary and --base {base.name} {sizes[1]}: distributions "

@@ -22,8 +22,9 @@ from lowbit_evaluate.rounded_inputs import round_inputs
 from lowbit_quantize.model.architecture import Architecture
 from lowbit_quantize.model.families import architecture_of
 from lowbit_quantize.model.hooks import HookedCache
+from lowbit_quantize.model.published_names import PublishedNames
 from lowbit_quantize.model.reference import ModelReference, fetch_weights
-from lowbit_quantize.model.skeleton import skeleton_of
+from lowbit_quantize.model.skeleton import is_tied, model_class, skeleton_of, text_config
 from lowbit_quantize.model.weights import WeightFiles
 from lowbit_quantize.schemes.kv_cache import KVScales
 
@@ -137,7 +138,7 @@ def _load(reference: ModelReference, dtype: torch.dtype) -> Any:
     else:
         options |= {"local_files_only": True, "attn_implementation": "sdpa"}
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(place, **options)
+        model, info = model_class(reference.config).from_pretrained(place, **options)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{reference.name} cannot be opened by transformers: {error}") from error
     if missing := sorted(info["missing_keys"]):
@@ -158,11 +159,12 @@ def _load_parts(reference: ModelReference, dtype: torch.dtype) -> Any:
     from lowbit_quantize.model.gguf_file import GgufFile  # as above
 
     architecture = architecture_of(reference.model_type, reference.name)
-    stored = GgufFile(reference, skeleton_of(reference, architecture))
+    skeleton = skeleton_of(reference, architecture)
+    stored = GgufFile(reference, skeleton)
     model = AutoModelForCausalLM.from_config(
         reference.config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
     )
-    tied = {f"{architecture.head}.weight"} if reference.config.tie_word_embeddings else set()
+    tied = {f"{architecture.head}.weight"} if is_tied(skeleton, architecture) else set()
     state = model.state_dict()
     if missing := sorted(name for name in state.keys() - tied if name not in stored):
         raise ModelError(f"{reference.name} lacks {len(missing)} tensors, the first is {missing[0]}")
@@ -178,16 +180,20 @@ def _scales(reference: ModelReference, architecture: Architecture, manifest: Man
         return {one.layer: KVScales(one.k_scale, one.v_scale) for one in layers}
     if not quantization_of(reference).get("kv_cache_scheme"):
         return {}
-    return _stored_scales(WeightFiles(reference.path), architecture, int(reference.config.num_hidden_layers))
+    names = PublishedNames(skeleton_of(reference, architecture))
+    depth = int(text_config(reference.config).num_hidden_layers)
+    return _stored_scales(WeightFiles(reference.path), architecture, names, depth)
 
 
-def _stored_scales(weights: WeightFiles, architecture: Architecture, depth: int) -> Scales:
+def _stored_scales(
+    weights: WeightFiles, architecture: Architecture, names: PublishedNames, depth: int
+) -> Scales:
     found = {}
     for index in range(depth):
-        place = architecture.published_name(f"{architecture.layers}.{index}.{architecture.attention}")
-        names = [f"{place}.{kind}_scale" for kind in "kv"]
-        if all(name in weights for name in names):
-            k_scale, v_scale = (float(weights.read(name).float()) for name in names)
+        place = names.published(f"{architecture.layers}.{index}.{architecture.attention}")
+        stored = [f"{place}.{kind}_scale" for kind in "kv"]
+        if all(name in weights for name in stored):
+            k_scale, v_scale = (float(weights.read(name).float()) for name in stored)
             found[index] = KVScales(k_scale, v_scale)
     return found
 

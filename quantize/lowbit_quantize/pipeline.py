@@ -61,7 +61,7 @@ def quantize(
     plan = make_plan(reference, recipe, catalog)
     refuse_foreign(out)
     tokenizer = reference.tokenizer()
-    texts = load_texts(recipe.calibration, recipe.quality, tokenizer, reference.config.vocab_size)
+    texts = load_texts(recipe.calibration, recipe.quality, tokenizer, plan.config.vocab_size)
     answers = answers_of(tokenizer, texts[1])
     del tokenizer
     fetch_weights(reference)
@@ -86,7 +86,7 @@ def quantize(
         )
         walk, measured = _finished_walk(decoder, plan, base, texts, run, stream_memory_bytes)
         beside = write_rest(plan, base, walk, run)
-        check_reload(out, base.rest.carried, answers, trust_remote_code=trust_remote_code)
+        check_reload(out, base.foreign, answers, trust_remote_code=trust_remote_code)
         manifest = manifest_of(plan, base, beside, walk, texts[0], measured, clock, run)
         write_manifest(out, manifest)
     return manifest
@@ -103,7 +103,7 @@ def _finished_walk(
     """The walk whose shards lie in the output, and its quality; passes on trial stay if they lower held-out KL."""
 
     def prepared(name: str, passes: tuple[Pass, ...], directory: Path) -> Walk:
-        baselines, alone = plan.baselines(texts[1].domains), not base.rest.carried
+        baselines, alone = plan.baselines(texts[1].domains), not base.foreign
         work = Work(plan.modules, passes, plan.paired, plan.fp8_cache, baselines, fold_head=alone)
         shards = decoder.depth + plan.quantizes_head + 1 + len(base.carried_shards)
         writer = CheckpointWriter(directory, shards, scratch=run.scratch)
@@ -131,11 +131,11 @@ def _finished_walk(
 def write_rest(plan: Plan, base: Base, walk: Walk, run: RunDirectory) -> Companions:
     """Write what lies outside the layers, the index, the configuration, and copies of what lies beside the weights."""
     decoder, architecture = walk.decoder, plan.architecture
-    names = map(architecture.published_name, plan.skeleton.state_dict())
+    names = [name for name in plan.skeleton.state_dict() if name in base.weights.wanted.text]
     written = [architecture.layers] + [architecture.head] * (plan.tied or plan.quantizes_head)
     written += [architecture.final_norm] * plan.quantizes_head
     outside = [name for name in names if not name.startswith(tuple(f"{one}." for one in written))]
-    walk.writer.write_shard({name: decoder.read(name) for name in outside})
+    walk.writer.write_shard(plan.names.publish({name: decoder.read(name) for name in outside}))
     for shard in base.carried_shards:
         walk.writer.write_shard({name: base.read_carried(name, decoder.dtype) for name in shard})
     files = base.weights.files
@@ -153,7 +153,7 @@ def _configuration(plan: Plan, base: Base) -> dict[str, Any]:
         known: entry.scheme
         for name, entry in plan.modules.items()
         if plan.stays(name)
-        for known in plan.architecture.engine_names(name)
+        for known in plan.architecture.engine_names(name, plan.names.published(name))
     }
     unquantized = (*plan.unquantized, *draft_linears(base.rest.carried))
     return served_config(

@@ -18,9 +18,11 @@ from lowbit_core.log import get_logger
 from lowbit_quantize.catalog import CATALOG, Catalog
 from lowbit_quantize.model.architecture import Architecture, linear_of
 from lowbit_quantize.model.families import architecture_of
+from lowbit_quantize.model.kept_types import KeptTypes
 from lowbit_quantize.model.published_floats import PublishedFloats, published_floats
+from lowbit_quantize.model.published_names import PublishedNames
 from lowbit_quantize.model.reference import ModelReference
-from lowbit_quantize.model.skeleton import skeleton_of
+from lowbit_quantize.model.skeleton import is_tied, skeleton_of, text_config
 from lowbit_quantize.pass_list import make_passes
 from lowbit_quantize.recipe import QUANTIZE, KVCache, Recipe
 from lowbit_quantize.rules import Wanted, resolve
@@ -51,13 +53,30 @@ class Plan:
     @property
     def tied(self) -> bool:
         """Whether the embedding is the head."""
-        return bool(self.reference.config.tie_word_embeddings)
+        return is_tied(self.skeleton, self.architecture)
+
+    @property
+    def config(self) -> Any:
+        """The configuration of the decoder."""
+        return text_config(self.reference.config)
+
+    @cached_property
+    def names(self) -> PublishedNames:
+        """What the model's tensors are called in files."""
+        return PublishedNames(self.skeleton)
+
+    @cached_property
+    def kept_types(self) -> KeptTypes:
+        """Which tensors do not have `dtype`."""
+        return KeptTypes(self.skeleton, self.names)
 
     @property
     def dtype(self) -> torch.dtype:
         """What the model computes in, and what is not quantized is stored in."""
         asked = self.recipe.base.dtype
-        named = self.reference.config.dtype if asked == "auto" else getattr(torch, asked)
+        named = (
+            (self.reference.config.dtype or self.config.dtype) if asked == "auto" else getattr(torch, asked)
+        )
         return named if named in (torch.bfloat16, torch.float16) else torch.bfloat16
 
     @property
@@ -89,7 +108,16 @@ class Plan:
         """Routed experts of each layer of the checkpoint; None for a dense model."""
         if not self.architecture.moe_block:
             return None
-        return int(self.configuration.get("num_experts", self.reference.config.num_experts))
+        return int(self.configuration.get("num_experts", self.base_experts))
+
+    @property
+    def base_experts(self) -> int:
+        """Routed experts of each layer of the base."""
+        return max(
+            len(layer.get_submodule(self.architecture.experts))  # type: ignore[arg-type]
+            for _, layer in decoder_layers(self.skeleton, self.architecture)
+            if self.architecture.has_experts(layer)
+        )
 
     @cached_property
     def parameters(self) -> int:
@@ -100,21 +128,21 @@ class Plan:
     @cached_property
     def unquantized_linears(self) -> tuple[str, ...]:
         """Published names of the decoder's linears that stay as they are."""
-        published = self.architecture.published_name
+        published = self.names.published
         names = decoder_linears(self.skeleton, self.architecture)
         return tuple(published(name) for name in names if name not in self.modules and self.stays(name))
 
     @cached_property
     def unquantized(self) -> tuple[str, ...]:
         """Published names of all that a checkpoint says is not quantized: the head, routers and gates as well."""
-        published = self.architecture.published_name
+        published = self.names.published
         gates = dict.fromkeys(
             published(f"{prefix}.{name}")
             for prefix, layer in decoder_layers(self.skeleton, self.architecture)
             for group in self.architecture.groups_of(layer)
             for name in group.other_readers
         )
-        head = () if self.quantizes_head else (self.architecture.head,)
+        head = () if self.quantizes_head else (published(self.architecture.head),)
         return (*head, *gates, *self.unquantized_linears)
 
     def baselines(self, domains: Sequence[str]) -> dict[str, list[int]]:
@@ -174,14 +202,15 @@ def _table(skeleton: nn.Module, architecture: Architecture, recipe: Recipe, cata
     """The entry of each linear that a rule quantizes, in the order of the layers; raises RecipeError."""
     linears = decoder_linears(skeleton, architecture)
     others = [name for name, module in skeleton.named_modules() if _has_matrix(module)]
-    published = {name: architecture.published_name(name) for name in dict.fromkeys([*linears, *others])}
+    names = PublishedNames(skeleton)
+    published = {name: names.published(name) for name in dict.fromkeys([*linears, *others])}
     head, fixed = _outside(skeleton, architecture)
     wanted = resolve(recipe.modules, published, linears.keys(), catalog, head.keys(), fixed)
     sets = list(_fused_sets(skeleton, architecture))
     modules: dict[str, ModulePlan] = {}
-    for names in sets:
-        entry = _shared_entry(names, wanted, published)
-        modules.update(dict.fromkeys(names, entry) if entry else {})
+    for one in sets:
+        entry = _shared_entry(one, wanted, published)
+        modules.update(dict.fromkeys(one, entry) if entry else {})
     modules = {name: modules[name] for name in linears if name in modules}
     _check_experts(modules, linears, architecture, published)
     modules |= {name: entry for name in head if (entry := wanted[name].entry)}
@@ -196,7 +225,7 @@ def _outside(skeleton: nn.Module, architecture: Architecture) -> tuple[dict[str,
     """What rules may ask for beside the decoder's linears, the head; and by name why the embedding stays as it is."""
     head, embedding = architecture.head, architecture.embedding
     fixed = {embedding: EMBEDDING_STAYS}
-    if getattr(skeleton, "config").tie_word_embeddings:  # noqa: B009 (nn.Module's getattr is typed as Module)
+    if is_tied(skeleton, architecture):
         return {}, fixed | {head: f"is {embedding}, which {EMBEDDING_STAYS}"}
     return {head: linear_of(skeleton, head)}, fixed
 
@@ -328,7 +357,7 @@ def _without_latent_scales(recipe: Recipe, architecture: Architecture) -> Recipe
 
 
 def _check_positions(reference: ModelReference, recipe: Recipe) -> None:
-    limit = getattr(reference.config, "max_position_embeddings", None)
+    limit = getattr(text_config(reference.config), "max_position_embeddings", None)
     for section, text in (("calibration", recipe.calibration), ("quality", recipe.quality)):
         if limit and not text.token_ids and text.max_seq_length > limit:
             raise RecipeError(

@@ -126,7 +126,7 @@ def _experts(plan: Plan, layers: Sequence[LayerRecord]) -> ExpertsRecord | None:
         return None
     pruning = next((one for one in plan.passes if isinstance(one, PruneExperts)), None)
     return ExpertsRecord(
-        experts=int(plan.reference.config.num_experts),
+        experts=plan.base_experts,
         kept=plan.experts,
         criterion=pruning.recipe.criterion if pruning else None,
         kept_by_layer={r.layer: r.kept_experts for r in layers if r.kept_experts is not None},

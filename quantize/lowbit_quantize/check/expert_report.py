@@ -55,7 +55,7 @@ def report_experts(
         raise RecipeError(
             f"{model} is a GGUF file; the report on experts reads directories of safetensors, give one"
         )
-    vocabulary = reference.config.vocab_size
+    vocabulary = plan.config.vocab_size
     text = load_texts(recipe.calibration, recipe.quality, reference.tokenizer(), vocabulary)[0]
     fetch_weights(reference)
     weights = base_of(plan, WeightFiles(reference.path)).weights

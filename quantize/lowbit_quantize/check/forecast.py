@@ -11,6 +11,7 @@ import torch
 
 from lowbit_core.model_shape import BYTES_PER_VALUE, shape_from_config
 from lowbit_quantize.check.sharding import key_value_heads, parts
+from lowbit_quantize.model.skeleton import text_tensors
 from lowbit_quantize.plan import Plan
 from lowbit_quantize.quality.dataset import TokenText
 from lowbit_quantize.walk.baselines import FLOAT32
@@ -38,16 +39,18 @@ class Tensor:
 
 def tensors(plan: Plan) -> Iterator[Tensor]:
     """Every weight that the checkpoint will hold, by its name in the model."""
-    skip = f"{plan.architecture.head}.weight" if plan.reference.config.tie_word_embeddings else ""
+    skip = f"{plan.architecture.head}.weight" if plan.tied else ""
+    text = text_tensors(plan.skeleton, plan.architecture)
     for name, parameter in plan.skeleton.state_dict().items():
         shape = plan.shape(name, tuple(parameter.shape))
-        if name == skip or shape is None:
+        if name == skip or name not in text or shape is None:
             continue
         entry = plan.modules.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
         if entry is not None:
             yield Tensor(name, *entry.scheme.bytes(*shape))
         else:
-            yield Tensor(name, torch.Size(shape).numel() * BASE_BYTES, 1)
+            size = plan.kept_types.dtype(name, plan.dtype).itemsize
+            yield Tensor(name, torch.Size(shape).numel() * size, 1)
 
 
 def tensor_bytes(plan: Plan, carried: int = 0) -> int:
@@ -57,7 +60,7 @@ def tensor_bytes(plan: Plan, carried: int = 0) -> int:
 
 def disk_bytes(plan: Plan, carried: int = 0) -> int:
     """Bytes of the shards and their index."""
-    published = plan.architecture.published_name
+    published = plan.names.published
     names = sum(
         tensor.files * (2 * len(published(tensor.name)) + HEADER_BYTES + INDEX_ENTRY_BYTES)
         for tensor in tensors(plan)
@@ -73,7 +76,7 @@ def streams_bytes(plan: Plan, calibration: TokenText, heldout: TokenText) -> int
     tokens = (2 if plan.paired else 1) * calibration.ids.numel() + 2 * heldout.ids.numel()
     for name, rows in plan.baselines(heldout.domains).items():
         tokens += (2 if name == FLOAT32 else 1) * len(rows) * heldout.ids.shape[1]
-    return tokens * int(plan.reference.config.hidden_size) * BASE_BYTES
+    return tokens * int(plan.config.hidden_size) * BASE_BYTES
 
 
 def run_disk_bytes(plan: Plan, streams: int, stream_memory_bytes: int, carried: int = 0) -> int:
@@ -89,9 +92,9 @@ def run_disk_bytes(plan: Plan, streams: int, stream_memory_bytes: int, carried: 
 
 def memory_bound_bytes(plan: Plan, streams: int) -> int:
     """What a walk stays below: 1.25 x (embedding + head + 2 x largest layer + streams) + 1.5 GB."""
-    config = plan.reference.config
+    config = plan.config
     embedding = config.vocab_size * config.hidden_size * BASE_BYTES
-    outside = embedding if config.tie_word_embeddings else 2 * embedding
+    outside = embedding if plan.tied else 2 * embedding
     layers: Any = plan.skeleton.get_submodule(plan.architecture.layers)
     largest = max(sum(p.numel() for p in layer.parameters()) for layer in layers) * BASE_BYTES
     return int(BOUND_FACTOR * (outside + 2 * largest + streams)) + BOUND_REST_BYTES
@@ -104,7 +107,7 @@ def rank_bytes(plan: Plan, size: int) -> int:
 
 def kv_bytes_per_token(plan: Plan, size: int) -> int:
     """Bytes that one token takes in the cache of one rank."""
-    config = plan.reference.config
+    config = plan.config
     shape = shape_from_config(config.to_dict())
     dtype = "fp8" if plan.fp8_cache else "bfloat16"
     if plan.architecture.latent_cache:
@@ -136,4 +139,4 @@ def _ranks(plan: Plan, name: str, size: int) -> int:
         return 1
     if not module.endswith("_proj"):
         return 1
-    return parts(module, plan.reference.config, size)
+    return parts(module, plan.config, size)

@@ -41,7 +41,7 @@ def dry_run(
     plan = make_plan(reference, recipe)
     if out is not None:
         refuse_foreign(out)
-    texts = load_texts(recipe.calibration, recipe.quality, reference.tokenizer(), reference.config.vocab_size)
+    texts = load_texts(recipe.calibration, recipe.quality, reference.tokenizer(), plan.config.vocab_size)
     carried = _carried_bytes(plan)
     streams = forecast.streams_bytes(plan, *texts)
     run_disk = forecast.run_disk_bytes(plan, streams, stream_memory_bytes, carried)

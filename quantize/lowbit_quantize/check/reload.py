@@ -18,9 +18,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from lowbit_core.errors import NumericsError
+from lowbit_quantize.model.skeleton import model_class
 from lowbit_quantize.model.weights import INDEX_NAME
 from lowbit_quantize.quality.dataset import TokenText
 
@@ -64,9 +64,8 @@ def check_reload(
 def _names_problem(out: Path, carried: Collection[str]) -> str | None:
     config = AutoConfig.from_pretrained(out, local_files_only=True, trust_remote_code=False)
     tensors = {name: tensor for name, tensor in _headers(out) if name not in carried}
-    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     try:
-        _, found = model_class.from_pretrained(
+        model, found = model_class(config).from_pretrained(
             None,
             config=config,
             state_dict=tensors,
@@ -76,7 +75,7 @@ def _names_problem(out: Path, carried: Collection[str]) -> str | None:
         )
     except Exception as error:  # whatever an odd checkpoint makes of transformers' code
         return f"transformers does not open it ({' '.join(str(error).split())[:300]})"
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    tied = getattr(model, "all_tied_weights_keys", {})
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         names = sorted(str(one) for one in found[kind])
         names = [name for name in names if name not in tied and not name.endswith(KV_SCALES)]

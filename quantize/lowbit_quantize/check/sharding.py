@@ -64,7 +64,7 @@ def obstacles(plan: Plan, kernel: Kernel, size: int, *, expert_parallel: bool = 
 
 
 def _head_obstacles(plan: Plan, size: int) -> Iterator[str]:
-    config = plan.reference.config
+    config = plan.config
     if config.num_attention_heads % size:
         yield f"{config.num_attention_heads} attention heads do not divide by {size}"
     heads = key_value_heads(config)
@@ -74,7 +74,7 @@ def _head_obstacles(plan: Plan, size: int) -> Iterator[str]:
 
 def _shards(plan: Plan, size: int, expert_parallel: bool) -> Iterator[Shard]:
     """What a rank holds of each kind of fused linears; layers of one kind are alike, and so are experts."""
-    config, architecture = plan.reference.config, plan.architecture
+    config, architecture = plan.config, plan.architecture
     for prefix, layer in decoder_layers(plan.skeleton, architecture):
         for group in architecture.groups_of(layer):
             entry = plan.modules.get(f"{prefix}.{group.linears[0]}")

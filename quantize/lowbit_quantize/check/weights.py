@@ -9,7 +9,7 @@ import torch
 
 from lowbit_core.errors import ModelError
 from lowbit_core.log import get_logger
-from lowbit_quantize.model.base_weights import BaseWeights, Wanted
+from lowbit_quantize.model.base_weights import BaseWeights, wanted_of
 from lowbit_quantize.model.decoder import read_as
 from lowbit_quantize.model.leftovers import Leftovers, leftovers
 from lowbit_quantize.model.weights import WeightFiles
@@ -46,6 +46,11 @@ class Base:
         return shards
 
     @property
+    def foreign(self) -> frozenset[str]:
+        """What is carried over and is none of transformers' model: draft layers and other heads, but not towers."""
+        return frozenset(name for name in self.rest.carried if not self.weights.wanted.names.claims(name))
+
+    @property
     def carried_bytes(self) -> int:
         """Bytes of what is carried over, as it will be stored."""
         places = self.rest.carried.values()
@@ -78,7 +83,7 @@ def checked_base(plan: Plan, stored: "WeightFiles | GgufFile") -> Base | None:
 
 def base_of(plan: Plan, files: WeightFiles) -> Base:
     """The weights in these files, whole and in their shapes; raises ModelError where they are not."""
-    weights = BaseWeights(files, _wanted(plan), plan.floats)
+    weights = BaseWeights(files, wanted_of(plan.skeleton, plan.architecture), plan.floats)
     check_weights(plan, weights)
     rest = leftovers(
         weights, plan.skeleton, plan.architecture, plan.recipe.base.leave_out, plan.reference.name
@@ -100,13 +105,6 @@ def say_rest(rest: Leftovers) -> None:
         log.info("left out: %d more tensors; the manifest names them", len(rest.left_out) - 3)
 
 
-def _wanted(plan: Plan) -> Wanted:
-    architecture = plan.architecture
-    shapes = {name: tuple(parameter.shape) for name, parameter in plan.skeleton.state_dict().items()}
-    tied = (f"{architecture.head}.weight", f"{architecture.embedding}.weight") if plan.tied else None
-    return Wanted(shapes, architecture.published_name, f"{architecture.final_norm}.weight", tied)
-
-
 def check_weights(plan: Plan, weights: "BaseWeights | GgufFile") -> None:
     """Check, from the headers alone, that every weight is there in its shape; raises ModelError.
 
@@ -115,16 +113,17 @@ def check_weights(plan: Plan, weights: "BaseWeights | GgufFile") -> None:
     name, head = plan.reference.name, f"{plan.architecture.head}.weight"
     missing = []
     for inner, parameter in plan.skeleton.state_dict().items():
-        weight = plan.architecture.published_name(inner)
-        if weight not in weights:
-            missing += [] if weight == head and plan.tied else [weight]
+        weight = plan.names.published(inner)
+        if inner not in weights:
+            missing += [] if inner == head and plan.tied else [inner]
             continue
-        shape, dtype = weights.shape(weight), weights.dtype(weight)
+        shape, dtype = weights.shape(inner), weights.dtype(inner)
         if shape != tuple(parameter.shape):
             raise ModelError(
                 f"{name}: {weight} has shape {shape}, its configuration asks for {tuple(parameter.shape)}"
             )
-        if dtype not in FLOATS and not (isinstance(weights, BaseWeights) and weights.dequantizes(weight)):
+        floats = dtype in FLOATS or not parameter.is_floating_point()
+        if not floats and not (isinstance(weights, BaseWeights) and weights.dequantizes(inner)):
             raise ModelError(
                 f"{name}: {weight} is stored as {dtype}, and its configuration does not say how that is read; give "
                 f"the unquantized model ({', '.join(FLOATS)})"
@@ -144,23 +143,25 @@ def check_numbers(plan: Plan, base: Base) -> None:
     """Read what a walk reads last, so that a NaN there is not found after hours; raises NumericsError."""
     head = plan.architecture.embedding if plan.tied else plan.architecture.head
     for name in (plan.architecture.final_norm, head):
-        read_as(base.weights, f"{name}.weight", plan.dtype, torch.device("cpu"))
+        weight = f"{name}.weight"
+        read_as(base.weights, weight, plan.kept_types.dtype(weight, plan.dtype), torch.device("cpu"))
 
 
 def _refuse_missing(plan: Plan, missing: list[str], weights: "BaseWeights | GgufFile") -> None:
     name, head = plan.reference.name, f"{plan.architecture.head}.weight"
+    published = plan.names.published(missing[0])
     if missing == [head]:
         raise ModelError(
-            f"{name} lacks {head} and its embeddings are not tied: it gives no next tokens, by which quality is "
+            f"{name} lacks {published} and its embeddings are not tied: it gives no next tokens, by which quality is "
             "measured; give the model with its head"
         )
     example = (
-        f"; its files hold names like {weights.example(missing[0])}"
+        f"; its files hold names like {weights.example(published)}"
         if isinstance(weights, BaseWeights)
         else ""
     )
     more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
     raise ModelError(
-        f"{name} lacks the tensor {missing[0]}{more}, for which its configuration asks{example}; set num_hidden_layers "
+        f"{name} lacks the tensor {published}{more}, for which its configuration asks{example}; set num_hidden_layers "
         "and the like right, or fetch the model again"
     )

@@ -41,8 +41,7 @@ class Architecture:
 
     `middle` is the module that reads the residual stream between attention and the network; `norm_offset` is
     what a norm adds to its weight; `latent_cache`: attention caches a normed latent and one rotary key
-    (DeepSeek-AI 2024, arXiv 2405.04434) instead of keys and values; `published` are the differences
-    between transformers' module names and the names in published files, as (ours, theirs); `fused` are
+    (DeepSeek-AI 2024, arXiv 2405.04434) instead of keys and values; `fused` are
     linears whose matrix vLLM 0.32 joins with another's without its own table saying so, as (linear, joint matrix).
     """
 
@@ -58,7 +57,6 @@ class Architecture:
     moe_block: str = ""
     norm_offset: float = 0.0
     latent_cache: bool = False
-    published: tuple[tuple[str, str], ...] = ()
     fused: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -80,20 +78,17 @@ class Architecture:
         """Whether the group belongs to a routed expert."""
         return bool(self.moe_block) and group.linears[0].startswith(f"{self.experts}.")
 
-    def published_name(self, name: str) -> str:
-        """A tensor's or module's name in published files."""
-        for ours, theirs in self.published:
-            name = name.replace(ours, theirs)
-        return name
-
-    def engine_names(self, name: str) -> tuple[str, ...]:
-        """The names of a linear in quantization configurations: its published one, and that of the joint matrix that it
-        begins where an engine's own table of these is not enough.
+    def engine_names(self, name: str, published: str) -> tuple[str, ...]:
+        """The names of a linear in quantization configurations: its published one, that of the joint matrix that it
+        begins where an engine's own table of these is not enough, and transformers' own where that is another; routed
+        experts have the published one only.
         """
-        published = self.published_name(name)
-        joint = [f"{name.removesuffix(one)}{other}" for one, other in self.fused if name.endswith(f".{one}")]
-        inside = bool(self.moe_block) and f".{self.experts}." in name
-        return (published, *(() if inside else joint))
+        if self.moe_block and f".{self.experts}." in name:
+            return (published,)
+        joint = [
+            f"{published.removesuffix(one)}{other}" for one, other in self.fused if name.endswith(f".{one}")
+        ]
+        return (published, *joint, *([name] if name != published else []))
 
     def groups_of(self, layer: nn.Module) -> tuple[LinearGroup, ...]:
         """The groups that this decoder layer has, one for each expert where a name says `*`."""

@@ -1,102 +1,107 @@
-"""A base's tensors by the names that published files of its family have, however this base's files hold them.
+"""A base's tensors by the names that the model has for them, however this base's files hold them.
 
-Names without `model.`, wrappers' parts (`_orig_mod.`, `module.`), a tied matrix under either name, experts stacked as
-transformers 5 writes them, and weights in FP8 or MXFP4: each becomes the one form that the walk reads. What no module
-of the model claims is carried over untouched, or named as left out (leftovers.py).
+Published names become the model's by transformers' own table (published_names.py). Beside those, names without
+`model.`, wrappers' parts (`_orig_mod.`, `module.`), a tied matrix under either name, experts stacked as transformers 5
+writes them or single where it does not, and weights in FP8 or MXFP4: each becomes the one form that the walk reads.
+What no module of the decoder claims is carried over untouched, or named as left out (leftovers.py).
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from lowbit_core.errors import ModelError
-from lowbit_quantize.model.published_floats import PublishedFloats, Stored, beside, stored
+from lowbit_quantize.model.architecture import Architecture
+from lowbit_quantize.model.places import Converted, Place, Source
+from lowbit_quantize.model.published_floats import PublishedFloats, beside, stored
+from lowbit_quantize.model.published_names import Claim, PublishedNames, joins_whole_experts
+from lowbit_quantize.model.skeleton import is_tied, text_tensors
 from lowbit_quantize.model.weights import WeightFiles
 
 WRAPPERS = re.compile(
     r"^module\.|(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer)\."
 )
-EXPERT = re.compile(
-    r"(?P<experts>.*\.experts)\.(?P<number>\d+)\.(?P<linear>gate_proj|up_proj|down_proj)\.weight"
-)
+Claimed = tuple[Claim, Place]
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """The tensors of the model: shapes by their names in transformers, and what those are called in published files.
+    """The tensors of the model: what they are called in published files, and which of them the walk reads (`text`).
 
-    `anchor` is a name that every base has, the final norm's; `tied` a head and the embedding that it may be.
+    `anchor` is a tensor that every base has, the final norm's; `tied` a head and the embedding that it may be.
     """
 
-    shapes: Mapping[str, tuple[int, ...]]
-    published: Callable[[str], str]
+    names: PublishedNames
+    text: frozenset[str]
     anchor: str
     tied: tuple[str, str] | None
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a tensor comes from: a name in the files, or numbers and scales; of a stack, its entry and its rows."""
-
-    name: str
-    stored: Stored | None = None
-    entry: int | None = None
-    rows: slice | None = None
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return (self.stored.values, self.stored.scales) if self.stored else (self.name,)
+def wanted_of(skeleton: nn.Module, architecture: Architecture) -> Wanted:
+    """What a model asks of its files."""
+    head, embedding = f"{architecture.head}.weight", f"{architecture.embedding}.weight"
+    return Wanted(
+        PublishedNames(skeleton),
+        text_tensors(skeleton, architecture),
+        f"{architecture.final_norm}.weight",
+        (head, embedding) if is_tied(skeleton, architecture) else None,
+    )
 
 
 class BaseWeights:
-    """The tensors that a model wants, by their published names."""
+    """The tensors that a model wants, by its names for them."""
 
     def __init__(self, files: WeightFiles, wanted: Wanted, floats: PublishedFloats | None) -> None:
-        self.files, self.floats, self._wanted = files, floats, wanted
-        self._names = _Names(files, wanted.anchor)
-        self._places: dict[str, Place] = {}
-        for inner in wanted.shapes:
-            place = self._place(inner)
-            if place is not None:
-                self._places[wanted.published(inner)] = place
+        self.files, self.floats, self.wanted = files, floats, wanted
+        names = wanted.names
+        self._names = _Names(files, (names.published(wanted.anchor), wanted.anchor))
+        self._weights = tuple(self._all_weights())
+        self._stored = dict(self._weights)
+        self._claimed: dict[str, list[Claimed]] = {}
+        for published, place in self._weights:
+            # Packed numbers may be those of a tensor that is no module's weight.
+            short = published.removesuffix(".weight") if place.stored else published
+            for claim in names.claims(published) or names.claims(short):
+                self._claimed.setdefault(claim.target, []).append((claim, place))
+        places = {inner: self._place(inner) for inner in sorted(names.inner)}
+        self._places: dict[str, Source] = {
+            inner: place for inner, place in places.items() if place is not None
+        }
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._places
+    def __contains__(self, inner: str) -> bool:
+        return inner in self._places
 
     @property
     def read_files(self) -> set[str]:
         return self.files.read_files
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        place = self._places[name]
-        shape = place.stored.shape if place.stored else self.files.shape(place.name)
-        if place.entry is not None:
-            shape = shape[1:]
-        return (len(range(*place.rows.indices(shape[0]))), *shape[1:]) if place.rows else shape
+    def shape(self, inner: str) -> tuple[int, ...]:
+        return tuple(self._places[inner].made(self._empty).shape)
 
-    def dtype(self, name: str) -> str:
+    def dtype(self, inner: str) -> str:
         """As safetensors calls what is stored."""
-        place = self._places[name]
+        place = self._places[inner].places[0]
         return "MXFP4" if place.stored and place.stored.packed else self.files.dtype(place.names[0])
 
     @property
     def dequantized(self) -> bool:
         """Whether anything is."""
-        return any(place.stored for place in self._places.values())
+        return any(place.stored for place in self._read_places)
 
-    def dequantizes(self, name: str) -> bool:
-        return self._places[name].stored is not None
+    def dequantizes(self, inner: str) -> bool:
+        return any(place.stored is not None for place in self._places[inner].places)
 
     @property
     def dtypes(self) -> str:
         """Every type that the model's tensors are stored in: "BF16+F32"."""
-        return "+".join(sorted({self.dtype(name) for name in self._places}))
+        return "+".join(sorted({self.dtype(inner) for inner in self._places if inner in self.wanted.text}))
 
     @cached_property
     def bytes(self) -> int:
@@ -104,47 +109,50 @@ class BaseWeights:
         return sum(self.files.bytes(name) for name in self._read_names)
 
     @cached_property
-    def _read_names(self) -> frozenset[str]:
-        return frozenset(name for place in self._places.values() for name in place.names)
+    def _read_places(self) -> tuple[Place, ...]:
+        sources = (source for inner, source in self._places.items() if inner in self.wanted.text)
+        return tuple(place for source in sources for place in source.places)
 
-    def read(self, name: str) -> Tensor:
+    @cached_property
+    def _read_names(self) -> frozenset[str]:
+        return frozenset(name for place in self._read_places for name in place.names)
+
+    def read(self, inner: str) -> Tensor:
         """One tensor, in the type that it is stored in, float32 where it is dequantized."""
-        if name not in self._places:
-            raise ModelError(f"{self.files.directory} lacks the tensor {name}; the model is incomplete")
-        return self.read_place(self._places[name])
+        if inner not in self._places:
+            published = self.wanted.names.published(inner)
+            raise ModelError(f"{self.files.directory} lacks the tensor {published}; the model is incomplete")
+        return self._places[inner].made(self.read_place)
 
     def read_place(self, place: Place) -> Tensor:
-        """One tensor of the model, or one that no module claims."""
+        """One tensor of the files, or an entry of one."""
         if place.stored is None:
-            tensor = self.files.read(place.name, place.entry)
-        else:
-            assert self.floats is not None
-            tensor = place.stored.read(self.files, self.floats, place.entry)
-        return tensor[place.rows].contiguous() if place.rows else tensor
+            return self.files.read(place.name, place.entry)
+        assert self.floats is not None
+        return place.stored.read(self.files, self.floats, place.entry)
+
+    def _empty(self, place: Place) -> Tensor:
+        """What would be read, without its numbers."""
+        shape = place.stored.shape if place.stored else self.files.shape(place.name)
+        return torch.empty(shape if place.entry is None else shape[1:], device="meta")
 
     def is_same(self, one: str, other: str) -> bool:
-        """Whether two names are one tensor in the files."""
+        """Whether two tensors are one in the files."""
         return self._places.get(one) == self._places.get(other)
 
     def unclaimed(self) -> list[tuple[str, Place]]:
-        """What no module of the model reads: published names, and where these tensors are.
+        """What the walk does not read: published names, and where these tensors are.
 
         Scales of what is dequantized, which have no meaning any more, are not among them (`scales_gone`).
         """
-        rest = [name for name in self.files if name not in self._read_names]
-        places = {name: self._plain(name) for name in rest}
-        places |= {name: Place(name, found) for name in rest if (found := self._packed(name)) is not None}
-        scales = {extra for place in places.values() for extra in self._beside(place)} | self.scales_gone
-        return [
-            (self._names.published(_weight_name(name)), place)
-            for name, place in places.items()
-            if name not in scales
-        ]
+        rest = [(name, place) for name, place in self._weights if self._read_names.isdisjoint(place.names)]
+        scales = {extra for _, place in rest for extra in self._beside(place)} | self.scales_gone
+        return [(name, place) for name, place in rest if place.name not in scales]
 
     @cached_property
     def scales_gone(self) -> frozenset[str]:
         """Scales in the files beside weights that are dequantized."""
-        return frozenset(name for place in self._places.values() for name in self._beside(place))
+        return frozenset(name for place in self._read_places for name in self._beside(place))
 
     def _beside(self, place: Place) -> list[str]:
         if place.stored is None:
@@ -152,52 +160,79 @@ class BaseWeights:
         module = _weight_name(place.stored.values).removesuffix(".weight")
         return [place.stored.scales, *beside(self._names.stored, f"{module}.weight")]
 
-    def _packed(self, name: str) -> Stored | None:
-        weight = _weight_name(name)
-        return stored(self.files, weight) if self.floats and weight != name else None
-
     def example(self, missing: str) -> str:
         """The name in the files that ends most like a missing one, for an error's line."""
         names = sorted(self._names.stored)
         return max(names, key=lambda name: _common_end(name, missing), default="none at all")
 
-    def _place(self, inner: str) -> Place | None:
-        wanted = self._wanted
-        candidates = [wanted.published(inner), inner]
-        if wanted.tied and inner == wanted.tied[1]:
-            candidates.append(wanted.published(wanted.tied[0]))
-        for name in candidates:
-            found = self._names.find(name)
-            if found is not None:
-                return self._plain(found)
-            if (numbers := self._stored(name)) is not None:
-                return Place(name, numbers)
-        return self._stacked(inner)
+    def _all_weights(self) -> Iterable[tuple[str, Place]]:
+        """Every tensor of the files by its published name, of packed numbers that of the weight."""
+        for name in self.files:
+            weight = _weight_name(name)
+            numbers = stored(self.files, weight) if self.floats else None
+            if weight == name or numbers is None:
+                yield self._names.published(name), Place(name, numbers if weight == name else None)
+            else:
+                yield self._names.published(weight), Place(name, numbers)
 
-    def _plain(self, name: str) -> Place:
-        numbers = stored(self.files, name) if self.floats else None
-        return Place(name, numbers)
+    def _place(self, inner: str) -> Source | None:
+        names = self.wanted.names
+        part = names.slices.get(inner)
+        claimed = self._claimed.get(part.stack if part else inner, [])
+        found: Source | None = (
+            self._whole(inner, claimed) if part is None else self._of_expert(inner, claimed)
+        )
+        if found is None and part is not None:
+            found = self._stored.get(inner) or self._stored.get(names.published(inner))  # single all the same
+        if found is None and self.wanted.tied and inner == self.wanted.tied[1]:
+            return self._place(self.wanted.tied[0])
+        return found
 
-    def _stored(self, name: str) -> Stored | None:
-        """Numbers that have another name than the weight; where there is a naming of its own, by that."""
-        return stored(self.files, self._names.in_files(name)) if self.floats else None
+    def _whole(self, inner: str, claimed: list[Claimed]) -> Source | None:
+        for claim, place in claimed:
+            if claim.converter is None:
+                return place
+        names = self.wanted.names
+        return _converted(claimed, names.shapes[inner], names.config, inner) if claimed else None
 
-    def _stacked(self, inner: str) -> Place | None:
-        found = EXPERT.fullmatch(inner)
-        if found is None:
+    def _of_expert(self, inner: str, claimed: list[Claimed]) -> Source | None:
+        """The part of a stack, or of what would be stacked: of that only this expert's is looked at."""
+        names, part = self.wanted.names, self.wanted.names.slices[inner]
+        for claim, place in claimed:
+            if claim.converter is None:
+                return Place(place.name, place.stored, part.entry, part)
+        mine = [
+            (claim, Place(place.name, place.stored, part.entry) if claim.number is None else place)
+            for claim, place in claimed
+            if claim.number in (None, part.entry)
+        ]
+        if not mine:
             return None
-        down = found["linear"] == "down_proj"
-        stack = f"{found['experts']}.{'down_proj' if down else 'gate_up_proj'}"
-        name = self._names.find(stack)
-        numbers = stored(self.files, self._names.in_files(stack)) if self.floats else None
-        if name is None and numbers is None:
+        converter = mine[0][0].converter
+        assert converter is not None
+        if not joins_whole_experts(converter) or part.turned:
+            return _converted(mine, names.shapes[part.stack], names.config, part.stack, part)
+        patterns = converter.source_patterns
+        pattern = patterns[1 if len(patterns) > 1 and part.rows is not None and part.rows.start else 0]
+        return next((place for claim, place in mine if claim.pattern == pattern), None)
+
+
+def _converted(
+    claimed: list[Claimed], shape: tuple[int, ...], config: Any, target: str, part: Any = None
+) -> Source | None:
+    """What a conversion makes of these; nothing where one of its patterns has none."""
+    converter = claimed[0][0].converter
+    assert converter is not None
+    found: dict[str, tuple[Place, ...]] = {}
+    for pattern in converter.source_patterns:
+        mine = sorted(
+            ((claim.number or 0, place.name, place) for claim, place in claimed if claim.pattern == pattern),
+            key=lambda one: one[:2],
+        )
+        if not mine:
             return None
-        if down:
-            rows = None
-        else:
-            middle = self._wanted.shapes[inner][0]
-            rows = slice(0, middle) if found["linear"] == "gate_proj" else slice(middle, None)
-        return Place(name or stack, numbers, int(found["number"]), rows)
+        found[pattern] = tuple(place for *_, place in mine)
+    return Converted(converter, found, target, shape, config, part)
 
 
 def _common_end(one: str, other: str) -> int:
@@ -219,7 +254,7 @@ class _Names:
     `stored` maps what a name would be without wrappers to the name in the files.
     """
 
-    def __init__(self, files: WeightFiles, anchor: str) -> None:
+    def __init__(self, files: WeightFiles, anchors: tuple[str, ...]) -> None:
         self.stored: dict[str, str] = {}
         for name in files:
             bare = WRAPPERS.sub("", name)
@@ -228,30 +263,15 @@ class _Names:
                     f"{files.directory} holds {self.stored[bare]} and {name}, two candidates for one tensor; remove one"
                 )
             self.stored[bare] = name
-        self.added, self.missing = _prefixes(self.stored, anchor, files.directory)
-
-    def find(self, published: str) -> str | None:
-        """The name in the files."""
-        return self.stored.get(self._bare(published))
-
-    def in_files(self, published: str) -> str:
-        """The name that the files would have, for names beside it; of packed numbers, the name of their weight."""
-        bare = self._bare(published)
-        module = bare.removesuffix(".weight")
-        names = (bare, f"{module}.weight_packed", f"{bare}_blocks", f"{module}_blocks")
-        found = next((self.stored[name] for name in names if name in self.stored), bare)
-        return found if self.stored.get(bare) == found else _weight_name(found)
+        self.added, self.missing = ("", "")
+        if not any(anchor in self.stored for anchor in anchors):
+            self.added, self.missing = _prefixes(self.stored, anchors[0], files.directory)
 
     def published(self, name: str) -> str:
         """The published name of one in the files."""
         bare = WRAPPERS.sub("", name).removeprefix(self.added)
         inside = self.missing and any(bare.startswith(part) for part in ("layers.", "embed_tokens.", "norm."))
         return f"{self.missing}{bare}" if inside else bare
-
-    def _bare(self, published: str) -> str:
-        if published.startswith(self.missing):
-            published = published.removeprefix(self.missing)
-        return f"{self.added}{published}"
 
 
 def _prefixes(names: Mapping[str, Any], anchor: str, directory: Path) -> tuple[str, str]:

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from lowbit_core.errors import NumericsError
 from lowbit_quantize.model.architecture import Architecture
 from lowbit_quantize.model.hooks import HookedCache, InputObservers, KVCacheHook, SeenAll, inputs_of
-from lowbit_quantize.model.skeleton import build_skeleton
+from lowbit_quantize.model.kept_types import KeptTypes
+from lowbit_quantize.model.published_names import PublishedNames
+from lowbit_quantize.model.skeleton import build_skeleton, is_tied, text_config
 from lowbit_quantize.model.weights import is_finite
 
 BATCH_TOKENS = 2048  # tokens in a forward pass: enough for efficient products, few enough for the caches
@@ -25,7 +27,7 @@ END = ""  # of a layer, where the name of a module says how far hidden states go
 
 
 class Weights(Protocol):
-    """Where tensors are read from, by their published names."""
+    """Where tensors are read from, by the model's names for them."""
 
     @property
     def read_files(self) -> set[str]:
@@ -35,26 +37,33 @@ class Weights(Protocol):
         """One tensor, as it is stored or dequantized."""
 
 
-def read_as(weights: Weights, published: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+def read_as(weights: Weights, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     """One tensor in another type; raises NumericsError where that type cannot hold it."""
-    stored = weights.read(published)
+    stored = weights.read(name)
     if stored.dtype == dtype:
         return stored.to(device)
     cast = stored.to(device, dtype)
     if not is_finite(cast):
         raise NumericsError(
-            f"{published} holds {float(stored.abs().max()):.3g}, which is too large for {dtype}, in which the base "
+            f"{name} holds {float(stored.abs().max()):.3g}, which is too large for {dtype}, in which the base "
             "computes; give --dtype bfloat16 --overwrite"
         )
     return cast
 
 
 class _Recorder(nn.Module):
-    """Stands in for a decoder layer and keeps what it was called with."""
+    """Stands in for a decoder layer and keeps what it was called with; other questions the layer answers."""
 
-    def __init__(self) -> None:
+    def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.arguments: dict[str, Any] = {}
+        self._layer = (layer,)  # no submodule
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_layer"][0], name)
 
     def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
         self.arguments = arguments
@@ -83,9 +92,11 @@ class Decoder:
         skeleton: nn.Module | None = None,
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        self.config, self.architecture, self.weights, self.device = config, architecture, weights, device
-        self.dtype = dtype
+        self.config, self.architecture, self.weights = text_config(config), architecture, weights
+        self.device, self.dtype = device, dtype
         self.skeleton = skeleton or build_skeleton(config, architecture)
+        self.names = PublishedNames(self.skeleton)
+        self.kept_types = KeptTypes(self.skeleton, self.names)
         self._layers: nn.ModuleList = self.skeleton.get_submodule(architecture.layers)  # type: ignore[assignment]
         self._arguments: dict[tuple[int, torch.dtype], list[dict[str, Any]]] = {}
 
@@ -97,7 +108,7 @@ class Decoder:
         return f"{self.architecture.layers}.{index}"
 
     def load_layer(self, index: int) -> nn.Module:
-        """Layer `index` with its weights, in the compute dtype."""
+        """Layer `index` with its weights, in the compute dtype but for what keeps its own."""
         return self._load(copy.deepcopy(self._layers[index]), self.layer_name(index))
 
     def embed(self, token_ids: Tensor, hidden: Tensor | None = None) -> Tensor:
@@ -113,7 +124,7 @@ class Decoder:
 
     def head(self) -> tuple[nn.Module, Tensor]:
         """The final norm and the output matrix, (vocabulary, hidden): the embedding's where they are tied."""
-        tied = self.config.tie_word_embeddings
+        tied = is_tied(self.skeleton, self.architecture)
         matrix = self.read(f"{self.architecture.embedding if tied else self.architecture.head}.weight")
         return self._load_named(self.architecture.final_norm), matrix
 
@@ -191,7 +202,7 @@ class Decoder:
         return self._arguments[key][index]
 
     def _capture(self, tokens: int, dtype: torch.dtype) -> list[dict[str, Any]]:
-        recorders = nn.ModuleList(_Recorder() for _ in self._layers)
+        recorders = nn.ModuleList(_Recorder(layer) for layer in self._layers)
         parent_name, _, leaf = self.architecture.layers.rpartition(".")
         parent = self.skeleton.get_submodule(parent_name)
         embeds = torch.zeros(1, tokens, self.config.hidden_size, dtype=dtype, device=self.device)
@@ -199,7 +210,7 @@ class Decoder:
         norm = self.skeleton.get_submodule(self.architecture.final_norm)
         try:
             self._replace(self.architecture.final_norm, nn.Identity())
-            self.skeleton.get_submodule(self.architecture.rotary).to(self.device)
+            _move_buffers(parent, self.device)
             with torch.no_grad():
                 parent(inputs_embeds=embeds, use_cache=False)
         finally:
@@ -215,13 +226,18 @@ class Decoder:
         return self._load(copy.deepcopy(self.skeleton.get_submodule(name)), name)
 
     def _load(self, module: nn.Module, prefix: str) -> nn.Module:
-        state = {
-            name: self.read(self.architecture.published_name(f"{prefix}.{name}"))
-            for name in module.state_dict()
-        }
+        state = {name: self.read(f"{prefix}.{name}") for name in module.state_dict()}
         module.load_state_dict(state, assign=True)
         return module.eval().requires_grad_(False)
 
-    def read(self, published: str) -> Tensor:
-        """One tensor in the compute dtype."""
-        return read_as(self.weights, published, self.dtype, self.device)
+    def read(self, name: str) -> Tensor:
+        """One tensor of the model, in the compute dtype or the one that it keeps."""
+        return read_as(self.weights, name, self.kept_types.dtype(name, self.dtype), self.device)
+
+
+def _move_buffers(model: nn.Module, device: torch.device) -> None:
+    """What a model computes by itself, outside of its layers, where its text is: tables of positions, say."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                module._buffers[name] = buffer.to(device)

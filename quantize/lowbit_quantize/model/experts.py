@@ -1,28 +1,57 @@
 """Routed experts as plain linears, observed where their block calls them with hidden states, indices and gates.
 
-transformers holds a layer's experts as two stacked tensors. Here they are a list of small gated networks, named
-as published checkpoints name them, so that the walk treats an expert's linears like any others.
+transformers holds a layer's experts as stacked tensors and says how by its experts' protocol (the decorator
+`use_experts_implementation`): gate and up one after the other or interleaved, transposed, with biases, without a gate,
+and with a way of its own to put gate and up together. Here they are a list of small networks of plain linears, named as
+published checkpoints name them, so that the walk treats an expert's linears like any others; what a family computes
+between them is the family's own code.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations import moe
 
 # Called with an expert's number, its outputs (tokens, hidden) and its gates (tokens,).
 ExpertObserver = Callable[[int, Tensor, Tensor], None]
+PLAIN_GATE = moe._default_apply_gate  # act(gate) · up
+PROTOCOL = ("is_transposed", "is_concatenated", "has_gate", "has_bias")
+STACKS = frozenset(
+    f"{name}{end}" for name in ("gate_up_proj", "up_proj", "down_proj") for end in ("", "_bias")
+)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Which part of a stacked tensor is one of an expert's: `stack[entry]`, turned if it is (in, out), of it `rows`."""
+
+    stack: str
+    entry: int
+    rows: slice | None = None
+    turned: bool = False
+
+    def of(self, entry: Tensor) -> Tensor:
+        """The part, of one entry of the stack."""
+        found = entry.T if self.turned else entry
+        return found[self.rows] if self.rows else found
 
 
 class Expert(nn.Module):
-    """One gated network: `down(act(gate(x)) · up(x))`."""
+    """`down(act(gate(x)) · up(x))`, or what the family makes of gate and up; without a gate `down(act(up(x)))`."""
 
-    def __init__(self, hidden: int, intermediate: int, activation: Any) -> None:
+    def __init__(self, owner: Any, dtype: torch.dtype, device: torch.device) -> None:
+        """`owner` held the stack, whose sizes and code these are."""
         super().__init__()
-        self.gate_proj = nn.Linear(hidden, intermediate, bias=False, device="meta")
-        self.up_proj = nn.Linear(hidden, intermediate, bias=False, device="meta")
-        self.down_proj = nn.Linear(intermediate, hidden, bias=False, device="meta")
-        self.act_fn = activation
+        wide = owner.down_proj.shape[1:]
+        hidden, middle = reversed(wide) if owner.is_transposed else wide
+        options: dict[str, Any] = {"bias": owner.has_bias, "dtype": dtype, "device": device}
+        self.gate_proj = nn.Linear(hidden, middle, **options) if owner.has_gate else None
+        self.up_proj = nn.Linear(hidden, middle, **options)
+        self.down_proj = nn.Linear(middle, hidden, **options)
+        self._owner = (owner,)  # no submodule: it is every expert's
 
     def forward(self, inputs: Tensor) -> Tensor:
         output: Tensor = self.down_proj(self.middle(inputs))
@@ -30,8 +59,17 @@ class Expert(nn.Module):
 
     def middle(self, inputs: Tensor) -> Tensor:
         """What the last linear reads: (tokens, hidden) to (tokens, intermediate)."""
-        product: Tensor = self.act_fn(self.gate_proj(inputs)) * self.up_proj(inputs)
-        return product
+        owner, up = self._owner[0], self.up_proj(inputs)
+        if self.gate_proj is None:
+            alone: Tensor = owner.act_fn(up)
+            return alone
+        gate = self.gate_proj(inputs)
+        if type(owner)._apply_gate is PLAIN_GATE:
+            product: Tensor = owner.act_fn(gate) * up
+            return product
+        both = torch.cat((gate, up), -1) if owner.is_concatenated else torch.stack((gate, up), -1).flatten(-2)
+        own: Tensor = owner._apply_gate(both)
+        return own
 
 
 class ExpertList(nn.ModuleList):
@@ -56,14 +94,55 @@ class ExpertList(nn.ModuleList):
             parts[token, place] = output * gates.unsqueeze(-1)
         return parts.sum(1).to(hidden_states.dtype)
 
+    def slices(self) -> Iterator[tuple[str, Slice]]:
+        """Every tensor of the list, by its name in it, and where transformers' stacks have it, by their names there."""
+        for number, expert in enumerate(self):
+            for name, parameter in expert.named_parameters():
+                linear, _, kind = name.partition(".")
+                yield f"{number}.{name}", _slice(expert, linear, kind, number, parameter.shape[0])
 
-def unstack_experts(layer: nn.Module, name: str) -> None:
-    """Put an `ExpertList` without weights in the place of a layer's stacked experts."""
-    stacked: Any = layer.get_submodule(name)
-    experts, two_intermediate, hidden = stacked.gate_up_proj.shape
-    block, _, leaf = name.rpartition(".")
-    every = (Expert(hidden, two_intermediate // 2, stacked.act_fn) for _ in range(experts))
-    setattr(layer.get_submodule(block), leaf, ExpertList(every))
+
+def _slice(expert: Any, linear: str, kind: str, number: int, middle: int) -> Slice:
+    owner = expert._owner[0]
+    turned = owner.is_transposed and kind == "weight"
+    ending = "_bias" if kind == "bias" else ""
+    if linear == "down_proj" or not owner.has_gate:
+        return Slice(f"{linear}{ending}", number, None, turned)
+    first = linear == "gate_proj"
+    if owner.is_concatenated:
+        rows = slice(0, middle) if first else slice(middle, None)
+    else:
+        rows = slice(0 if first else 1, None, 2)
+    return Slice(f"gate_up_proj{ending}", number, rows, turned)
+
+
+def is_stack(module: nn.Module) -> bool:
+    """Whether a module holds experts by transformers' protocol, and nothing else."""
+    held = {name for name, _ in module.named_parameters()}
+    return all(hasattr(module, name) for name in PROTOCOL) and "down_proj" in held and held <= STACKS
+
+
+def unstack_experts(module: nn.Module) -> list[str]:
+    """Put an `ExpertList` in the place of all stacked experts in a module; the names of these.
+
+    Weights go with them, unless the module has none (the meta device).
+    """
+    names = [name for name, inner in module.named_modules() if is_stack(inner)]
+    for name in names:
+        module.set_submodule(name, _unstacked(module.get_submodule(name)))
+    return names
+
+
+def _unstacked(owner: Any) -> ExpertList:
+    down = owner.down_proj
+    experts = ExpertList(Expert(owner, down.dtype, down.device) for _ in range(len(down)))
+    parameters = dict(experts.named_parameters())
+    if not down.is_meta:
+        with torch.no_grad():
+            for name, part in experts.slices():
+                parameters[name].copy_(part.of(getattr(owner, part.stack)[part.entry]))
+    owner._parameters.clear()
+    return experts
 
 
 def expert_outputs(experts: ExpertList, inputs: Tensor) -> Tensor:

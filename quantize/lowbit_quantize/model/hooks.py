@@ -1,5 +1,6 @@
 """Where a layer is looked into while it runs: what its modules read, its attention, and its KV cache."""
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import eager_mask, sdpa_mask
 
 from lowbit_quantize.model.architecture import Architecture
 
@@ -19,7 +20,7 @@ InputObservers = Mapping[str, Callable[[Tensor], None]]
 # Called with query and key, (batch, heads, tokens, head_dim), the mask and the factor of the logits.
 AttentionObserver = Callable[[Tensor, Tensor, Tensor | None, float], None]
 
-ATTENTION = "lowbit_sdpa"
+ATTENTION, EAGER_ATTENTION = "lowbit_sdpa", "lowbit_eager"
 _attention_observer: ContextVar[AttentionObserver | None] = ContextVar("attention_observer", default=None)
 
 
@@ -73,20 +74,38 @@ def attention_observed_by(observer: AttentionObserver) -> Iterator[None]:
         _attention_observer.reset(token)
 
 
-def register_attention() -> str:
-    """Make the name under which transformers finds attention that can be observed; returns it."""
+def register_attention(*, eager: bool = False) -> str:
+    """Make the name under which transformers finds attention that can be observed; returns it.
+
+    `eager` is for families whose attention torch's `sdpa` does not compute (sinks, say).
+    """
     AttentionInterface.register(ATTENTION, _observable_attention)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-    return ATTENTION
+    AttentionInterface.register(EAGER_ATTENTION, _observable_eager_attention)
+    AttentionMaskInterface.register(EAGER_ATTENTION, eager_mask)
+    return EAGER_ATTENTION if eager else ATTENTION
 
 
 def _observable_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **arguments: Any
 ) -> Any:
     """transformers' own `sdpa`, seen by the observer of the moment."""
+    _observe_attention(query, key, mask, arguments)
+    return sdpa_attention_forward(module, query, key, value, mask, **arguments)
+
+
+def _observable_eager_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **arguments: Any
+) -> Any:
+    """The family's own attention, which its file has beside the module, seen in the same way."""
+    _observe_attention(query, key, mask, arguments)
+    own = sys.modules[type(module).__module__].eager_attention_forward
+    return own(module, query, key, value, mask, **arguments)
+
+
+def _observe_attention(query: Tensor, key: Tensor, mask: Tensor | None, arguments: Mapping[str, Any]) -> None:
     if observer := _attention_observer.get():
         observer(query, key, mask, arguments.get("scaling") or query.shape[-1] ** -0.5)
-    return sdpa_attention_forward(module, query, key, value, mask, **arguments)
 
 
 @contextmanager

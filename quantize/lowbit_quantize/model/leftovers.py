@@ -2,7 +2,7 @@
 
 A parameter inside of the model that its configuration does not ask for means that one of the two is wrong, and the
 model that transformers opens is not the one that was meant. What lies outside (draft layers, picture towers, heads
-for rewards) is no business of the walk and stays what it was.
+for rewards) is no business of the walk and stays what it was, whether or not transformers knows it.
 """
 
 import fnmatch
@@ -15,7 +15,10 @@ from torch import nn
 
 from lowbit_core.errors import ModelError
 from lowbit_quantize.model.architecture import Architecture
-from lowbit_quantize.model.base_weights import BaseWeights, Place
+from lowbit_quantize.model.base_weights import BaseWeights
+from lowbit_quantize.model.places import Place
+from lowbit_quantize.model.published_names import PublishedNames
+from lowbit_quantize.model.skeleton import text_config, text_modules
 
 BUFFERS = re.compile(
     r".*\.(rotary_emb\.(inv_freq|cos_cached|sin_cached)|masked_bias|attn\.bias|position_ids)"
@@ -44,17 +47,25 @@ class Leftovers:
 class _Model:
     name: str
     architecture: Architecture
-    config: Any
+    config: Any  # of the decoder
+    names: PublishedNames
     ignored: tuple[str, ...]  # patterns of names that transformers' class knows and does not read
-    modules: frozenset[str]
+    modules: frozenset[str]  # of the decoder
 
     @property
     def depth(self) -> int:
         return int(self.config.num_hidden_layers)
 
     def layer_of(self, published: str) -> int | None:
-        found = re.match(rf"{re.escape(self.architecture.layers)}\.(\d+)\.", published)
+        layers = re.escape(self.architecture.layers)
+        found = re.match(rf"{layers}\.(\d+)\.", self.names.inner_name(published))
         return int(found[1]) if found else None
+
+    def is_inside(self, published: str) -> bool:
+        """Whether a tensor lies in a module of the decoder, which does not ask for it."""
+        if self.names.claims(published):
+            return False  # a tower's, or a second copy
+        return self.names.inner_name(published).rpartition(".")[0] in self.modules
 
     def is_draft(self, published: str, layer: int) -> bool:
         """Whether a layer beyond the last one is a draft layer that this model is known to publish."""
@@ -70,13 +81,13 @@ def leftovers(
 
     Raises ModelError where a tensor lies inside of the model and is not asked for, and on a pattern that names nothing.
     """
-    published_modules = (architecture.published_name(f"{inner}.") for inner, _ in skeleton.named_modules())
     model = _Model(
         name,
         architecture,
-        getattr(skeleton, "config"),  # noqa: B009 (nn.Module's getattr is typed as Module)
+        text_config(getattr(skeleton, "config")),  # noqa: B009 (nn.Module's getattr is typed as Module)
+        weights.wanted.names,
         tuple(getattr(skeleton, "_keys_to_ignore_on_load_unexpected", None) or ()),
-        frozenset(module.rstrip(".") for module in published_modules),
+        text_modules(skeleton, architecture),
     )
     found, used = Leftovers(left_out=dict.fromkeys(sorted(weights.scales_gone), SCALE)), set()
     for published, place in weights.unclaimed():
@@ -113,8 +124,8 @@ def _refuse_inside(model: _Model, stored: str, published: str) -> None:
             f"{model.name} holds {stored}, and its configuration has {model.depth} layers and no draft layer; set "
             f"num_hidden_layers right, or leave the rest out: --leave-out '{model.architecture.layers}.{layer}.*'"
         )
-    owner, everywhere = published.rpartition(".")[0], re.sub(r"\.\d+\.", ".*.", stored)
-    if layer is not None or owner in model.modules:
+    everywhere = re.sub(r"\.\d+\.", ".*.", stored)
+    if layer is not None or model.is_inside(published):
         raise ModelError(
             f"{model.name} holds {stored}, which its configuration does not ask for, so that another model would come "
             f"out; set its config.json right (attention_bias, say), or leave it out: --leave-out '{everywhere}'"

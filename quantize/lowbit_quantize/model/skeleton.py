@@ -1,10 +1,15 @@
-"""The model without weights: parameters on the meta device, computed buffers real, experts as plain linears."""
+"""The model without weights: parameters on the meta device, computed buffers real, experts as plain linears.
 
+A model that reads pictures or sounds too is built whole, by its own class; its decoder is what is walked, on text.
+"""
+
+import copy
 from typing import Any
 
+import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from lowbit_core.errors import ModelError
 from lowbit_quantize.model.architecture import Architecture
@@ -12,23 +17,45 @@ from lowbit_quantize.model.experts import unstack_experts
 from lowbit_quantize.model.hooks import register_attention
 from lowbit_quantize.model.reference import ModelReference
 
+HALF = (torch.bfloat16, torch.float16)
+
+
+def text_config(config: Any) -> Any:
+    """The configuration of the decoder: the whole one, or its part where a model reads more than text."""
+    return config.get_text_config(decoder=True)
+
+
+def is_wrapper(config: Any) -> bool:
+    """Whether a model reads more than text."""
+    return text_config(config) is not config
+
+
+def model_class(config: Any) -> Any:
+    """transformers' class for a configuration; raises ModelError where it has none that gives next tokens."""
+    kinds = [MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING] if is_wrapper(config) else []
+    for kind in (*kinds, MODEL_FOR_CAUSAL_LM_MAPPING):
+        if type(config) in kind:
+            return kind[type(config)]
+    raise ModelError(f"transformers has no model for {type(config).__name__} that gives next tokens")
+
 
 def build_skeleton(config: Any, architecture: Architecture) -> nn.Module:
-    """The model of a transformers configuration."""
+    """The model of a transformers configuration, in the half precision that it names, bfloat16 where it names none."""
+    found = model_class(config)
+    dtype = config.dtype if config.dtype in HALF else torch.bfloat16
     with init_empty_weights(include_buffers=False):
-        model: nn.Module = AutoModelForCausalLM.from_config(
-            config, attn_implementation=register_attention(), trust_remote_code=False
+        model: nn.Module = found._from_config(
+            copy.deepcopy(config),
+            dtype=dtype,
+            attn_implementation=register_attention(eager=not found._supports_sdpa),
         )
-    layers: Any = model.get_submodule(architecture.layers)
-    for layer in layers:
-        if architecture.has_experts(layer):
-            unstack_experts(layer, architecture.experts)
+    unstack_experts(model.get_submodule(architecture.layers))
     return model.eval()
 
 
 def skeleton_of(reference: ModelReference, architecture: Architecture) -> nn.Module:
     """The model of a reference; raises ModelError where its configuration makes none."""
-    if getattr(reference.config, "final_logit_softcapping", None) is not None:
+    if getattr(text_config(reference.config), "final_logit_softcapping", None) is not None:
         raise ModelError(
             f"{reference.name} caps its logits (final_logit_softcapping), which is not supported"
         )
@@ -38,3 +65,28 @@ def skeleton_of(reference: ModelReference, architecture: Architecture) -> nn.Mod
         raise ModelError(
             f"{reference.name}: no model can be built from its configuration: {error!r}"
         ) from error
+
+
+def is_tied(skeleton: nn.Module, architecture: Architecture) -> bool:
+    """Whether the embedding is the head."""
+    return f"{architecture.head}.weight" in getattr(skeleton, "all_tied_weights_keys", {})
+
+
+def text_modules(skeleton: nn.Module, architecture: Architecture) -> frozenset[str]:
+    """Names of the modules that make up the decoder and its head; towers and projectors are none of them."""
+    decoder = architecture.layers.rpartition(".")[0]
+    names = {
+        name
+        for name, _ in skeleton.named_modules()
+        if name in (decoder, architecture.head) or name.startswith((f"{decoder}.", f"{architecture.head}."))
+    }
+    whole = not is_wrapper(getattr(skeleton, "config"))  # noqa: B009 (nn.Module's getattr is typed as Module)
+    return frozenset(names | ({""} if whole else set()))
+
+
+def text_tensors(skeleton: nn.Module, architecture: Architecture) -> frozenset[str]:
+    """Names of the tensors that the decoder and its head have."""
+    modules = text_modules(skeleton, architecture)
+    return frozenset(
+        name for name in skeleton.state_dict() if "" in modules or name.rpartition(".")[0] in modules
+    )

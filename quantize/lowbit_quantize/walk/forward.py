@@ -180,29 +180,31 @@ class Walk:
         return norm, quantize_head(norm, head, entry, states, offset, fold=self.work.fold_head)
 
     def _write_head(self, norm: nn.Module, found: QuantizedHead) -> HeadRecord:
-        architecture, entry = self.decoder.architecture, self._head_entry
+        architecture, entry, names = self.decoder.architecture, self._head_entry, self.decoder.names
         assert entry is not None
         tensors = {f"{architecture.head}.{key}": value for key, value in found.tensors.items()}
         behind = {f"{architecture.final_norm}.{key}": value for key, value in norm.state_dict().items()}
         return HeadRecord(
-            shard=self.writer.write_shard(behind | tensors),
-            module=_record(architecture.head, entry, found),
+            shard=self.writer.write_shard(names.publish(behind | tensors)),
+            module=_record(names.published(architecture.head), entry, found),
             packed_bytes=sum(tensor.nbytes for tensor in found.tensors.values()),
             quantized_parameters=found.weight.numel(),
         )
 
     def _write(self, layer: nn.Module, index: int, result: LayerResult) -> None:
-        name, published = self.decoder.layer_name(index), self.decoder.architecture.published_name
+        name, names = self.decoder.layer_name(index), self.decoder.names
         packed = {linear: one.quantized.tensors() for linear, one in result.linears.items()}
         tensors = layer_tensors(layer, packed, self.decoder.architecture.attention, result.kv_scales)
-        shard = self.writer.write_shard({published(f"{name}.{key}"): value for key, value in tensors.items()})
+        shard = self.writer.write_shard(
+            names.publish({f"{name}.{key}": value for key, value in tensors.items()})
+        )
         entries = self.work.modules
         self.journal.finish(
             LayerRecord(
                 layer=index,
                 shard=shard,
                 modules=[
-                    _record(published(f"{name}.{linear}"), entries[f"{name}.{linear}"], one)
+                    _record(names.published(f"{name}.{linear}"), entries[f"{name}.{linear}"], one)
                     for linear, one in result.linears.items()
                 ],
                 kv_scales=KVLayerRecord(layer=index, **asdict(result.kv_scales))

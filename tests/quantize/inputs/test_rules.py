@@ -26,7 +26,7 @@ def plan_of(model: Path, *rules: dict[str, Any], **sections: Any) -> Plan:
 def entries(plan: Plan) -> dict[str, Entry]:
     """Scheme, group size and methods by published name."""
     return {
-        plan.architecture.published_name(name): (
+        plan.names.published(name): (
             entry.scheme.name,
             entry.scheme.group_size,
             tuple(method.name for method in entry.methods),

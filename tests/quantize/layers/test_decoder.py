@@ -7,10 +7,12 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from lowbit_quantize.model.base_weights import BaseWeights, wanted_of
 from lowbit_quantize.model.decoder import Decoder
 from lowbit_quantize.model.families import architecture_of
 from lowbit_quantize.model.hooks import inputs_of, without_attention
 from lowbit_quantize.model.reference import find_model
+from lowbit_quantize.model.skeleton import build_skeleton
 from lowbit_quantize.model.weights import WeightFiles
 from lowbit_quantize.schemes.kv_cache import FP8_MAX, KVScales, scale_of
 from lowbit_quantize.statistics.hessian import Hessian
@@ -20,7 +22,9 @@ from lowbit_quantize.statistics.kv_absmax import KVAbsmax
 def decoder_of(directory: Path) -> Decoder:
     reference = find_model(str(directory))
     architecture = architecture_of(reference.model_type, reference.name)
-    return Decoder(reference.config, architecture, WeightFiles(reference.path), torch.device("cpu"))
+    skeleton = build_skeleton(reference.config, architecture)
+    weights = BaseWeights(WeightFiles(reference.path), wanted_of(skeleton, architecture), None)
+    return Decoder(reference.config, architecture, weights, torch.device("cpu"), skeleton)
 
 
 def token_ids(sequences: int = 6, tokens: int = 96) -> torch.Tensor:

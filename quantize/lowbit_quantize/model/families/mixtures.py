@@ -33,17 +33,7 @@ FAMILIES = (
         fused=_GATE_UP,
     ),
     Architecture("olmoe", groups=attention() + _experts(), moe_block="mlp"),
-    Architecture(
-        "mixtral",
-        groups=attention() + _experts(),
-        moe_block="mlp",
-        published=(
-            (".mlp.", ".block_sparse_moe."),
-            (".gate_proj", ".w1"),
-            (".down_proj", ".w2"),
-            (".up_proj", ".w3"),
-        ),
-    ),
+    Architecture("mixtral", groups=attention() + _experts(), moe_block="mlp"),
     Architecture(
         "deepseek_v2",
         groups=_LATENT_ATTENTION + GATED + _experts("shared_experts"),
