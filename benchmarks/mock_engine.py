@@ -164,7 +164,7 @@ def known_parsers() -> dict[str, list[str]]:
     return {"--tool-call-parser": [], "--reasoning-parser": []}
 
 
-def runs_quantized_experts(bits: int, group_size: int) -> bool:
+def runs_quantized_experts(bits: int, group_size: int, rounded: str = "none") -> bool:
     return True
 
 

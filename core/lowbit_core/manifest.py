@@ -128,6 +128,20 @@ class ExpertsRecord(_Record):
     under_calibrated: list[UnderCalibratedExpert]
 
 
+class UnopenedRecord(_Record):
+    """Linears that plain transformers does not open, of which `example` is the first; `reader` has unpacked each."""
+
+    scheme: str
+    linears: int
+    example: str
+    reader: str
+
+    def __str__(self) -> str:
+        return (
+            f"does not open {self.linears} linears in {self.scheme} ({self.example}, …); {self.reader} does"
+        )
+
+
 class TextRecord(_Record):
     """A tokenized text: what it was and a hash of the exact token ids."""
 
@@ -214,6 +228,8 @@ class ExportRecord(_Record):
 class Manifest(_Record):
     """The whole manifest; `unquantized` names the decoder's linears that stay as they are.
 
+    `unopened` is empty where plain transformers has opened all of the checkpoint.
+
     `figures` are what passes have measured of each layer, by their names.
     """
 
@@ -224,6 +240,7 @@ class Manifest(_Record):
     size: SizeRecord
     modules: list[ModuleRecord]
     unquantized: list[str] = []
+    unopened: list[UnopenedRecord] = []
     kv_cache: KVCacheRecord | None
     experts: ExpertsRecord | None = None
     trial: TrialRecord | None = None

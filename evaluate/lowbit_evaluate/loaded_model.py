@@ -5,9 +5,11 @@ compressed-tensors package would do this itself, but it rounds the scales to bfl
 Inputs that engines round are rounded too (rounded_inputs.py).
 """
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from lowbit_core.errors import ModelError
 from lowbit_core.manifest import Manifest, read_manifest, verify_files
+from lowbit_evaluate.rounded_experts import RoundedExperts, rounded_experts
 from lowbit_evaluate.rounded_inputs import round_inputs
 from lowbit_quantize.model.architecture import Architecture
 from lowbit_quantize.model.families import architecture_of
@@ -78,9 +81,14 @@ def load_model(
     architecture, manifest = check_loadable(reference), checkpoint_manifest(reference)
     fetch_weights(reference)
     scales = _scales(reference, architecture, manifest) if fp8_cache else {}
-    model = _load(reference, dtype or _served_dtype(reference)).to(device).eval()
+    experts = None
+    if reference.kind == "directory" and architecture.moe_block:
+        experts = rounded_experts(reference.path, quantization_of(reference))
+    model = _load(reference, dtype or _served_dtype(reference), experts).to(device).eval()
     _round_caches(model, architecture, scales)
     round_inputs(model)
+    if experts:
+        experts.put_into(model, architecture, PublishedNames(skeleton_of(reference, architecture)))
     with torch.no_grad():  # compressed-tensors unpacks when the model as a whole is first called
         model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=False)
     return LoadedModel(reference.name, model, reference.tokenizer(), scales)
@@ -126,17 +134,19 @@ def quantization_of(reference: ModelReference) -> dict[str, Any]:
     return found if isinstance(found, dict) else dict(found.to_dict())
 
 
-def _load(reference: ModelReference, dtype: torch.dtype) -> Any:
+def _load(reference: ModelReference, dtype: torch.dtype, experts: RoundedExperts | None) -> Any:
     disable_progress_bar()  # ours is enough
     if reference.kind == "gguf" and _only_we_read(reference):
         return _load_parts(reference, dtype)
     options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, "trust_remote_code": False}
-    place = reference.path
+    place: Path | None = reference.path
     if reference.kind == "gguf":
         place, file = reference.path.parent, reference.path.name
         options |= {"gguf_file": file, "quantization_config": GgufConfig(gguf_file=file, dequantize=True)}
     else:
         options |= {"local_files_only": True, "attn_implementation": "sdpa"}
+    if experts:
+        place, options = None, _with_experts(reference, dtype, experts, options)
     try:
         model, info = model_class(reference.config).from_pretrained(place, **options)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
@@ -144,6 +154,17 @@ def _load(reference: ModelReference, dtype: torch.dtype) -> Any:
     if missing := sorted(info["missing_keys"]):
         raise ModelError(f"{reference.name} lacks {len(missing)} tensors, the first is {missing[0]}")
     return model
+
+
+def _with_experts(
+    reference: ModelReference, dtype: torch.dtype, experts: RoundedExperts, options: dict[str, Any]
+) -> dict[str, Any]:
+    """What a class is given that opens tensors which were read already."""
+    config = copy.deepcopy(reference.config)
+    config.quantization_config = experts.plain
+    unused = ("trust_remote_code", "local_files_only")
+    options = {key: value for key, value in options.items() if key not in unused}
+    return options | {"config": config, "state_dict": experts.state(dtype)}
 
 
 def _only_we_read(reference: ModelReference) -> bool:

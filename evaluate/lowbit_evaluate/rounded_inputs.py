@@ -5,6 +5,7 @@ where vLLM's is absmax / 127. So each such linear is replaced before it is unpac
 rounds in another way (FP8 in blocks, 4-bit floats, zero points) is left to compressed-tensors, with a warning.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def round_inputs(model: Any) -> int:
         if isinstance(module, nn.Linear)  # attention has a scheme of its own, for the cache
         and getattr(getattr(module, "quantization_scheme", None), "input_activations", None)
     ]
-    known = [(name, module) for name, module in found if _is_known(module.quantization_scheme)]
+    known = [(name, module) for name, module in found if is_known(module.quantization_scheme)]
     for name, module in known:
         model.set_submodule(name, _rounding(module))
     if len(known) < len(found):
@@ -40,10 +41,12 @@ def round_inputs(model: Any) -> int:
     return len(known)
 
 
-def _is_known(scheme: Any) -> bool:
+def is_known(scheme: Any) -> bool:
+    """Whether a scheme of compressed-tensors rounds inputs in a way that is computed here."""
     weights, inputs = scheme.weights, scheme.input_activations
     if (
-        not inputs.symmetric
+        inputs is None
+        or not inputs.symmetric
         or inputs.type != weights.type
         or not inputs.num_bits == weights.num_bits == EIGHT
     ):
@@ -53,11 +56,15 @@ def _is_known(scheme: Any) -> bool:
     )
 
 
+def rounding_linear(linear: nn.Linear, scheme: Any, parts: Mapping[str, Tensor]) -> RoundingLinear:
+    """What takes the place of a linear that is stored in such a scheme, as `parts`."""
+    inputs = scheme.input_activations
+    scale: Tensor = parts["weight_scale"].float().view(-1, 1).expand(linear.out_features, 1)
+    static = None if inputs.dynamic else float(parts["input_scale"])
+    quantizer = InputQuantizer(GRIDS[inputs.type], not inputs.dynamic)
+    return RoundingLinear(linear, parts["weight"].to(torch.bfloat16), scale, quantizer, static)
+
+
 def _rounding(linear: Any) -> RoundingLinear:
-    inputs = linear.quantization_scheme.input_activations
-    scale: Tensor = linear.weight_scale.detach().float().view(-1, 1).expand(linear.out_features, 1)
-    static = None if inputs.dynamic else float(linear.input_scale.detach())
-    codes = linear.weight.detach().to(torch.bfloat16)
-    return RoundingLinear(
-        linear, codes, scale, InputQuantizer(GRIDS[inputs.type], not inputs.dynamic), static
-    )
+    parts = {name: tensor.detach() for name, tensor in linear.state_dict().items()}
+    return rounding_linear(linear, linear.quantization_scheme, parts)

@@ -26,6 +26,7 @@ from lowbit_quantize.model.skeleton import is_tied, skeleton_of, text_config
 from lowbit_quantize.pass_list import make_passes
 from lowbit_quantize.recipe import QUANTIZE, KVCache, Recipe
 from lowbit_quantize.rules import Wanted, resolve
+from lowbit_quantize.schemes.scheme import Scheme
 from lowbit_quantize.walk.baselines import baseline_sequences
 from lowbit_quantize.walk.layer import Pass
 from lowbit_quantize.walk.module_plan import ModulePlan, Modules
@@ -124,6 +125,15 @@ class Plan:
         """Parameters of the base model; tied ones count once."""
         tied = f"{self.architecture.head}.weight" if self.tied else ""
         return sum(p.numel() for name, p in self.skeleton.named_parameters() if name != tied)
+
+    @cached_property
+    def unopened(self) -> dict[str, Scheme]:
+        """Published names of the linears that plain transformers does not open, with what they are stored in."""
+        return {
+            self.names.published(name): entry.scheme
+            for name, entry in self.modules.items()
+            if self.architecture.in_experts(name) and not entry.scheme.experts.opened and self.stays(name)
+        }
 
     @cached_property
     def unquantized_linears(self) -> tuple[str, ...]:
@@ -280,10 +290,10 @@ def _check_experts(
     architecture: Architecture,
     published: Mapping[str, str],
 ) -> None:
-    """All layers' routed experts share one entry, because transformers opens no other, and a symmetric one."""
+    """All layers' routed experts share one entry, because transformers opens no other, that engines run."""
     if not architecture.moe_block:
         return
-    experts = [name for name in linears if f".{architecture.experts}." in name]
+    experts = [name for name in linears if architecture.in_experts(name)]
     entries = dict.fromkeys(modules.get(name) for name in experts)
     if len(entries) > 1:
         other = next(name for name in experts if modules.get(name) != modules.get(experts[0]))
@@ -292,17 +302,11 @@ def _check_experts(
             "all layers by one scheme; give one rule for all of them: {match: '*.experts.*', …}"
         )
     entry = next(iter(entries), None)
-    if entry is not None and entry.scheme.input_quantizer is not None:
+    misfit = None if entry is None else entry.scheme.experts.misfit
+    if entry is not None and misfit is not None:
         raise RecipeError(
-            f"modules: {entry.scheme.name} rounds what routed experts ({published[experts[0]]}) read, which no reader "
-            "of checkpoints computes (transformers opens int8 experts not at all); give them another scheme: "
-            "{match: '*.experts.*', scheme: W4A16} or none"
-        )
-    if entry is not None and not entry.scheme.symmetric:
-        raise RecipeError(
-            f"modules: engines run quantized experts ({published[experts[0]]}) in symmetric schemes only, "
-            f"not {entry.scheme.name}; give another, or leave experts as they are: "
-            "{match: '*.experts.*', scheme: none}"
+            f"modules: {entry.scheme.name} does not fit routed experts ({published[experts[0]]}): {misfit}; give them "
+            "W4A16, W8A8 or FP8_DYNAMIC, or leave them as they are: {match: '*.experts.*', scheme: none}"
         )
 
 

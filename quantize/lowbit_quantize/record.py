@@ -18,6 +18,7 @@ from lowbit_core.manifest import (
     UnderCalibratedExpert,
     record_files,
 )
+from lowbit_quantize.check.unopened import unopened_records
 from lowbit_quantize.check.weights import Base
 from lowbit_quantize.passes.prune_experts import PruneExperts
 from lowbit_quantize.plan import Plan
@@ -82,6 +83,7 @@ def manifest_of(
         modules=[module for record in walk.layers for module in record.modules]
         + ([walk.head.module] if walk.head else []),
         unquantized=list(plan.unquantized_linears),
+        unopened=unopened_records(plan),
         kv_cache=_kv_cache(walk.layers),
         experts=_experts(plan, walk.layers),
         trial=_trial(plan, run),

@@ -2,9 +2,11 @@
 
 import importlib
 import inspect
+import platform
 from importlib.util import find_spec
 
 import pytest
+import torch
 from fastapi import FastAPI
 from tests.contract.vllm_needs import ATTRIBUTES, MAKE_ARG_PARSER, PARAMETERS, SYMBOLS
 
@@ -122,4 +124,7 @@ def test_this_machine_is_asked_for_expert_kernels_as_vllm_asks_it() -> None:
     assert callable(cpu)
     assert runs(4, 64) in (True, False)
     if cpu():
-        assert not runs(8, 64)  # vLLM has no kernel for 8-bit experts on a CPU
+        assert not runs(8, 64)  # vLLM has no kernel for experts of 8 bits and plain inputs on a CPU
+        assert not runs(8, -1, "float")  # nor for FP8 ones with a scale a channel
+        if platform.machine() == "x86_64" and find_spec("zentorch") is None:
+            assert runs(8, -1, "int") is torch.cpu._is_amx_tile_supported()

@@ -13,8 +13,10 @@ from rich.console import Group
 from rich.table import Table
 
 from lowbit_core.cpu_speeds import KernelSpeed, instructions, of_kernels
+from lowbit_core.manifest import UnopenedRecord
 from lowbit_quantize.check import forecast
 from lowbit_quantize.check.sharding import PARALLEL_SIZES, obstacles
+from lowbit_quantize.check.unopened import unopened_records
 from lowbit_quantize.check.weights import checked_base, stored_weights
 from lowbit_quantize.model.reference import find_model
 from lowbit_quantize.plan import Plan, make_plan
@@ -57,6 +59,7 @@ def dry_run(
         "memory_bound_bytes": forecast.memory_bound_bytes(plan, streams),
         "gpu_memory_gib": gpu_memory_gib,
         "experts": plan.experts,
+        "unopened": [record.model_dump() for record in unopened_records(plan)],
         "schemes": _schemes(plan),
         "tensor_parallel": [_serving(plan, size, gpu_memory_gib) for size in PARALLEL_SIZES],
     }
@@ -88,6 +91,7 @@ def _serving(plan: Plan, size: int, gpu_memory_gib: float) -> dict[str, Any]:
 def _schemes(plan: Plan) -> list[dict[str, Any]]:
     """Of each scheme: how many linears have it, where it runs, and how fast on processors like this one."""
     counts = Counter(entry.scheme for entry in plan.modules.values())
+    of_experts = {entry.scheme for name, entry in plan.modules.items() if plan.architecture.in_experts(name)}
     here = instructions()
     return [
         {
@@ -95,6 +99,7 @@ def _schemes(plan: Plan) -> list[dict[str, Any]]:
             "linears": count,
             "gpus": scheme.gpus,
             "cpu": not scheme.obstacles("cpu"),
+            "experts": scheme.experts.processors if scheme in of_experts else None,
             "measured_here": [asdict(row) for row in of_kernels(scheme.cpu_kernels, here)],
         }
         for scheme, count in counts.items()
@@ -105,6 +110,8 @@ def _scheme_rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for found in report["schemes"]:
         cpus = "CPUs; " if found["cpu"] else "no CPU; "
         yield found["scheme"], f"{found['linears']} linears; runs on {cpus}GPUs: {found['gpus']}"
+        if found["experts"]:
+            yield f"{found['scheme']} experts", f"run on {found['experts']}"
         for row in found["measured_here"] if found["cpu"] else ():
             yield f"{found['scheme']} on this CPU", KernelSpeed(**row).in_words()
 
@@ -117,7 +124,8 @@ def table(report: dict[str, Any]) -> Group:
     facts.add_row("memory of the run", f"below {report['memory_bound_bytes'] / GIB:.2f} GiB")
     if report["experts"]:
         facts.add_row("experts a layer", str(report["experts"]))
-        facts.add_row("experts on a CPU", "need AMX, or zentorch on AMD")
+    for record in report["unopened"]:
+        facts.add_row("plain transformers", str(UnopenedRecord(**record)))
     for name, words in _scheme_rows(report):
         facts.add_row(name, words)
     serving = Table(

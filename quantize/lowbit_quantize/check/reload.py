@@ -2,13 +2,14 @@
 
 transformers loads a model whose tensors are on the meta device: it makes the model of the configuration, renames,
 unpacks and stacks as it would for a reader, and says which names are missing, too many or of another shape. Nothing is
-read but headers. The tokenizer must answer as the base's does.
+read but headers. What it does not open (int8 experts) is opened by another reader (unopened.py); transformers is then
+given the same linears unquantized. The tokenizer must answer as the base's does.
 """
 
 import io
 import json
 import logging
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
 from lowbit_core.errors import NumericsError
+from lowbit_quantize.check.unopened import unpacking_problem
 from lowbit_quantize.model.skeleton import model_class
+from lowbit_quantize.model.unopened_experts import without_linears
 from lowbit_quantize.model.weights import INDEX_NAME
 from lowbit_quantize.quality.dataset import TokenText
+from lowbit_quantize.run.journal import UnopenedLinear
 
 DTYPES = {
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "I64": torch.int64,
@@ -51,19 +55,31 @@ def answers_of(tokenizer: Any, text: TokenText) -> TokenizerAnswers:
 
 
 def check_reload(
-    out: Path, carried: Collection[str], base: TokenizerAnswers, *, trust_remote_code: bool
+    out: Path,
+    carried: Collection[str],
+    base: TokenizerAnswers,
+    unopened: Mapping[str, UnopenedLinear],
+    *,
+    trust_remote_code: bool,
 ) -> None:
-    """Raises NumericsError where plain transformers would open another model or tokenizer than was measured."""
+    """Raises NumericsError where readers would open another model or tokenizer than was measured.
+
+    `unopened` are the linears that plain transformers does not open, by their published names.
+    """
     with _quiet():
-        problem = _names_problem(out, carried)
+        problem = _names_problem(out, carried, unopened)
+        problem = problem or (unpacking_problem(out, unopened) if unopened else None)
         problem = problem or _tokenizer_problem(out, base, trust_remote_code)
     if problem:
         raise NumericsError(f"the checkpoint in {out} is not what was measured: {problem}; {AGAIN}")
 
 
-def _names_problem(out: Path, carried: Collection[str]) -> str | None:
+def _names_problem(out: Path, carried: Collection[str], unopened: Mapping[str, UnopenedLinear]) -> str | None:
     config = AutoConfig.from_pretrained(out, local_files_only=True, trust_remote_code=False)
     tensors = {name: tensor for name, tensor in _headers(out) if name not in carried}
+    if unopened:
+        config.quantization_config = without_linears(config.quantization_config, unopened.keys())
+        tensors = _unquantized(tensors, unopened, config.dtype)
     try:
         model, found = model_class(config).from_pretrained(
             None,
@@ -82,6 +98,17 @@ def _names_problem(out: Path, carried: Collection[str]) -> str | None:
         if names:
             return f"{len(names)} {kind.replace('_', ' ')}, the first is {names[0]}"
     return None
+
+
+def _unquantized(
+    tensors: Mapping[str, Tensor], linears: Mapping[str, UnopenedLinear], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The same tensors, where these linears are stored as plain weights."""
+    plain = {
+        f"{name}.weight": torch.empty(linear.shape, dtype=dtype, device="meta")
+        for name, linear in linears.items()
+    }
+    return {n: tensor for n, tensor in tensors.items() if n.rpartition(".")[0] not in linears} | plain
 
 
 def _headers(out: Path) -> Iterator[tuple[str, Tensor]]:

@@ -17,8 +17,6 @@ from lowbit_quantize.plan import Plan, decoder_layers
 from lowbit_quantize.schemes.scheme import Kernel, Scheme
 
 PARALLEL_SIZES = (1, 2, 4, 8)
-EXPERTS_HIDDEN_MULTIPLE = 128
-EXPERTS_MIDDLE_MULTIPLE = 64
 SPLITS_INPUTS = ("o_proj", "down_proj")
 VOCABULARY_MULTIPLE = 64  # that engines fill the head's outputs up to
 WHOLE = ("q_a_proj", "kv_a_proj_with_mqa")  # what makes a latent is on every rank
@@ -123,15 +121,7 @@ def _shard_obstacles(shard: Shard, kernel: Kernel) -> Iterator[str]:
         yield f"{shard.name}: its {'outputs' if shard.outputs == 1 else 'inputs'} do not divide"
     elif shard.inputs % multiple or shard.outputs % multiple:
         yield f"{shard.name}: {shard.outputs} x {shard.inputs} on a rank are no multiples of {multiple}"
-    elif kernel == "gpu" and shard.expert:
-        yield from _expert_obstacles(shard)
-
-
-def _expert_obstacles(shard: Shard) -> Iterator[str]:
-    gates = not shard.name.endswith(SPLITS_INPUTS)
-    hidden, middle = (shard.inputs, shard.outputs // 2) if gates else (shard.outputs, shard.inputs)
-    multiple = max(EXPERTS_MIDDLE_MULTIPLE, shard.scheme.group_size or 0)
-    if hidden % EXPERTS_HIDDEN_MULTIPLE:
-        yield f"{shard.name}: Marlin's experts need hidden sizes of {EXPERTS_HIDDEN_MULTIPLE}s, not {hidden}"
-    if middle % multiple:
-        yield f"{shard.name}: Marlin's experts need middle channels of {multiple}s on a rank, not {middle}"
+    elif shard.expert:
+        gates = not shard.name.endswith(SPLITS_INPUTS)
+        hidden, middle = (shard.inputs, shard.outputs // 2) if gates else (shard.outputs, shard.inputs)
+        yield from (f"{shard.name}: {why}" for why in shard.scheme.expert_obstacles(kernel, hidden, middle))

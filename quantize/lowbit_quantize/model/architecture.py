@@ -76,14 +76,18 @@ class Architecture:
 
     def is_expert(self, group: LinearGroup) -> bool:
         """Whether the group belongs to a routed expert."""
-        return bool(self.moe_block) and group.linears[0].startswith(f"{self.experts}.")
+        return self.in_experts(group.linears[0])
+
+    def in_experts(self, name: str) -> bool:
+        """Whether a linear is a routed expert's, by its name in the model or within a decoder layer."""
+        return bool(self.moe_block) and f".{self.experts}." in f".{name}"
 
     def engine_names(self, name: str, published: str) -> tuple[str, ...]:
         """The names of a linear in quantization configurations: its published one, that of the joint matrix that it
         begins where an engine's own table of these is not enough, and transformers' own where that is another; routed
         experts have the published one only.
         """
-        if self.moe_block and f".{self.experts}." in name:
+        if self.in_experts(name):
             return (published,)
         joint = [
             f"{published.removesuffix(one)}{other}" for one, other in self.fused if name.endswith(f".{one}")

@@ -32,6 +32,13 @@ class ShardRecord(_Record):
     tensor_bytes: int
 
 
+class UnopenedLinear(_Record):
+    """A linear that plain transformers does not open: its shape, and some numbers of the weight that was measured."""
+
+    shape: tuple[int, int]
+    sample: list[float]
+
+
 class LayerRecord(_Record):
     """What the manifest and the rest of the walk need to know of a finished layer.
 
@@ -49,6 +56,7 @@ class LayerRecord(_Record):
     quantized_parameters: int
     base_files: list[str]
     streams: FileRecord
+    unopened: dict[str, UnopenedLinear] = {}
 
 
 class HeadRecord(_Record):

@@ -15,6 +15,7 @@ import torch
 import transformers
 
 from lowbit_quantize.device.memory import without_compiler
+from lowbit_quantize.model.unopened_experts import read_plain_experts
 from lowbit_quantize.run.older_readers import with_older_keys
 from lowbit_quantize.schemes.scheme import Scheme
 
@@ -103,7 +104,7 @@ def quantization_config(
     )
     dumped: dict[str, Any] = json.loads(json.dumps(config.to_dict(), default=str))
     if any(map(EXPERT.fullmatch, unquantized)):
-        _read_plain_experts(dumped)
+        read_plain_experts(dumped)
     return dumped
 
 
@@ -121,15 +122,3 @@ def targets_of(names: Iterable[str]) -> list[str]:
         rf"re:^{re.escape(block).replace(chr(92) + '.', '[.]')}[.]\d+[.]({'|'.join(linears)})$"
         for block, linears in experts.items()
     ]
-
-
-def _read_plain_experts(quantization: dict[str, Any]) -> None:
-    """Make transformers read routed experts that are not quantized, where other things are.
-
-    transformers (5.19) unpacks a model's experts by the first group whose pattern says "experts", else by any
-    group, whether or not they are quantized; only under an FP8 scheme does it take tensors without a scale as they
-    are. The group that is added here matches no module, and tells vLLM nothing.
-    """
-    weights = QuantizationArgs(num_bits=8, type="float", symmetric=True, strategy="channel")
-    scheme = QuantizationScheme(targets=["re:^no_module_has_this_name[.]experts$"], weights=weights)
-    quantization["config_groups"]["plain_experts"] = json.loads(scheme.model_dump_json())

@@ -15,7 +15,15 @@ from torch import Tensor
 from lowbit_quantize.device.memory import without_compiler
 from lowbit_quantize.schemes.grids import FP8, INT8, Grid
 from lowbit_quantize.schemes.inputs import InputQuantizer
-from lowbit_quantize.schemes.scheme import GroupSize, Kernel, Params, Preset, QuantizeColumn, Quantized
+from lowbit_quantize.schemes.scheme import (
+    ExpertSupport,
+    GroupSize,
+    Kernel,
+    Params,
+    Preset,
+    QuantizeColumn,
+    Quantized,
+)
 
 with without_compiler():  # the library compiles a function for 4-bit floats, which is not called here
     from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
@@ -31,6 +39,20 @@ GPUS = {
     "fp8": "NVIDIA's from 8.9 (Ada) on, from 7.5 with inputs as they are; AMD's from MI300 on",
 }
 FORMATS = {"int8": "int-quantized", "fp8": "float-quantized"}
+# vLLM 0.32's `oracle/int8.py` and `oracle/fp8.py`; transformers 5.19 unpacks experts in FP8 and packed integers only.
+EXPERTS = {
+    "int8": ExpertSupport(
+        "NVIDIA's GPUs from 7.5 (Turing) on, AMD's, Intel's (Triton); CPUs with AMX, AMD's with zentorch",
+        opened=False,
+    ),
+    "fp8": ExpertSupport(
+        "NVIDIA's GPUs from 8.9 (Ada) on, from 7.5 with inputs as they are; AMD's from MI300 on; no CPU"
+    ),
+}
+STATIC_EXPERTS = ExpertSupport(
+    "nothing", misfit="engines divide what all experts of a layer read by the largest of their scales"
+)
+CPU_EXPERTS_MULTIPLE = 32  # of hidden and middle channels (`CPUExpertsInt8`)
 
 
 @dataclass(frozen=True)
@@ -134,6 +156,20 @@ class EightBits:
     @property
     def gpus(self) -> str:
         return GPUS[self.grid.name]
+
+    @property
+    def experts(self) -> ExpertSupport:
+        return STATIC_EXPERTS if self.input_quantizer.static else EXPERTS[self.grid.name]
+
+    def expert_obstacles(self, kernel: Kernel, hidden: int, middle: int) -> list[str]:
+        if kernel == "gpu":
+            return []
+        if self.grid.name == "fp8":
+            return [f"the CPU's engine has no kernel for experts in {self.name}; W8A8 runs there with AMX"]
+        odd = [size for size in (hidden, middle) if size % CPU_EXPERTS_MULTIPLE]
+        return (
+            [f"the CPU's int8 experts need channels of {CPU_EXPERTS_MULTIPLE}s, not {odd[0]}"] if odd else []
+        )
 
     def misfit(self, inputs: int) -> str | None:
         return None

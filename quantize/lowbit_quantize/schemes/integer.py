@@ -17,7 +17,15 @@ from lowbit_quantize.schemes.affine_search import (
     solve_scales,
     split_groups,
 )
-from lowbit_quantize.schemes.scheme import GroupSize, Kernel, Params, Preset, QuantizeColumn, Quantized
+from lowbit_quantize.schemes.scheme import (
+    ExpertSupport,
+    GroupSize,
+    Kernel,
+    Params,
+    Preset,
+    QuantizeColumn,
+    Quantized,
+)
 
 with without_compiler():  # the library compiles a function for 4-bit floats, which is not called here
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
@@ -32,6 +40,7 @@ MARLIN = ((4, True), (8, True), (4, False))  # bits, symmetric
 MARLIN_GROUPS = (None, 32, 64, 128)
 CPU_BITS = (4,)
 CPU_MULTIPLE = 32  # of inputs and outputs (`CPUWNA16LinearKernel`)
+EXPERTS_HIDDEN_MULTIPLE, EXPERTS_MIDDLE_MULTIPLE = 128, 64  # of Marlin's kernel for experts
 
 
 @dataclass(frozen=True)
@@ -144,6 +153,23 @@ class Integer(Affine):
     @property
     def gpus(self) -> str:
         return "NVIDIA's from 7.5 (Turing) on, AMD's (4 bits)"
+
+    @property
+    def experts(self) -> ExpertSupport:
+        cpus = "CPUs with AMX, AMD's with zentorch" if self.bits in CPU_BITS else "no CPU"
+        if self.symmetric:
+            return ExpertSupport(f"GPUs (Marlin), {cpus}")
+        return ExpertSupport("nothing", misfit="engines run quantized experts in symmetric schemes only")
+
+    def expert_obstacles(self, kernel: Kernel, hidden: int, middle: int) -> list[str]:
+        if kernel == "cpu":
+            return []
+        found, multiple = [], max(EXPERTS_MIDDLE_MULTIPLE, self.group_size or 0)
+        if hidden % EXPERTS_HIDDEN_MULTIPLE:
+            found.append(f"Marlin's experts need hidden sizes of {EXPERTS_HIDDEN_MULTIPLE}s, not {hidden}")
+        if middle % multiple:
+            found.append(f"Marlin's experts need middle channels of {multiple}s on a rank, not {middle}")
+        return found
 
     def misfit(self, inputs: int) -> str | None:
         if self.group_size is None and inputs % SMALLEST_GROUP:

@@ -18,6 +18,7 @@ Params = Mapping[str, Tensor]  # each (out, groups)
 Kernel = Literal["gpu", "cpu"]
 KERNELS: tuple[Kernel, ...] = ("gpu", "cpu")
 GroupSize = int | Literal["channel"]
+SAMPLE_NUMBERS = 16
 
 # Writes the codes nearest to a column, (rows,), and what is left of the column, into the second and third tensor.
 QuantizeColumn = Callable[[Tensor, Tensor, Tensor], None]
@@ -117,9 +118,31 @@ class Scheme(Protocol):
         """Which GPUs vLLM has a kernel for, for a person."""
         ...
 
+    @property
+    def experts(self) -> "ExpertSupport":
+        """What engines and readers make of routed experts in these numbers."""
+        ...
+
+    def expert_obstacles(self, kernel: Kernel, hidden: int, middle: int) -> list[str]:
+        """Why vLLM's kernels of a kind take no routed experts with so many channels on a rank."""
+        ...
+
     def misfit(self, inputs: int) -> str | None:
         """Why a linear with so many inputs cannot be stored so; None where it can."""
         ...
+
+
+@dataclass(frozen=True)
+class ExpertSupport:
+    """Routed experts in a scheme: where vLLM runs them (`processors`), for a person.
+
+    `misfit` is why it runs them nowhere as they are measured, None where it does. `opened`: plain transformers opens
+    them.
+    """
+
+    processors: str
+    misfit: str | None = None
+    opened: bool = True
 
 
 @dataclass(frozen=True)
@@ -162,6 +185,13 @@ class Preset:
     make: Callable[[GroupSize], Scheme]
     group_size: GroupSize
     fixed_size: bool = False
+
+
+def sample_of(weight: Tensor) -> list[float]:
+    """Some numbers of a weight, spread over it, by which what is read back is held against what was measured."""
+    flat = weight.flatten()
+    step = max(1, len(flat) // SAMPLE_NUMBERS) | 1  # odd, so that they are not all of one column
+    return [float(number) for number in flat[::step][:SAMPLE_NUMBERS]]
 
 
 def diagonal_blocks(hessian: Tensor, width: int) -> Tensor:

@@ -23,9 +23,10 @@ from lowbit_quantize.model.weights import is_finite
 from lowbit_quantize.quality import kl
 from lowbit_quantize.quality.dataset import TokenText
 from lowbit_quantize.run.hidden_states import HiddenStates
-from lowbit_quantize.run.journal import Conclusion, HeadRecord, Journal, LayerRecord
+from lowbit_quantize.run.journal import Conclusion, HeadRecord, Journal, LayerRecord, UnopenedLinear
 from lowbit_quantize.run.writer import CheckpointWriter
 from lowbit_quantize.schemes.kv_cache import KVScales
+from lowbit_quantize.schemes.scheme import Quantized, sample_of
 from lowbit_quantize.walk.baselines import Baselines
 from lowbit_quantize.walk.head import QuantizedHead, quantize_head
 from lowbit_quantize.walk.layer import LayerContext, LayerResult, Pass, QuantizedLinear
@@ -217,6 +218,12 @@ class Walk:
                 quantized_parameters=sum(one.quantized.codes.numel() for one in result.linears.values()),
                 base_files=self._base_files,
                 streams=self.journal.save_streams(index, self._streams),
+                unopened={
+                    names.published(f"{name}.{linear}"): _unopened(one.quantized)
+                    for linear, one in result.linears.items()
+                    if self.decoder.architecture.in_experts(linear)
+                    and not one.quantized.scheme.experts.opened
+                },
             )
         )
 
@@ -238,6 +245,11 @@ def layer_tensors(
         tensors[f"{attention}.k_scale"] = torch.tensor([kv_scales.k_scale], dtype=torch.float32)
         tensors[f"{attention}.v_scale"] = torch.tensor([kv_scales.v_scale], dtype=torch.float32)
     return tensors
+
+
+def _unopened(quantized: Quantized) -> UnopenedLinear:
+    outputs, inputs = quantized.codes.shape
+    return UnopenedLinear(shape=(outputs, inputs), sample=sample_of(quantized.dequantize()))
 
 
 def _record(name: str, entry: ModulePlan, linear: QuantizedLinear | QuantizedHead) -> ModuleRecord:

@@ -2,13 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from fastapi import FastAPI
 
 from lowbit_server.engine.kv_scales import KVScale
 from lowbit_server.engine.memory import DeviceMemory
 from lowbit_server.lifecycle import Liveness
+
+Rounded = Literal[
+    "none", "int", "float"
+]  # the numbers that an engine rounds the inputs of quantized experts to
 
 
 @dataclass(frozen=True)

@@ -14,25 +14,39 @@ from lowbit_core.cpu_speeds import ZENTORCH_EXTRA
 from lowbit_core.errors import CheckpointError, ConfigError
 from lowbit_server.checkpoint import Checkpoint
 from lowbit_server.config import Device, ServeConfig
+from lowbit_server.engine.interface import Rounded
 from lowbit_server.engine.kv_scales import read_checkpoint_scales
 from lowbit_server.engine.stored_numbers import tensor_names
 
 EXPERT_CODES = re.compile(r"\.experts\.(?:.*\.)?(?:weight_packed|qweight)$")
+EXPERT_SCALES = re.compile(r"\.experts\.(?:.*\.)?weight_scale$")
 EIGHT = 8
+ZENTORCH = f"an AMD processor with zentorch ({ZENTORCH_EXTRA})"
+NEEDS: Mapping[Rounded, str] = {
+    "none": f"it needs AMX with 4 bits in groups of 64 or 128, or {ZENTORCH}",
+    "int": f"it needs AMX, or {ZENTORCH}",
+    "float": "it has none on any CPU",
+}
 PLAIN_EXPERTS = "a rule {match: '*.experts.*', scheme: none} in modules (recipe awq-g64-plain-experts)"
 
 
 @dataclass(frozen=True)
 class QuantizedExperts:
-    """Bits and group size of a checkpoint's routed experts, and one of their tensors as evidence."""
+    """Bits and group size of a checkpoint's routed experts, how what they read is rounded, a tensor as evidence."""
 
     bits: int
     group_size: int
     tensor: str
+    rounded: Rounded = "none"
+
+    def __str__(self) -> str:
+        if self.rounded == "none":
+            return f"{self.bits}-bit experts in groups of {self.group_size}"
+        return f"experts in {'int8' if self.rounded == 'int' else 'FP8'} with their inputs"
 
 
-# Whether the engine has a kernel for experts of these bits and this group size on this machine.
-RunsExperts = Callable[[int, int], bool]
+# Whether the engine has a kernel for experts of these bits, this group size and inputs rounded so on this machine.
+RunsExperts = Callable[[int, int, Rounded], bool]
 
 
 def refuse_unfit_machine(
@@ -59,11 +73,28 @@ def quantized_experts(checkpoint: Checkpoint) -> QuantizedExperts | None:
     """The checkpoint's quantized experts; None where it has no experts or they are not quantized."""
     if not checkpoint.quantization:
         return None
-    tensor = next((name for name in tensor_names(checkpoint.directory) if EXPERT_CODES.search(name)), None)
-    if tensor is None:
-        return None
-    bits, group_size = _weight_format(checkpoint.quantization, tensor.rpartition(".")[0])
-    return QuantizedExperts(bits, group_size, tensor)
+    names = list(tensor_names(checkpoint.directory))
+    if tensor := next(filter(EXPERT_CODES.search, names), None):
+        bits, group_size = _weight_format(checkpoint.quantization, tensor.rpartition(".")[0])
+        return QuantizedExperts(bits, group_size, tensor)
+    tensor = next(filter(EXPERT_SCALES.search, names), None)
+    rounded = _rounded(checkpoint.quantization, tensor.rpartition(".")[0]) if tensor else None
+    return QuantizedExperts(EIGHT, -1, tensor, rounded) if tensor and rounded else None
+
+
+def _rounded(quantization: dict[str, Any], module: str) -> Rounded | None:
+    """The numbers of a module's weights and inputs, both of eight bits and with a scale a row; None of others."""
+    for group in quantization.get("config_groups", {}).values():
+        weights, inputs = group.get("weights") or {}, group.get("input_activations") or {}
+        eight = weights.get("num_bits") == inputs.get("num_bits") == EIGHT
+        by_row = weights.get("strategy") in ("channel", "tensor")
+        if (
+            eight
+            and by_row
+            and any(target in (module, "Linear") or _targets(target, module) for target in group["targets"])
+        ):
+            return "int" if weights.get("type") == "int" else "float"
+    return None
 
 
 def _weight_format(quantization: dict[str, Any], module: str) -> tuple[int, int]:
@@ -85,12 +116,11 @@ def _targets(target: str, module: str) -> bool:
 
 def _refuse_quantized_experts(checkpoint: Checkpoint, runs_experts: RunsExperts) -> None:
     found = quantized_experts(checkpoint)
-    if found and not runs_experts(found.bits, found.group_size):
+    if found and not runs_experts(found.bits, found.group_size, found.rounded):
         raise CheckpointError(
-            f"{checkpoint.directory} has {found.bits}-bit experts in groups of {found.group_size} "
-            f"({found.tensor}), and the engine has no kernel for them on this processor: it needs AMX with 4 bits "
-            f"in groups of 64 or 128, or an AMD processor with zentorch ({ZENTORCH_EXTRA}); serve it on a GPU, or "
-            f"quantize with the experts in bfloat16: {PLAIN_EXPERTS}"
+            f"{checkpoint.directory} has {found} ({found.tensor}), and the engine has no kernel for them on this "
+            f"processor: {NEEDS[found.rounded]}; serve it on a GPU, or quantize with the experts in bfloat16: "
+            f"{PLAIN_EXPERTS}"
         )
 
 

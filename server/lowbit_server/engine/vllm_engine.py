@@ -39,7 +39,7 @@ except ModuleNotFoundError:  # 0.32, which the CPU builds stay at
 from lowbit_core.errors import EngineError
 from lowbit_server.config import Device
 from lowbit_server.engine.adapters import Adapters
-from lowbit_server.engine.interface import EngineFacts, LayerKind
+from lowbit_server.engine.interface import EngineFacts, LayerKind, Rounded
 from lowbit_server.engine.kv_scales import scales_from_workers
 from lowbit_server.engine.memory import DeviceMemory, merge_workers
 from lowbit_server.engine.throughput import Throughput
@@ -71,20 +71,33 @@ def known_parsers() -> dict[str, list[str]]:
     }
 
 
-def runs_quantized_experts(bits: int, group_size: int) -> bool:
-    """Whether vLLM has a kernel on this machine for symmetric integer experts of these bits and this group size.
+def runs_quantized_experts(bits: int, group_size: int, rounded: Rounded = "none") -> bool:
+    """Whether vLLM has a kernel on this machine for symmetric experts of these bits, this group size and such inputs.
 
     The checks that vLLM makes when it builds such a layer, without those on the layer itself (routing, activation).
     """
-    from vllm.model_executor.layers.fused_moe.oracle import int_wna16  # seconds: only for such checkpoints
+    from vllm.model_executor.layers.fused_moe.oracle import fp8, int8, int_wna16  # seconds: only where asked
     from vllm.model_executor.layers.quantization.utils import quant_utils
 
+    if rounded == "int":
+        keys = (quant_utils.kInt8StaticChannelSym, quant_utils.kInt8DynamicTokenSym)
+        return _runs([int8.backend_to_kernel_cls(one) for one in int8.Int8MoeBackend], keys)
+    if rounded == "float":  # asked of CPUs; the others' kernels do not import there
+        keys = (quant_utils.kFp8StaticChannelSym, quant_utils.kFp8DynamicTokenSym)
+        cpus = (fp8.Fp8MoeBackend.CPU_W8A8, fp8.Fp8MoeBackend.CPU)
+        return _runs([fp8.backend_to_kernel_cls(one) for one in cpus], keys)
     four_bits = quant_utils.kInt4Static32 if group_size == 32 else quant_utils.kInt4Static
     weights = {4: four_bits, 8: quant_utils.kInt8Static}.get(bits)
-    return weights is not None and any(
-        kernel._supports_current_device() and kernel._supports_quant_scheme(weights, None)
-        for backend in int_wna16._get_priority_backends()
-        for kernel in int_wna16.backend_to_kernel_cls(backend)
+    backends = [int_wna16.backend_to_kernel_cls(one) for one in int_wna16._get_priority_backends()]
+    return weights is not None and _runs(backends, (weights, None))
+
+
+def _runs(backends: Iterable[Iterable[Any]], keys: tuple[Any, Any]) -> bool:
+    """Whether a kernel of some backends runs here and takes these numbers of weights and inputs."""
+    return any(
+        kernel._supports_current_device() and kernel._supports_quant_scheme(*keys)
+        for kernels in backends
+        for kernel in kernels
     )
 
 

@@ -100,9 +100,10 @@ def test_smoothing_and_gptq_lose_less_than_rounding_to_the_nearest(
     [
         ("qwen2", {"match": "*", "scheme": "W8A8", "group_size": 64}, "one scale a channel or tensor; leave group"),
         ("qwen2", {"match": "lm_head", "scheme": "W8A8"}, "rounds what lm_head reads, which quality is not"),
-        ("qwen3_moe", {"match": "*", "scheme": "W8A8"}, r"rounds what routed experts \(.*\) read"),
+        ("qwen3_moe", {"match": "*", "scheme": "FP8"}, r"routed experts \(.*\): .* largest of their scales; give"),
+        ("qwen3_moe", {"match": "*", "scheme": "W4A16_ASYM", "group_size": 32}, "symmetric schemes only; give them"),
     ],
-    ids=["a group size", "the head", "experts"],
+    ids=["a group size", "the head", "static experts", "asymmetric experts"],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(
     tiny_model: Callable[[str], Path], family: str, rule: dict[str, object], words: str, tmp_path: Path

@@ -50,11 +50,11 @@ def write_names(path: Path, name: str) -> None:
     path.write_bytes(struct.pack("<Q", len(header)) + header)
 
 
-def able(_bits: int, _group_size: int) -> bool:
+def able(_bits: int, _group_size: int, _rounded: str) -> bool:
     return True
 
 
-def unable(_bits: int, _group_size: int) -> bool:
+def unable(_bits: int, _group_size: int, _rounded: str) -> bool:
     return False
 
 
@@ -97,11 +97,64 @@ def test_experts_in_bfloat16_run_anywhere(open_with: OpenWith, tensor: str) -> N
 
 
 def test_the_engine_is_not_asked_about_a_model_without_quantized_experts(open_with: OpenWith) -> None:
-    def asked(_bits: int, _group_size: int) -> bool:
+    def asked(_bits: int, _group_size: int, _rounded: str) -> bool:
         raise AssertionError("a dense model has no experts to ask about")
 
     checkpoint = open_with({})
     refuse_unfit_machine(ServeConfig(checkpoint.directory), checkpoint, "cpu", asked)
+
+
+def eight_bits(kind: str, target: str, strategy: str = "channel", **inputs: Any) -> dict[str, Any]:
+    """A configuration of weights and inputs of eight bits."""
+    numbers = {"num_bits": 8, "type": kind}
+    group = {
+        "targets": [target],
+        "weights": numbers | {"strategy": strategy},
+        "input_activations": numbers | {"strategy": "token", "dynamic": True} | inputs,
+    }
+    return {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
+
+
+@pytest.mark.parametrize("target", [r"re:^model[.]layers[.]1[.]mlp[.]experts[.]\d+[.](down_proj)$", "Linear"])
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [("int", "experts in int8 with their inputs"), ("float", "experts in FP8 with their inputs")],
+)
+def test_experts_whose_inputs_are_rounded_need_a_kernel_too(
+    open_with: OpenWith, kind: str, words: str, target: str
+) -> None:
+    asked: list[tuple[int, int, str]] = []
+
+    def refusing(bits: int, group_size: int, rounded: str) -> bool:
+        asked.append((bits, group_size, rounded))
+        return False
+
+    tensor = "model.layers.1.mlp.experts.3.down_proj.weight_scale"
+    checkpoint = open_with({"quantization_config": eight_bits(kind, target)}, tensor)
+    config = ServeConfig(checkpoint.directory)
+    with pytest.raises(CheckpointError, match=words) as refused:
+        refuse_unfit_machine(config, checkpoint, "cpu", refusing)
+    assert asked == [(8, -1, kind)]
+    assert "\n" not in str(refused.value)
+    assert "scheme: none" in str(refused.value)
+    refuse_unfit_machine(config, checkpoint, "cpu", able)
+    refuse_unfit_machine(config, checkpoint, "gpu", unable)
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        eight_bits("int", "model.layers.0.self_attn.q_proj"),  # of other linears
+        eight_bits("float", "Linear", strategy="block"),  # for which the engine has kernels of its own
+        eight_bits("int", "Linear", num_bits=4),
+        {"quant_method": "modelopt"},
+    ],
+)
+def test_scales_of_experts_that_are_not_known_are_left_to_the_engine(
+    open_with: OpenWith, quantization: dict[str, Any]
+) -> None:
+    tensor = "model.layers.1.mlp.experts.3.down_proj.weight_scale"
+    assert quantized_experts(open_with({"quantization_config": quantization}, tensor)) is None
 
 
 def test_latent_attention_with_plain_positions_is_refused_on_a_cpu(open_with: OpenWith) -> None:

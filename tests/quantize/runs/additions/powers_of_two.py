@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lowbit_quantize.schemes.affine import stored
 from lowbit_quantize.schemes.scheme import (
+    ExpertSupport,
     GroupSize,
     Kernel,
     Params,
@@ -128,6 +129,13 @@ class PowersOfTwo:
     @property
     def gpus(self) -> str:
         return "none"
+
+    @property
+    def experts(self) -> ExpertSupport:
+        return ExpertSupport("GPUs")
+
+    def expert_obstacles(self, kernel: Kernel, hidden: int, middle: int) -> list[str]:
+        return []
 
     def obstacles(self, kernel: Kernel) -> list[str]:
         return []
