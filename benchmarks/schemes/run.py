@@ -6,9 +6,15 @@
     python benchmarks/schemes/table.py
 
 The first directory is what the others are compared with. All servers are up and one is loaded at a time; a round gives
-each of them the same short load (a prompt of 768 tokens for one token of output; then 1, 4 and 16 streams of outputs),
-in an order that rotates. Compared are prompt tokens/s and output tokens/s: ratios to the first, round by round, and the
-standard error of their mean. The result names the processor, its instruction sets and the kernel of each layer.
+each of them the same short load (prompts of 768 tokens for one token of output; then 1, 4 and 16 streams of outputs),
+in an order that rotates, after a shorter one that warms up. Compared are prompt tokens/s and output tokens/s: ratios to
+the first, round by round, and the standard error of their mean. `--minutes` begins no round that would not end in time,
+servers' starts included. The result names the processor, its instruction sets and the kernel of each layer. `--mock`
+serves nothing: `lowbit serve` with an engine that only waits, to try the script.
+
+Where bf16 is slow (1B on two cores without its instructions), less of everything:
+
+    --rounds 2 --minutes 12 --prompts 1 --prompt 256 --requests 1 --tokens 8
 """
 
 import argparse
@@ -17,43 +23,60 @@ import math
 import statistics
 import subprocess
 import sys
+import time
 import urllib.request
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.endpoint import LOWBIT, lowbit_serve, pinned, write_result  # noqa: E402
+from benchmarks.endpoint import LOWBIT, PYTHON, lowbit_serve, pinned, running, write_result  # noqa: E402
+from benchmarks.mock_engine import folder  # noqa: E402
 
 from lowbit_core.cpu_speeds import instructions  # noqa: E402
+from lowbit_core.server_process import ServerProcess  # noqa: E402
 
 STREAMS = (1, 4, 16)
-PROMPT, SHORT_PROMPT = 768, 32
+SHORT_PROMPT = 32
+WARM_TOKENS = 2  # of each output of the turn that warms up
 FLAGS = ("--kv-cache-dtype", "bfloat16", "--max-num-seqs", "16", "--served-model-name", "m")
 Speeds = dict[str, float]
+Turn = Callable[[str, bool], Speeds]  # of a checkpoint; True where it only warms up
 
 
 def main() -> None:
+    began = time.monotonic()
     arguments = _arguments()
     directories = dict(one.split("=", 1) for one in arguments.checkpoints)
     arguments.work.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         servers = {
-            name: stack.enter_context(lowbit_serve(Path(path), arguments.work / f"{name}.log", *FLAGS))
+            name: stack.enter_context(
+                _server(Path(path), arguments.work / f"{name}.log", mock=arguments.mock)
+            )
             for name, path in directories.items()
         }
+        print(f"{len(servers)} servers are ready after {time.monotonic() - began:.0f} s", flush=True)
         checkpoints = {name: _checkpoint(server.url) for name, server in servers.items()}
         stack.enter_context(pinned(servers.values()))
-        rounds = _rounds({name: server.url for name, server in servers.items()}, arguments)
+        urls = {name: server.url for name, server in servers.items()}
+        rounds = take_turns(
+            list(urls),
+            lambda name, warming: _turn(urls[name], arguments, warming=warming),
+            arguments.rounds,
+            left_s=lambda: 60 * arguments.minutes - (time.monotonic() - began),
+        )
     result = {
         "model": arguments.model,
         "table": arguments.table,
         "instructions": instructions(),
         "checkpoints": checkpoints,
+        "load": {key: getattr(arguments, key) for key in ("prompts", "prompt", "requests", "tokens")},
         "rounds": rounds,
-        "ratios": _ratios(rounds),
+        "ratios": ratios(rounds),
     }
     write_result(arguments.out, result)
     print(json.dumps(result["ratios"]))
@@ -65,38 +88,58 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="what the checkpoints are made of, in a few words")
     parser.add_argument("--table", action="store_true", help="the result goes into the server's table")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="that all of it may take")
     parser.add_argument("--prompts", type=int, default=4, help="of a turn")
+    parser.add_argument("--prompt", type=int, default=768, help="tokens of each of them")
+    parser.add_argument("--requests", type=int, default=2, help="of each stream")
     parser.add_argument("--tokens", type=int, default=48, help="of each output")
+    parser.add_argument("--mock", action="store_true", help="with an engine that only waits")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     return parser.parse_args()
 
 
-def _rounds(urls: dict[str, str], arguments: argparse.Namespace) -> dict[str, list[Speeds]]:
-    """The speeds of each checkpoint in each round; the first round warms up and is not kept."""
-    rounds: dict[str, list[Speeds]] = {name: [] for name in urls}
-    names = list(urls)
-    for number in range(arguments.rounds + 1):
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            found = _turn(urls[name], arguments)
-            if number:
-                rounds[name].append(found)
-                print(number, name, json.dumps(found), flush=True)
+def _server(checkpoint: Path, log: Path, *, mock: bool) -> AbstractContextManager[ServerProcess]:
+    if not mock:
+        return lowbit_serve(checkpoint, log, *FLAGS)
+    place = str(folder(log.with_suffix(".mock")))
+    return running([str(PYTHON), str(ROOT / "benchmarks" / "mock_engine.py"), "serve", place], log, "/readyz")
+
+
+def take_turns(
+    names: Sequence[str], turn: Turn, count: int, left_s: Callable[[], float]
+) -> dict[str, list[Speeds]]:
+    """The speeds of each checkpoint in each of up to `count` rounds, after a turn of each that warms up.
+
+    At least one round is run, and another only where as much time is left as the last one took.
+    """
+    for name in names:
+        turn(name, True)
+    rounds: dict[str, list[Speeds]] = {name: [] for name in names}
+    for number in range(count):
+        before = left_s()
+        first = number % len(names)
+        for name in (*names[first:], *names[:first]):
+            rounds[name].append(turn(name, False))
+            print(number + 1, name, json.dumps(rounds[name][-1]), flush=True)
+        if left_s() < before - left_s():
+            break
     return rounds
 
 
-def _turn(url: str, arguments: argparse.Namespace) -> Speeds:
+def _turn(url: str, arguments: argparse.Namespace, *, warming: bool) -> Speeds:
     """Prompt tokens/s, and output tokens/s at each number of streams."""
-    prompts = _load(url, arguments.work, concurrency=1, requests=arguments.prompts, prompt=PROMPT, output=1)
-    speeds = {"prompt": prompts["total_tokens_per_s"] - prompts["output_tokens_per_s"]}
-    for streams in STREAMS:
+    prompts = 1 if warming else arguments.prompts
+    load = _load(url, arguments.work, concurrency=1, requests=prompts, prompt=arguments.prompt, output=1)
+    speeds = {"prompt": load["total_tokens_per_s"] - load["output_tokens_per_s"]}
+    for streams in STREAMS[-1:] if warming else STREAMS:
         load = _load(
             url,
             arguments.work,
             concurrency=streams,
-            requests=2 * streams,
+            requests=streams * (1 if warming else arguments.requests),
             prompt=SHORT_PROMPT,
-            output=arguments.tokens,
+            output=WARM_TOKENS if warming else arguments.tokens,
         )
         speeds[f"output at {streams}"] = load["output_tokens_per_s"]
     return speeds
@@ -133,7 +176,7 @@ def _checkpoint(url: str) -> dict[str, Any]:
     return {"scheme": scheme, "kernel": kernel, "layers": document["engine"]["layers"]}
 
 
-def _ratios(rounds: dict[str, list[Speeds]]) -> dict[str, dict[str, dict[str, float]]]:
+def ratios(rounds: dict[str, list[Speeds]]) -> dict[str, dict[str, dict[str, float | None]]]:
     """Each checkpoint's speeds over the first one's: the mean over rounds and its standard error."""
     base = next(iter(rounds))
     return {
@@ -147,9 +190,13 @@ def _ratios(rounds: dict[str, list[Speeds]]) -> dict[str, dict[str, dict[str, fl
     }
 
 
-def _mean(values: list[float]) -> dict[str, float]:
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return {"ratio": round(statistics.mean(values), 3), "error": round(error, 3)}
+def _mean(values: list[float]) -> dict[str, float | None]:
+    """With a standard error where there are several: one round has none."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return {
+        "ratio": round(statistics.mean(values), 3),
+        "error": None if error is None else round(error, 3),
+    }
 
 
 if __name__ == "__main__":
