@@ -37,6 +37,7 @@ HEAD = (
     "modules=[{match: '*', scheme: W4A16, group_size: 64}, "
     "{match: lm_head, scheme: W4A16_ASYM, group_size: 64, methods: [awq, gptq]}]"
 )
+INT8 = "modules=[{match: '*', scheme: W8A8, methods: [smoothquant, gptq]}]"
 HALF = ("passes=[{prune_experts: {prune_ratio: 0.5}}]", "modules=[]", "kv_cache.dtype=none")
 CASES: dict[str, tuple[str, ...]] = {
     **{
@@ -44,6 +45,7 @@ CASES: dict[str, tuple[str, ...]] = {
         for family, family_has in ARCHITECTURES.items()
     },
     "qwen2 head": (HEAD,),
+    "qwen3 in int8": (INT8,),
     "qwen3_moe pruned": HALF,
     "deepseek_v2 pruned": HALF,
 }

@@ -1,0 +1,171 @@
+"""Does `lowbit serve` say of a checkpoint what transformers says? Greedy texts token by token, and the scales in force.
+
+    python benchmarks/schemes/agreement.py CHECKPOINT --work DIR --out benchmarks/schemes/results/agreement/NAME.json
+
+The server answers PROMPTS greedily. Each of its tokens is then given to transformers with the text before it, so that
+every token counts and not only those before the first difference: it must be transformers' own choice too, or less than
+TIE logits below that. Two readers: transformers as it is, whose library divides int8 inputs by absmax / 127.5, and as
+`lowbit evaluate` loads it, with inputs rounded as vLLM rounds them. The FP8 cache's scales, and those of inputs where
+they are static, are read back from the running engine and held against the files. Status 1 where something differs.
+"""
+
+import argparse
+import gc
+import json
+import sys
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.endpoint import lowbit_serve, write_result  # noqa: E402
+from tests.e2e.greedy import RoundingCache  # noqa: E402
+
+from lowbit_evaluate.loaded_model import load_model  # noqa: E402
+from lowbit_quantize.model.reference import find_model  # noqa: E402
+from lowbit_server.engine.input_scales import prove_input_scales, read_input_scales  # noqa: E402
+from lowbit_server.engine.kv_scales import read_checkpoint_scales  # noqa: E402
+from lowbit_server.engine.stored_numbers import as_float32  # noqa: E402
+
+PROMPTS = (
+    "What is the capital of France?",
+    "Write a haiku about the sea.",
+    "List three prime numbers.",
+    "Explain gravity to a child in two sentences.",
+    "Write a function that returns the n-th Fibonacci number.",
+    "A train leaves at 9:40 and arrives at 11:05. How long does it take?",
+    "Name the planets of the solar system in order.",
+    "Translate to French: the cat sleeps on the chair.",
+)
+TIE = 1.0  # logits; what the kernels' own rounding moves (tests/e2e/test_families.py)
+Logits = Callable[[Tensor], Tensor]  # (1, tokens) to (tokens, vocabulary)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--tokens", type=int, default=48, help="of each answer")
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    prompts = _prompts(arguments.checkpoint)
+    with lowbit_serve(
+        arguments.checkpoint, arguments.work / "agreement.log", "--served-model-name", "m"
+    ) as server:
+        engine = _get(f"{server.url}/lowbit/checkpoint")["engine"]
+        answers = [_answer(server.url, prompt, arguments.tokens) for prompt in prompts]
+    result = {
+        "checkpoint": arguments.checkpoint.name,
+        "tie_logits": TIE,
+        "kv_cache_dtype": engine["kv_cache_dtype"],
+        "layers": engine["layers"],
+        "scales": scales_in_force(arguments.checkpoint, engine),
+        "readers": {
+            name: compared(reader(arguments.checkpoint), prompts, answers) for name, reader in READERS.items()
+        },
+    }
+    write_result(arguments.out, result)
+    print(json.dumps({key: result[key] for key in ("scales", "readers")}))
+    return 0 if agrees(result) else 1
+
+
+def agrees(result: Mapping[str, Any]) -> bool:
+    """Whether every token is a reader's choice or a near tie, and every scale of the files is in force."""
+    scales, readers = result["scales"], result["readers"].values()
+    return scales["in_force"] == scales["stored"] and all(one["largest_gap"] < TIE for one in readers)
+
+
+def compared(
+    logits: Logits, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
+) -> dict[str, Any]:
+    """How far each token of the answers is below a reader's best one, in logits."""
+    gaps = [gaps_of(logits, prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    every = torch.cat(gaps)
+    return {
+        "tokens": len(every),
+        "same": int((every == 0).sum()),
+        "largest_gap": round(float(every.max()), 4),
+        "texts": len(gaps),
+        "whole_texts_same": sum(not bool(one.any()) for one in gaps),
+    }
+
+
+def gaps_of(logits: Logits, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
+    """(tokens of the answer,)"""
+    ids = torch.tensor([*prompt, *answer])
+    found = logits(ids[None])[len(prompt) - 1 : -1].float()  # (tokens, vocabulary)
+    return found.amax(-1) - found.gather(-1, ids[len(prompt) :, None]).squeeze(-1)
+
+
+def plain(checkpoint: Path) -> Logits:
+    """transformers as it is, its cache rounded with the checkpoint's scales."""
+    gc.collect()
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    config, scales = AutoConfig.from_pretrained(checkpoint), read_checkpoint_scales(checkpoint)
+
+    def logits(ids: Tensor) -> Tensor:
+        with torch.inference_mode():
+            found: Tensor = model(ids, past_key_values=RoundingCache(config, scales)).logits[0]
+        return found
+
+    return logits
+
+
+def rounded(checkpoint: Path) -> Logits:
+    """The model as `lowbit evaluate` loads it."""
+    gc.collect()
+    model = load_model(find_model(str(checkpoint)), torch.device("cpu"))
+    return lambda ids: model.hidden(ids)[0].float() @ model.head.float().T
+
+
+READERS = {"transformers": plain, "transformers, inputs rounded as vLLM": rounded}
+
+
+def scales_in_force(checkpoint: Path, engine: Mapping[str, Any]) -> dict[str, int]:
+    """How many scales the files hold, of caches and of inputs, and how many of them the engine runs with."""
+    kv, inputs = read_checkpoint_scales(checkpoint), read_input_scales(checkpoint)
+    running = {one["layer"]: (one["k_scale"], one["v_scale"]) for one in engine["kv_scales"]}
+    in_force = sum(
+        tuple(map(as_float32, running.get(layer, (0.0, 0.0))))
+        == (as_float32(one.k_scale), as_float32(one.v_scale))
+        for layer, one in kv.items()
+    )
+    proven = prove_input_scales(inputs, engine["input_scales"])
+    return {"stored": 2 * len(kv) + len(inputs), "in_force": 2 * in_force + proven}
+
+
+def _prompts(checkpoint: Path) -> list[list[int]]:
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    return [
+        list(
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
+            )
+        )
+        for prompt in PROMPTS
+    ]
+
+
+def _answer(url: str, prompt: Sequence[int], tokens: int) -> list[int]:
+    body = {"model": "m", "prompt": prompt, "max_tokens": tokens, "temperature": 0}
+    answer = _get(f"{url}/v1/completions", body | {"ignore_eos": True, "return_token_ids": True})
+    return list(answer["choices"][0]["token_ids"])
+
+
+def _get(url: str, body: dict[str, Any] | None = None) -> Any:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"content-type": "application/json"})
+    with urllib.request.urlopen(request, timeout=600) as answer:
+        return json.load(answer)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
