@@ -21,6 +21,13 @@ def the_readmes_show_the_tables_of_the_comparison_with_other_quantizers() -> Non
         assert table["shown"](path)[1] == text, f"{path} differs; run benchmarks/quantizers/table.py --write"
 
 
+def the_readme_shows_the_table_of_the_schemes() -> None:
+    readme = runpy.run_path(str(BENCHMARKS / "schemes" / "readme.py"))
+    assert readme["shown"]()[1] == readme["tables"](), (
+        "README.md differs; run benchmarks/schemes/readme.py --write"
+    )
+
+
 def every_quantizer_had_the_same_model_ids_and_judge() -> None:
     runs: list[dict[str, Any]] = _read("quantizers/results/field.json")["runs"]
     assert {run["case"]["tool"] for run in runs} == {"lowbit", "llmcompressor", "gptqmodel", "autoawq"}
@@ -79,6 +86,7 @@ def the_picture_of_pruned_experts_is_drawn_from_its_result() -> None:
 
 CHECKS = (
     the_readmes_show_the_tables_of_the_comparison_with_other_quantizers,
+    the_readme_shows_the_table_of_the_schemes,
     every_quantizer_had_the_same_model_ids_and_judge,
     the_readme_shows_the_table_of_the_large_runs,
     the_large_runs_kept_their_bound_and_their_pace,
