@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.endpoint import lowbit_serve, write_result  # noqa: E402
 from tests.e2e.greedy import RoundingCache  # noqa: E402
 
+from lowbit_core.manifest import read_manifest  # noqa: E402
 from lowbit_evaluate.loaded_model import load_model  # noqa: E402
 from lowbit_quantize.model.reference import find_model  # noqa: E402
 from lowbit_server.engine.input_scales import prove_input_scales, read_input_scales  # noqa: E402
@@ -69,7 +70,8 @@ def main() -> int:
         "layers": engine["layers"],
         "scales": scales_in_force(arguments.checkpoint, engine),
         "readers": {
-            name: compared(reader(arguments.checkpoint), prompts, answers) for name, reader in READERS.items()
+            name: compared(reader(arguments.checkpoint), prompts, answers)
+            for name, reader in readers_of(arguments.checkpoint).items()
         },
     }
     write_result(arguments.out, result)
@@ -126,7 +128,11 @@ def rounded(checkpoint: Path) -> Logits:
     return lambda ids: model.hidden(ids)[0].float() @ model.head.float().T
 
 
-READERS = {"transformers": plain, "transformers, inputs rounded as vLLM": rounded}
+def readers_of(checkpoint: Path) -> dict[str, Callable[[Path], Logits]]:
+    """The readers that open a checkpoint, by name: plain transformers not int8 experts."""
+    manifest = read_manifest(checkpoint)
+    found: dict[str, Callable[[Path], Logits]] = {"transformers, inputs rounded as vLLM": rounded}
+    return found if manifest and manifest.unopened else {"transformers": plain, **found}
 
 
 def scales_in_force(checkpoint: Path, engine: Mapping[str, Any]) -> dict[str, int]:

@@ -181,3 +181,22 @@ def test_int4_experts_run_where_the_engine_has_a_kernel_and_are_refused_in_one_l
     assert "{match: '*.experts.*', scheme: none} in modules" in last
     assert "Traceback" not in done.stderr
     assert "starting vLLM" not in done.stderr
+
+
+def test_int8_experts_are_refused_in_one_line_where_the_engine_has_no_kernel_for_them(tmp_path: Path) -> None:
+    """Where it has one, benchmarks/schemes/agreement.py holds its text against transformers'."""
+    asked = subprocess.run(
+        [sys.executable, "-c", CAN_RUN.replace("runs(4, 64)", "runs(8, -1, 'int')")],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    if asked.stdout.strip().endswith("True"):
+        pytest.skip("this processor has a kernel for int8 experts")
+    base, int8 = write_tiny_model(tmp_path / "base", "qwen3_moe"), tmp_path / "int8"
+    quantize(str(base), load_recipe("awq-g64", (*SMALL, INT8)), int8, torch.device("cpu"))
+    done = subprocess.run([*LOWBIT, "serve", str(int8)], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "has experts in int8 with their inputs" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert "starting vLLM" not in done.stderr

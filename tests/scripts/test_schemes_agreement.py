@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.schemes.agreement import TIE, agrees, compared, plain, rounded, scales_in_force
+from benchmarks.schemes.agreement import TIE, agrees, compared, plain, readers_of, rounded, scales_in_force
 from tests.quantize.small_runs import CPU, recipe_with
 from tests.tiny_models import CONTEXT, SENTENCES, write_tiny_model
 from torch import Tensor
@@ -26,6 +26,7 @@ def test_both_readers_say_what_was_taught_and_nothing_else(taught: Path, tmp_pat
     rule = {"match": "*", "scheme": "W8A8", "methods": ["rtn"]}
     quantize(str(taught), recipe_with(rule, kv_cache={"dtype": "fp8"}), tmp_path / "out", CPU)
     others = [[token + 1 for token in answer] for answer in ANSWERS]
+    assert set(readers_of(tmp_path / "out").values()) == {plain, rounded}
     for reader in (plain, rounded):
         logits = reader(tmp_path / "out")
         right, wrong = (compared(logits, PROMPTS, texts) for texts in (ANSWERS, others))
