@@ -84,6 +84,27 @@ def the_picture_of_pruned_experts_is_drawn_from_its_result() -> None:
     assert drawn.count("<circle") == 8, "three widths of three shares, the base apart"
 
 
+def the_readme_shows_the_table_of_merged_experts() -> None:
+    printed = _printed("experts/tables.py", str(BENCHMARKS / "experts" / "results" / "tiny-moe-merging.json"))
+    begin, text = "<!-- experts/tables.py tiny-moe-merging.json -->", (BENCHMARKS / "README.md").read_text()
+    shown = text.split(begin)[1].split("<!-- end -->")[0]
+    assert shown.strip() == printed.strip(), "benchmarks/README.md differs from what experts/tables.py prints"
+
+
+def dropping_loses_less_than_merging_and_no_more_than_it_did() -> None:
+    before: list[dict[str, Any]] = _read("experts/results/tiny-moe.json")["runs"]
+    runs: list[dict[str, Any]] = _read("experts/results/tiny-moe-merging.json")["runs"]
+    for share in (0.25, 0.5):
+        at = [run for run in runs if run["run"]["passes"][0]["prune_experts"]["prune_ratio"] == share]
+        for distilled in (False, True):
+            found = [run for run in at if distilled == ("distill_router" in run["run"]["passes"])]
+            dropped, *merged = found
+            (known,) = [run for run in before if run["run"] == dropped["run"]]
+            assert merged
+            assert all(run["mean_kld"] > dropped["mean_kld"] for run in merged), share
+            assert dropped["mean_kld"] < known["mean_kld"] + 1e-4, share
+
+
 CHECKS = (
     the_readmes_show_the_tables_of_the_comparison_with_other_quantizers,
     the_readme_shows_the_table_of_the_schemes,
@@ -93,6 +114,8 @@ CHECKS = (
     every_killed_run_ended_with_the_same_files,
     every_gguf_tokenizer_that_is_not_refused_encodes_all_published_samples_alike,
     the_picture_of_pruned_experts_is_drawn_from_its_result,
+    the_readme_shows_the_table_of_merged_experts,
+    dropping_loses_less_than_merging_and_no_more_than_it_did,
 )
 
 

@@ -14,16 +14,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "quantizers"))
+from merged_rows import MergeRouterRowsKind
 from provenance import hardware, revision, sha256, versions
-from walked import kept_experts, walked
+from walked import absorbed_by, kept_experts, walked
 
 from lowbit_core.manifest import TextRecord
+from lowbit_quantize.catalog import CATALOG
 from lowbit_quantize.quality.dataset import TokenText
 from lowbit_quantize.quality.overlap import token_runs
 
@@ -32,6 +35,9 @@ METHODS = (["rtn"], ["awq"], ["gptq"], ["awq", "gptq"])
 CRITERIA = ("reap", "gated-norm", "man", "ean", "frequency")
 SEEDS = 5
 SHARES = (0.25, 0.5)
+CONSOLIDATIONS = ("average", "permute")
+SIMILARITIES = ("router", "output")
+MORE_PASSES = replace(CATALOG, passes=(*CATALOG.passes, MergeRouterRowsKind()))
 
 
 def scenarios(domains: list[str]) -> list[dict[str, Any]]:
@@ -51,7 +57,25 @@ def scenarios(domains: list[str]) -> list[dict[str, Any]]:
     return runs + [quantized(methods, 128) for methods in METHODS]
 
 
-def pruning(share: float, criterion: str, **options: int) -> dict[str, Any]:
+def mergings(domains: list[str]) -> list[dict[str, Any]]:
+    """Dropping beside merging, with the experts that REAP keeps; router rows as they were, averaged, distilled."""
+    ways: list[dict[str, Any]] = [{}]
+    ways += [{"consolidate": how, "similarity": near} for how in CONSOLIDATIONS for near in SIMILARITIES]
+    best: dict[str, Any] = {"consolidate": "permute", "similarity": "output"}
+    runs: list[dict[str, Any]] = [
+        {"passes": [pruning(share, "reap", **way)]} for share in SHARES for way in ways
+    ]
+    for share in SHARES:
+        merging = pruning(share, "reap", **best)
+        runs.append({"passes": [merging, MergeRouterRowsKind.name]})
+        runs += [{"passes": [step, "distill_router"]} for step in (pruning(share, "reap"), merging)]
+    return runs
+
+
+RUNS = {"criteria": scenarios, "merging": mergings}
+
+
+def pruning(share: float, criterion: str, **options: int | str) -> dict[str, Any]:
     """The pass that prunes a share of the experts."""
     return {"prune_experts": {"prune_ratio": share, "criterion": criterion, **options}}
 
@@ -91,7 +115,7 @@ def measure(model: Path, run: dict[str, Any], calibration: TokenText, heldout: T
     start = time.process_time()
     keys = {key: value for key, value in run.items() if key != "domain"}
     with tempfile.TemporaryDirectory() as folder:
-        walk = walked(model, keys, (calibration, heldout), Path(folder) / "checkpoint")
+        walk = walked(model, keys, (calibration, heldout), Path(folder) / "checkpoint", MORE_PASSES)
         measured = walk.quality()
     quality = measured.model_dump(include={"mean_kld", "kld_stderr", "top1_agreement", "perplexity_ratio"})
     return {
@@ -100,6 +124,7 @@ def measure(model: Path, run: dict[str, Any], calibration: TokenText, heldout: T
         "domains": {name: values["mean_kld"] for name, values in measured.domains.items()},
         "bytes": walk.writer.tensor_bytes,
         "kept_by_layer": kept_experts(walk),
+        **({"absorbed_by_layer": merged} if (merged := absorbed_by(walk)) else {}),
         "calibration_rows": len(calibration.ids),
         "cpu_s": round(time.process_time() - start, 1),
     }
@@ -121,6 +146,7 @@ def main() -> None:
     )
     parser.add_argument("model", type=Path, help="model directory with held.json")
     parser.add_argument("--out", type=Path, required=True, help="result file; extended where it exists")
+    parser.add_argument("--runs", choices=RUNS, default="criteria", help="which runs")
     parser.add_argument("--rows", type=int, default=8, help="calibration rows of each domain")
     parser.add_argument("--heldout-rows", type=int, default=8, help="held-out rows of each domain")
     arguments = parser.parse_args()
@@ -142,7 +168,7 @@ def main() -> None:
     }
     if arguments.out.exists():
         result["runs"] = json.loads(arguments.out.read_text(encoding="utf-8"))["runs"]
-    for run in scenarios(list(held)):
+    for run in RUNS[arguments.runs](list(held)):
         if run in [before["run"] for before in result["runs"]]:
             continue
         calibration = text_of(held, 0, arguments.rows, run.get("domain"))

@@ -9,6 +9,7 @@ from typing import Any
 
 BITS = {"W4A16": 4, "W8A16": 8}
 PLAIN_BITS = 16
+ROUTER = {"distill_router": " + router distillation", "merge_router_rows": ", router's rows averaged"}
 Result = dict[str, Any]
 
 
@@ -21,7 +22,8 @@ class Mix:
     group_size: int | None
     pruned: float
     criterion: str
-    distilled: bool
+    merged: str
+    router: str  # what was done to it
     domain: str | None
 
     @property
@@ -41,7 +43,8 @@ def mix_of(result: Result) -> Mix:
         group_size=rule.get("group_size"),
         pruned=float(pruning.get("prune_ratio", 0)),
         criterion=pruning.get("criterion", ""),
-        distilled="distill_router" in run["passes"],
+        merged="{consolidate} by {similarity}".format(**pruning) if "consolidate" in pruning else "",
+        router="".join(words for name, words in ROUTER.items() if name in run["passes"]),
         domain=run.get("domain"),
     )
 
@@ -69,8 +72,8 @@ def pruned(results: list[Result]) -> str:
     for r in results:
         mix = mix_of(r)
         if mix.pruned and mix.plain and mix.domain is None:
-            distilled = " + router distillation" if mix.distilled else ""
-            groups.setdefault((mix.pruned, mix.criterion + distilled), []).append(r)
+            name = f"{mix.criterion}, {mix.merged}" if mix.merged else mix.criterion
+            groups.setdefault((mix.pruned, name + mix.router), []).append(r)
     domains = list(results[0]["domains"])
     rows = []
     for (share, name), runs in sorted(groups.items(), key=lambda item: (item[0][0], mean(item[1]))):
@@ -87,7 +90,7 @@ def mean(runs: list[Result]) -> float:
 def one_domain(results: list[Result]) -> str:
     """Half pruned by REAP: KL on each domain when calibrated on all, or on one."""
     half = [(mix, r) for r in results for mix in [mix_of(r)] if mix.pruned == 0.5 and mix.plain]
-    found = [(mix.domain, r) for mix, r in half if mix.criterion == "reap" and not mix.distilled]
+    found = [(mix.domain, r) for mix, r in half if mix.criterion == "reap" and not mix.router]
     domains = list(results[0]["domains"])
     rows = [
         [
@@ -114,7 +117,7 @@ def frontier_points(results: list[Result]) -> list[tuple[int, float, int, float]
     points = []
     for r in results:
         mix = mix_of(r)
-        if mix.domain or mix.distilled or mix.criterion not in ("", "reap"):
+        if mix.domain or mix.router or mix.criterion not in ("", "reap"):
             continue
         if mix.plain or (mix.methods, mix.group_size) == ("awq+gptq", 64):
             points.append((r["bytes"], mix.pruned, mix.bits, r["mean_kld"]))
@@ -123,7 +126,8 @@ def frontier_points(results: list[Result]) -> list[tuple[int, float, int, float]
 
 def main() -> None:
     results = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))["runs"]
-    for part in (quantized, pruned, one_domain, frontier):
+    merging = any(mix_of(r).merged for r in results)
+    for part in (pruned,) if merging else (quantized, pruned, one_domain, frontier):
         print(f"{part.__doc__}\n\n{part(results)}\n")
 
 

@@ -118,7 +118,9 @@ class TrialRecord(_Record):
 class ExpertsRecord(_Record):
     """Routed experts before and after pruning; `kept_by_layer` holds the base model's numbers of those that stay.
 
-    Those that are `under_calibrated` borrowed the statistics that they lack from their layer.
+    Those that are `under_calibrated` borrowed the statistics that they lack from their layer. Where experts were
+    merged, `consolidate` and `similarity` say how, and `absorbed_by_layer` which one of those that stay absorbed each
+    that went, both in the base model's numbers.
     """
 
     experts: int
@@ -126,6 +128,9 @@ class ExpertsRecord(_Record):
     criterion: str | None
     kept_by_layer: dict[int, list[int]]
     under_calibrated: list[UnderCalibratedExpert]
+    consolidate: str | None = None
+    similarity: str | None = None
+    absorbed_by_layer: dict[int, dict[int, int]] = {}
 
 
 class UnopenedRecord(_Record):

@@ -181,7 +181,10 @@ def _report(arguments: argparse.Namespace, recipe: Recipe, device: "torch.device
         arguments.model, recipe, file, device, trust_remote_code=arguments.trust_remote_code
     )
     sys.stderr.write(table(report) + "\n")
-    found = {"report": str(file), **{key: report[key] for key in ("mean_error", "least_error")}}
+    found = {
+        "report": str(file),
+        **{key: report[key] for key in ("mean_error", "least_error", "merging_error")},
+    }
     sys.stdout.write(json.dumps(found) + "\n")
     return 0
 

@@ -131,6 +131,9 @@ def _experts(plan: Plan, layers: Sequence[LayerRecord]) -> ExpertsRecord | None:
         experts=plan.base_experts,
         kept=plan.experts,
         criterion=pruning.recipe.criterion if pruning else None,
+        consolidate=pruning.recipe.consolidate if pruning else None,
+        similarity=pruning.recipe.nearness if pruning and pruning.recipe.consolidate else None,
+        absorbed_by_layer={r.layer: r.absorbed_by for r in layers if r.absorbed_by is not None},
         kept_by_layer={r.layer: r.kept_experts for r in layers if r.kept_experts is not None},
         under_calibrated=[
             UnderCalibratedExpert(layer=record.layer, expert=expert, tokens=tokens)

@@ -45,7 +45,10 @@ DOCUMENTS: dict[type[BaseModel], dict[str, Any]] = {
         "checkpoints": [{"name": "a", "path": "a", "serve": ["--max-num-seqs", "4"]}],
         "scenarios": [{"scenario": "chat", "set": ["seed=1"]}],
     },
-    PruneExpertsOptions: {"prune_ratio": 0.5, "criterion": "reap", "seed": 0, "expert_parallel": 1},
+    PruneExpertsOptions: {
+        "prune_ratio": 0.5, "criterion": "reap", "seed": 0, "expert_parallel": 1, "consolidate": "average",
+        "similarity": "router",
+    },
 }  # fmt: skip
 PYDANTIC = (
     "Input should",

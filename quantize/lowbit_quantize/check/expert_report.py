@@ -1,4 +1,5 @@
-"""Which criterion errs least on this model: scores, choices and errors of every criterion, before any checkpoint.
+"""Which criterion errs least on this model: scores, choices and errors of every criterion, before any checkpoint; and
+what merging instead of dropping changes, with the experts that the recipe's criterion keeps.
 
 One walk of the base model over the calibration text. At each layer with routed experts every criterion chooses what
 stays, and the block is run again on a sample of its inputs with the router so pruned; the error is
@@ -7,13 +8,15 @@ where to look, which the held-out KL of a real run confirms or not (arXiv 2606.1
 it everywhere). Nothing is chosen here.
 """
 
+import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from lowbit_core.errors import OutputError, RecipeError
 from lowbit_core.progress import track
@@ -23,6 +26,7 @@ from lowbit_quantize.model.experts import expert_outputs, mixture
 from lowbit_quantize.model.reference import fetch_weights, find_model
 from lowbit_quantize.model.weights import WeightFiles
 from lowbit_quantize.passes.distill_router import SAMPLE_TOKENS, bounded
+from lowbit_quantize.passes.merge_experts import Consolidation
 from lowbit_quantize.passes.prune_experts import (
     PruneExperts,
     PruneExpertsKind,
@@ -34,10 +38,16 @@ from lowbit_quantize.plan import Plan, make_plan
 from lowbit_quantize.quality.dataset import load_texts
 from lowbit_quantize.recipe import KVCache, Recipe
 from lowbit_quantize.statistics.expert_saliency import CRITERIA, ExpertSaliency, routing_of, score
+from lowbit_quantize.statistics.expert_similarity import NEARNESS
 from lowbit_quantize.statistics.sample import Sample
 
 SHARES = (0.25, 0.5)  # reported where the recipe prunes nothing
 RANDOM_SEEDS = 5  # over which the error of `random` is a mean
+MERGINGS = {
+    f"{consolidate} by {similarity}": {"consolidate": consolidate, "similarity": similarity}
+    for consolidate in get_args(Consolidation)
+    for similarity in NEARNESS
+}
 
 
 def report_experts(
@@ -64,6 +74,7 @@ def report_experts(
         "model": reference.name,
         "calibration": text.record.model_dump(),
         "experts": prunings[0].experts,
+        "merged_from": prunings[0].recipe.criterion,
         **_summary(layers := _layer_reports(decoder, prunings, text.ids)),
         "layers": layers,
     }
@@ -87,6 +98,9 @@ def table(report: dict[str, Any]) -> str:
             for kept, by in errors.items()
         )
         lines.append(f"| {criterion} | " + " | ".join(cells) + " |")
+    for merging in MERGINGS:
+        cells = (f"{by[merging]:.4f}" for by in report["merging_error"].values())
+        lines.append(f"| {report['merged_from']}, {merging} | " + " | ".join(cells) + " |")
     super_experts = [
         f"{layer['layer']}:{expert}" for layer in report["layers"] for expert in layer["super_experts"]
     ]
@@ -136,17 +150,24 @@ class _BlockSample:
     """A block's output on a sample of its inputs, and what it would be with fewer experts."""
 
     def __init__(self, layer: nn.Module, block: str, inputs: Tensor) -> None:
-        module: Any = layer.get_submodule(block)
-        self._router, self._inputs = module.gate, inputs
+        self.block: Any = layer.get_submodule(block)
+        self.inputs = inputs
         with torch.no_grad():
-            self._outputs = expert_outputs(module.experts, inputs)  # (tokens, experts, hidden)
-            self._routed = mixture(self._router, inputs, self._outputs)
-            self._power = module(inputs.unsqueeze(0)).float().square().sum()
+            self._outputs = expert_outputs(self.block.experts, inputs)  # (tokens, experts, hidden)
+            self._routed = mixture(self.block.gate, inputs, self._outputs)
+            self._power = self.block(inputs.unsqueeze(0)).float().square().sum()
 
-    def error(self, kept: Tensor) -> float:
-        """Squared error of the block's output with the `kept` experts, relative to the output."""
+    def error(self, kept: Tensor, merged: Iterable[tuple[int, dict[str, Tensor]]] = ()) -> float:
+        """Squared error of the block's output with the `kept` experts, relative to the output.
+
+        `merged` are parameters that some of them have instead of their own, with their numbers.
+        """
         with torch.no_grad():
-            given = mixture(pruned_router(self._router, kept), self._inputs, self._outputs[:, kept])
+            outputs = self._outputs[:, kept]
+            for number, parameters in merged:
+                given = functional_call(self.block.experts[number], parameters, (self.inputs,))
+                outputs[:, kept == number] = given.unsqueeze(1)
+            given = mixture(pruned_router(self.block.gate, kept), self.inputs, outputs)
             return float((given - self._routed).square().sum() / self._power.clamp(min=1e-30))
 
 
@@ -161,6 +182,17 @@ def _layer_report(
         seeds = range(RANDOM_SEEDS) if criterion == "random" else range(1)
         return _mean(sample.error(kept(criterion, pruning, seed)) for seed in seeds)
 
+    def merging(pruning: PruneExperts, options: Mapping[str, str]) -> dict[str, Any]:
+        merging = dataclasses.replace(pruning, recipe=pruning.recipe.model_copy(update=options))
+        stay = merging.keep(seen, index)
+        absorbed_by, merged = merging.merge(
+            sample.block.gate, sample.block.experts, stay, seen, sample.inputs
+        )
+        return {
+            "absorbed_by": {str(gone): by for gone, by in absorbed_by.items()},
+            "error": sample.error(stay, merged),
+        }
+
     names = (*CRITERIA, "random")
     return {
         "layer": index,
@@ -169,6 +201,7 @@ def _layer_report(
         "scores": {name: score(seen, name, 0, index).tolist() for name in names},
         "kept": {str(p.kept): {name: kept(name, p).tolist() for name in names} for p in prunings},
         "error": {str(p.kept): {name: error(name, p) for name in names} for p in prunings},
+        "merging": {str(p.kept): {name: merging(p, how) for name, how in MERGINGS.items()} for p in prunings},
     }
 
 
@@ -179,7 +212,11 @@ def _summary(layers: list[dict[str, Any]]) -> dict[str, Any]:
         for kept, by in layers[0]["error"].items()
     }
     least = {kept: min(by, key=lambda name: by[name]) for kept, by in mean.items()}
-    return {"mean_error": mean, "least_error": least}
+    merging = {
+        kept: {name: _mean(layer["merging"][kept][name]["error"] for layer in layers) for name in MERGINGS}
+        for kept in mean
+    }
+    return {"mean_error": mean, "least_error": least, "merging_error": merging}
 
 
 def _mean(values: Iterable[float]) -> float:

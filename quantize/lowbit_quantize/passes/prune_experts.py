@@ -1,13 +1,14 @@
-"""Expert pruning: which experts a layer keeps, cut out of router and block together.
+"""Expert pruning: which experts a layer keeps, cut out of router and block together; the others are dropped or merged.
 
 Experts are scored on what routing showed (statistics/expert_saliency.py) and chosen evenly over routing groups;
 super-experts are kept whatever their score. Scores are taken on what the compressed layers before really give.
+With `consolidate` those that stay absorb those that go first (merge_experts.py); the checkpoint has the same form.
 """
 
 import copy
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,17 +19,24 @@ from torch import Tensor, nn
 from lowbit_core.documents import Section
 from lowbit_core.errors import ModelError, RecipeError
 from lowbit_quantize.model.architecture import Architecture
+from lowbit_quantize.model.experts import ExpertList
 from lowbit_quantize.passes.kind import PlainPass
+from lowbit_quantize.passes.merge_experts import Consolidation, absorbers, merge_experts
 from lowbit_quantize.statistics.expert_saliency import ExpertSaliency, routing_of, score
+from lowbit_quantize.statistics.expert_similarity import NEARNESS
+from lowbit_quantize.statistics.sample import Sample
 from lowbit_quantize.walk.layer import LayerContext
 
 NAME = "prune_experts"
+MERGING_TOKENS = 4096  # of a block's inputs, on which its experts are compared
+DEFAULT_SIMILARITY = "output"
 
 
 class PruneExpertsOptions(Section):
     """How many routed experts of each layer go, as a ratio, or stay, as a count: one of the two.
 
-    `expert_parallel` must divide what stays; `seed` is for the criterion `random`.
+    `expert_parallel` must divide what stays; `seed` is for the criterion `random`. With `consolidate`
+    experts that go are averaged into the nearest that stay, by `similarity`, as they are or with their neurons aligned.
     """
 
     prune_ratio: float | None = Field(default=None, ge=0, lt=1, strict=True)  # strict: true is no number
@@ -36,6 +44,8 @@ class PruneExpertsOptions(Section):
     criterion: Literal["reap", "gated-norm", "man", "ean", "frequency", "random"] = "reap"
     seed: int = 0
     expert_parallel: int = Field(default=1, ge=1)
+    consolidate: Consolidation | None = None
+    similarity: Literal["router", "output"] | None = None
 
     @model_validator(mode="after")
     def _one_of_two(self) -> "PruneExpertsOptions":
@@ -43,7 +53,16 @@ class PruneExpertsOptions(Section):
             raise ValueError(
                 "give prune_ratio, the share of experts that goes, or keep_experts, the count that stays"
             )
+        if self.similarity and not self.consolidate:
+            raise ValueError(
+                "similarity says which experts are merged; give consolidate too: average or permute"
+            )
         return self
+
+    @property
+    def nearness(self) -> str:
+        """By what experts that are merged are near to each other."""
+        return self.similarity or DEFAULT_SIMILARITY
 
 
 def choose(scores: Tensor, protected: Tensor, kept: int, groups: int) -> Tensor:
@@ -91,11 +110,17 @@ class PruneExperts(PlainPass):
     def run(self, layer: nn.Module, context: LayerContext) -> None:
         if not self.architecture.has_experts(layer):
             return
-        seen = ExpertSaliency(self.experts)
-        with routing_of(layer, self.architecture, seen):
+        seen, inputs = ExpertSaliency(self.experts), Sample(MERGING_TOKENS)
+        with routing_of(layer, self.architecture, seen, inputs if self.recipe.consolidate else None):
             for _ in context.decoder.run_layer(layer, context.index, context.calibration):
                 pass
         kept = self.keep(seen, context.index)
+        if self.recipe.consolidate:
+            experts: Any = layer.get_submodule(self.architecture.experts)
+            router = layer.get_submodule(self.architecture.router)
+            context.result.absorbed_by, merged = self.merge(router, experts, kept, seen, inputs.rows())
+            for number, parameters in merged:
+                experts[number].load_state_dict(parameters)
         prune_layer(layer, self.architecture, kept)
         context.result.kept_experts = kept.tolist()
 
@@ -103,6 +128,18 @@ class PruneExperts(PlainPass):
         """The numbers of the experts that a layer keeps, rising."""
         scores = score(seen, self.recipe.criterion, self.recipe.seed, layer)
         return choose(scores, seen.super_experts, self.kept, self.groups)
+
+    def merge(
+        self, router: nn.Module, experts: ExpertList, kept: Tensor, seen: ExpertSaliency, inputs: Tensor
+    ) -> tuple[dict[int, int], Iterator[tuple[int, dict[str, Tensor]]]]:
+        """Who of the `kept` experts absorbs each of the others, and what parameters that gives them, by number.
+
+        `inputs` (tokens, hidden) are a sample of what the router reads; nothing is changed.
+        """
+        nearness = NEARNESS[self.recipe.nearness](router, experts, inputs)
+        absorbed_by = absorbers(nearness, kept, seen.super_experts, self.groups)
+        aligned_on = inputs if self.recipe.consolidate == "permute" else None
+        return absorbed_by, merge_experts(list(experts), absorbed_by, seen.gated_norms, aligned_on)
 
     def shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
         expert = re.search(rf"\.{re.escape(self.architecture.experts)}\.(\d+)\.", name)

@@ -50,6 +50,7 @@ class LayerRecord(_Record):
     modules: list[ModuleRecord]
     kv_scales: KVLayerRecord | None
     kept_experts: list[int] | None
+    absorbed_by: dict[int, int] | None
     under_calibrated: dict[int, int]
     figures: dict[str, float]
     packed_bytes: int

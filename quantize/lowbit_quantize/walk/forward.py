@@ -212,6 +212,7 @@ class Walk:
                 if result.kv_scales
                 else None,
                 kept_experts=result.kept_experts,
+                absorbed_by=result.absorbed_by,
                 under_calibrated=result.under_calibrated,
                 figures=result.figures,
                 packed_bytes=sum(tensor.nbytes for one in packed.values() for tensor in one.values()),

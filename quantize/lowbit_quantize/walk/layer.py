@@ -27,7 +27,8 @@ class LayerResult:
     """What the checkpoint and the manifest need to know of a layer, beside its weights.
 
     `base_kv_scales` are those of the same layer as it was; `kept_experts` are the base model's numbers of those that
-    stay, `under_calibrated` the tokens of each expert, by its number after pruning, that borrowed statistics.
+    stay, `absorbed_by` the one of them that absorbed each of the others, where experts were merged, and
+    `under_calibrated` the tokens of each expert, by its number after pruning, that borrowed statistics.
     `figures` are whatever a pass has measured of the layer, for the manifest.
     """
 
@@ -35,6 +36,7 @@ class LayerResult:
     kv_scales: KVScales | None = None
     base_kv_scales: KVScales | None = None
     kept_experts: list[int] | None = None
+    absorbed_by: dict[int, int] | None = None
     under_calibrated: dict[int, int] = field(default_factory=dict)
     figures: dict[str, float] = field(default_factory=dict)
 

@@ -186,7 +186,12 @@ def test_group_sizes_that_fit_are_named(tiny_model: Callable[[str], Path]) -> No
     assert "group sizes that fit all linears: 32, 64" in line
 
 
-PRUNE = {"prune_experts": {"prune_ratio": 0.5}}
+def half(**options: Any) -> dict[str, Any]:
+    """The pass that leaves half of the experts."""
+    return {"prune_experts": {"prune_ratio": 0.5, **options}}
+
+
+PRUNE = half()
 
 
 @pytest.mark.parametrize(
@@ -206,6 +211,11 @@ PRUNE = {"prune_experts": {"prune_ratio": 0.5}}
         ([{"prune_experts": {"keep_experts": True}}], "keep_experts = True: allowed is a whole number"),
         ([{"prune_experts": {"keep_experts": 4.0}}], "keep_experts = 4.0: allowed is a whole number"),
         ([{"prune_experts": {"prune_ratio": False}}], "prune_ratio = False: allowed is a number"),
+        ([half(consolidate="merge")], "consolidate = 'merge': allowed is average, permute"),
+        ([half(consolidate=True)], "consolidate = True: allowed is average, permute"),
+        ([half(consolidate="permute", similarity="x")], "similarity = 'x': allowed is router, output"),
+        ([half(similarity="router")], "give consolidate too: average or permute"),
+        ([half(consolidation="permute")], "unknown key 'consolidation'; did you mean consolidate?"),
     ],
 )  # fmt: skip
 def test_passes_that_cannot_run_so(
