@@ -150,12 +150,12 @@ class _BlockSample:
     """A block's output on a sample of its inputs, and what it would be with fewer experts."""
 
     def __init__(self, layer: nn.Module, block: str, inputs: Tensor) -> None:
-        self.block: Any = layer.get_submodule(block)
-        self.inputs = inputs
+        module: Any = layer.get_submodule(block)
+        self.router, self.experts, self.inputs = module.gate, module.experts, inputs
         with torch.no_grad():
-            self._outputs = expert_outputs(self.block.experts, inputs)  # (tokens, experts, hidden)
-            self._routed = mixture(self.block.gate, inputs, self._outputs)
-            self._power = self.block(inputs.unsqueeze(0)).float().square().sum()
+            self._outputs = expert_outputs(self.experts, inputs)  # (tokens, experts, hidden)
+            self._routed = mixture(self.router, inputs, self._outputs)
+            self._power = module(inputs.unsqueeze(0)).float().square().sum()
 
     def error(self, kept: Tensor, merged: Iterable[tuple[int, dict[str, Tensor]]] = ()) -> float:
         """Squared error of the block's output with the `kept` experts, relative to the output.
@@ -165,9 +165,9 @@ class _BlockSample:
         with torch.no_grad():
             outputs = self._outputs[:, kept]
             for number, parameters in merged:
-                given = functional_call(self.block.experts[number], parameters, (self.inputs,))
+                given = functional_call(self.experts[number], parameters, (self.inputs,))
                 outputs[:, kept == number] = given.unsqueeze(1)
-            given = mixture(pruned_router(self.block.gate, kept), self.inputs, outputs)
+            given = mixture(pruned_router(self.router, kept), self.inputs, outputs)
             return float((given - self._routed).square().sum() / self._power.clamp(min=1e-30))
 
 
@@ -185,9 +185,7 @@ def _layer_report(
     def merging(pruning: PruneExperts, options: Mapping[str, str]) -> dict[str, Any]:
         merging = dataclasses.replace(pruning, recipe=pruning.recipe.model_copy(update=options))
         stay = merging.keep(seen, index)
-        absorbed_by, merged = merging.merge(
-            sample.block.gate, sample.block.experts, stay, seen, sample.inputs
-        )
+        absorbed_by, merged = merging.merge(sample.router, sample.experts, stay, seen, sample.inputs)
         return {
             "absorbed_by": {str(gone): by for gone, by in absorbed_by.items()},
             "error": sample.error(stay, merged),

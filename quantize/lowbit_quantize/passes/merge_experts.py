@@ -33,13 +33,13 @@ def absorbers(nearness: Tensor, kept: Tensor, alone: Tensor, groups: int) -> dic
 
     `nearness` is (experts, experts), `alone` (experts,) bool; groups are of equal size, one after the other.
     """
-    size, staying = len(nearness) // groups, set(kept.tolist())
+    size, staying, near_to = len(nearness) // groups, set(kept.tolist()), nearness.tolist()
     open_to = [expert for expert in sorted(staying) if not alone[expert]]
     found = {}
     for gone in range(len(nearness)):
         near = [expert for expert in open_to if expert // size == gone // size]
         if gone not in staying and not alone[gone] and near:
-            found[gone] = max(near, key=lambda expert: float(nearness[gone, expert]))
+            found[gone] = max(near, key=near_to[gone].__getitem__)
     return found
 
 

@@ -167,29 +167,53 @@ class PruneExpertsKind:
         if not architecture.moe_block:
             raise RecipeError(f"{NAME}: {model} ({architecture.model_type}) has no experts")
         experts, top_k = int(config.num_experts), int(config.num_experts_per_tok)
-        groups, used = 1, 1
-        if getattr(config, "topk_method", None) == "group_limited_greedy":
-            groups, used = int(config.n_group), int(config.topk_group)
+        routing = routing_groups(config)
+        groups = routing.groups
         if experts % groups:
             raise ModelError(f"{model}: its {groups} routing groups do not divide its {experts} experts")
         kept = options.keep_experts or round(experts * (1 - (options.prune_ratio or 0.0)))
-        _check_count(options, kept, experts, (top_k, groups, used))
+        _check_count(options, kept, experts, top_k, routing)
         return PruneExperts(experts, kept, groups, options, architecture)
 
 
+@dataclass(frozen=True)
+class RoutingGroups:
+    """Into how many groups a router divides its experts, how many of them a token's experts lie in, and by how many of
+    its experts a group is chosen.
+    """
+
+    groups: int = 1
+    used: int = 1
+    choosers: int = 1
+
+
+def routing_groups(config: Any) -> RoutingGroups:
+    """As transformers' routers read a configuration.
+
+    DeepSeek-V2's have groups by a method that they name; those of V3 and its kin, which know no other method, wherever
+    there is more than one group, and they choose a group by the sum of its two best experts.
+    """
+    groups, method = getattr(config, "n_group", None) or 1, getattr(config, "topk_method", None)
+    if groups == 1 or method == "greedy":
+        return RoutingGroups()
+    return RoutingGroups(groups, config.topk_group, choosers=1 if method == "group_limited_greedy" else 2)
+
+
 def _check_count(
-    options: PruneExpertsOptions, kept: int, experts: int, routing: tuple[int, int, int]
+    options: PruneExpertsOptions, kept: int, experts: int, top_k: int, routing: RoutingGroups
 ) -> None:
-    """Raise RecipeError where `kept` experts cannot stay; `routing`: experts a token uses, groups, and groups used."""
-    top_k, groups, used = routing
+    """Raise RecipeError where `kept` experts cannot stay, of which a token uses `top_k`."""
+    groups, used = routing.groups, routing.used
     step = math.lcm(groups, options.expert_parallel)
-    least = next(n for n in range(step, step * (top_k + 1) + 1, step) if n // groups * used >= top_k)
-    allowed = ", ".join(str(n) for n in range(least, experts + 1, step)) or "none"
+    least = max(groups * max(routing.choosers, -(-top_k // used)), 1)
+    allowed = ", ".join(str(n) for n in range(-(-least // step) * step, experts + 1, step)) or "none"
     given = f"keep_experts = {kept}" if options.keep_experts else f"prune_ratio = {options.prune_ratio}"
     asked = f"{NAME}.{given} keeps {kept} of {experts} experts"
     reason = ""
     if kept // groups * used < top_k:
         reason = f", and each token uses {top_k}"
+    elif kept // groups < routing.choosers:
+        reason = f", and its router chooses each of {groups} groups by {routing.choosers} experts"
     elif kept % groups:
         reason = f", which its {groups} routing groups do not divide"
     elif kept % options.expert_parallel:

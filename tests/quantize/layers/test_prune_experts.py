@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,10 +23,18 @@ from tests.tiny_models import write_tiny_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lowbit_core.errors import NumericsError
+from lowbit_core.errors import NumericsError, RecipeError
 from lowbit_core.manifest import Manifest
 from lowbit_quantize.model.decoder import Decoder
-from lowbit_quantize.passes.prune_experts import choose, pruned_router
+from lowbit_quantize.passes.prune_experts import (
+    PruneExperts,
+    PruneExpertsKind,
+    PruneExpertsOptions,
+    RoutingGroups,
+    choose,
+    pruned_router,
+    routing_groups,
+)
 from lowbit_quantize.pipeline import quantize
 from lowbit_quantize.recipe import Recipe
 from lowbit_quantize.run.writer import CheckpointWriter
@@ -97,6 +106,39 @@ def test_each_routing_group_keeps_as_many() -> None:
     assert choose(scores, nobody, 4, 1).tolist() == [0, 1, 2, 3]
     assert choose(scores, nobody, 4, 2).tolist() == [0, 1, 6, 7]
     assert choose(scores, nobody, 4, 4).tolist() == [0, 2, 5, 7]
+
+
+@pytest.mark.parametrize(
+    ("method", "found"),
+    [
+        ("greedy", RoutingGroups(1, 1, 1)),
+        ("group_limited_greedy", RoutingGroups(4, 2, 1)),
+        ("noaux_tc", RoutingGroups(4, 2, 2)),
+        (None, RoutingGroups(4, 2, 2)),
+    ],
+)
+def test_routing_groups_are_those_that_the_router_uses(method: str | None, found: RoutingGroups) -> None:
+    named = {} if method is None else {"topk_method": method}
+    assert routing_groups(SimpleNamespace(n_group=4, topk_group=2, **named)) == found
+    assert routing_groups(SimpleNamespace(n_group=1, topk_group=1, **named)) == RoutingGroups()
+    assert routing_groups(SimpleNamespace()) == RoutingGroups()
+
+
+def test_a_router_that_chooses_groups_by_two_experts_keeps_two_in_each(
+    tiny_model: Callable[[str], Path],
+) -> None:
+    architecture = decoder_of(tiny_model("deepseek_v2")).architecture
+    config = SimpleNamespace(num_experts=16, num_experts_per_tok=2, n_group=4, topk_group=2)
+
+    def made(kept: int) -> PruneExperts:
+        options = PruneExpertsOptions(keep_experts=kept)
+        return PruneExpertsKind().make(options, config, architecture, "a model")
+
+    assert (made(8).groups, made(8).kept) == (4, 8)
+    with pytest.raises(RecipeError, match="chooses each of 4 groups by 2 experts; allowed counts: 8, 12, 16"):
+        made(4)
+    with pytest.raises(RecipeError, match="4 routing groups do not divide; allowed counts: 8, 12, 16"):
+        made(10)
 
 
 @pytest.mark.parametrize("criterion", EVERY)
