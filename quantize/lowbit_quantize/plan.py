@@ -114,11 +114,12 @@ class Plan:
     @property
     def base_experts(self) -> int:
         """Routed experts of each layer of the base."""
-        return max(
-            len(layer.get_submodule(self.architecture.experts))  # type: ignore[arg-type]
+        routed = (
+            layer.get_submodule(self.architecture.experts)
             for _, layer in decoder_layers(self.skeleton, self.architecture)
             if self.architecture.has_experts(layer)
         )
+        return max((len(experts) for experts in routed), default=0)  # type: ignore[arg-type]
 
     @cached_property
     def parameters(self) -> int:

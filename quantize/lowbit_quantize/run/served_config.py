@@ -15,6 +15,7 @@ import torch
 import transformers
 
 from lowbit_quantize.device.memory import without_compiler
+from lowbit_quantize.model.skeleton import text_config
 from lowbit_quantize.model.unopened_experts import read_plain_experts
 from lowbit_quantize.run.older_readers import with_older_keys
 from lowbit_quantize.schemes.scheme import Scheme
@@ -23,6 +24,7 @@ with without_compiler():  # the library compiles a function for 4-bit floats, wh
     from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 
 GONE = ("_name_or_path", "quantization_config", "auto_map", "transformers_version")
+HEADS = ("num_attention_heads", "num_key_value_heads", "head_dim")
 MIXED_FORMAT = "mixed-precision"  # where groups are stored differently
 EXPERT = re.compile(r"(?P<experts>.*\.experts)\.\d+\.(?P<linear>\w+)")
 
@@ -38,22 +40,40 @@ def served_config(
     """The configuration as transformers and vLLM read it, of 4 and 5.
 
     `written` is the base's file, whose keys all stay but those that hold no more: code for a class that transformers
-    has (`auto_map`), and its own quantization. `changed` are the keys that passes change, as transformers calls them.
+    has (`auto_map`), and its own quantization. `changed` are the decoder's keys that passes change, as transformers
+    calls them.
     `architecture` is the class that was walked; the base's own stays where it is another head on the same layers.
     """
     data = dict(config.to_diff_dict() if written is None else written)
     for key in GONE:
         data.pop(key, None)
-    for key, value in changed.items():
-        data.pop(key, None)
-        data[config.attribute_map.get(key, key)] = value
+    _change(data, changed, config)
     data["architectures"] = _classes(data.get("architectures"), config) or [architecture]
     data["dtype"] = str(dtype).removeprefix("torch.")
     data["tie_word_embeddings"] = bool(config.tie_word_embeddings)
     if quantization:
+        data |= _heads(config) if quantization.get("kv_cache_scheme") else {}
         data["quantization_config"] = quantization
     older = with_older_keys(data, getattr(config, "rope_parameters", None), config.attribute_map)
     return older if _positions(older, config) == getattr(config, "rope_parameters", None) else data
+
+
+def _heads(config: Any) -> dict[str, Any]:
+    """What compressed-tensors asks the configuration as a whole about a cache, of a wrapper's decoder."""
+    text = text_config(config)
+    return {} if text is config else {key: getattr(text, key) for key in HEADS if hasattr(text, key)}
+
+
+def _change(data: dict[str, Any], changed: Mapping[str, Any], config: Any) -> None:
+    """Set keys of the decoder's configuration, which is a part of a wrapper's."""
+    text = text_config(config)
+    part = next((key for key in data if getattr(config, key, None) is text), None)
+    if part is not None:
+        data[part] = dict(data[part])
+    place = data if part is None else data[part]
+    for key, value in changed.items():
+        place.pop(key, None)
+        place[text.attribute_map.get(key, key)] = value
 
 
 def _classes(named: Any, config: Any) -> list[str] | None:
