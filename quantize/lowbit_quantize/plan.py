@@ -224,6 +224,7 @@ def _table(skeleton: nn.Module, architecture: Architecture, recipe: Recipe, cata
         modules.update(dict.fromkeys(one, entry) if entry else {})
     modules = {name: modules[name] for name in linears if name in modules}
     _check_experts(modules, linears, architecture, published)
+    _check_opened(modules, names)
     modules |= {name: entry for name in head if (entry := wanted[name].entry)}
     for name, entry in modules.items():
         _check_width(published[name], (linears | head)[name].in_features, entry, linears.values())
@@ -308,6 +309,16 @@ def _check_experts(
         raise RecipeError(
             f"modules: {entry.scheme.name} does not fit routed experts ({published[experts[0]]}): {misfit}; give them "
             "W4A16, W8A8 or FP8_DYNAMIC, or leave them as they are: {match: '*.experts.*', scheme: none}"
+        )
+
+
+def _check_opened(modules: Mapping[str, ModulePlan], names: PublishedNames) -> None:
+    """Quantized experts are single ones, and transformers must be able to put them together again."""
+    closed = next((name for name in modules if name in names.closed), None)
+    if closed is not None:
+        raise RecipeError(
+            f"modules: {names.published(closed)} is an expert of a family that transformers opens in stacks only, so "
+            "that no reader proves what was written; leave experts as they are: {match: '*.experts.*', scheme: none}"
         )
 
 

@@ -118,6 +118,15 @@ class PublishedNames:
             return f"{self.published(module)}.{leaf}"
         return _renamed(name, self._saving[0])
 
+    @cached_property
+    def closed(self) -> frozenset[str]:
+        """The experts' linears that transformers knows as parts of a stack only, and opens no others."""
+        return frozenset(
+            name.removesuffix(".weight")
+            for name, part in self.slices.items()
+            if name.endswith(".weight") and not self._saved_single(part)
+        )
+
     def publish(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors of the model as a checkpoint has them: stacked, joined or cut again where its readers ask for that.
 

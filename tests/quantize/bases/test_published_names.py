@@ -130,6 +130,15 @@ def test_a_quantized_expert_is_single_and_has_the_name_of_its_family(family: str
             assert names.publish(tensors).keys() == {f"{stem}{theirs}.{kind}" for kind in kinds}
 
 
+def test_experts_that_transformers_opens_in_stacks_only_are_known() -> None:
+    """A checkpoint of single ones could not be opened; those of the other families are."""
+    closed = {family for family in STACKED if PublishedNames(skeleton_of(family)).closed}
+    assert closed == {"gpt_oss", "granitemoehybrid", "qwen3_vl_moe"}
+    names = PublishedNames(skeleton_of("gpt_oss"))
+    assert len(names.closed) == 3 * 4 * 3
+    assert "model.layers.2.mlp.experts.3.up_proj" in names.closed
+
+
 def test_scales_of_a_cache_lie_beside_the_published_linears() -> None:
     for family, prefix in (
         ("mistral3", "language_model.model"),
