@@ -93,16 +93,20 @@ class MockEngine:
         """The events of a stream; however it ends, its tokens are counted."""
         steps: asyncio.Queue[None] = asyncio.Queue()
         chunk, made = CHUNK % (name.encode(), time.monotonic_ns()), 0
+        prompt = len(json.dumps(document["messages"])) // 4
         self._running.add(steps)
         try:
             for _ in range(document.get("max_tokens", 16)):
                 await steps.get()
                 made += 1
                 yield chunk % time.monotonic_ns()
+            if (document.get("stream_options") or {}).get("include_usage"):
+                usage = {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
+                last = {"index": 0, "delta": {}, "finish_reason": "length"}
+                yield b"data: " + json.dumps({"choices": [last], "usage": usage}).encode() + b"\n\n"
             yield b"data: [DONE]\n\n"
         finally:
             self._running.discard(steps)
-            prompt = len(json.dumps(document["messages"])) // 4
             self._throughput.on_finished(name, prompt, made)
 
     async def models(self) -> list[dict[str, Any]]:

@@ -34,13 +34,14 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.endpoint import LOWBIT, PYTHON, lowbit_serve, pinned, running, write_result  # noqa: E402
-from benchmarks.mock_engine import folder  # noqa: E402
+from benchmarks.mock_engine import MODEL, folder  # noqa: E402
 
 from lowbit_core.cpu_speeds import instructions  # noqa: E402
 from lowbit_core.server_process import ServerProcess  # noqa: E402
 
 STREAMS = (1, 4, 16)
 SHORT_PROMPT = 32
+MAX_LAG_S = 0.5  # of the generator, beside engines on the same cores: rates over seconds do not see it
 WARM_TOKENS = 2  # of each output of the turn that warms up
 FLAGS = ("--kv-cache-dtype", "bfloat16", "--max-num-seqs", "16", "--served-model-name", "m")
 Speeds = dict[str, float]
@@ -102,8 +103,9 @@ def _arguments() -> argparse.Namespace:
 def _server(checkpoint: Path, log: Path, *, mock: bool) -> AbstractContextManager[ServerProcess]:
     if not mock:
         return lowbit_serve(checkpoint, log, *FLAGS)
-    place = str(folder(log.with_suffix(".mock")))
-    return running([str(PYTHON), str(ROOT / "benchmarks" / "mock_engine.py"), "serve", place], log, "/readyz")
+    command = [str(PYTHON), str(ROOT / "benchmarks" / "mock_engine.py"), "serve"]
+    flags = ("--served-model-name", MODEL)
+    return running([*command, str(folder(log.with_suffix(".mock"))), *flags], log, "/readyz")
 
 
 def take_turns(
@@ -155,13 +157,18 @@ def _load(url: str, work: Path, **load: int) -> dict[str, Any]:
                 "prompts": {"kind": "synthetic", "tokens": load["prompt"]},
                 "output": {"tokens": load["output"], "exact": True},
                 "requests": load["requests"],
-                "generator": {"workers": 1},
+                "generator": {"workers": 1, "max_lag_s": MAX_LAG_S},
             }
         ),
         encoding="utf-8",
     )
     command = [str(LOWBIT), "loadtest", "--target", url, "--scenario", str(scenario), "--json", str(out)]
-    subprocess.run(command, check=True, capture_output=True)
+    command += ["--body", "seed="]  # none: answers are greedy, and the mock's seeds mean faults
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(
+            f"lowbit loadtest ended with status {done.returncode}: {done.stderr.strip()[-1000:]}"
+        )
     document: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
     return document
 
