@@ -1,13 +1,18 @@
-"""`lowbit inspect`: the manifest for a person, or as JSON; `--verify` hashes every file."""
+"""`lowbit inspect`: the manifest for a person, or as JSON; `--verify` hashes every file.
+
+`--architecture MODEL` shows what quantize finds of a model: it is another package's, found by its entry point.
+"""
 
 import argparse
+import json
 import sys
+from importlib.metadata import entry_points
 
 from rich.console import Console
 from rich.table import Table
 
 from lowbit_core.cli import Command, file_path
-from lowbit_core.errors import CheckpointError
+from lowbit_core.errors import CheckpointError, ConfigError
 from lowbit_core.manifest import (
     MANIFEST_NAME,
     DivergenceRecord,
@@ -17,16 +22,26 @@ from lowbit_core.manifest import (
     verify_files,
 )
 
+ARCHITECTURE_GROUP = "lowbit.architecture"
 MOST_NAMES = 4  # that are shown of linears which are not quantized
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", type=file_path, metavar="DIR")
+    parser.add_argument("checkpoint", type=file_path, metavar="DIR", nargs="?")
+    parser.add_argument(
+        "--architecture",
+        metavar="MODEL",
+        help="instead: the decoder layers of a model that is not quantized, found by running a narrow twin of it",
+    )
     parser.add_argument("--verify", action="store_true", help="hash every file and compare with the manifest")
     parser.add_argument("--json", action="store_true", help="print the whole manifest as JSON")
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    if (arguments.checkpoint is None) == (arguments.architecture is None):
+        raise ConfigError("give DIR, a checkpoint, or --architecture MODEL: one of the two")
+    if arguments.architecture is not None:
+        return _show_architecture(arguments.architecture, as_json=arguments.json)
     manifest = read_manifest(arguments.checkpoint)
     if manifest is None:
         raise CheckpointError(
@@ -40,6 +55,18 @@ def _run(arguments: argparse.Namespace) -> int:
     console = Console()
     console.print(describe(manifest, verified=arguments.verify))
     console.print(domain_table(manifest))
+    return 0
+
+
+def _show_architecture(model: str, *, as_json: bool) -> int:
+    found = next(iter(entry_points(group=ARCHITECTURE_GROUP)), None)
+    if found is None:
+        raise ConfigError("--architecture runs a model, which needs `pip install lowbit[quantize]`")
+    data, tables = found.load()(model)
+    if as_json:
+        sys.stdout.write(json.dumps(data) + "\n")
+    else:
+        Console().print(tables)
     return 0
 
 

@@ -18,6 +18,7 @@ from lowbit_core.manifest import Manifest, QualityRecord
 from lowbit_core.progress import track
 from lowbit_evaluate.loaded_model import LoadedModel
 from lowbit_quantize.model.decoder import BATCH_TOKENS
+from lowbit_quantize.model.logits import PLAIN, LogitsForm
 from lowbit_quantize.quality import kl
 from lowbit_quantize.quality.dataset import TokenText, load_texts
 from lowbit_quantize.quality.token_ids import holds_token_ids
@@ -26,10 +27,11 @@ from lowbit_quantize.recipe import BUNDLED, Recipe, Text, parse_recipe
 
 @dataclass(frozen=True)
 class TextStates:
-    """One model on a text: hidden states before the head, (sequences, tokens, hidden), and the head."""
+    """One model on a text: hidden states before the head, (sequences, tokens, hidden), the head and what follows."""
 
     hidden: Tensor
     head: Tensor
+    logits: LogitsForm = PLAIN
 
 
 def load_heldout(source: str | None, manifest: Manifest | None, tokenizer: Any, vocabulary: int) -> TokenText:
@@ -52,7 +54,7 @@ def load_heldout(source: str | None, manifest: Manifest | None, tokenizer: Any, 
 def run_text(model: LoadedModel, text: TokenText, what: str) -> TextStates:
     """Run the model on every sequence, with progress."""
     hidden = torch.cat([*_hidden(model, text, what)])
-    return TextStates(hidden, model.head.cpu().clone())
+    return TextStates(hidden, model.head.cpu().clone(), model.logits)
 
 
 def _hidden(model: LoadedModel, text: TokenText, what: str) -> Iterator[Tensor]:
@@ -70,7 +72,7 @@ def compare_text(base: TextStates, ours: TextStates, text: TokenText, *, fp8_cac
             "distributions cannot be compared"
         )
     own_head = None if torch.equal(head, ours.head) else ours.head
-    predictions = kl.compare(base.hidden, ours.hidden, same, same, head, text.ids, own_head)
+    predictions = kl.compare(base.hidden, ours.hidden, same, same, head, text.ids, own_head, base.logits)
     return kl.summarize(predictions, text, kv_cache_included=fp8_cache)
 
 

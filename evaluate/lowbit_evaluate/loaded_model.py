@@ -23,11 +23,12 @@ from lowbit_core.manifest import Manifest, read_manifest, verify_files
 from lowbit_evaluate.rounded_experts import RoundedExperts, rounded_experts
 from lowbit_evaluate.rounded_inputs import round_inputs
 from lowbit_quantize.model.architecture import Architecture
-from lowbit_quantize.model.families import architecture_of
+from lowbit_quantize.model.discovery.found import open_model
 from lowbit_quantize.model.hooks import HookedCache
+from lowbit_quantize.model.logits import PLAIN, LogitsForm
 from lowbit_quantize.model.published_names import PublishedNames
 from lowbit_quantize.model.reference import ModelReference, fetch_weights
-from lowbit_quantize.model.skeleton import is_tied, model_class, skeleton_of, text_config
+from lowbit_quantize.model.skeleton import build_skeleton, is_tied, model_class, text_config
 from lowbit_quantize.model.weights import WeightFiles
 from lowbit_quantize.schemes.kv_cache import KVScales
 
@@ -40,12 +41,16 @@ Scales = Mapping[int, KVScales]
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model with all its weights. `scales` quantize its KV cache, by layer; empty where it is not quantized."""
+    """A model with all its weights. `scales` quantize its KV cache, by layer; empty where it is not quantized.
+
+    `logits` makes logits of what the head gives.
+    """
 
     name: str
     model: Any
     tokenizer: Any
     scales: Scales
+    logits: LogitsForm = PLAIN
 
     @property
     def dtype(self) -> torch.dtype:
@@ -91,7 +96,7 @@ def load_model(
         experts.put_into(model, architecture, PublishedNames(skeleton_of(reference, architecture)))
     with torch.no_grad():  # compressed-tensors unpacks when the model as a whole is first called
         model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=False)
-    return LoadedModel(reference.name, model, reference.tokenizer(), scales)
+    return LoadedModel(reference.name, model, reference.tokenizer(), scales, architecture.logits)
 
 
 def check_loadable(reference: ModelReference) -> Architecture:
@@ -103,11 +108,11 @@ def check_loadable(reference: ModelReference) -> Architecture:
             f"{reference.name} is in the {method} format, which transformers opens with {reader}, and that is not "
             "installed; serve the checkpoint and give --target URL, or evaluate one in the default format"
         )
-    architecture = architecture_of(reference.model_type, reference.name)
+    architecture, skeleton = open_model(reference)
     if reference.kind == "gguf":
         from lowbit_quantize.model.gguf_file import GgufFile  # imported for GGUF files only
 
-        GgufFile(reference, skeleton_of(reference, architecture))  # refuses what transformers drops
+        GgufFile(reference, skeleton)  # refuses what transformers drops
     return architecture
 
 
@@ -179,8 +184,7 @@ def _load_parts(reference: ModelReference, dtype: torch.dtype) -> Any:
     """A GGUF model that transformers does not read, as quantize reads it: tensor by tensor."""
     from lowbit_quantize.model.gguf_file import GgufFile  # as above
 
-    architecture = architecture_of(reference.model_type, reference.name)
-    skeleton = skeleton_of(reference, architecture)
+    architecture, skeleton = open_model(reference)
     stored = GgufFile(reference, skeleton)
     model = AutoModelForCausalLM.from_config(
         reference.config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
@@ -201,7 +205,7 @@ def _scales(reference: ModelReference, architecture: Architecture, manifest: Man
         return {one.layer: KVScales(one.k_scale, one.v_scale) for one in layers}
     if not quantization_of(reference).get("kv_cache_scheme"):
         return {}
-    names = PublishedNames(skeleton_of(reference, architecture))
+    names = PublishedNames(build_skeleton(reference.config))
     depth = int(text_config(reference.config).num_hidden_layers)
     return _stored_scales(WeightFiles(reference.path), architecture, names, depth)
 
@@ -211,7 +215,7 @@ def _stored_scales(
 ) -> Scales:
     found = {}
     for index in range(depth):
-        place = names.published(f"{architecture.layers}.{index}.{architecture.attention}")
+        place = names.published(f"{architecture.layers}.{index}.{architecture.kinds[index].attention}")
         stored = [f"{place}.{kind}_scale" for kind in "kv"]
         if all(name in weights for name in stored):
             k_scale, v_scale = (float(weights.read(name).float()) for name in stored)
@@ -223,7 +227,8 @@ def _round_caches(model: Any, architecture: Architecture, scales: Scales) -> Non
     """Give each layer a cache that rounds keys and values, and switch off that of compressed-tensors."""
     layers: Any = model.get_submodule(architecture.layers)
     for index, layer in enumerate(layers):
-        layer.get_submodule(architecture.attention).quantization_enabled = False
+        if attention := architecture.kinds[index].attention:
+            layer.get_submodule(attention).quantization_enabled = False
         if index in scales:
             layer.register_forward_pre_hook(_with_cache(scales[index]), with_kwargs=True)
 

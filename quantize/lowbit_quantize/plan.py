@@ -17,12 +17,12 @@ from lowbit_core.errors import RecipeError
 from lowbit_core.log import get_logger
 from lowbit_quantize.catalog import CATALOG, Catalog
 from lowbit_quantize.model.architecture import Architecture, linear_of
-from lowbit_quantize.model.families import architecture_of
+from lowbit_quantize.model.discovery.found import open_model
 from lowbit_quantize.model.kept_types import KeptTypes
 from lowbit_quantize.model.published_floats import PublishedFloats, published_floats
 from lowbit_quantize.model.published_names import PublishedNames
 from lowbit_quantize.model.reference import ModelReference
-from lowbit_quantize.model.skeleton import is_tied, skeleton_of, text_config
+from lowbit_quantize.model.skeleton import is_tied, text_config
 from lowbit_quantize.pass_list import make_passes
 from lowbit_quantize.recipe import QUANTIZE, KVCache, Recipe
 from lowbit_quantize.rules import Wanted, resolve
@@ -174,9 +174,9 @@ class Plan:
 
 def make_plan(reference: ModelReference, recipe: Recipe, catalog: Catalog = CATALOG) -> Plan:
     """Check that the recipe fits the model; raises ModelError or RecipeError."""
-    architecture = architecture_of(reference.model_type, reference.name, reference.text_part)
     floats = _floats_of(reference)
-    skeleton = skeleton_of(reference, architecture)
+    architecture, skeleton = open_model(reference)
+    _say_found(reference, architecture)
     passes = make_passes(recipe.passes, reference, architecture, catalog)
     recipe = _without_latent_scales(recipe, architecture)
     _check_positions(reference, recipe)
@@ -352,6 +352,22 @@ def _check_words(name: str, words: int, entry: ModulePlan | None) -> None:
         f"modules: {entry.scheme.name} does not fit the {words} outputs of {name}: engines read zero points of "
         f"{32 / entry.scheme.bits:g} outputs at a time; give a symmetric scheme, or leave it as it is"
     )
+
+
+def _say_found(reference: ModelReference, architecture: Architecture) -> None:
+    """What was found by running a twin, where no test of ours has held it against the model; and folds that failed."""
+    if not architecture.tested:
+        folds = sum(
+            group.fold is not None for kind in dict.fromkeys(architecture.kinds) for group in kind.groups
+        )
+        log.warning(
+            "%s (%s) was found by running it, with %d folds, and is not among our tests",
+            reference.name,
+            architecture.model_type,
+            folds,
+        )
+    for line in dict.fromkeys(line for kind in architecture.kinds for line in kind.dropped):
+        log.info("a scale does not fold there: %s", line)
 
 
 def _floats_of(reference: ModelReference) -> PublishedFloats | None:

@@ -52,10 +52,11 @@ class Family:
     wrapper: bool = False
 
     def architecture(self, model_type: str) -> Architecture:
+        """Names alone: what is found of layers is not asked for here."""
         decoder = "model.language_model" if self.wrapper else "model"
         return Architecture(
             model_type,
-            groups=(),
+            kinds=(),
             layers=f"{decoder}.layers",
             embedding=f"{decoder}.{self.embedding}",
             final_norm=f"{decoder}.{self.final_norm}",

@@ -123,7 +123,7 @@ def kv_tokens(plan: Plan, size: int, device_bytes: float) -> int:
 
 
 def _scaled_layers(plan: Plan) -> int:
-    return len(plan.skeleton.get_submodule(plan.architecture.layers)) if plan.fp8_cache else 0  # type: ignore[arg-type]
+    return sum(bool(kind.attention) for kind in plan.architecture.kinds) if plan.fp8_cache else 0
 
 
 def _routes(plan: Plan, name: str) -> bool:

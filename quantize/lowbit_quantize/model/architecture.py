@@ -1,78 +1,129 @@
-"""What differs between model families, as a table: where the parts of a decoder layer are and how scales fold.
+"""What a walk must know of a model: where the parts of its decoder layers are, and how scales fold.
 
-A group is the linears that read the same activation, and the operation before it: dividing that operation's
-output channels by `s` and multiplying the linears' input columns by `s` leaves the function unchanged. `*` in a
-name stands for each routed expert. A group whose linears a layer does not have is not there: that is how dense
-first layers, shared experts and the two shapes of latent attention are told apart.
+A group is the linears that read the same activation and stand side by side, and the operation before it: dividing that
+operation's output channels by `s` and multiplying the linears' input columns by `s` leaves the function unchanged. `*`
+in a name stands for each routed expert. All of this is found by running a narrow twin (discovery/).
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
 from torch import nn
 
-LATENT, OUTPUT, NETWORK, DOWN = 1, 2, 3, 4  # stages after 0: what reads a latent; o; gate and up; down
+from lowbit_quantize.model.logits import PLAIN, LogitsForm
+from lowbit_quantize.model.spread import Spread
+
+
+@dataclass(frozen=True)
+class Fold:
+    """The operation before a group: a norm, whose weight lies `offset` below what it multiplies by, or a linear.
+
+    Its channels, to the power `power`, scale the group's columns as `spread` says.
+    """
+
+    producer: str
+    spread: Spread
+    norm: bool = False
+    offset: float = 0.0
+    power: int = 1
 
 
 @dataclass(frozen=True)
 class LinearGroup:
     """Linears of one decoder layer that share an input.
 
-    `fold` says what `fold_into` is: a `norm` (its weight shrinks), a linear's last `rows`, or a value projection's
-    last rows under grouped-query attention (`kv_rows`: each value channel feeds several query heads). None: there
-    is nothing that a scale could fold into. `other_readers` are unquantized modules that read the same activation.
-    `attended` groups make keys or values: their errors reach other tokens through attention (attention.py).
-    `residual` names the norm that reads the residual stream which the linear's output is added to, if it is added as it
-    is (targets.py). `stage` orders the groups: what a group reads depends on the groups of lower stages only.
+    `fold` is None where there is nothing that a scale could fold into. `other_readers` are modules that read the same
+    activation and are not quantized. `attended` groups make keys or values: their errors reach other tokens through
+    attention (attention.py). `residual` names the norm that reads the residual stream which the linear's output is
+    added to, if it is added as it is (error_compensation.py). `stage` orders the groups: what a group reads depends on
+    the groups of lower stages only. `cached`: the fold divides values that a cache keeps.
     """
 
     linears: tuple[str, ...]
-    fold_into: str = ""
-    fold: Literal["norm", "rows", "kv_rows"] | None = None
+    fold: Fold | None = None
     other_readers: tuple[str, ...] = ()
     attended: bool = False
     residual: str = ""
     stage: int = 0
+    cached: bool = False
+
+    def of_expert(self, number: int) -> "LinearGroup":
+        """The group of one expert, if it is one of experts."""
+        if "*" not in self.linears[0]:
+            return self
+        fold = self.fold and replace(self.fold, producer=self.fold.producer.replace("*", str(number)))
+        return replace(
+            self, linears=tuple(name.replace("*", str(number)) for name in self.linears), fold=fold
+        )
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """Decoder layers that are made alike; names are relative to the layer, and empty where it has no such part.
+
+    `attention` computes attention and gives a tuple of `attention_outputs` (0: no tuple); `attention_end` is the linear
+    that reads what attention gives. `middle` is the module that reads the residual stream between attention and the
+    rest of the layer. `router` reads what the `experts` of the `moe_block` read. `outputs`: as `attention_outputs`, of
+    the layer itself. `dropped`: folds that were found and do not hold.
+    """
+
+    groups: tuple[LinearGroup, ...]
+    attention: str = ""
+    attention_end: str = ""
+    attention_outputs: int = 0
+    middle: str = ""
+    moe_block: str = ""
+    experts: str = ""
+    router: str = ""
+    outputs: int = 0
+    dropped: tuple[str, ...] = ()
+
+    def is_expert(self, group: LinearGroup) -> bool:
+        """Whether the group belongs to a routed expert."""
+        return bool(self.experts) and group.linears[0].startswith(f"{self.experts}.")
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """One model family; names are relative to the model (`layers`, …) or to a decoder layer (groups).
+    """A model's own; names are relative to the model.
 
-    `middle` is the module that reads the residual stream between attention and the network; `norm_offset` is
-    what a norm adds to its weight; `latent_cache`: attention caches a normed latent and one rotary key
-    (DeepSeek-AI 2024, arXiv 2405.04434) instead of keys and values; `fused` are
-    linears whose matrix vLLM 0.32 joins with another's without its own table saying so, as (linear, joint matrix).
+    `kinds` has an entry for each decoder layer. `final_norm_offset` is what the norm adds to its weight; rows of the
+    embedding are multiplied by `embedding_factor`, and `logits` made of what the head gives. `latent_cache`: attention
+    caches a normed latent and one rotary key (DeepSeek-AI 2024, arXiv 2405.04434) instead of keys and values. `fused`
+    are linears whose matrix vLLM 0.32 joins with another's without its own table saying so, as (linear, joint matrix).
+    `tested`: whether tests of ours run the family from end to end.
     """
 
     model_type: str
-    groups: tuple[LinearGroup, ...]
+    kinds: tuple[LayerKind, ...]
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
     final_norm: str = "model.norm"
     head: str = "lm_head"
-    rotary: str = "model.rotary_emb"
-    attention: str = "self_attn"
-    middle: str = "post_attention_layernorm"
-    moe_block: str = ""
-    norm_offset: float = 0.0
+    final_norm_offset: float = 0.0
+    embedding_factor: float = 1.0
+    logits: LogitsForm = PLAIN
     latent_cache: bool = False
     fused: tuple[tuple[str, str], ...] = ()
+    tested: bool = False
 
     @property
-    def router(self) -> str:
-        """The router's name within a decoder layer that has one; its input is every expert's."""
-        return f"{self.moe_block}.gate"
+    def _routed(self) -> LayerKind | None:
+        return next((kind for kind in self.kinds if kind.experts), None)
 
     @property
-    def attention_end(self) -> str:
-        """The linear that reads what attention gives."""
-        return f"{self.attention}.o_proj"
+    def moe_block(self) -> str:
+        """The name of the block with experts within the decoder layers that have one; empty for a dense model."""
+        return self._routed.moe_block if self._routed else ""
 
     @property
     def experts(self) -> str:
         """The routed experts' name within a decoder layer that has them."""
-        return f"{self.moe_block}.experts"
+        return self._routed.experts if self._routed else ""
+
+    @property
+    def router(self) -> str:
+        """The router's name within a decoder layer that has one; its input is every expert's."""
+        return self._routed.router if self._routed else ""
 
     def is_expert(self, group: LinearGroup) -> bool:
         """Whether the group belongs to a routed expert."""
@@ -96,35 +147,32 @@ class Architecture:
 
     def groups_of(self, layer: nn.Module) -> tuple[LinearGroup, ...]:
         """The groups that this decoder layer has, one for each expert where a name says `*`."""
-        present = {name for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
         experts = len(layer.get_submodule(self.experts)) if self.has_experts(layer) else 0  # type: ignore[arg-type]
-        found = []
-        for group in self.groups:
-            every = range(experts) if "*" in group.linears[0] else (0,)
-            found += [_present(group, str(expert), present) for expert in every]
-        return tuple(group for group in found if group.linears)
+        return tuple(
+            group.of_expert(number)
+            for group in kind_of(layer).groups
+            for number in range(experts if "*" in group.linears[0] else 1)
+        )
 
     def has_experts(self, layer: nn.Module) -> bool:
         """Whether this decoder layer routes to experts."""
-        return bool(self.moe_block) and any(name == self.experts for name, _ in layer.named_modules())
+        return bool(kind_of(layer).experts)
 
 
-def _present(group: LinearGroup, expert: str, present: set[str]) -> LinearGroup:
-    linears = tuple(name.replace("*", expert) for name in group.linears)
-    return LinearGroup(
-        tuple(name for name in linears if name in present),
-        group.fold_into.replace("*", expert),
-        group.fold,
-        group.other_readers,
-        group.attended,
-        group.residual,
-        group.stage,
-    )
+def set_kind(layer: nn.Module, kind: LayerKind) -> None:
+    """Note on a decoder layer how it is made; copies of it keep that."""
+    layer.__dict__["lowbit_kind"] = kind
+
+
+def kind_of(layer: nn.Module) -> LayerKind:
+    """How a decoder layer of a skeleton is made."""
+    kind: LayerKind = layer.__dict__["lowbit_kind"]
+    return kind
 
 
 def linear_of(layer: nn.Module, name: str) -> nn.Linear:
-    """A linear of a decoder layer, by the name that the table uses."""
+    """A linear of a decoder layer, by the name that its groups use."""
     module = layer.get_submodule(name)
     if not isinstance(module, nn.Linear):
-        raise TypeError(f"{name} is a {type(module).__name__}, the table says it is a linear")
+        raise TypeError(f"{name} is a {type(module).__name__}, its group says it is a linear")
     return module

@@ -14,15 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from lowbit_core.errors import NumericsError
-from lowbit_quantize.model.architecture import Architecture
+from lowbit_quantize.model.architecture import Architecture, kind_of
 from lowbit_quantize.model.hooks import HookedCache, InputObservers, KVCacheHook, SeenAll, inputs_of
 from lowbit_quantize.model.kept_types import KeptTypes
 from lowbit_quantize.model.published_names import PublishedNames
-from lowbit_quantize.model.skeleton import build_skeleton, is_tied, text_config
+from lowbit_quantize.model.skeleton import is_tied, text_config
+from lowbit_quantize.model.stand_in import StandIn
 from lowbit_quantize.model.weights import is_finite
 
 BATCH_TOKENS = 2048  # tokens in a forward pass: enough for efficient products, few enough for the caches
 
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # positional ones, and keywords
+CACHE = "past_key_values"
 END = ""  # of a layer, where the name of a module says how far hidden states go
 
 
@@ -51,25 +54,6 @@ def read_as(weights: Weights, name: str, dtype: torch.dtype, device: torch.devic
     return cast
 
 
-class _Recorder(nn.Module):
-    """Stands in for a decoder layer and keeps what it was called with; other questions the layer answers."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.arguments: dict[str, Any] = {}
-        self._layer = (layer,)  # no submodule
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["_layer"][0], name)
-
-    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
-        self.arguments = arguments
-        return hidden_states
-
-
 @dataclass(frozen=True)
 class BasePass:
     """The base model's side of an observation; `advance` moves its hidden states on: to a module's input, or `END`."""
@@ -89,16 +73,15 @@ class Decoder:
         architecture: Architecture,
         weights: Weights,
         device: torch.device,
-        skeleton: nn.Module | None = None,
+        skeleton: nn.Module,
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         self.config, self.architecture, self.weights = text_config(config), architecture, weights
-        self.device, self.dtype = device, dtype
-        self.skeleton = skeleton or build_skeleton(config, architecture)
-        self.names = PublishedNames(self.skeleton)
-        self.kept_types = KeptTypes(self.skeleton, self.names)
+        self.device, self.dtype, self.skeleton = device, dtype, skeleton
+        self.names = PublishedNames(skeleton)
+        self.kept_types = KeptTypes(skeleton, self.names)
         self._layers: nn.ModuleList = self.skeleton.get_submodule(architecture.layers)  # type: ignore[assignment]
-        self._arguments: dict[tuple[int, torch.dtype], list[dict[str, Any]]] = {}
+        self._arguments: dict[tuple[int, torch.dtype], list[Arguments]] = {}
 
     @property
     def depth(self) -> int:
@@ -107,9 +90,21 @@ class Decoder:
     def layer_name(self, index: int) -> str:
         return f"{self.architecture.layers}.{index}"
 
+    def layer(self, index: int) -> nn.Module:
+        """Layer `index` of the skeleton, without weights."""
+        return self._layers[index]
+
     def load_layer(self, index: int) -> nn.Module:
         """Layer `index` with its weights, in the compute dtype but for what keeps its own."""
-        return self._load(copy.deepcopy(self._layers[index]), self.layer_name(index))
+        return self.load_into(copy.deepcopy(self._layers[index]), index)
+
+    def load_into(self, layer: nn.Module, index: int) -> nn.Module:
+        """Give a layer, which may lack parts of layer `index`, its weights."""
+        return self._load(layer, self.layer_name(index))
+
+    def load_part(self, index: int, name: str) -> nn.Module:
+        """A module of layer `index` with its weights."""
+        return self._load_named(f"{self.layer_name(index)}.{name}")
 
     def embed(self, token_ids: Tensor, hidden: Tensor | None = None) -> Tensor:
         """Hidden states before the first layer, (sequences, tokens, hidden), into `hidden` where it is given."""
@@ -118,8 +113,10 @@ class Decoder:
             hidden = torch.empty(
                 *token_ids.shape, self.config.hidden_size, dtype=self.dtype, device=self.device
             )
+        factor = self.architecture.embedding_factor
         for row, ids in zip(hidden, token_ids.to(self.device), strict=True):
-            row.copy_(embedding(ids))
+            embedded = embedding(ids)
+            row.copy_(embedded if factor == 1 else embedded * factor)
         return hidden
 
     def head(self) -> tuple[nn.Module, Tensor]:
@@ -132,11 +129,10 @@ class Decoder:
         self, layer: nn.Module, index: int, hidden: Tensor, hook: KVCacheHook | None = None
     ) -> Iterator[Tensor]:
         """Run one layer over (sequences, tokens, hidden) in batches; yields each batch's output in order."""
-        arguments = self._layer_arguments(index, hidden)
+        args, kwargs = self.arguments(index, hidden)
         for batch in hidden.split(max(1, BATCH_TOKENS // hidden.shape[1])):
-            cache = HookedCache(hook) if hook else None
             with torch.no_grad():
-                output = layer(batch.to(self.device), **{**arguments, "past_key_values": cache})
+                output = layer(batch.to(self.device), *args, **kwargs, **_cache(layer, hook))
             yield output[0] if isinstance(output, tuple) else output
 
     def observe(
@@ -154,7 +150,7 @@ class Decoder:
 
         Each batch of the base model's hidden states, where they are given, goes first.
         """
-        arguments = self._layer_arguments(index, hidden)
+        args, kwargs = self.arguments(index, hidden)
         size = max(1, BATCH_TOKENS // hidden.shape[1])
         for start in range(0, len(hidden), size):
             batch, moved = slice(start, start + size), None
@@ -163,9 +159,8 @@ class Decoder:
             elif base is not None:
                 with inputs_of(base.layer, base.observers, stop=base.advance is None), suppress(SeenAll):
                     moved = next(self.run_layer(base.layer, index, base.hidden[batch]))
-            cache = HookedCache(hook) if hook else None
             with inputs_of(layer, observers, stop=stop), torch.no_grad(), suppress(SeenAll):
-                layer(hidden[batch].to(self.device), **{**arguments, "past_key_values": cache})
+                layer(hidden[batch].to(self.device), *args, **kwargs, **_cache(layer, hook))
             if (
                 base is not None and moved is not None
             ):  # only now: observers may hold what the layer was given
@@ -195,17 +190,21 @@ class Decoder:
             with inputs_of(layer, {**(observers or {}), module: store}, stop=True), suppress(SeenAll):
                 next(self.run_layer(layer, index, batch, hook))
 
-    def _layer_arguments(self, index: int, hidden: Tensor) -> dict[str, Any]:
+    def arguments(self, index: int, hidden: Tensor) -> Arguments:
+        """What a layer is called with beside these hidden states."""
         key = hidden.shape[1], hidden.dtype
         if key not in self._arguments:
             self._arguments[key] = self._capture(*key)
         return self._arguments[key][index]
 
-    def _capture(self, tokens: int, dtype: torch.dtype) -> list[dict[str, Any]]:
-        recorders = nn.ModuleList(_Recorder(layer) for layer in self._layers)
+    def _capture(self, tokens: int, dtype: torch.dtype) -> list[Arguments]:
+        """What each layer is called with, beside hidden states, on a text of so many tokens."""
+        recorders = nn.ModuleList(StandIn(layer, kind_of(layer).outputs) for layer in self._layers)
         parent_name, _, leaf = self.architecture.layers.rpartition(".")
         parent = self.skeleton.get_submodule(parent_name)
-        embeds = torch.zeros(1, tokens, self.config.hidden_size, dtype=dtype, device=self.device)
+        embeds = torch.zeros(
+            1, tokens, self.config.get_text_config().hidden_size, dtype=dtype, device=self.device
+        )
         setattr(parent, leaf, recorders)
         norm = self.skeleton.get_submodule(self.architecture.final_norm)
         try:
@@ -216,7 +215,7 @@ class Decoder:
         finally:
             setattr(parent, leaf, self._layers)
             self._replace(self.architecture.final_norm, norm)
-        return [recorder.arguments for recorder in recorders]  # type: ignore[misc]
+        return [_without_cache(recorder.called) for recorder in recorders]  # type: ignore[arg-type]
 
     def _replace(self, name: str, module: nn.Module) -> None:
         parent, _, leaf = name.rpartition(".")
@@ -233,6 +232,16 @@ class Decoder:
     def read(self, name: str) -> Tensor:
         """One tensor of the model, in the compute dtype or the one that it keeps."""
         return read_as(self.weights, name, self.kept_types.dtype(name, self.dtype), self.device)
+
+
+def _without_cache(called: Arguments) -> Arguments:
+    args, kwargs = called
+    return args, {name: value for name, value in kwargs.items() if name != CACHE}
+
+
+def _cache(layer: nn.Module, hook: KVCacheHook | None) -> dict[str, HookedCache | None]:
+    """The cache that a layer is called with: only attention has one that a hook can look into."""
+    return {CACHE: HookedCache(hook) if hook and kind_of(layer).attention else None}
 
 
 def _move_buffers(model: nn.Module, device: torch.device) -> None:

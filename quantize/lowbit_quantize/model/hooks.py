@@ -12,8 +12,6 @@ from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from lowbit_quantize.model.architecture import Architecture
-
 # Called with keys and values, (batch, heads, tokens, head_dim), after RoPE; gives what attention is to use instead.
 KVCacheHook = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 InputObservers = Mapping[str, Callable[[Tensor], None]]
@@ -110,27 +108,23 @@ def _observe_attention(query: Tensor, key: Tensor, mask: Tensor | None, argument
 
 @contextmanager
 def without_attention(
-    layer: nn.Module, architecture: Architecture, read: Sequence[Tensor] = ()
+    layer: nn.Module, attention: str, end: str, outputs: int, read: Sequence[Tensor] = ()
 ) -> Iterator[None]:
     """While the block runs, attention is not computed: it adds what its last linear makes of `read`, or nothing.
 
     `read` has what that linear reads, (tokens, features), batch by batch. Where attention adds nothing, the layer takes
-    what its middle reads.
+    what its middle reads. `outputs`: how long the tuple is that attention gives, 0 for none.
     """
-    batches, end = iter(read), layer.get_submodule(architecture.attention_end)
+    batches, last = iter(read), layer.get_submodule(end)
 
-    def attend(hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
-        if not read:
-            return hidden_states.new_zeros(()).expand_as(hidden_states), None
-        return end(next(batches)).view_as(hidden_states), None
+    def attend(*args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        given = last(next(batches)).view_as(hidden) if read else hidden.new_zeros(()).expand_as(hidden)
+        return (given, *[None] * (outputs - 1)) if outputs else given
 
-    modules = dict(layer.named_children())
-    stand_ins = {architecture.attention: attend, "input_layernorm": lambda hidden_states: hidden_states}
-    replaced = {modules[name]: forward for name, forward in stand_ins.items() if name in modules}
-    for module, forward in replaced.items():
-        module.forward = forward
+    module = layer.get_submodule(attention)
+    module.forward = attend
     try:
         yield
     finally:
-        for module in replaced:
-            del module.forward
+        del module.forward

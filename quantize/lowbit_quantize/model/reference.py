@@ -60,12 +60,6 @@ class ModelReference:
         return self._source.model_type
 
     @property
-    def text_part(self) -> str:
-        """Of a model that reads pictures or sounds too, the architecture of its decoder; else empty."""
-        said = (self.written_config or {}).get("text_config")
-        return str(said.get("model_type", "")) if isinstance(said, dict) else ""
-
-    @property
     def sha256(self) -> dict[str, str]:
         """Hash of the configuration and of every weight file, taken once."""
         return self._source.sha256

@@ -10,12 +10,12 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.initialization import no_init_weights
 
 from lowbit_core.errors import ModelError
 from lowbit_quantize.model.architecture import Architecture
 from lowbit_quantize.model.experts import unstack_experts
 from lowbit_quantize.model.hooks import register_attention
-from lowbit_quantize.model.reference import ModelReference
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -39,32 +39,19 @@ def model_class(config: Any) -> Any:
     raise ModelError(f"transformers has no model for {type(config).__name__} that gives next tokens")
 
 
-def build_skeleton(config: Any, architecture: Architecture) -> nn.Module:
+def build_skeleton(config: Any) -> nn.Module:
     """The model of a transformers configuration, in the half precision that it names, bfloat16 where it names none."""
     found = model_class(config)
     dtype = config.dtype if config.dtype in HALF else torch.bfloat16
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), no_init_weights():
         model: nn.Module = found._from_config(
             copy.deepcopy(config),
             dtype=dtype,
             attn_implementation=register_attention(eager=not found._supports_sdpa),
         )
-    unstack_experts(model.get_submodule(architecture.layers))
+        unstack_experts(model)
+    model.tie_weights()  # type: ignore[operator]
     return model.eval()
-
-
-def skeleton_of(reference: ModelReference, architecture: Architecture) -> nn.Module:
-    """The model of a reference; raises ModelError where its configuration makes none."""
-    if getattr(text_config(reference.config), "final_logit_softcapping", None) is not None:
-        raise ModelError(
-            f"{reference.name} caps its logits (final_logit_softcapping), which is not supported"
-        )
-    try:
-        return build_skeleton(reference.config, architecture)
-    except Exception as error:  # whatever a wrong configuration makes of transformers' code
-        raise ModelError(
-            f"{reference.name}: no model can be built from its configuration: {error!r}"
-        ) from error
 
 
 def is_tied(skeleton: nn.Module, architecture: Architecture) -> bool:

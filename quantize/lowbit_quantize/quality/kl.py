@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lowbit_core.manifest import DivergenceRecord, GateRecord, QualityRecord
 from lowbit_quantize.device.precision import exact_products
+from lowbit_quantize.model.logits import PLAIN, LogitsForm
 from lowbit_quantize.quality.dataset import TokenText
 from lowbit_quantize.recipe import Quality
 
@@ -49,10 +50,11 @@ def compare(
     head: Tensor,
     ids: Tensor,
     own_head: Tensor | None = None,
+    form: LogitsForm = PLAIN,
 ) -> Predictions:
     """Compare two models by their last hidden states, (sequences, tokens, hidden), on the text `ids`.
 
-    `own_head` is the compressed model's, where it is not the base's.
+    `own_head` is the compressed model's, where it is not the base's; `form` makes logits of what a head gives.
     The vocabulary is gone through in blocks, of which one at a time is float32: the sums over it are kept relative
     to the largest logit so far (Milakov and Gimelshein 2018, arXiv 1805.02867).
     """
@@ -62,7 +64,8 @@ def compare(
         rows = slice(start, start + sequences)
         targets = ids[rows, 1:].to(head.device)
         p, q = base_norm(base[rows, :-1].to(head.device)), norm(compressed[rows, :-1].to(head.device))
-        columns = _compare_positions(p.flatten(0, 1), q.flatten(0, 1), head, own_head, targets.flatten())
+        states = p.flatten(0, 1), q.flatten(0, 1)
+        columns = _compare_positions(*states, head, own_head, targets.flatten(), form)
         chunks.append([column.view(targets.shape) for column in columns])
     return Predictions(*(torch.cat(columns) for columns in zip(*chunks, strict=True)))
 
@@ -109,7 +112,12 @@ def _logits(states: Tensor, words: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _compare_positions(
-    base: Tensor, compressed: Tensor, head: Tensor, own_head: Tensor | None, targets: Tensor
+    base: Tensor,
+    compressed: Tensor,
+    head: Tensor,
+    own_head: Tensor | None,
+    targets: Tensor,
+    form: LogitsForm,
 ) -> tuple[Tensor, ...]:
     """KL, agreement and both losses, (positions,), of normed hidden states, (positions, hidden)."""
     p_sum, q_sum = _Softmax(len(base), head.device), _Softmax(len(base), head.device)
@@ -122,7 +130,10 @@ def _compare_positions(
         wide = head[words].float()
         own = wide if own_head is None else own_head[words].float()
         own_dtype = head.dtype if own_head is None else own_head.dtype
-        p, q = _logits(base, wide, head.dtype), _logits(compressed, own, own_dtype)  # (positions, words)
+        p, q = (
+            form(_logits(base, wide, head.dtype)),
+            form(_logits(compressed, own, own_dtype)),
+        )  # (positions, words)
         here = (targets - first).clamp(0, len(wide) - 1).unsqueeze(-1)
         inside = (targets >= first) & (targets < first + len(wide))
         for loss, logits in zip(losses, (p, q), strict=True):

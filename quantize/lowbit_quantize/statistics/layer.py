@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lowbit_quantize.model.architecture import Architecture, LinearGroup, linear_of
+from lowbit_quantize.model.architecture import Architecture, LinearGroup, kind_of, linear_of
 from lowbit_quantize.statistics.error_compensation import Drift
 from lowbit_quantize.statistics.hessian import AttendedHessian, Hessian
 from lowbit_quantize.statistics.input_sample import InputSample
@@ -75,13 +75,13 @@ class LayerStatistics:
             router, take = self._architecture.router, self._block_inputs.add
             observers[router] = both(observers[router], take) if router in observers else take
         elif self.attended:  # the attention is known before this is reached
-            observers.setdefault(self._architecture.attention_end, _ignore)
+            observers.setdefault(kind_of(self._layer).attention_end, _ignore)
         return observers
 
     @property
     def ends_before_attention(self) -> bool:
         """Whether nothing is observed beyond what attention is computed from."""
-        return self.observers.get(self._architecture.attention_end) is _ignore
+        return self.observers.get(kind_of(self._layer).attention_end) is _ignore
 
     @property
     def routes(self) -> bool:

@@ -64,11 +64,13 @@ class Baselines:
 
     def measure(self, base: Tensor, norm: nn.Module, head: Tensor) -> dict[str, DivergenceRecord]:
         """Noise floor and FP8 cache alone, by their names in the manifest; `base` is the whole stream."""
-        found = {}
+        found, form = {}, self._decoder.architecture.logits
         if rows := self._rows.get(FLOAT32):
             exact, wide = self._streams[FLOAT32], copy.deepcopy(norm).float()
-            found["noise_floor"] = compare(exact, base[rows], wide, norm, head, self._ids[rows])
+            found["noise_floor"] = compare(exact, base[rows], wide, norm, head, self._ids[rows], form=form)
         if rows := self._rows.get(FP8_CACHE):
             rounded = self._streams[FP8_CACHE]
-            found["kv_cache_alone"] = compare(base[rows], rounded, norm, norm, head, self._ids[rows])
+            found["kv_cache_alone"] = compare(
+                base[rows], rounded, norm, norm, head, self._ids[rows], form=form
+            )
         return {name: divergence(predictions) for name, predictions in found.items()}

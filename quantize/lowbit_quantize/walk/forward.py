@@ -18,7 +18,9 @@ from lowbit_core.log import get_logger
 from lowbit_core.manifest import KVLayerRecord, ModuleRecord, QualityRecord
 from lowbit_core.progress import track
 from lowbit_quantize.device.memory import keep_freed_memory, keep_no_freed_memory, return_freed_memory
+from lowbit_quantize.model.architecture import LayerKind, kind_of
 from lowbit_quantize.model.decoder import Decoder
+from lowbit_quantize.model.discovery.hold import drop_broken_folds
 from lowbit_quantize.model.weights import is_finite
 from lowbit_quantize.quality import kl
 from lowbit_quantize.quality.dataset import TokenText
@@ -64,6 +66,7 @@ class Walk:
         self.decoder, self.work, self.writer, self.journal = decoder, work, writer, journal
         self._calibration_text, self._heldout_text = texts
         self._streams = HiddenStates(decoder.device, journal.directory, stream_memory_bytes)
+        self._held: set[LayerKind] = set()
         self._baselines = Baselines(decoder, self._streams, self._heldout_text, work.baselines)
 
     @property
@@ -107,6 +110,7 @@ class Walk:
 
     def _step(self, index: int) -> None:
         decoder, streams = self.decoder, self._streams
+        self._hold_folds(index)
         self._baselines.advance_float32(index)
         layer = decoder.load_layer(index)
         decoder.advance(layer, index, streams["heldout_base"])
@@ -120,6 +124,15 @@ class Walk:
         decoder.advance(layer, index, streams["heldout"], result.kv_scales)
         self._baselines.advance_fp8_cache(index, result.base_kv_scales)
         self._write(layer, index, result)
+
+    def _hold_folds(self, index: int) -> None:
+        """Once for each kind of layer: folds that the model itself does not bear out are made by no method."""
+        kind = self.decoder.architecture.kinds[index]
+        if kind in self._held or not any(entry.input_scalers for entry in self.work.modules.values()):
+            return
+        self._held.add(kind)
+        for line in drop_broken_folds(self.decoder, index):
+            log.warning("a scale does not fold there: %s", line)
 
     def _check_base(self, index: int) -> None:
         """Raises NumericsError where the base model itself computes what its type cannot hold."""
@@ -152,7 +165,8 @@ class Walk:
         base, ours = self._streams["heldout_base"], self._streams["heldout"]
         our_norm, found = self._quantized_head(copy.deepcopy(norm), head)
         our_head = found.weight if found else None
-        predictions = kl.compare(base, ours, norm, our_norm, head, self._heldout_text.ids, our_head)
+        form = self.decoder.architecture.logits
+        predictions = kl.compare(base, ours, norm, our_norm, head, self._heldout_text.ids, our_head, form)
         measured = kl.summarize(
             predictions,
             self._heldout_text,
@@ -174,7 +188,7 @@ class Walk:
 
     def _quantized_head(self, norm: nn.Module, head: Tensor) -> tuple[nn.Module, QuantizedHead | None]:
         """The final norm that is served, and the head where it is quantized."""
-        entry, offset = self._head_entry, self.decoder.architecture.norm_offset
+        entry, offset = self._head_entry, self.decoder.architecture.final_norm_offset
         if entry is None:
             return norm, None
         states = self._streams["calibration"]
@@ -195,7 +209,7 @@ class Walk:
     def _write(self, layer: nn.Module, index: int, result: LayerResult) -> None:
         name, names = self.decoder.layer_name(index), self.decoder.names
         packed = {linear: one.quantized.tensors() for linear, one in result.linears.items()}
-        tensors = layer_tensors(layer, packed, self.decoder.architecture.attention, result.kv_scales)
+        tensors = layer_tensors(layer, packed, kind_of(layer).attention, result.kv_scales)
         shard = self.writer.write_shard(
             names.publish({f"{name}.{key}": value for key, value in tensors.items()})
         )

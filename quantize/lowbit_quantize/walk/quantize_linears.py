@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from lowbit_core.errors import NumericsError
 from lowbit_quantize.device.precision import exact_products
 from lowbit_quantize.methods.method import InputScale, Method, Site, SitePart
-from lowbit_quantize.model.architecture import Architecture, LinearGroup, linear_of
+from lowbit_quantize.model.architecture import Architecture, Fold, LinearGroup, linear_of
 from lowbit_quantize.model.folds import (
     divide_bias,
     divide_norm,
-    heads_between,
+    divisor_of,
     multiply_columns,
-    shared_by_heads,
+    tied,
 )
 from lowbit_quantize.schemes.rounding_linear import RoundingLinear
 from lowbit_quantize.schemes.scheme import Quantized
@@ -104,16 +104,16 @@ def quantize_linears(
     groups = architecture.groups_of(layer)
     later = folded_later(groups, stage, modules)
     norms = {
-        norm: folded
-        for norm in dict.fromkeys(group.fold_into for group in stage if group.fold == "norm")
+        norm.producer: folded
+        for norm in dict.fromkeys(group.fold for group in stage if group.fold and group.fold.norm)
         if (folded := _fold_norm(layer, architecture, norm, stage, statistics, modules))
     }
     for chain in _chains([*stage, *later]):
         states = [_state_of(layer, group, statistics, norms, modules, done) for group in chain]
         for state in states:
-            _fold_linear(layer, architecture, state, states)
+            _fold_linear(layer, state, states)
         for state in states:
-            if state.group.fold == "kv_rows" and state.producer_divisor is not None:
+            if state.group.cached and state.producer_divisor is not None:
                 done.value_divisor = state.producer_divisor
             if state.group in later:
                 done.folded.update({state.group.linears[0]: state.folded} if state.folded else {})
@@ -129,7 +129,8 @@ def folded_later(
     return [
         group
         for group in groups
-        if group.fold_into in producers
+        if group.fold is not None
+        and group.fold.producer in producers
         and group not in stage
         and group.linears[0] in modules
         and modules[group.linears[0]].input_scalers
@@ -141,7 +142,7 @@ def _chains(groups: Sequence[LinearGroup]) -> list[list[LinearGroup]]:
     chains: list[list[LinearGroup]] = []
     run_of: dict[str, list[LinearGroup]] = {}
     for group in groups:
-        chain = run_of.get(group.fold_into)
+        chain = run_of.get(group.fold.producer if group.fold else "")
         if chain is None:
             chain = []
             chains.append(chain)
@@ -175,15 +176,15 @@ def _state_of(
     plan, sample = modules[group.linears[0]], statistics.sample(group)
     already = None if folded is None else folded.scale
     state = _GroupState(group, plan, target, hessian, sample, folded, already)
-    if group.fold == "norm" and group.fold_into in norms:
-        state.scale_columns(norms[group.fold_into])
+    if group.fold is not None and group.fold.norm and group.fold.producer in norms:
+        state.scale_columns(norms[group.fold.producer])
     return state
 
 
 def _fold_norm(
     layer: nn.Module,
     architecture: Architecture,
-    name: str,
+    fold: Fold,
     stage: Sequence[LinearGroup],
     statistics: LayerStatistics,
     modules: Modules,
@@ -193,9 +194,8 @@ def _fold_norm(
     What reads the norm and is not quantized (a router, an ignored linear) is multiplied in its own dtype: the scale
     is then of powers of two, so that it computes bit for bit what it did.
     """
-    readers = [
-        group for group in architecture.groups_of(layer) if group.fold_into == name and group.fold == "norm"
-    ]
+    name = fold.producer
+    readers = [group for group in architecture.groups_of(layer) if group.fold and group.fold.producer == name]
     quantized = [group for group in readers if group in stage]
     plain = {other for group in readers for other in group.other_readers}
     plain.update(linear for group in readers if group not in stage for linear in group.linears)
@@ -205,7 +205,8 @@ def _fold_norm(
         if choice is None:
             continue
         scale = choice.scale.log2().round().exp2() if plain else choice.scale
-        scale = divide_norm(norm, scale, architecture.norm_offset)
+        scale = divide_norm(norm, divisor_of(fold, scale), fold.offset)
+        scale = fold.spread.by_column(scale)
         for other in plain:
             multiply_columns(layer.get_submodule(other), scale)
         choice = InputScale(scale, choice.alpha)
@@ -237,47 +238,49 @@ def _norm_site(
         if method in plan.methods:
             weight = _weight_of(layer, group, step)
             alike.setdefault(plan, []).append(weight if folded is None else weight * folded.scale)
+    fold = quantized[0].fold
+    assert fold is not None
     return Site(
         [
             SitePart(torch.cat(weights), plan.scheme, plan.quantizer.cost(hessian))
             for plan, weights in alike.items()
         ],
+        tie=lambda channels: tied(channels, fold.spread),
         inputs=None if sample is None else sample.rows() / (1.0 if folded is None else folded.scale),
     )
 
 
-def _fold_linear(
-    layer: nn.Module, architecture: Architecture, state: _GroupState, states: list[_GroupState]
-) -> None:
+def _fold_linear(layer: nn.Module, state: _GroupState, states: list[_GroupState]) -> None:
     """Search a group's scale for each method that scales, multiply its columns, and divide the linear before it."""
-    group = state.group
-    owner = next((other for other in states if group.fold_into in other.group.linears), None)
-    if group.fold == "norm" or owner is None:
-        return  # done already, or the linear before it is not quantized and is left alone
-    heads = heads_between(layer, architecture, group, state.weight.shape[1])
-    if heads is None:
-        return
+    fold = state.group.fold
+    if fold is None or fold.norm:
+        return  # done already
+    owner = next((other for other in states if fold.producer in other.group.linears), None)
+    if owner is None:
+        return  # the linear before it is not quantized and is left alone
+    spread = fold.spread
     for method in state.plan.input_scalers:
         cost = state.plan.quantizer.cost(state.hessian)
         part = SitePart(state.weight, state.plan.scheme, cost)
-        site = Site([part], lambda channels: shared_by_heads(channels, heads), state.inputs)
+        site = Site([part], lambda channels: tied(channels, spread), state.inputs)
         choice = method.input_scale(site)
         if choice is None:
             continue
-        scale = shared_by_heads(choice.scale, heads)
-        divisor = scale.view(*heads, -1)[:, 0].flatten()  # once for each channel of the producer
-        _divide_rows(layer, group.fold_into, owner, divisor)
+        scale = tied(choice.scale, spread)
+        divisor = divisor_of(fold, scale)
+        _divide_rows(layer, fold, owner, divisor)
         before = state.producer_divisor
         state.producer_divisor = divisor if before is None else before * divisor
         state.scale_columns(InputScale(scale, choice.alpha))
 
 
-def _divide_rows(layer: nn.Module, producer: str, owner: _GroupState, divisor: Tensor) -> None:
-    """Divide the last output channels of a linear, whose weight waits in `owner` to be quantized, and its bias."""
+def _divide_rows(layer: nn.Module, fold: Fold, owner: _GroupState, divisor: Tensor) -> None:
+    """Divide output channels of a linear, whose weight waits in `owner` to be quantized, and its bias."""
     names = owner.group.linears
-    stop = sum(linear_of(layer, name).out_features for name in names[: names.index(producer) + 1])
-    owner.weight[stop - len(divisor) : stop] /= divisor.unsqueeze(1)
-    divide_bias(linear_of(layer, producer), divisor)
+    first = sum(linear_of(layer, name).out_features for name in names[: names.index(fold.producer)])
+    rows = fold.spread.channels().to(divisor.device)
+    owner.weight[first + rows] /= divisor.unsqueeze(1)
+    divide_bias(linear_of(layer, fold.producer), rows, divisor)
 
 
 def _product(first: InputScale, second: InputScale) -> InputScale:

@@ -13,7 +13,7 @@ from contextlib import ExitStack, nullcontext
 import torch
 from torch import Tensor, nn
 
-from lowbit_quantize.model.architecture import OUTPUT, Architecture, LinearGroup
+from lowbit_quantize.model.architecture import Architecture, LinearGroup, kind_of
 from lowbit_quantize.model.decoder import END, BasePass
 from lowbit_quantize.model.hooks import KVCacheHook, without_attention
 from lowbit_quantize.statistics.attention import attention_seen_by
@@ -39,7 +39,7 @@ class StagedLayer:
     def __init__(self, layer: nn.Module, architecture: Architecture, context: LayerContext) -> None:
         self._layer, self._architecture, self._context = layer, architecture, context
         self._decoder, self._index, self._modules = context.decoder, context.index, context.modules
-        groups = architecture.groups_of(layer)
+        groups, self._kind = architecture.groups_of(layer), kind_of(layer)
         self._groups = [group for group in groups if group.linears[0] in self._modules]
         self._done = QuantizedLayer()
         self._absmax = KVAbsmax()
@@ -76,10 +76,12 @@ class StagedLayer:
         if number == 0:
             context.set_kv_scales(self._absmax, self._done.value_divisor)
         if advance:
-            with without_attention(layer, self._architecture, kept.read) if kept.read else nullcontext():
+            kind = self._kind
+            attention = (kind.attention, kind.attention_end, kind.attention_outputs)
+            with without_attention(layer, *attention, kept.read) if kept.read else nullcontext():
                 self._decoder.advance_to(advance, layer, self._index, self._hidden, context.result.kv_scales)
             for one in (layer, self._base[0]) if self._base else (layer,):
-                halves.enter_context(without_attention(one, self._architecture))
+                halves.enter_context(without_attention(one, *attention))
 
     def _stages(self) -> list[list[LinearGroup]]:
         """The groups that are observed and quantized together, in the order of their inputs."""
@@ -99,7 +101,8 @@ class StagedLayer:
         """How far hidden states go with a stage: to the layer's middle, to its end or nowhere."""
         if number + 1 == len(stages):
             return END
-        return self._architecture.middle if stages[number][0].stage == OUTPUT else None
+        ends = any(self._kind.attention_end in group.linears for group in stages[number])
+        return self._kind.middle if ends and self._kind.middle else None
 
     def _statistics(self, groups: Sequence[LinearGroup]) -> LayerStatistics:
         """Empty statistics; those of groups that are compensated have the base model's inputs as well."""
@@ -123,7 +126,7 @@ class StagedLayer:
         if self._base is not None and (advance is not None or expected):
             side = BasePass(*self._base, expected, advance)
         if advance and kept.fits:
-            end = self._architecture.attention_end
+            end = self._kind.attention_end
             observers[end] = both(observers[end], kept.read.append)
         with attention_seen_by(statistics.attended, stop=statistics.ends_before_attention):
             self._decoder.observe(

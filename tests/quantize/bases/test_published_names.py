@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lowbit_quantize.model.base_weights import BaseWeights, wanted_of
 from lowbit_quantize.model.decoder import Decoder
+from lowbit_quantize.model.discovery.found import find_architecture
 from lowbit_quantize.model.experts import ExpertList, is_stack, unstack_experts
 from lowbit_quantize.model.hooks import attention_observed_by
 from lowbit_quantize.model.kept_types import KeptTypes
@@ -35,7 +36,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
 
 
 def skeleton_of(family: str) -> nn.Module:
-    return build_skeleton(config_of(family), FAMILIES[family].architecture(family))
+    return build_skeleton(config_of(family))
 
 
 def weights_of(family: str, directory: Path) -> BaseWeights:
@@ -179,7 +180,8 @@ def test_experts_of_plain_linears_compute_what_stacked_ones_do(family: str) -> N
 
 
 def decoder_of(family: str, directory: Path, dtype: torch.dtype = HALF) -> Decoder:
-    architecture, skeleton = FAMILIES[family].architecture(family), skeleton_of(family)
+    skeleton = skeleton_of(family)
+    architecture = find_architecture(config_of(family), skeleton)
     weights = BaseWeights(WeightFiles(directory), wanted_of(skeleton, architecture), None)
     return Decoder(config_of(family), architecture, weights, torch.device("cpu"), skeleton, dtype)
 

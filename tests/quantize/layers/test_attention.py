@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lowbit_quantize.model.decoder import Decoder
-from lowbit_quantize.model.families import architecture_of
+from lowbit_quantize.model.discovery.found import open_model
 from lowbit_quantize.model.reference import find_model
 from lowbit_quantize.model.weights import WeightFiles
 from lowbit_quantize.statistics.attention import QUERIES, attention_received, attention_seen_by
@@ -77,8 +77,8 @@ def test_a_layers_own_attention_weighs_its_inputs_and_is_left_as_it_was(
     tiny_model: Callable[[str], Path], kind: str
 ) -> None:
     reference = find_model(str(tiny_model(kind)))
-    architecture = architecture_of(reference.model_type, reference.name)
-    decoder = Decoder(reference.config, architecture, WeightFiles(reference.path), CPU)
+    architecture, skeleton = open_model(reference)
+    decoder = Decoder(reference.config, architecture, WeightFiles(reference.path), CPU, skeleton)
     hidden = decoder.embed(torch.randint(0, 512, (8, 64), generator=torch.Generator().manual_seed(15)))
     layer = decoder.load_layer(0)
     groups = architecture.groups_of(layer)

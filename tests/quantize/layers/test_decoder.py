@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from lowbit_quantize.model.architecture import kind_of
 from lowbit_quantize.model.base_weights import BaseWeights, wanted_of
 from lowbit_quantize.model.decoder import Decoder
-from lowbit_quantize.model.families import architecture_of
+from lowbit_quantize.model.discovery.found import open_model
 from lowbit_quantize.model.hooks import inputs_of, without_attention
 from lowbit_quantize.model.reference import find_model
-from lowbit_quantize.model.skeleton import build_skeleton
 from lowbit_quantize.model.weights import WeightFiles
 from lowbit_quantize.schemes.kv_cache import FP8_MAX, KVScales, scale_of
 from lowbit_quantize.statistics.hessian import Hessian
@@ -21,8 +21,7 @@ from lowbit_quantize.statistics.kv_absmax import KVAbsmax
 
 def decoder_of(directory: Path) -> Decoder:
     reference = find_model(str(directory))
-    architecture = architecture_of(reference.model_type, reference.name)
-    skeleton = build_skeleton(reference.config, architecture)
+    architecture, skeleton = open_model(reference)
     weights = BaseWeights(WeightFiles(reference.path), wanted_of(skeleton, architecture), None)
     return Decoder(reference.config, architecture, weights, torch.device("cpu"), skeleton)
 
@@ -54,16 +53,16 @@ def test_a_layer_in_two_halves_is_the_layer(tiny_model: Callable[[str], Path], a
     whole, halves = decoder.embed(token_ids()), decoder.embed(token_ids())
     for index in range(decoder.depth):
         layer = decoder.load_layer(index)
+        kind = kind_of(layer)
+        attention = (kind.attention, kind.attention_end, kind.attention_outputs)
         decoder.advance(layer, index, whole)
         if index == 0:  # and once with what attention's last linear reads, as an observer saw it
             read: list[torch.Tensor] = []
-            decoder.observe(
-                layer, 0, halves, {decoder.architecture.attention_end: read.append}, None, stop=True
-            )
-            given = without_attention(layer, decoder.architecture, read)
+            decoder.observe(layer, 0, halves, {kind.attention_end: read.append}, None, stop=True)
+            given = without_attention(layer, *attention, read)
         with given if index == 0 else nullcontext():
-            decoder.advance_to(decoder.architecture.middle, layer, index, halves)
-        with without_attention(layer, decoder.architecture):
+            decoder.advance_to(kind.middle, layer, index, halves)
+        with without_attention(layer, *attention):
             decoder.advance(layer, index, halves)
         assert torch.equal(halves, whole)
         again = halves.clone()

@@ -9,7 +9,6 @@ from tests.quantize.layers.test_decoder import decoder_of, token_ids
 
 from lowbit_quantize.model.architecture import linear_of
 from lowbit_quantize.model.decoder import END, BasePass
-from lowbit_quantize.model.families import ARCHITECTURES
 from lowbit_quantize.statistics.error_compensation import RIDGE, STEP, Drift
 from lowbit_quantize.statistics.kv_absmax import KVAbsmax
 from lowbit_quantize.statistics.layer import LayerStatistics
@@ -104,7 +103,11 @@ def test_stages_follow_the_order_in_which_a_layer_computes(
     """A scale folds into a linear of a lower stage, so that it is chosen before that linear is rounded."""
     decoder = decoder_of(tiny_model(any_family))
     for index in range(decoder.depth):
-        groups = ARCHITECTURES[any_family].groups_of(decoder.load_layer(index))
+        groups = decoder.architecture.groups_of(decoder.load_layer(index))
         stage_of = {name: group.stage for group in groups for name in group.linears}
-        assert all(stage_of[group.fold_into] < group.stage for group in groups if group.fold_into in stage_of)
+        folded = [
+            (group.fold.producer, group.stage) for group in groups if group.fold and not group.fold.norm
+        ]
+        assert folded
+        assert all(stage_of[producer] < stage for producer, stage in folded)
         assert [group.stage for group in groups if group.attended] < [stage_of["self_attn.o_proj"]]

@@ -1,21 +1,30 @@
-"""What differs between model families and cannot be seen by running a layer: one table, a row a family."""
+"""What engines do with a family, which running its layers cannot tell, and which families tests of ours run whole."""
 
-from lowbit_core.errors import ModelError
-from lowbit_quantize.model.architecture import Architecture
-from lowbit_quantize.model.families import dense, mixtures
-
-ARCHITECTURES = {family.model_type: family for family in (*dense.FAMILIES, *mixtures.FAMILIES)}
+from dataclasses import dataclass
 
 
-def architecture_of(model_type: str, model: str, text_part: str = "") -> Architecture:
-    """The table's entry; raises ModelError naming what is known, and of a larger model its `text_part` if it is."""
-    if model_type not in ARCHITECTURES:
-        hint = (
-            f"; its text part, {text_part!r}, is supported: save that alone, as a model of its own, and give it"
-            if text_part in ARCHITECTURES
-            else ""
-        )
-        raise ModelError(
-            f"{model} has the architecture {model_type!r}; supported are: {', '.join(sorted(ARCHITECTURES))}{hint}"
-        )
-    return ARCHITECTURES[model_type]
+@dataclass(frozen=True)
+class EngineFacts:
+    """`fused` are linears whose matrix vLLM 0.32 joins with another's without its own table saying so, as (linear,
+    joint matrix).
+    """
+
+    fused: tuple[tuple[str, str], ...] = ()
+
+
+_GATE_UP = (("gate_proj", "gate_up_proj"),)
+_PLAIN = EngineFacts()
+FACTS = {  # by model type
+    "llama": _PLAIN,
+    "mistral": _PLAIN,
+    "qwen2": _PLAIN,
+    "qwen3": _PLAIN,
+    "phi3": _PLAIN,
+    "gemma3_text": _PLAIN,
+    "olmo2": _PLAIN,
+    "olmoe": _PLAIN,
+    "qwen3_moe": EngineFacts(fused=_GATE_UP),
+    "qwen2_moe": EngineFacts(fused=_GATE_UP),
+    "mixtral": _PLAIN,
+    "deepseek_v2": EngineFacts(fused=(("q_a_proj", "fused_qkv_a_proj"),)),
+}

@@ -1,0 +1,198 @@
+"""Family by family: what is found, and whether checkpoints of a tiny model are, reloaded, what the walk measured.
+
+    python benchmarks/families/run.py [--only FAMILY …] [--json benchmarks/families/results/families.json]
+
+Each family is the default configuration of transformers' class, narrow and with as few layers as show all kinds, with
+seeded weights. It is found (groups, folds), quantized by each recipe below in a process of its own, reloaded by plain
+transformers, and the reloaded model's mean KL from the base, on the same tokens, held against the walk's. What does
+not work is quoted in the words of whoever said no. The tables below give sizes only where the default has none that a
+model can be built from.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+FAMILIES = [
+    "llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text", "olmo2", "olmoe", "qwen3_moe",
+    "qwen2_moe", "mixtral", "deepseek_v2", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "qwen3_vl_text",
+    "gemma3n_text", "gemma4_text", "glm4", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "deepseek_v3",
+    "deepseek_v32", "deepseek_v4", "kimi_linear", "minimax_m2", "ministral3", "nemotron_h", "gpt_oss",
+    "granite", "granitemoe", "granitemoehybrid", "lfm2", "lfm2_moe", "cohere", "cohere2", "exaone4", "ernie4_5",
+    "ernie4_5_moe", "smollm3", "seed_oss", "olmo3", "hunyuan_v1_dense", "hunyuan_v1_moe", "phi", "phimoe",
+    "starcoder2", "falcon_h1", "llama4_text", "mistral4", "qwen4_exp_text", "arcee", "apertus",
+]  # fmt: skip
+RECIPES: dict[str, dict[str, Any]] = {
+    "gptq": {"scheme": "W4A16", "group_size": 32, "methods": ["gptq"]},
+    "awq+gptq": {"scheme": "W4A16", "group_size": 32, "methods": ["awq", "gptq"]},
+    "W8A8": {"scheme": "W8A8", "methods": ["smoothquant", "gptq"]},
+}
+LIMIT_S = 600.0
+EQUAL = 2e-3  # nats between the walk's mean KL and the reloaded model's
+SIZES: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 8},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "attention"], "num_hidden_layers": 4},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2, "num_hidden_layers": 4},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_hidden_layers": 4},
+    "nemotron_h": {"layers_block_type": ["mamba", "attention", "mlp", "moe"], "num_hidden_layers": 4},
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", metavar="FAMILY")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--one", help=argparse.SUPPRESS)  # in a process of its own
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(json.dumps(_family(arguments.one)))
+        return 0
+    rows = (
+        json.loads(arguments.json.read_text())["families"]
+        if arguments.json and arguments.json.exists()
+        else {}
+    )
+    for family in arguments.only or FAMILIES:
+        rows[family] = row = _apart(family)
+        print(_line(family, row), flush=True)
+        if arguments.json:
+            text = json.dumps({**_facts(), "families": rows}, indent=1) + "\n"
+            arguments.json.write_text(text, encoding="utf-8")
+    return 0
+
+
+def _apart(family: str) -> dict[str, Any]:
+    command = [sys.executable, str(Path(__file__).resolve()), "--one", family]
+    try:
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, cwd=ROOT)
+    except subprocess.TimeoutExpired:
+        return {"no": f"not ended after {LIMIT_S:.0f} s"}
+    lines = ended.stdout.strip().splitlines()
+    if ended.returncode or not lines:
+        return {"no": (ended.stderr.strip().splitlines() or ["ended without a word"])[-1][:300]}
+    found: dict[str, Any] = json.loads(lines[-1])
+    return found
+
+
+def _facts() -> dict[str, Any]:
+    from benchmarks.quantizers.provenance import hardware, versions
+
+    return {"hardware": hardware(), "versions": versions(["torch", "transformers", "compressed-tensors"])}
+
+
+def _line(family: str, row: dict[str, Any]) -> str:
+    if "no" in row:
+        return f"{family}: no: {row['no']}"
+    runs = ", ".join(f"{name} {_run_words(run)}" for name, run in row["recipes"].items())
+    return f"{family}: {row['kinds']} kinds, {row['groups']} groups, {row['folds']} folds; {runs}; {row['seconds']} s"
+
+
+def _run_words(run: dict[str, Any]) -> str:
+    return f"no: {run['no'][:160]}" if "no" in run else f"{run['walk']:.4f} = {run['reloaded']:.4f}"
+
+
+def _family(family: str) -> dict[str, Any]:
+    """Find, quantize and reload one family."""
+    from lowbit_quantize.model.discovery.found import open_model
+    from lowbit_quantize.model.reference import find_model
+
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as temporary:
+        base = Path(temporary) / family
+        try:
+            _write(family, base)
+        except Exception as error:  # what transformers cannot build
+            return {"no": f"transformers: {type(error).__name__}: {' '.join(str(error).split())[:240]}"}
+        try:
+            architecture, _ = open_model(find_model(str(base)))
+        except Exception as error:
+            return {"no": f"{type(error).__name__}: {' '.join(str(error).split())[:240]}"}
+        kinds = list(dict.fromkeys(architecture.kinds))
+        groups = [group for kind in kinds for group in kind.groups]
+        found = {
+            "kinds": len(kinds),
+            "groups": len(groups),
+            "folds": sum(group.fold is not None for group in groups),
+            "dropped": [line for kind in kinds for line in kind.dropped],
+            "tested": architecture.tested,
+            "discovery_s": round(time.monotonic() - began, 1),
+        }
+        found["recipes"] = {name: _quantized(base, name) for name in RECIPES}
+    return {**found, "seconds": round(time.monotonic() - began, 1)}
+
+
+def _write(family: str, directory: Path) -> None:
+    """A tiny model with uneven weights, and a tokenizer."""
+    import torch
+    from tests.tiny_models import VOCABULARY, tiny_tokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from lowbit_quantize.model.discovery.narrow import narrowed
+
+    config = narrowed(_shallow(AutoConfig.for_model(family, **SIZES.get(family, {}))))
+    config.get_text_config().vocab_size = VOCABULARY
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() >= 2:
+                uneven = torch.exp(0.3 * torch.randn(1, parameter.shape[-1])).to(parameter.dtype)
+                parameter.copy_(torch.randn(parameter.shape).to(parameter.dtype) * uneven * 0.08)
+            elif "norm" in name and name.endswith("weight"):
+                zero_centred = bool((parameter == 0).all())
+                parameter.copy_(torch.exp(0.5 * torch.randn(parameter.shape)) - zero_centred)
+    model.save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+
+
+def _shallow(config: Any) -> Any:
+    """As few layers as show every kind, in the configuration's own order."""
+    from lowbit_quantize.model.discovery.narrow import narrowed
+    from lowbit_quantize.model.discovery.twin import first_of_kinds
+    from lowbit_quantize.model.skeleton import build_skeleton
+
+    text = config.get_text_config()
+    depth = text.num_hidden_layers
+    skeleton = build_skeleton(narrowed(config))
+    lists: Any = next(m for m in skeleton.modules() if type(m).__name__ == "ModuleList" and len(m) == depth)
+    least = max(2, max(first_of_kinds(list(lists))) + 1)
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == depth:
+            setattr(text, name, value[:least])
+    text.num_hidden_layers = least
+    return config
+
+
+def _quantized(base: Path, name: str) -> dict[str, Any]:
+    """The walk's mean KL, and the reloaded checkpoint's."""
+    import torch
+    from tests.quantize.small_runs import recipe_with, reloaded_kld
+
+    from lowbit_core.errors import LowbitError
+    from lowbit_quantize.pipeline import quantize
+
+    recipe, out = recipe_with({"match": "*", **RECIPES[name]}), base.parent / name
+    try:
+        walk = quantize(str(base), recipe, out, torch.device("cpu")).quality.mean_kld
+        again = reloaded_kld(base, out, recipe)
+    except LowbitError as error:
+        return {"no": str(error)[:300]}
+    except Exception as error:  # a fault of ours or of transformers: its class says which
+        return {"no": f"{type(error).__name__}: {' '.join(str(error).split())[:240]}"}
+    found: dict[str, Any] = {"walk": walk, "reloaded": again, "equal": abs(walk - again) < EQUAL}
+    return found
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    sys.exit(main())

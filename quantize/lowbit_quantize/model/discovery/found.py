@@ -1,0 +1,185 @@
+"""A model's architecture, found: its twin runs once, each kind of layer is probed, and put on real widths."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowbit_core.errors import ModelError
+from lowbit_quantize.model.architecture import Architecture, Fold, LayerKind, LinearGroup, set_kind
+from lowbit_quantize.model.discovery.ends import ends_of
+from lowbit_quantize.model.discovery.folds import FoundFold, find_folds
+from lowbit_quantize.model.discovery.narrow import block_rows
+from lowbit_quantize.model.discovery.probe import ProbedLayer, same_tensor
+from lowbit_quantize.model.discovery.roles import (
+    Attention,
+    attention_of,
+    middle_of,
+    reaches_others,
+    residual_of,
+    router_of,
+    stages_of,
+)
+from lowbit_quantize.model.discovery.twin import make_twin
+from lowbit_quantize.model.families import FACTS, EngineFacts
+from lowbit_quantize.model.reference import ModelReference
+from lowbit_quantize.model.skeleton import build_skeleton
+
+SMALL = 128, 32  # a linear with at most so many outputs, each from so many inputs as well, is left as it is
+
+
+_known: dict[str, Architecture] = {}  # by configurations, in this process
+
+
+def open_model(reference: ModelReference) -> tuple[Architecture, nn.Module]:
+    """A model without weights, and what must be known of it; raises ModelError where it is none that can be walked."""
+    config = reference.config
+    try:
+        skeleton = build_skeleton(config)
+    except Exception as error:  # whatever a wrong configuration makes of transformers' code
+        raise ModelError(
+            f"{reference.name}: no model can be built from its configuration: {error!r}"
+        ) from error
+    try:
+        return find_architecture(config, skeleton), skeleton
+    except ModelError as error:
+        raise ModelError(f"{reference.name}: {error}") from error
+
+
+def find_architecture(config: Any, skeleton: nn.Module) -> Architecture:
+    """The architecture of a configuration, whose `skeleton` has the real widths; its layers are told their kinds."""
+    key = f"{type(skeleton).__name__} {config.to_json_string(use_diff=False)}"
+    if key not in _known:
+        _known[key] = _found(config, skeleton)
+    architecture = _known[key]
+    layers: Any = skeleton.get_submodule(architecture.layers)
+    for layer, kind in zip(layers, architecture.kinds, strict=True):
+        set_kind(layer, kind)
+    return architecture
+
+
+def _found(config: Any, skeleton: nn.Module) -> Architecture:
+    with torch.random.fork_rng(devices=[]):
+        twin = make_twin(config)
+        ends = ends_of(twin)
+        layers: Any = skeleton.get_submodule(twin.layers)
+        rows = block_rows(twin.config)
+        first = {
+            number: describe(ProbedLayer(call, rows), layers[number]) for number, call in twin.calls.items()
+        }
+    text = config.get_text_config()
+    facts = FACTS.get(text.model_type, EngineFacts())
+    return Architecture(
+        model_type=text.model_type,
+        kinds=tuple(first[number] for number in twin.kinds),
+        layers=twin.layers,
+        latent_cache=getattr(text, "kv_lora_rank", None) is not None,
+        fused=facts.fused,
+        tested=text.model_type in FACTS,
+        **{one.name: getattr(ends, one.name) for one in fields(ends)},
+    )
+
+
+def describe(layer: ProbedLayer, real: nn.Module) -> LayerKind:
+    """How a layer of a twin is made, at the widths of the `real` one, which may have no weights."""
+    attention, router = attention_of(layer), router_of(layer)
+    inputs = _inputs(layer)
+    folds, dropped = find_folds(layer, inputs)
+    names = [
+        (place, group)
+        for place, readers in inputs.items()
+        for group in _split(layer, real, readers, attention, router)
+    ]
+    order = {name: number for number, name in enumerate(layer.base.order)}
+    first = {
+        place: min(order.get(layer.reads(one), 0) for one in readers) for place, readers in inputs.items()
+    }
+    names.sort(key=lambda one: (first[one[0]], not layer.expert_of(one[1][0])))
+    stages = stages_of(layer, [group for _, group in names])
+    groups = []
+    for (place, linears), stage in zip(names, stages, strict=True):
+        others = tuple(
+            name for name in inputs[place] if not _quantizable(layer, real, name, attention, router)
+        )
+        inside = linears[0].startswith(f"{attention.module}.") if attention.module else False
+        fold = _fold_of(folds, linears, real)
+        groups.append(
+            _for_all_experts(
+                layer,
+                LinearGroup(
+                    linears,
+                    fold,
+                    others,
+                    attended=inside and reaches_others(layer, linears),
+                    residual="" if layer.expert_of(linears[0]) else residual_of(layer, linears[0]),
+                    stage=stage,
+                    cached=fold is not None and not fold.norm and linears[0] == attention.end,
+                ),
+            )
+        )
+    block = layer.experts.rpartition(".")[0]
+    return LayerKind(
+        tuple(groups), attention.module, attention.end, attention.outputs, middle_of(layer, attention),
+        block, layer.experts, router, layer.outputs, tuple(dropped),
+    )  # fmt: skip
+
+
+def _inputs(layer: ProbedLayer) -> dict[str, list[str]]:
+    """All modules with a matrix that read the same tensor, by the first whose input it is; of experts, all of them."""
+    found: dict[str, list[str]] = {}
+    for name in layer.names:
+        weight = layer.own_weight(name)
+        place = layer.reads(name)
+        if weight is None or weight.dim() != 2 or place not in layer.base.inputs:
+            continue
+        read = layer.base.inputs[place]
+        one = next((other for other in found if same_tensor(layer.base.inputs[other], read)), place)
+        found.setdefault(one, []).append(name)
+    return found
+
+
+def _split(
+    layer: ProbedLayer, real: nn.Module, readers: Sequence[str], attention: Attention, router: str
+) -> Iterator[tuple[str, ...]]:
+    """The linears to quantize, those of one module together; of experts those of the first."""
+    by_parent: dict[str, list[str]] = {}
+    for name in readers:
+        if layer.expert_of(name) in ("", "0") and _quantizable(layer, real, name, attention, router):
+            by_parent.setdefault(name.rpartition(".")[0], []).append(name)
+    yield from map(tuple, by_parent.values())
+
+
+def _quantizable(layer: ProbedLayer, real: nn.Module, name: str, attention: Attention, router: str) -> bool:
+    """Whether a reader is a linear that is worth it: no router, no gate of a few channels outside attention."""
+    module = real.get_submodule(
+        name if not layer.expert_of(name) else name.replace(f".{layer.expert_of(name)}.", ".0.")
+    )
+    if not isinstance(module, nn.Linear) or name == router:
+        return False
+    most, each = SMALL
+    few = module.out_features <= most and module.out_features * each <= module.in_features
+    adds = layer.base.outputs[name].numel() == layer.hidden.numel() if name in layer.base.outputs else False
+    return not few or adds or name.rpartition(".")[0] == attention.module
+
+
+def _fold_of(folds: Sequence[FoundFold], linears: tuple[str, ...], real: nn.Module) -> Fold | None:
+    """The fold of a group, at real widths; a norm before anything else."""
+    fitting = [one.fold for one in folds if set(linears) <= set(one.readers)]
+    for fold in sorted(fitting, key=lambda one: not one.norm):
+        columns = real.get_submodule(linears[0]).in_features
+        rows = len(real.get_submodule(fold.producer).weight)  # type: ignore[arg-type]
+        spread = next(fold.spread.at(rows, columns), None)  # type: ignore[arg-type]
+        if spread is not None:
+            return replace(fold, spread=spread)
+    return None
+
+
+def _for_all_experts(layer: ProbedLayer, group: LinearGroup) -> LinearGroup:
+    """A group of the first expert as one of each."""
+    if not layer.expert_of(group.linears[0]):
+        return group
+    first, every = f"{layer.experts}.0.", f"{layer.experts}.*."
+    fold = group.fold and replace(group.fold, producer=group.fold.producer.replace(first, every))
+    return replace(group, linears=tuple(name.replace(first, every) for name in group.linears), fold=fold)

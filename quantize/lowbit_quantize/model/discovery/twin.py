@@ -1,0 +1,204 @@
+"""The narrow twin of a model, on the CPU in float32, with seeded weights that are made when a module is first called.
+
+Of each kind of decoder layer the first one is there; all others pass on what they are given. So the twin has as many
+layers as the model, with its pattern, and costs what a few narrow ones cost.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit_core.errors import ModelError
+from lowbit_quantize.model.discovery.narrow import narrowed
+from lowbit_quantize.model.skeleton import build_skeleton
+from lowbit_quantize.model.stand_in import StandIn, apart
+
+SEQUENCES, TOKENS = 2, 24
+OTHER_PARTS = ("vision", "visual", "audio")  # of a model that reads pictures or sounds too
+EXPERT_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+
+
+@dataclass
+class Call:
+    """One call of a decoder layer, and how long the tuple was that it gave (0: no tuple)."""
+
+    layer: nn.Module
+    hidden: Tensor
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: int
+
+
+@dataclass
+class Twin:
+    """A twin that ran once. `calls` are those of the first layer of each kind, by its number."""
+
+    model: nn.Module
+    config: Any
+    layers: str
+    calls: dict[int, Call] = field(default_factory=dict)
+    kinds: list[int] = field(default_factory=list)  # for each layer, the number of the first of its kind
+    ends: dict[str, tuple[Any, Any]] = field(
+        default_factory=dict
+    )  # what modules outside layers read and gave
+    first_input: Any = None  # of the first layer
+    last_output: Any = None  # of the last layer
+    logits: Any = None
+
+
+def make_twin(config: Any) -> Twin:
+    """Build and run the twin of a configuration; raises ModelError where no decoder layers show."""
+    errors: list[str] = []
+    for of_heads in (False, True):
+        narrow = narrowed(config, of_heads=of_heads)
+        try:
+            model = build_skeleton(narrow).float().requires_grad_(False)
+            return _run(model, narrow, _decoder_layers(model, narrow.get_text_config().num_hidden_layers))
+        except Exception as error:  # whatever a model does of which nothing is known
+            errors.append(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+    raise ModelError(
+        f"{config.model_type}: its decoder layers cannot be found by running a narrow twin ({errors[0]})"
+    )
+
+
+def _decoder_layers(model: nn.Module, depth: int) -> str:
+    """The list that has as many modules as the configuration has layers, and is in no other."""
+    lists: list[str] = [
+        name for name, one in model.named_modules() if isinstance(one, nn.ModuleList) and len(one) == depth
+    ]
+    outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    text: list[str] = [name for name in outer if not any(word in name for word in OTHER_PARTS)] or outer
+    if len(text) != 1:
+        raise ModelError(f"{len(text)} lists have {depth} modules")
+    return text[0]
+
+
+def _run(model: nn.Module, config: Any, name: str) -> Twin:
+    layers: Any = model.get_submodule(name)
+    kinds = first_of_kinds(list(layers))
+    twin = Twin(model, config, name, kinds=kinds)
+    parent_name, _, leaf = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    stand_ins = nn.ModuleList(layer if kinds[i] == i else StandIn(layer) for i, layer in enumerate(layers))
+    ids = torch.randint(3, 128, (SEQUENCES, TOKENS), generator=torch.Generator().manual_seed(5))
+    setattr(parent, leaf, stand_ins)
+    with made_when_called(model, stand_ins), _calls(twin, stand_ins), _ends(twin), torch.no_grad():
+        twin.logits = model(input_ids=ids, use_cache=False).logits
+    missing = [number for number in set(kinds) if number not in twin.calls]
+    if missing:
+        raise ModelError(f"layer {missing[0]} is not called")
+    return twin
+
+
+def first_of_kinds(layers: list[nn.Module]) -> list[int]:
+    """For each layer the number of the first that is made alike."""
+    first: dict[Any, int] = {}
+    return [first.setdefault(signature(layer), number) for number, layer in enumerate(layers)]
+
+
+def signature(layer: nn.Module) -> Any:
+    """Equal for layers that compute alike: modules with their classes and shapes, and their switches."""
+    modules = []
+    for name, module in layer.named_modules():
+        switches = tuple(
+            (key, value)
+            for key, value in sorted(vars(module).items())
+            if isinstance(value, bool | str | int | float)
+            and key not in ("layer_idx", "training", "layer_id")
+        )
+        shapes = tuple((key, tuple(one.shape)) for key, one in module.named_parameters(recurse=False))
+        modules.append((EXPERT_NUMBER.sub("*", name), type(module).__name__, switches, shapes))
+    return tuple(dict.fromkeys(modules))
+
+
+@contextmanager
+def _ends(twin: Twin) -> Iterator[None]:
+    """Keep what modules outside the layers read and give."""
+    handles = []
+    for name, module in twin.model.named_modules():
+        if name.startswith(f"{twin.layers}.") or next(module.parameters(recurse=False), None) is None:
+            continue
+
+        def hook(_: nn.Module, args: Any, output: Any, name: str = name) -> None:
+            read = args[0] if args and isinstance(args[0], Tensor) else None
+            if isinstance(output, Tensor):
+                twin.ends.setdefault(name, (read, output))
+
+        handles.append(module.register_forward_hook(hook))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _calls(twin: Twin, layers: nn.ModuleList) -> Iterator[None]:
+    handles = []
+    for number in dict.fromkeys(twin.kinds):
+
+        def hook(layer: nn.Module, args: Any, kwargs: Any, output: Any, number: int = number) -> None:
+            hidden, rest = apart(args, kwargs)
+            call = Call(layer, hidden, *rest, outputs=len(output) if isinstance(output, tuple) else 0)
+            for other, kind in zip(layers, twin.kinds, strict=True):
+                if kind == number and isinstance(other, StandIn):
+                    other.outputs = call.outputs
+            twin.calls.setdefault(number, call)
+
+        handles.append(layers[number].register_forward_hook(hook, with_kwargs=True))
+
+    def first(_: nn.Module, args: Any, kwargs: Any) -> None:
+        twin.first_input = apart(args, kwargs)[0]
+
+    def last(_: nn.Module, args: Any, output: Any) -> None:
+        twin.last_output = output[0] if isinstance(output, tuple) else output
+
+    handles.append(layers[0].register_forward_pre_hook(first, with_kwargs=True))
+    handles.append(layers[-1].register_forward_hook(last))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def made_when_called(model: nn.Module, layers: nn.ModuleList) -> Iterator[None]:
+    """Give every module its weights when it is called; a decoder layer and all in it at once."""
+    generator = torch.Generator().manual_seed(3)
+    whole = {id(layer) for layer in layers}
+
+    def hook(module: nn.Module, _: Any) -> None:
+        for part in module.modules() if id(module) in whole else (module,):
+            make_weights(part, generator)
+
+    handles = [
+        module.register_forward_pre_hook(hook)
+        for module in model.modules()
+        if not isinstance(module, StandIn)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def make_weights(module: nn.Module, generator: torch.Generator) -> None:
+    """Seeded weights for a module's own parameters that have none yet."""
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        if not parameter.is_meta:
+            continue
+        shape = parameter.shape
+        if (parameter.dim() <= 1 and name == "weight") or parameter.dim() == 0:
+            values = torch.rand(shape, generator=generator) + 0.5
+        elif parameter.dim() == 1:
+            values = 0.1 * torch.randn(shape, generator=generator)
+        else:
+            values = torch.randn(shape, generator=generator) * (1.5 / shape[-1] ** 0.5)
+        setattr(module, name, nn.Parameter(values, requires_grad=False))

@@ -1,0 +1,97 @@
+"""Groups and folds are found by running a layer, and what only looks like a fold is not one."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lowbit_quantize.model.architecture import LayerKind
+from lowbit_quantize.model.discovery.found import describe
+from lowbit_quantize.model.discovery.probe import ProbedLayer
+from lowbit_quantize.model.discovery.twin import Call
+
+HIDDEN, MIDDLE = 32, 48
+
+
+class Norm(nn.Module):
+    """A root mean square norm without a name that says so."""
+
+    def __init__(self, size: int, offset: float = 0.0) -> None:
+        super().__init__()
+        self.weight, self.offset = nn.Parameter(0.5 + torch.rand(size)), offset
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs * inputs.square().mean(-1, keepdim=True).rsqrt() * (self.weight + self.offset)
+
+
+class Network(nn.Module):
+    """A decoder layer without attention: `middle` says what happens between its linears."""
+
+    def __init__(
+        self, middle: Callable[[Tensor, Tensor], Tensor], offset: float = 0.0, *, leak: bool = False
+    ) -> None:
+        super().__init__()
+        self.before = Norm(HIDDEN, offset)
+        self.one, self.other = nn.Linear(HIDDEN, MIDDLE), nn.Linear(HIDDEN, MIDDLE)
+        self.last, self.middle, self.leak = nn.Linear(MIDDLE, HIDDEN), middle, leak
+
+    def forward(self, hidden_states: Tensor, **_: Any) -> Tensor:
+        read = self.before(hidden_states)
+        added: Tensor = self.last(self.middle(self.one(read), self.other(read)))
+        return hidden_states + added + (read if self.leak else 0)
+
+
+def kind_of(layer: nn.Module) -> LayerKind:
+    torch.manual_seed(1)
+    layer.requires_grad_(False)
+    hidden = torch.zeros(2, 24, HIDDEN)
+    return describe(ProbedLayer(Call(layer, hidden, (), {}, 0), block_rows=8), layer)
+
+
+def folds_of(kind: LayerKind) -> dict[str, tuple[str, float, int]]:
+    return {
+        ",".join(group.linears): (group.fold.producer, group.fold.offset, group.fold.power)
+        for group in kind.groups
+        if group.fold
+    }
+
+
+FOLDS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[str, float, int] | None]] = {
+    "a gate of any kind": (lambda one, other: one.sigmoid() * other, ("other", 0.0, 1)),
+    "both may be divided, the first is": (lambda one, other: one * other, ("one", 0.0, 1)),
+    "a square": (lambda one, other: one.relu().square() + 0 * other, ("one", 0.0, 2)),
+    "a relu": (lambda one, other: one.relu() + 0 * other, ("one", 0.0, 1)),
+    "a sum of two": (lambda one, other: one + other, None),
+    "a gelu": (lambda one, other: nn.functional.gelu(one + 0 * other), None),
+    "a product that is clamped out of reach": (lambda one, other: one.sigmoid() * other.clamp(-9, 9), None),
+    "a product of a shifted part": (lambda one, other: one.sigmoid() * (other + 1), None),
+    "a tanh of a small part": (lambda one, other: one.sigmoid() * (other * 0.05).tanh(), None),
+}
+
+
+@pytest.mark.parametrize("name", FOLDS)
+def test_only_what_leaves_the_output_as_it_was_is_a_fold(name: str) -> None:
+    middle, expected = FOLDS[name]
+    found = folds_of(kind_of(Network(middle)))
+    assert found.get("last") == expected
+    assert found["one,other"] == ("before", 0.0, 1)
+
+
+def test_a_norm_may_add_to_its_weight() -> None:
+    kind = kind_of(Network(lambda one, other: one.sigmoid() * other, offset=1.0))
+    assert folds_of(kind)["one,other"] == ("before", 1.0, 1)
+
+
+def test_a_norm_that_something_else_reads_is_no_fold_and_the_reason_is_said() -> None:
+    kind = kind_of(Network(lambda one, other: one.sigmoid() * other, leak=True))
+    assert "one,other" not in folds_of(kind)
+    assert [line.partition(":")[0] for line in kind.dropped] == ["before to one"]
+
+
+def test_groups_are_in_the_order_in_which_they_compute() -> None:
+    kind = kind_of(Network(lambda one, other: one.sigmoid() * other))
+    assert [(group.linears, group.stage) for group in kind.groups] == [(("one", "other"), 0), (("last",), 1)]
+    assert kind.groups[1].residual == "before"
+    assert (kind.attention, kind.middle, kind.experts) == ("", "", "")
