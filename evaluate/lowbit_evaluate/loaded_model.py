@@ -93,7 +93,7 @@ def load_model(
     _round_caches(model, architecture, scales)
     round_inputs(model)
     if experts:
-        experts.put_into(model, architecture, PublishedNames(skeleton_of(reference, architecture)))
+        experts.put_into(model, architecture, PublishedNames(build_skeleton(reference.config)))
     with torch.no_grad():  # compressed-tensors unpacks when the model as a whole is first called
         model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=False)
     return LoadedModel(reference.name, model, reference.tokenizer(), scales, architecture.logits)
