@@ -87,7 +87,7 @@ def _apart(family: str) -> dict[str, Any]:
 def _facts() -> dict[str, Any]:
     from benchmarks.quantizers.provenance import hardware, versions
 
-    return {"hardware": hardware(), "versions": versions(["torch", "transformers", "compressed-tensors"])}
+    return {"hardware": hardware(), "versions": versions(sys.executable)}
 
 
 def _line(family: str, row: dict[str, Any]) -> str:
@@ -150,7 +150,7 @@ def _write(family: str, directory: Path) -> None:
                 parameter.copy_(torch.randn(parameter.shape).to(parameter.dtype) * uneven * 0.08)
             elif "norm" in name and name.endswith("weight"):
                 zero_centred = bool((parameter == 0).all())
-                parameter.copy_(torch.exp(0.5 * torch.randn(parameter.shape)) - zero_centred)
+                parameter.copy_(torch.exp(0.5 * torch.randn(parameter.shape)) - float(zero_centred))
     model.save_pretrained(directory)
     tiny_tokenizer().save_pretrained(directory)
 
@@ -176,15 +176,18 @@ def _shallow(config: Any) -> Any:
 def _quantized(base: Path, name: str) -> dict[str, Any]:
     """The walk's mean KL, and the reloaded checkpoint's."""
     import torch
-    from tests.quantize.small_runs import recipe_with, reloaded_kld
+    from tests.quantize.small_runs import heldout_ids, mean_kld, recipe_with
 
     from lowbit_core.errors import LowbitError
+    from lowbit_evaluate.loaded_model import load_model
+    from lowbit_quantize.model.reference import find_model
     from lowbit_quantize.pipeline import quantize
 
     recipe, out = recipe_with({"match": "*", **RECIPES[name]}), base.parent / name
     try:
         walk = quantize(str(base), recipe, out, torch.device("cpu")).quality.mean_kld
-        again = reloaded_kld(base, out, recipe)
+        models = (load_model(find_model(str(place)), torch.device("cpu")).model for place in (base, out))
+        again = mean_kld(*models, heldout_ids(base, recipe))
     except LowbitError as error:
         return {"no": str(error)[:300]}
     except Exception as error:  # a fault of ours or of transformers: its class says which
