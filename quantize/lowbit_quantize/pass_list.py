@@ -7,6 +7,7 @@ from lowbit_core.errors import RecipeError
 from lowbit_quantize.catalog import Catalog, unknown_name
 from lowbit_quantize.model.architecture import Architecture
 from lowbit_quantize.model.reference import ModelReference
+from lowbit_quantize.model.skeleton import text_config
 from lowbit_quantize.recipe import QUANTIZE, PassStep
 from lowbit_quantize.walk.layer import Pass
 
@@ -30,7 +31,7 @@ def make_passes(
         options = parse_document(
             "recipe", step.options, f"{key}.{step.name}", kind.options, error=RecipeError
         )
-        made = kind.make(options, reference.config, architecture, reference.name)
+        made = kind.make(options, text_config(reference.config), architecture, reference.name)
         if made.before_quantize and QUANTIZE in before:
             raise RecipeError(f"{key}: {step.name} stands after {QUANTIZE}; put it before")
         passes.append(made)
