@@ -39,7 +39,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
 def plan_of(family: str, directory: Path) -> Plan:
     """A plan that quantizes nothing."""
     reference, architecture = find_model(str(directory)), FAMILIES[family].architecture(family)
-    skeleton = build_skeleton(reference.config, architecture)
+    skeleton = build_skeleton(reference.config)
     return Plan(reference, recipe_of("rtn-g64"), architecture, skeleton, {}, ())
 
 
