@@ -11,6 +11,7 @@ SETTLED_COLORS = {
     "met": "#2b8a3e",
     "better": "#2b8a3e",
     "equal": "#0b62a4",
+    "no worse": "#0b62a4",
     "undecided": "#e67700",
     "worse": "#c92a2a",
     "missed": "#c92a2a",
@@ -35,7 +36,8 @@ def decision_charts(document: Document, colors: dict[str, str]) -> list[Chart]:
     names = dict.fromkeys(claim["name"] for claim in limits)
     charts = [
         _objective([claim for claim in comparisons if claim["kind"] == "round"], decision),
-        _accuracy([claim for claim in comparisons if claim["kind"] != "round"], decision),
+        _accuracy([claim for claim in comparisons if claim["kind"] == "questions"], decision),
+        _kl([claim for claim in comparisons if claim["kind"] == "texts"], decision),
         *(_constraint(name, [claim for claim in limits if claim["name"] == name]) for name in names),
         _rounds(decision, colors),
         _time(decision),
@@ -57,6 +59,13 @@ def _accuracy(claims: list[Document], decision: Document) -> Chart:
     groups = {f"{one['one']} against {one['other']}": [_member(one)] for one in claims}
     note = f"right of 0 the first is better; the grey band is the margin of ±{100 * margin:g} points"
     return intervals(f"compared in {name}", groups, "difference", "{:+.1%}", 0.0, margin, note)
+
+
+def _kl(claims: list[Document], decision: Document) -> Chart:
+    margin = decision["margins"].get("kl")
+    groups = {f"{one['one']} against {one['other']}": [_member(one)] for one in claims}
+    note = f"right of 0 the first is nearer to the base; the grey band is the margin of ±{margin} nats"
+    return intervals("compared in KL from the base", groups, "nats per token", "{:+.4f}", 0.0, margin, note)
 
 
 def _constraint(name: str, claims: list[Document]) -> Chart:

@@ -102,10 +102,11 @@ class Constraints(Section):
 
 
 class Margins(Section):
-    """How near two checkpoints are equal: a share of the objective, and a difference of accuracy (0.01: one point)."""
+    """How near two are equal: a share of the objective, a difference of accuracy (0.01: one point), nats of KL."""
 
     objective: Share = 0.03
     accuracy: Share = 0.01
+    kl: PositiveFloat = 0.01
 
 
 class Decide(Section):

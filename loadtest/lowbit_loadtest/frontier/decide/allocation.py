@@ -1,9 +1,10 @@
 """What to measure next: the measure on which the decision hangs, of the checkpoints on which it hangs. Pure logic.
 
 Each kind of measure (rounds of the load, questions, texts) has open claims; each claim takes about so many more units
-of its checkpoints, and a unit takes about so many seconds. The kind with the claim that is settled soonest goes next,
-because a checkpoint that drops out costs nothing more. All checkpoints with an open claim of that kind go along: they
-share the partner that they are compared with.
+of its checkpoints, and a unit takes about so many seconds. The claim that is cheapest in all goes next, by what it has
+cost and what it will: one that always seems near cannot starve the others. Rounds are made of all checkpoints with an
+open claim about rounds, so that drift of the machine meets them alike; items of the claim's own only, because the
+others may be asked the same ones later.
 """
 
 from dataclasses import dataclass
@@ -35,6 +36,11 @@ class Need:
     available: int | None
 
     @property
+    def minutes_in_all(self) -> float:
+        """With those that its units so far took."""
+        return self.minutes * (1 + self.claim.confidence.n / max(1.0, self.units))
+
+    @property
     def text(self) -> str:
         more = f"about {self.units:,.0f} more {UNITS[self.claim.kind]} ({self.minutes:,.0f} minutes)"
         if self.available is not None and self.available < self.units:
@@ -57,11 +63,13 @@ def needs(decision: Decision, evidence: Evidence) -> list[Need]:
 
 def next_work(decision: Decision, evidence: Evidence, settings: Decide) -> Work | None:
     """The round that the decision wants next; None where no open claim can be asked more."""
-    for need in needs(decision, evidence):
+    for need in sorted(needs(decision, evidence), key=lambda need: need.minutes_in_all):
         if need.available == 0:
             continue
         kind = need.claim.kind
-        asked = [claim for claim in decision.hanging if claim.kind == kind]
+        asked = (
+            [claim for claim in decision.hanging if claim.kind == kind] if kind == "round" else [need.claim]
+        )
         names = tuple(dict.fromkeys(name for claim in asked for name in claim.asks))
         if kind == "round":
             return Work(kind, names, 1 + max(max(evidence.rounds[name], default=-1) for name in names))

@@ -1,21 +1,24 @@
 """What has to be known before a frontier is decided: one claim for each thing that may be wrong. Pure logic.
 
 A claim has a confidence sequence and is settled by it: a constraint is `met` or `missed`, a comparison `better`,
-`worse` or `equal`, or it is `undecided`. All claims that a plan could ever make share the permitted error (union bound,
-Bonferroni): alpha = (1 - confidence) / number of claims. So no statement of the result is wrong with that confidence,
-however the candidates were chosen and whenever the measuring ended.
+`worse` or `equal`, or it is `undecided`. A one-sided comparison is settled by less: that `one` is `no worse` than
+`other` by more than the margin, which is all that a winner must be. All claims that a plan could ever make share the
+permitted error (union bound, Bonferroni): alpha = (1 - confidence) / number of claims; both sides of a comparison are
+one claim. So no statement of the result is wrong with that confidence, however the candidates were chosen and whenever
+the measuring ended.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from lowbit_loadtest.frontier.decide.evidence import Evidence
+from lowbit_loadtest.frontier.decide.evidence import FEWEST_TEXTS, Evidence
 from lowbit_loadtest.frontier.decide.sequences import MOST_UNITS, Confidence
 from lowbit_loadtest.frontier.plan import FrontierPlan
 
 Kind = Literal["round", "questions", "texts"]
-Settled = Literal["met", "missed", "better", "worse", "equal", "undecided"]
+Settled = Literal["met", "missed", "better", "worse", "equal", "no worse", "undecided"]
 FIRST_UNITS = 8.0  # of what nothing is known yet
 UNITS = {"round": "rounds", "questions": "questions", "texts": "texts"}
 
@@ -36,6 +39,8 @@ class Claim:
     margin: float | None = None
     at_least: bool = True
     is_log: bool = False
+    one_sided: bool = False
+    base: str | None = None  # of a comparison that needs the base's answers too
 
     @property
     def settled(self) -> Settled:
@@ -43,6 +48,8 @@ class Claim:
         if self.margin is not None:
             if found.within(self.margin):
                 return "equal"
+            if self.one_sided and self.is_no_worse and found.low <= 0:
+                return "no worse"
             return "better" if found.low > 0 else "worse" if found.high < 0 else "undecided"
         limit = self.limit or 0.0
         if self.at_least:
@@ -50,9 +57,14 @@ class Claim:
         return "met" if found.high <= limit else "missed" if found.low > limit else "undecided"
 
     @property
+    def is_no_worse(self) -> bool:
+        """Whether `one` is surely not worse by more than the margin."""
+        return self.confidence.low > -(self.margin or 0.0)
+
+    @property
     def asks(self) -> tuple[str, ...]:
         """Which checkpoints more is asked of."""
-        return (self.one,) if self.other is None else (self.one, self.other)
+        return tuple(dict.fromkeys(name for name in (self.one, self.other, self.base) if name is not None))
 
     def more_units(self) -> float:
         """About how many more units settle it, if value and spread stay."""
@@ -61,7 +73,9 @@ class Claim:
             return 0.0
         if found.n < 2:
             return FIRST_UNITS
-        if self.margin is not None:
+        if self.margin is not None and self.one_sided:
+            needed = max(-found.value, self.margin + found.value)
+        elif self.margin is not None:
             needed = max(abs(found.value), self.margin - abs(found.value))
         else:
             needed = abs(found.value - (self.limit or 0.0))
@@ -84,9 +98,14 @@ class Claims:
         n, others = len(candidates), sum(name != self.plan.base for name in candidates)
         of_quality = (self._accuracy_share, limits.kl_from_base, limits.perplexity_of_base)
         quality = others * sum(limit is not None for limit in of_quality)
-        return max(
-            1, quality + n * len(limits.latencies_s) + n * (n - 1)
-        )  # each pair by speed and by accuracy
+        pairs = n * (n - 1) // 2
+        return max(1, quality + n * len(limits.latencies_s) + pairs * len(self.comparisons))
+
+    @property
+    def comparisons(self) -> tuple[Callable[[str, str], Claim], ...]:
+        """What two checkpoints are compared by, the weightiest first; by KL where the plan has texts."""
+        has_texts = self.evidence.pool.get("texts", 0) >= FEWEST_TEXTS
+        return (self.faster, self.more_right, *((self.closer,) if has_texts else ()))
 
     @property
     def _accuracy_share(self) -> float | None:
@@ -147,3 +166,9 @@ class Claims:
         return Claim(
             self.decide.accuracy, "questions", one, other, found, margin=self.decide.margins.accuracy
         )
+
+    def closer(self, one: str, other: str) -> Claim:
+        """KL from the base of two checkpoints, compared text by text."""
+        base = self.plan.base
+        found = self.evidence.closer(one, other, base, self.alpha)
+        return Claim("kl", "texts", one, other, found, margin=self.decide.margins.kl, base=base)

@@ -1,14 +1,19 @@
 """Which checkpoint wins, which are equal, or what is still open: pure logic on claims.
 
-Possible are the checkpoints that miss no constraint. F is the fastest of them as far as measured; the others are slower
-than F or than another possible one (out, while that is possible), equal to F within the margin, or open. Of F and its
-equals G is the most accurate; the others are less accurate (out), equal, or open. The result is G with its equals, once
-no claim about them, about F and about those that beat others is open: a winner if G is alone. It is told relative to F
-and G because "equal within a margin" does not chain.
+Possible are the checkpoints that miss no constraint. They are compared by the objective, then by accuracy, then by KL
+from the base, then by bytes of weights and KV tokens: who is surely behind another in one (and not equal to it within
+the margin) is no rival in the next. Whoever stands in the end is named once it is surely *no worse than any other by
+more than the margin* in each: an epsilon-best one (Kalyanakrishnan, Tewari, Auer and Stone 2012, "PAC subset selection
+in stochastic multi-armed bandits", ICML: LUCB; Garivier and Kaufmann 2021, "Nonasymptotic sequential tests for
+overlapping hypotheses applied to near-optimal arm identification", arXiv 1905.03495). That it is better, or equal, need
+not be known: one that is 1 % faster is shown to be no 3 % slower by a sixteenth of what shows it to be faster.
+
+Of several that are near enough the later measures name one, so that chance does not: KL takes few texts. Stages, and
+not pairs, because "equal within a margin" does not chain: pair by pair, everybody may be out.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from lowbit_loadtest.frontier.decide.claims import Claim, Claims
@@ -17,6 +22,8 @@ from lowbit_loadtest.frontier.decide.wording import claim_text, comparison_text
 from lowbit_loadtest.frontier.plan import FrontierPlan
 
 Verdict = Literal["winner", "equal", "none", "undecided"]
+Compare = Callable[[str, str], Claim]
+SAME_SIZE = 0.01  # a share of bytes, or of KV tokens, that is no difference
 
 
 @dataclass(frozen=True)
@@ -66,71 +73,79 @@ def _among(
     out: dict[str, str],
     told: list[Claim],
 ) -> Decision:
-    by_speed = _compared(possible, claims.faster)
-    by_accuracy = _compared(by_speed.stay, claims.more_right)
-    out |= {claim.other or "": comparison_text(claim) for claim in (*by_speed.worse, *by_accuracy.worse)}
-    members = {by_speed.leader, *by_speed.needed, *by_accuracy.needed, *by_accuracy.stay}
-    limits = [claim for name in possible if name in members for claim in constraints[name]]
-    open_limits = [claim for claim in limits if claim.settled == "undecided"]
-    told += [*by_speed.settled, *by_accuracy.settled, *(one for one in limits if one.settled != "undecided")]
-    hanging = (*by_speed.open, *by_accuracy.open, *open_limits)
-    last = [name for name in possible if name not in out]
-    verdict: Verdict = "undecided" if hanging else "winner" if len(last) == 1 else "equal"
-    return Decision(verdict, tuple(last), out, hanging, tuple(told), claims.alpha, claims.count)
+    stages = _stages(possible, claims.comparisons)
+    last, sizes = _by_size(stages[-1].stay, claims.evidence)
+    needed = [claim for stage in stages for claim in stage.needed(last)]
+    beaten = [claim for stage in stages for claim in stage.worse]
+    sure = [claim for place, stage in enumerate(stages) for claim in stage.worse
+            if all(before.compare(claim.one, claim.other or "").is_no_worse for before in stages[:place])]  # fmt: skip
+    members = {*last, *(claim.one for claim in beaten)}  # who beats another must keep its own limits
+    needed += [claim for name in possible if name in members for claim in constraints[name]]
+    hanging = tuple(claim for claim in needed if claim.settled == "undecided")
+    out |= {claim.other or "": comparison_text(claim) for claim in (sure if hanging else beaten)}
+    out |= {} if hanging else sizes
+    told += [*(sure if hanging else beaten), *(claim for claim in needed if claim.settled != "undecided")]
+    names = [name for name in possible if name not in out] if hanging else last
+    verdict: Verdict = "undecided" if hanging else "winner" if len(names) == 1 else "equal"
+    return Decision(verdict, tuple(names), out, hanging, tuple(told), claims.alpha, claims.count)
 
 
 @dataclass(frozen=True)
-class Compared:
-    """The leader of some checkpoints with its equals (`stay`), and claims about the others."""
+class Stage:
+    """One comparison of those that stood before it: who stays, and the claims by which the others are behind."""
 
-    leader: str
+    compare: Compare
     stay: tuple[str, ...]
-    equal: tuple[Claim, ...]
     worse: tuple[Claim, ...]
-    open: tuple[Claim, ...]
 
-    @property
-    def settled(self) -> tuple[Claim, ...]:
-        return (*self.equal, *self.worse)
+    def needed(self, last: Sequence[str]) -> list[Claim]:
+        """That each of `last` is near enough to all that stay; of two of them once, from both sides.
 
-    @property
-    def needed(self) -> tuple[str, ...]:
-        """Whose constraints matter too: who beats another must keep them, and who is open may yet be the result."""
-        return (*(claim.one for claim in self.worse), *(claim.other or "" for claim in self.open))
+        Who does not stay is behind one that does, and so needs no claim of its own.
+        """
+        found = []
+        for place, name in enumerate(last):
+            for other in self.stay:
+                if other not in last:
+                    found.append(replace(self.compare(name, other), one_sided=True))
+                elif other in last[place + 1 :]:
+                    found.append(self.compare(name, other))
+        return found
 
 
-def _compared(names: Sequence[str], compare: Callable[[str, str], Claim]) -> Compared:
-    """Each against the leader; one that is open there is out all the same if another surely beats it."""
-    leader = _leader(names, compare)
-    equal, worse, still_open = list[Claim](), list[Claim](), list[Claim]()
+def _stages(possible: Sequence[str], comparisons: Sequence[Compare]) -> list[Stage]:
+    stages = list[Stage]()
+    for compare in comparisons:
+        stages.append(_stage(stages[-1].stay if stages else possible, compare))
+    return stages
+
+
+def _stage(names: Sequence[str], compare: Compare) -> Stage:
+    worse: dict[str, Claim] = {}
     for name in names:
-        if name == leader:
-            continue
-        claim = compare(leader, name)
-        beaten = [claim] if claim.settled == "better" else []
-        if claim.settled == "undecided":
-            others = (compare(other, name) for other in names if other not in (leader, name))
-            beaten = [one for one in others if one.settled == "better"][:1]
-        if claim.settled == "equal":
-            equal.append(claim)
-        elif beaten:
-            worse += beaten
-        else:
-            still_open.append(claim)
-    stay = (leader, *(claim.other or "" for claim in equal))
-    return Compared(leader, stay, tuple(equal), tuple(worse), tuple(still_open))
+        found = (compare(other, name) for other in names if other != name)
+        if (claim := next((one for one in found if one.settled == "better"), None)) is not None:
+            worse[name] = claim
+    if len(worse) == len(names):  # a circle: one of the claims errs
+        worse = {}
+    return Stage(compare, tuple(name for name in names if name not in worse), tuple(worse.values()))
 
 
-def _leader(names: Sequence[str], compare: Callable[[str, str], Claim]) -> str:
-    """The best by value; another takes its place where it is surely better in what the two did together."""
-    best = names[0]
-    for name in names[1:]:
-        if compare(name, best).confidence.value > 0:
-            best = name
-    for name in names:
-        if name != best and compare(best, name).settled == "worse":
-            best = name
-    return best
+def _by_size(names: Sequence[str], evidence: Evidence) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Of those that nothing measured tells apart: the smallest, and of these the ones that hold the most tokens."""
+    sizes = {name: evidence.bytes_of(name) for name in names}
+    tokens = {name: evidence.facts.get(name, {}).get("kv_tokens") for name in names}
+    small = min(sizes.values())
+    stay = [name for name in names if sizes[name] <= small * (1 + SAME_SIZE)] if small else list(names)
+    out = {name: f"as good, and has {sizes[name]:,.0f} bytes of weights against {small:,.0f}"
+           for name in names if name not in stay}  # fmt: skip
+    if any(tokens[name] is None for name in stay):
+        return tuple(stay), out
+    most = max(tokens[name] or 0 for name in stay)
+    roomy = [name for name in stay if (tokens[name] or 0) >= most * (1 - SAME_SIZE)]
+    out |= {name: f"as good, and holds {tokens[name]:,} KV tokens against {most:,}"
+            for name in stay if name not in roomy}  # fmt: skip
+    return tuple(roomy), out
 
 
 def _out_without_measuring(plan: FrontierPlan, evidence: Evidence) -> dict[str, str]:

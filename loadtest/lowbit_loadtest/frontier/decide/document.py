@@ -113,14 +113,17 @@ def reasons(plan: FrontierPlan, evidence: Evidence, decision: Decision) -> list[
     what = OBJECTIVES[plan.decide.objective]
     lines = [
         f"{what} in {plan.deciding_scenario}, for {constraint_text(plan.constraints)}; equal is within "
-        f"{100 * margins.objective:g} % of it and {margins.accuracy:g} of {plan.decide.accuracy}",
+        f"{100 * margins.objective:g} % of it, {margins.accuracy:g} of {plan.decide.accuracy} and {margins.kl:g} "
+        "nats of KL",
         f"{minutes:.1f} of {plan.decide.within / 60:g} minutes; all statements together hold with "
         f"{plan.decide.confidence:.0%} confidence, however often was looked",
     ]
     if decision.verdict == "undecided":
         lines.append(f"still possible: {', '.join(decision.names)}")
     kept = [
-        claim for claim in decision.told if claim.one in decision.names and claim.settled in ("met", "equal")
+        claim
+        for claim in decision.told
+        if claim.one in decision.names and claim.settled in ("met", "equal", "no worse")
     ]
     lines += [_kept(claim) for claim in kept]
     for name, reason in decision.out.items():
@@ -138,7 +141,8 @@ def _open(need: Need) -> str:
 
 def _kept(claim: Claim) -> str:
     text = whole_text(claim)
-    return text if claim.margin is None else f"equal within the margin: {text}"
+    words = {"equal": "equal within the margin: ", "no worse": "no worse by more than the margin: "}
+    return words.get(claim.settled, "") + text
 
 
 def _result(plan: FrontierPlan, evidence: Evidence, name: str) -> CheckpointResult:

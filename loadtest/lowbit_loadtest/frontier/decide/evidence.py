@@ -122,6 +122,8 @@ class Evidence:
     ) -> Confidence:
         """The mean of accuracy of `one` minus `share` times that of `other`, item by item; by the plan's measure."""
         by = measure or self.decide.accuracy
+        if share == 1 and one > other:
+            return self.more_right(other, one, alpha, measure=by).mirrored
 
         def make() -> Confidence:
             pairs = self._pairs("questions", one, other)
@@ -156,11 +158,28 @@ class Evidence:
         """KL from the base in nats per token, as far as the likeliest tokens show it."""
 
         def make() -> Confidence:
-            pairs = [pair for pair in self._pairs("texts", one, base) if pair[0].top and pair[1].top]
-            found = [self._divergence(one, ours, theirs) for ours, theirs in pairs]
+            found = self._nats(one, base).values()
             return _of_texts([nats for nats, _ in found], [float(tokens) for _, tokens in found], alpha)
 
         return self._once(("texts", one, base, "kl", alpha), make)
+
+    def closer(self, one: str, other: str, base: str, alpha: float) -> Confidence:
+        """By how many nats per token less of KL `one` is from the base than `other`, on the same texts."""
+        if one > other:
+            return self.closer(other, one, base, alpha).mirrored
+
+        def make() -> Confidence:
+            ours, theirs = self._nats(one, base), self._nats(other, base)
+            both = [key for key in ours if key in theirs]
+            nats = [theirs[key][0] - ours[key][0] for key in both]
+            return _of_texts(nats, [float(ours[key][1]) for key in both], alpha)
+
+        return self._once(("texts", one, other, "closer", len(self.answers["texts", base]), alpha), make)
+
+    def _nats(self, name: str, base: str) -> dict[Key, tuple[float, int]]:
+        """KL from the base in each text, and its tokens."""
+        pairs = [pair for pair in self._pairs("texts", name, base) if pair[0].top and pair[1].top]
+        return {ours.key: self._divergence(name, ours, theirs) for ours, theirs in pairs}
 
     def _once(self, key: tuple[Any, ...], make: Callable[[], Confidence]) -> Confidence:
         """What `make` gives, made anew only once either of the two has more answers. `key`: kind, one, other, …"""

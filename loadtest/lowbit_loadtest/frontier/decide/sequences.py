@@ -20,7 +20,7 @@ bound, so that its intervals are asymptotic, and nothing is decided by fewer tha
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +52,11 @@ class Confidence:
     def half(self) -> float:
         return (self.high - self.low) / 2
 
+    @property
+    def mirrored(self) -> "Confidence":
+        """Of the difference the other way round."""
+        return replace(self, value=-self.value, low=-self.high, high=-self.low)
+
     def units_until(self, half: float) -> int | None:
         """After how many units the interval reaches no further than `half`, if the spread stays; None: a million."""
         if not math.isfinite(self.spread) or self.reach(MOST_UNITS) > half:
@@ -76,15 +81,15 @@ def bounded_mean(values: Sequence[float] | Floats, low: float, high: float, alph
     bets = _bets(scaled, start)
     below = _refused_below(scaled, bets, alpha)
     above = -_refused_below(-scaled, bets, alpha)
-    mean = float(scaled.mean())
+    mean, spread = float(scaled.mean()), float(scaled.std())
     ends = (min(mean, below), max(mean, above))
     return Confidence(
         middle + half * mean,
         middle + half * ends[0],
         middle + half * ends[1],
         len(values),
-        half * float(scaled.std()),
-        lambda n: half * _betting_reach(n, float(scaled.std()), alpha),
+        half * spread,
+        lambda n: half * _betting_reach(n, spread, alpha),
     )
 
 

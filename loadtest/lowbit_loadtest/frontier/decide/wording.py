@@ -15,6 +15,7 @@ NAMES = {
     "end_to_end_s": "p95 end to end, s",
     "acc_norm": "acc_norm",
     "choice_probability": "choice probability",
+    "kl": "KL from base",
 }
 OBJECTIVES = {
     "throughput": "output tokens/s",
@@ -57,6 +58,9 @@ def comparison_text(claim: Claim) -> str:
     if claim.confidence.n == 0:
         name = NAMES.get(claim.name) or OBJECTIVES[claim.name]
         return f"{claim.one} and {claim.other} are not compared yet in {name}"
+    if claim.kind == "texts":
+        less = span(shown(claim), "{:.4f}")
+        return f"{claim.one} is {less} nats of KL nearer to the base than {claim.other}, {units}"
     if claim.kind == "questions":
         return f"{claim.one} is {_points(claim)} points better than {claim.other} in {NAMES[claim.name]}, {units}"
     percent = _hundredfold(shown(claim), less=1.0)
