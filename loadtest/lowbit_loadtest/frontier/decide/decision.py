@@ -121,14 +121,15 @@ def _stages(possible: Sequence[str], comparisons: Sequence[Compare]) -> list[Sta
 
 
 def _stage(names: Sequence[str], compare: Compare) -> Stage:
-    worse: dict[str, Claim] = {}
-    for name in names:
-        found = (compare(other, name) for other in names if other != name)
-        if (claim := next((one for one in found if one.settled == "better"), None)) is not None:
-            worse[name] = claim
-    if len(worse) == len(names):  # a circle: one of the claims errs
-        worse = {}
-    return Stage(compare, tuple(name for name in names if name not in worse), tuple(worse.values()))
+    """Who is behind another is told by one that stays: of whoever beats it, only that one must keep its limits."""
+    pairs = [compare(other, name) for name in names for other in names if other != name]
+    better = [claim for claim in pairs if claim.settled == "better"]
+    behind = {claim.other for claim in better}
+    stay = tuple(name for name in names if name not in behind)
+    if not stay:  # a circle: one of the claims errs
+        return Stage(compare, tuple(names), ())
+    better.sort(key=lambda claim: (claim.one in stay, claim.confidence.value))  # the last counts
+    return Stage(compare, stay, tuple({claim.other: claim for claim in better}.values()))
 
 
 def _by_size(names: Sequence[str], evidence: Evidence) -> tuple[tuple[str, ...], dict[str, str]]:

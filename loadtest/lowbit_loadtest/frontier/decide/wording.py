@@ -60,12 +60,19 @@ def comparison_text(claim: Claim) -> str:
         return f"{claim.one} and {claim.other} are not compared yet in {name}"
     if claim.kind == "texts":
         less = span(shown(claim), "{:.4f}")
-        return f"{claim.one} is {less} nats of KL nearer to the base than {claim.other}, {units}"
+        return f"{_stands(claim, less, 'nats of KL nearer to the base than')}, {units}"
     if claim.kind == "questions":
-        return f"{claim.one} is {_points(claim)} points better than {claim.other} in {NAMES[claim.name]}, {units}"
+        return f"{_stands(claim, _points(claim), 'points better than')} in {NAMES[claim.name]}, {units}"
     percent = _hundredfold(shown(claim), less=1.0)
     gain = span(percent, "{:.1f}")
-    return f"{claim.one} is {gain} % better than {claim.other} in {OBJECTIVES[claim.name]}, {units}"
+    return f"{_stands(claim, gain, '% better than')} in {OBJECTIVES[claim.name]}, {units}"
+
+
+def _stands(claim: Claim, by: str, words: str) -> str:
+    """One that is behind is not called better by less than nothing."""
+    if claim.confidence.value >= 0:
+        return f"{claim.one} is {by} {words} {claim.other}"
+    return f"{claim.one} against {claim.other}: {by} {words.removesuffix(' than')}"
 
 
 def _points(claim: Claim) -> str:
