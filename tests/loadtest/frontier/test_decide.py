@@ -11,7 +11,7 @@ import pytest
 from benchmarks.frontier.simulate import CASES, FakeBench, Truth, make_plan, simulate, world
 
 from lowbit_core.errors import ConfigError, EngineError
-from lowbit_loadtest.frontier.decide.decision import Decision, decide
+from lowbit_loadtest.frontier.decide.decision import Decision, claims_of, decide
 from lowbit_loadtest.frontier.decide.document import decided_document
 from lowbit_loadtest.frontier.decide.evidence import Evidence, Step
 from lowbit_loadtest.frontier.decide.rounds import Budget, check_items, run_rounds
@@ -304,7 +304,14 @@ def test_the_permitted_error_is_shared_by_all_claims_that_could_be_made() -> Non
     assert (
         decision.claims == 3 * 3 + 3 * 3
     )  # three constraints of each, three pairs by speed, accuracy and KL
-    assert decision.alpha == pytest.approx(0.05 / 18)
+    claims = claims_of(story.plan, story.evidence)
+    assert 6 * claims.alpha + 12 * claims.quick_alpha == pytest.approx(0.05)
+    assert decision.alpha == claims.alpha == pytest.approx(0.8 * 0.05 / 6)
+
+
+def test_with_one_candidate_its_limits_have_the_whole_error() -> None:
+    story = Story({"base": BASE, "a": SMALL})
+    assert 3 * claims_of(story.plan, story.evidence).quick_alpha == pytest.approx(0.05)
 
 
 def test_both_are_compared_on_the_items_and_the_rounds_that_both_have() -> None:

@@ -13,6 +13,7 @@ from lowbit_loadtest.frontier.decide.sequences import (
     FIRST_VARIANCE,
     GAPS,
     LARGEST_BET,
+    STAKES,
     UNKNOWN,
     bounded_mean,
     normal_mean,
@@ -89,14 +90,14 @@ def slow_capital(values: Sequence[float], m: float) -> float:
 
 def one_side(values: Sequence[float], m: float) -> float:
     total = 0.0
-    for gap in GAPS:
+    for gap, stake in zip(GAPS, STAKES, strict=True):
         capital, running, squares = 1.0, 0.0, 0.0
         for n, value in enumerate(values, 1):
             variance = (FIRST_VARIANCE + squares) / n
             capital *= 1 + min(gap / (variance + gap**2), LARGEST_BET / (1 + m)) * (value - m)
             running += value
             squares += (value - running / (n + 1)) ** 2
-        total += capital / len(GAPS)
+        total += stake * capital
     return total
 
 

@@ -3,9 +3,9 @@
 A claim has a confidence sequence and is settled by it: a constraint is `met` or `missed`, a comparison `better`,
 `worse` or `equal`, or it is `undecided`. A one-sided comparison is settled by less: that `one` is `no worse` than
 `other` by more than the margin, which is all that a winner must be. All claims that a plan could ever make share the
-permitted error (union bound, Bonferroni): alpha = (1 - confidence) / number of claims; both sides of a comparison are
-one claim. So no statement of the result is wrong with that confidence, however the candidates were chosen and whenever
-the measuring ended.
+permitted error (union bound, Bonferroni), four fifths of it the comparisons by objective and accuracy, which take the
+time; both sides of a comparison are one claim. So no statement of the result is wrong with that confidence, however the
+candidates were chosen and whenever the measuring ended.
 """
 
 import math
@@ -19,6 +19,7 @@ from lowbit_loadtest.frontier.plan import FrontierPlan
 
 Kind = Literal["round", "questions", "texts"]
 Settled = Literal["met", "missed", "better", "worse", "equal", "no worse", "undecided"]
+SLOW_PART = 0.8  # of the permitted error
 FIRST_UNITS = 8.0  # of what nothing is known yet
 UNITS = {"round": "rounds", "questions": "questions", "texts": "texts"}
 
@@ -89,17 +90,20 @@ class Claims:
     def __init__(self, plan: FrontierPlan, evidence: Evidence, candidates: tuple[str, ...]) -> None:
         assert plan.decide is not None
         self.plan, self.decide, self.evidence = plan, plan.decide, evidence
-        self.count = self._count(candidates)
-        self.alpha = (1 - self.decide.confidence) / self.count
+        error = 1 - self.decide.confidence
+        slow, quick = self._counts(candidates)
+        self.count = slow + quick
+        part = 0.0 if not slow else SLOW_PART if quick else 1.0
+        self.alpha, self.quick_alpha = part * error / max(1, slow), (1 - part) * error / max(1, quick)
 
-    def _count(self, candidates: tuple[str, ...]) -> int:
-        """How many claims could ever be made."""
+    def _counts(self, candidates: tuple[str, ...]) -> tuple[int, int]:
+        """How many claims could ever be made: pairs by objective and accuracy; pairs by KL, and limits."""
         limits = self.plan.constraints
         n, others = len(candidates), sum(name != self.plan.base for name in candidates)
         of_quality = (self._accuracy_share, limits.kl_from_base, limits.perplexity_of_base)
         quality = others * sum(limit is not None for limit in of_quality)
         pairs = n * (n - 1) // 2
-        return max(1, quality + n * len(limits.latencies_s) + pairs * len(self.comparisons))
+        return 2 * pairs, quality + n * len(limits.latencies_s) + pairs * (len(self.comparisons) - 2)
 
     @property
     def comparisons(self) -> tuple[Callable[[str, str], Claim], ...]:
@@ -130,13 +134,13 @@ class Claims:
         """The measured constraints of one checkpoint; the base keeps those of quality by being the base."""
         found = [] if name == self.plan.base else self._of_quality(name)
         return found + [
-            Claim(measure, "round", name, None, self.evidence.level(name, measure, self.alpha), math.log(limit),
+            Claim(measure, "round", name, None, self.evidence.level(name, measure, self.quick_alpha), math.log(limit),
                   at_least=False, is_log=True)
             for measure, limit in self.plan.constraints.latencies_s.items()
         ]  # fmt: skip
 
     def _of_quality(self, name: str) -> list[Claim]:
-        base, limits, evidence, alpha = self.plan.base, self.plan.constraints, self.evidence, self.alpha
+        base, limits, evidence, alpha = self.plan.base, self.plan.constraints, self.evidence, self.quick_alpha
         found = []
         if (share := self._accuracy_share) is not None:
             slack = evidence.more_right(name, base, alpha, share)
@@ -170,5 +174,5 @@ class Claims:
     def closer(self, one: str, other: str) -> Claim:
         """KL from the base of two checkpoints, compared text by text."""
         base = self.plan.base
-        found = self.evidence.closer(one, other, base, self.alpha)
+        found = self.evidence.closer(one, other, base, self.quick_alpha)
         return Claim("kl", "texts", one, other, found, margin=self.decide.margins.kl, base=base)
