@@ -2,7 +2,8 @@
 
 It reads no weights and knows no architecture by name: it takes the field names that Hugging Face configs
 share, nested `text_config` included, and the latent cache of multi-head latent attention (DeepSeek-AI, 2024,
-arXiv:2405.04434). Layers with a sliding window are counted as if they kept every token: an upper bound.
+arXiv:2405.04434). Layers with a sliding window are counted as if they kept every token: an upper bound. Layers that
+are said to be recurrent, convolutions or networks alone keep none.
 """
 
 import json
@@ -14,6 +15,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 from lowbit_core.documents import describe_error
 from lowbit_core.errors import CheckpointError
 
+WITHOUT_CACHE = ("linear", "mamba", "conv", "recurrent", "mlp", "moe")  # how kinds of layers begin
 BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
 
 
@@ -35,6 +37,17 @@ class _Config(BaseModel):
     )
     dtype: str | None = None
     torch_dtype: str | None = None
+    layer_types: list[str] | None = Field(
+        default=None, validation_alias=AliasChoices("layer_types", "layers_block_type")
+    )
+
+    @property
+    def caching_layers(self) -> int:
+        """Layers that keep keys and values."""
+        kinds = self.layer_types or []
+        if len(kinds) != self.num_hidden_layers:
+            return self.num_hidden_layers
+        return sum(not kind.startswith(WITHOUT_CACHE) for kind in kinds)
 
 
 class ModelShape(BaseModel):
@@ -43,7 +56,7 @@ class ModelShape(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model_type: str
-    layers: int
+    layers: int  # that keep keys and values
     kv_heads: int
     head_dim: int
     latent_dim: int | None
@@ -83,7 +96,7 @@ def shape_from_config(config: dict[str, Any]) -> ModelShape:
         raise CheckpointError(f"config.json: {describe_error(error, _Config)}") from error
     return ModelShape(
         model_type=str(config.get("model_type", fields.model_type)),
-        layers=fields.num_hidden_layers,
+        layers=fields.caching_layers,
         kv_heads=fields.num_key_value_heads or fields.num_attention_heads,
         head_dim=fields.head_dim or fields.hidden_size // fields.num_attention_heads,
         latent_dim=fields.kv_lora_rank + fields.qk_rope_head_dim if fields.kv_lora_rank else None,

@@ -22,6 +22,7 @@ from lowbit_core.manifest import (
     verify_files,
     write_manifest,
 )
+from lowbit_core.model_shape import shape_from_config
 
 
 def example(files: dict[str, object]) -> Manifest:
@@ -226,3 +227,22 @@ def test_every_error_is_drawn_in_the_tree_of_the_module() -> None:
     assert len(known) >= 9
     assert all(error.__name__ in drawn for error in known)
     assert {error.exit_status for error in known} == {1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    ("kinds", "caching"),
+    [
+        (None, 4),
+        (["linear_attention", "linear_attention", "linear_attention", "full_attention"], 1),
+        (["sliding_attention", "full_attention", "sliding_attention", "chunked_attention"], 4),
+        (["conv", "full_attention", "conv", "full_attention"], 2),
+        (["mamba", "attention", "mlp", "moe"], 1),
+        (["mamba", "hybrid", "mamba", "hybrid"], 2),
+        (["mamba", "hybrid"], 4),  # of another number of layers: not believed
+    ],
+)
+def test_layers_without_attention_cache_no_token(kinds: list[str] | None, caching: int) -> None:
+    config = {"num_hidden_layers": 4, "num_attention_heads": 4, "hidden_size": 64, "num_key_value_heads": 2}
+    for key in ("layer_types", "layers_block_type"):
+        shape = shape_from_config(config | ({key: kinds} if kinds else {}))
+        assert shape.kv_bytes_per_token("fp8") == caching * 2 * 2 * 16
