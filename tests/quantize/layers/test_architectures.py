@@ -140,6 +140,11 @@ def test_attention_beside_the_network_has_no_middle() -> None:
     assert groups(kind) == {QKV, O_PROJ, "mlp.gate_proj mlp.up_proj <- input_layernorm", DOWN}
 
 
+def test_a_model_whose_layers_read_the_tokens_again_is_refused() -> None:
+    with pytest.raises(ModelError, match="reads something of the tokens beside hidden states"):
+        found("gemma4_text", num_hidden_layers=2)
+
+
 def test_a_model_that_adds_positions_to_its_embedding_is_refused() -> None:
     with pytest.raises(ModelError, match="gpt2"):
         found("gpt2")

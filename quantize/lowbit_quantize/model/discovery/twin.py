@@ -85,14 +85,32 @@ def _run(model: nn.Module, config: Any, name: str) -> Twin:
     parent_name, _, leaf = name.rpartition(".")
     parent = model.get_submodule(parent_name)
     stand_ins = nn.ModuleList(layer if kinds[i] == i else StandIn(layer) for i, layer in enumerate(layers))
-    ids = torch.randint(3, 128, (SEQUENCES, TOKENS), generator=torch.Generator().manual_seed(5))
+    ids, others = torch.randint(3, 128, (2, SEQUENCES, TOKENS), generator=torch.Generator().manual_seed(5))
     setattr(parent, leaf, stand_ins)
     with made_when_called(model, stand_ins), _calls(twin, stand_ins), _ends(twin), torch.no_grad():
         twin.logits = model(input_ids=ids, use_cache=False).logits
+    again = Twin(model, config, name, kinds=kinds)
+    with _calls(again, stand_ins), torch.no_grad():
+        model(input_ids=others, use_cache=False)
     missing = [number for number in set(kinds) if number not in twin.calls]
     if missing:
         raise ModelError(f"layer {missing[0]} is not called")
+    for number, call in twin.calls.items():
+        other = again.calls[number]
+        if not _equal((call.args, call.kwargs), (other.args, other.kwargs)):
+            raise ModelError(f"layer {number} reads something of the tokens beside hidden states")
     return twin
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two sets of arguments are alike, but for objects that are no tensors."""
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and torch.equal(one, other)
+    if isinstance(one, dict):
+        return all(_equal(value, other.get(key)) for key, value in one.items())
+    if isinstance(one, tuple | list):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return True
 
 
 def first_of_kinds(layers: list[nn.Module]) -> list[int]:
