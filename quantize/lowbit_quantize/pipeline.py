@@ -86,8 +86,7 @@ def quantize(
         )
         walk, measured = _finished_walk(decoder, plan, base, texts, run, stream_memory_bytes)
         beside = write_rest(plan, base, walk, run)
-        unopened = {name: one for record in walk.layers for name, one in record.unopened.items()}
-        check_reload(out, base.foreign, answers, unopened, trust_remote_code=trust_remote_code)
+        check_reload(out, base.foreign, answers, walk.unopened, trust_remote_code=trust_remote_code)
         manifest = manifest_of(plan, base, beside, walk, texts[0], measured, clock, run)
         write_manifest(out, manifest)
     return manifest

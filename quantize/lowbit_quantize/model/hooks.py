@@ -1,12 +1,13 @@
 """Where a layer is looked into while it runs: what its modules read, its attention, and its KV cache."""
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -40,6 +41,16 @@ class HookedCache(Cache):
 
 
 @contextmanager
+def removed_after(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Hooks that are gone when the block ends."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def inputs_of(layer: nn.Module, observers: InputObservers, *, stop: bool = False) -> Iterator[None]:
     """Call `observers[name]` with the input, (tokens, features), of each named module while the layer runs.
 
@@ -55,11 +66,8 @@ def inputs_of(layer: nn.Module, observers: InputObservers, *, stop: bool = False
         return hook
 
     handles = [layer.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in observers]
-    try:
+    with removed_after(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

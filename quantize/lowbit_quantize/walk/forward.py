@@ -74,6 +74,11 @@ class Walk:
         """What is recorded of each finished layer."""
         return self.journal.layers
 
+    @property
+    def unopened(self) -> dict[str, UnopenedLinear]:
+        """What was noted of each linear that plain transformers does not open."""
+        return {name: one for record in self.layers for name, one in record.unopened.items()}
+
     def run(self) -> None:
         """Walk every layer that is not finished and write its shard."""
         finished = self._take_up()

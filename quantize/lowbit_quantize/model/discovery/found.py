@@ -46,6 +46,12 @@ def open_model(reference: ModelReference) -> tuple[Architecture, nn.Module]:
         return find_architecture(config, skeleton), skeleton
     except ModelError as error:
         raise ModelError(f"{reference.name}: {error}") from error
+    except Exception as error:  # whatever a layer of which nothing is known does while it is probed
+        words = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise ModelError(
+            f"{reference.name} has the architecture {config.model_type!r}, which cannot be found by running it "
+            f"({words}); please report it with its config.json"
+        ) from error
 
 
 def find_architecture(config: Any, skeleton: nn.Module) -> Architecture:

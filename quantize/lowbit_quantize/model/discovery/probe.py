@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lowbit_quantize.model.discovery.twin import Call
 from lowbit_quantize.model.experts import ExpertList
-from lowbit_quantize.model.hooks import attention_observed_by
+from lowbit_quantize.model.hooks import attention_observed_by, removed_after
 
 Change = Callable[[Tensor], Tensor]
 
@@ -132,8 +132,5 @@ def _watched(
         module.register_forward_pre_hook(before, with_kwargs=True),
         module.register_forward_hook(after),
     )
-    try:
+    with removed_after(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -13,8 +13,6 @@ from lowbit_quantize.model.architecture import Architecture, Fold, LayerKind
 from lowbit_quantize.model.discovery.found import open_model
 from lowbit_quantize.model.reference import find_model
 
-MIB = 1 << 20
-
 
 def report(model: str) -> tuple[dict[str, Any], RenderableType]:
     """The same facts as data and as tables; raises ModelError where a model cannot be walked. Reads no weights."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lowbit_core.errors import ModelError
 from lowbit_quantize.model.discovery.narrow import narrowed
+from lowbit_quantize.model.hooks import removed_after
 from lowbit_quantize.model.skeleton import build_skeleton
 from lowbit_quantize.model.stand_in import StandIn, apart
 
@@ -148,11 +149,8 @@ def _ends(twin: Twin) -> Iterator[None]:
                 twin.ends.setdefault(name, (read, output))
 
         handles.append(module.register_forward_hook(hook))
-    try:
+    with removed_after(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -178,11 +176,8 @@ def _calls(twin: Twin, layers: nn.ModuleList) -> Iterator[None]:
 
     handles.append(layers[0].register_forward_pre_hook(first, with_kwargs=True))
     handles.append(layers[-1].register_forward_hook(last))
-    try:
+    with removed_after(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -200,11 +195,8 @@ def made_when_called(model: nn.Module, layers: nn.ModuleList) -> Iterator[None]:
         for module in model.modules()
         if not isinstance(module, StandIn)
     ]
-    try:
+    with removed_after(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def make_weights(module: nn.Module, generator: torch.Generator) -> None:
