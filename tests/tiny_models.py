@@ -10,22 +10,27 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
     DeepseekV2Config,
     Gemma3TextConfig,
+    Glm4MoeConfig,
+    GraniteMoeHybridConfig,
+    Lfm2Config,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    NemotronHConfig,
     Olmo2Config,
     OlmoeConfig,
     Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2MoeConfig,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
 )
 
+from lowbit_quantize.model.skeleton import model_class
 from lowbit_quantize.quality.sources import find_documents
 from lowbit_quantize.recipe import Text
 
@@ -86,6 +91,59 @@ CONFIGS: dict[str, Any] = {
         first_k_dense_replace=1,
     ),
 }
+# Kinds of layers that no table of ours names: each is found by running it.
+FOUND: dict[str, Any] = {
+    "qwen3_5_text": Qwen3_5TextConfig(  # gated delta nets between attention, an output gate in the latter
+        **SIZES,
+        layer_types=["linear_attention", "linear_attention", "full_attention"],
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=64,
+        linear_value_head_dim=64,
+    ),
+    "granitemoehybrid": GraniteMoeHybridConfig(  # Mamba 2 between attention, multipliers everywhere
+        **{key: value for key, value in SIZES.items() if key != "head_dim"},
+        layer_types=["mamba", "attention", "mamba"],
+        num_local_experts=0,
+        shared_intermediate_size=192,
+        mamba_n_heads=8,
+        mamba_d_head=32,
+        mamba_d_state=32,
+        mamba_chunk_size=32,
+        embedding_multiplier=4.0,
+        logits_scaling=2.0,
+        residual_multiplier=0.5,
+        attention_multiplier=0.2,
+        position_embedding_type="rope",
+    ),
+    "glm4_moe": Glm4MoeConfig(  # sigmoid routers with a correction bias, a dense first layer, a shared expert
+        **SIZES,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+        routed_scaling_factor=1.5,
+        use_qk_norm=True,
+        num_mtp_layers=0,
+    ),
+    "nemotron_h": NemotronHConfig(  # one mixer a layer, squared ReLU
+        **{key: value for key, value in SIZES.items() if key != "num_hidden_layers"},
+        layers_block_type=["mamba", "attention", "mlp", "mamba", "mlp"],
+        ssm_state_size=32,
+        mamba_num_heads=8,
+        mamba_head_dim=32,
+        n_groups=2,
+        chunk_size=32,
+    ),
+    "lfm2": Lfm2Config(  # short convolutions between attention
+        **{key: value for key, value in SIZES.items() if key != "head_dim"},
+        layer_types=["conv", "full_attention", "conv"],
+        block_auto_adjust_ff_dim=False,
+        block_dim=128,  # the published files have these, vLLM asks for them
+        conv_dim=128,
+    ),
+}
 # Four sentences of 40 out of 32 tokens, so that what follows depends on more than the token before it.
 SENTENCES = torch.randint(4, 36, (4, 40), generator=torch.Generator().manual_seed(7))
 CONTEXT = 12  # tokens that a prompt gives
@@ -101,32 +159,41 @@ def write_tiny_model(
     `sizes` replace configuration fields. A random model's choices are near ties, which rounding decides; one that
     was taught `sentences` (rows, tokens) says them by a clear margin.
     """
-    torch.manual_seed(seed)
-    config = copy.deepcopy(CONFIGS[family])
+    config = copy.deepcopy((CONFIGS | FOUND)[family])
     config.update(sizes)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                offset = 1.0 if family.startswith("gemma") else 0.0  # what the family's norm adds
-                parameter.copy_(torch.exp(0.5 * torch.randn_like(parameter)) - offset)
-            elif parameter.dim() >= 2:
-                parameter.mul_(4 * torch.exp(0.3 * torch.randn(1, parameter.shape[-1])).to(parameter.dtype))
-            else:  # biases
-                parameter.copy_(0.1 * torch.randn_like(parameter))
+    model = seeded_model(config, seed)
     if sentences is not None:
-        model = _taught(model.float(), sentences).to(torch.bfloat16)
+        model = taught(model.float(), sentences).to(torch.bfloat16)
     model.save_pretrained(directory)
     tiny_tokenizer().save_pretrained(directory)
     return directory
 
 
-def _taught(model: Any, sentences: Tensor) -> Any:
+def seeded_model(config: Any, seed: int = 0) -> Any:
+    """A model in bfloat16 with uneven activations and weights."""
+    torch.manual_seed(seed)
+    model = model_class(config)._from_config(config, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                offset = float(bool((parameter == 0).all()))  # what the family's norm adds
+                parameter.copy_(torch.exp(0.5 * torch.randn_like(parameter)) - offset)
+            elif parameter.dim() >= 2:
+                parameter.mul_(4 * torch.exp(0.3 * torch.randn(1, parameter.shape[-1])).to(parameter.dtype))
+            else:  # biases
+                parameter.copy_(0.1 * torch.randn_like(parameter))
+        for name, buffer in model.named_buffers():
+            if "correction_bias" in name:
+                buffer.copy_(0.1 * torch.randn_like(buffer))
+    return model
+
+
+def taught(model: Any, sentences: Tensor) -> Any:
     """`model` after a few seconds of learning `sentences` by heart.
 
     Its routers do not learn, they tremble: the answer must not hang on a choice between experts that is a near tie.
     """
-    routers = {name: p for name, p in model.named_parameters() if name.endswith("mlp.gate.weight")}
+    routers = {name: p for name, p in model.named_parameters() if name.endswith(".gate.weight")}
     steady = {name: p.detach().clone() for name, p in routers.items()}
     learned = [p for name, p in model.named_parameters() if name not in routers]
     optimizer = torch.optim.Adam(learned, lr=2e-3, betas=(0.9, 0.95))

@@ -1,8 +1,8 @@
 """Greedy texts of many tiny checkpoints, from stock vLLM or from plain transformers, each in its own process.
 
-`python -m tests.e2e.greedy engine DIR...` and `… reference DIR...` print one JSON object: a directory's texts, or for
-the engine the one line that says why it did not run. Two processes, because vLLM changes transformers' layers in the
-process that imports it.
+`python -m tests.e2e.greedy engine DIR...`, `… drafted DIR...` (a token drafted by the checkpoint's own draft layer) and
+`… reference DIR...` print one JSON object: a directory's texts. Two processes, because vLLM changes transformers'
+layers in the process that imports it.
 """
 
 import gc
@@ -49,8 +49,13 @@ class RoundingCache(DynamicCache):  # type: ignore[misc]  # transformers has no 
 
 def reference(directory: Path, prompts: torch.Tensor = PROMPTS, tokens: int = NEW_TOKENS) -> dict[str, Any]:
     """The texts, and how clear each choice was (gaps): logits between it and the next best."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
-    cache = RoundingCache(AutoConfig.from_pretrained(directory), read_checkpoint_scales(directory))
+    config = AutoConfig.from_pretrained(directory)
+    if (quantized := getattr(config, "quantization_config", None)) is not None:
+        quantized.pop(
+            "kv_cache_scheme", None
+        )  # transformers would round as well, with scales cut to bfloat16
+    model = AutoModelForCausalLM.from_pretrained(directory, config=config, dtype=torch.bfloat16)
+    cache = RoundingCache(config, read_checkpoint_scales(directory))
     with torch.inference_mode():
         done = model.generate(
             prompts,
@@ -72,8 +77,10 @@ def reference(directory: Path, prompts: torch.Tensor = PROMPTS, tokens: int = NE
     }
 
 
-def engine(directory: Path, prompts: torch.Tensor = PROMPTS, tokens: int = NEW_TOKENS) -> dict[str, Any]:
-    """The texts of stock `vllm.LLM` with no flag that concerns the checkpoint, and what its cache holds."""
+def engine(
+    directory: Path, prompts: torch.Tensor = PROMPTS, tokens: int = NEW_TOKENS, **flags: Any
+) -> dict[str, Any]:
+    """The texts of stock `vllm.LLM` with no flag that concerns the checkpoint but `flags`, and what its cache holds."""
     from vllm import LLM, SamplingParams
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
@@ -81,7 +88,7 @@ def engine(directory: Path, prompts: torch.Tensor = PROMPTS, tokens: int = NEW_T
         torch.cpu._init_amx()  # as the server's workers do; this engine runs in this process
     began = time.monotonic()
     longest = prompts.shape[1] + tokens + 1
-    llm = LLM(str(directory), enforce_eager=True, max_model_len=longest, max_num_seqs=len(prompts))
+    llm = LLM(str(directory), enforce_eager=True, max_model_len=longest, max_num_seqs=len(prompts), **flags)
     sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=0)
     asked = [{"prompt_token_ids": prompt} for prompt in prompts.tolist()]
     answers = [answer.outputs[0] for answer in llm.generate(asked, sampling, use_tqdm=False)]
@@ -93,16 +100,29 @@ def engine(directory: Path, prompts: torch.Tensor = PROMPTS, tokens: int = NEW_T
         ],
         "kv_cache_dtype": llm.llm_engine.vllm_config.cache_config.cache_dtype,
     }
+    if flags:
+        found |= _drafts(llm)
     del llm
     gc.collect()
     cleanup_dist_env_and_memory()
     return found | {"seconds": time.monotonic() - began}
 
 
+def drafted(directory: Path) -> dict[str, Any]:
+    """The same with drafts of one token, and how many were made and accepted."""
+    speculative = {"method": "mtp", "num_speculative_tokens": 1}
+    return engine(directory, speculative_config=speculative, disable_log_stats=False)
+
+
+def _drafts(llm: Any) -> dict[str, int]:
+    counts = {one.name: one.value for one in llm.get_metrics() if hasattr(one, "value")}
+    return {key: int(counts[f"vllm:spec_decode_num_{key}_tokens"]) for key in ("accepted", "draft")}
+
+
 def main(arguments: list[str]) -> None:
     """Print `TEXTS {directory: …}` for the directories named."""
     os.environ.update(ENVIRONMENT)
-    ask = {"engine": engine, "reference": reference}[arguments[0]]
+    ask: Any = {"engine": engine, "drafted": drafted, "reference": reference}[arguments[0]]
     print("TEXTS", json.dumps({path: ask(Path(path)) for path in arguments[1:]}), flush=True)
 
 

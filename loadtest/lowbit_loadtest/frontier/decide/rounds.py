@@ -131,6 +131,10 @@ def _do(settings: Decide, work: Work, bench: Bench, evidence: Evidence, keep: Ke
             step = bench.load(name, work.upto, budget.left_s)
         else:
             step = bench.ask(name, work.kind, first, work.upto, budget.left_s)
+            log.info(
+                "%s: %d %s asked, %.1f of %.0f minutes",
+                name, work.upto, work.kind, budget.spent_s / 60, budget.within_s / 60,
+            )  # fmt: skip
         _take({**step, "at_s": at_s, "seconds": budget.spent_s - at_s}, evidence, keep)
     return True
 
