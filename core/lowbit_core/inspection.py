@@ -16,6 +16,7 @@ from lowbit_core.errors import CheckpointError, ConfigError
 from lowbit_core.manifest import (
     MANIFEST_NAME,
     DivergenceRecord,
+    KVCacheRecord,
     Manifest,
     module_groups,
     read_manifest,
@@ -80,7 +81,7 @@ def describe(manifest: Manifest, *, verified: bool) -> Table:
         "weights": "\n".join(map(str, module_groups(manifest))) or "not quantized",
         "bits per weight": f"{size.linear_bits_per_weight} in quantized linears",
         "left as they are": _unquantized(manifest.unquantized),
-        "KV cache": f"{kv.dtype}, {len(kv.layers)} layers, {kv.source}" if kv else "not quantized",
+        "KV cache": _kv_cache(kv) if kv else "not quantized",
         "size": f"{size.base_bytes / 2**20:.1f} MiB to {size.bytes / 2**20:.1f} MiB",
         "mean KL": f"{quality.mean_kld:.4f} ± {quality.kld_stderr:.4f} nats on {quality.predictions:,} predictions",
         "KL, 99th percentile": _with_error(quality.kld_p99, quality.kld_p99_stderr, ".3f"),
@@ -99,6 +100,14 @@ def describe(manifest: Manifest, *, verified: bool) -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _kv_cache(kv: KVCacheRecord) -> str:
+    words = f"{kv.dtype}, {len(kv.layers)} layers, {kv.source}"
+    if not kv.skip_layers:
+        return words
+    numbers = " ".join(map(str, kv.skip_layers))
+    return f"{words}\n{len(kv.skip_layers)} in the model's type; stock vLLM: --kv-cache-dtype-skip-layers {numbers}"
 
 
 def _unquantized(names: list[str]) -> str:

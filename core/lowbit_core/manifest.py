@@ -90,9 +90,12 @@ class KVLayerRecord(_Record):
 
 
 class KVCacheRecord(_Record):
+    """Scales by layer; `skip_layers` keep keys and values in the model's type (vLLM's --kv-cache-dtype-skip-layers)."""
+
     dtype: str
     source: str
     layers: list[KVLayerRecord]
+    skip_layers: list[int] = []
 
 
 class UnderCalibratedExpert(_Record):

@@ -104,7 +104,7 @@ def _finished_walk(
 
     def prepared(name: str, passes: tuple[Pass, ...], directory: Path) -> Walk:
         baselines, alone = plan.baselines(texts[1].domains), not base.foreign
-        work = Work(plan.modules, passes, plan.paired, plan.fp8_cache, baselines, fold_head=alone)
+        work = Work(plan.modules, passes, plan.paired, plan.fp8_layers, baselines, fold_head=alone)
         shards = decoder.depth + plan.quantizes_head + 1 + len(base.carried_shards)
         writer = CheckpointWriter(directory, shards, scratch=run.scratch)
         return Walk(decoder, work, texts, writer, run.journal(name), memory_bytes)

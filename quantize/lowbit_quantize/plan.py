@@ -15,6 +15,7 @@ from torch import nn
 
 from lowbit_core.errors import RecipeError
 from lowbit_core.log import get_logger
+from lowbit_quantize.cache_layers import layers_in_fp8, without_latent_scales
 from lowbit_quantize.catalog import CATALOG, Catalog
 from lowbit_quantize.model.architecture import Architecture, linear_of
 from lowbit_quantize.model.discovery.found import open_model
@@ -24,7 +25,7 @@ from lowbit_quantize.model.published_names import PublishedNames
 from lowbit_quantize.model.reference import ModelReference
 from lowbit_quantize.model.skeleton import is_tied, text_config
 from lowbit_quantize.pass_list import make_passes
-from lowbit_quantize.recipe import QUANTIZE, KVCache, Recipe
+from lowbit_quantize.recipe import QUANTIZE, Recipe
 from lowbit_quantize.rules import Wanted, resolve
 from lowbit_quantize.schemes.scheme import Scheme
 from lowbit_quantize.walk.baselines import baseline_sequences
@@ -95,9 +96,14 @@ class Plan:
         """Whether the output matrix is quantized, which only a rule that names it asks for."""
         return self.architecture.head in self.modules
 
+    @cached_property
+    def fp8_layers(self) -> frozenset[int]:
+        """Numbers of the layers that keep keys and values in FP8."""
+        return layers_in_fp8(self.recipe.kv_cache, self.architecture, self.config)
+
     @property
     def fp8_cache(self) -> bool:
-        return self.recipe.kv_cache.dtype == "fp8"
+        return bool(self.fp8_layers)
 
     @property
     def configuration(self) -> dict[str, Any]:
@@ -178,7 +184,7 @@ def make_plan(reference: ModelReference, recipe: Recipe, catalog: Catalog = CATA
     architecture, skeleton = open_model(reference)
     _say_found(reference, architecture)
     passes = make_passes(recipe.passes, reference, architecture, catalog)
-    recipe = _without_latent_scales(recipe, architecture)
+    recipe = without_latent_scales(recipe, architecture)
     _check_positions(reference, recipe)
     modules = _table(skeleton, architecture, recipe, catalog)
     if modules and not any(one.name == QUANTIZE for one in passes):
@@ -189,6 +195,7 @@ def make_plan(reference: ModelReference, recipe: Recipe, catalog: Catalog = CATA
         raise RecipeError(
             f"modules leave no linear to quantize; give a rule with a scheme, or leave {QUANTIZE} out of passes"
         )
+    layers_in_fp8(recipe.kv_cache, architecture, text_config(reference.config))
     return Plan(reference, recipe, architecture, skeleton, modules, passes, floats)
 
 
@@ -378,14 +385,6 @@ def _floats_of(reference: ModelReference) -> PublishedFloats | None:
     floats = published_floats(data, reference.name)
     log.info("%s is published in %s and is dequantized while it is read", reference.name, floats.words)
     return floats
-
-
-def _without_latent_scales(recipe: Recipe, architecture: Architecture) -> Recipe:
-    """vLLM 0.32 loads no scales for a latent cache; measured with them, a checkpoint would not be what is served."""
-    if not architecture.latent_cache or recipe.kv_cache.dtype == "none":
-        return recipe
-    log.warning("kv_cache.dtype: none instead of fp8, because engines load no scales for a latent cache")
-    return recipe.model_copy(update={"kv_cache": KVCache(dtype="none")})
 
 
 def _check_positions(reference: ModelReference, recipe: Recipe) -> None:

@@ -85,14 +85,24 @@ class Base(Section):
 
 
 class KVCache(Section):
-    """`fp8` stores one calibrated scale for keys and one for values in each layer. Written `fp8` or `{dtype: fp8}`."""
+    """`fp8` stores one calibrated scale for keys and one for values in each layer. Written `fp8` or `{dtype: fp8}`.
+
+    `skip_layers` keep theirs in the model's type: numbers of layers, or `sliding_window` for all that have one.
+    """
 
     dtype: Literal["fp8", "none"] = "fp8"
+    skip_layers: tuple[Annotated[int, Field(ge=0, strict=True)] | Literal["sliding_window"], ...] = ()
 
     @model_validator(mode="before")
     @classmethod
     def _dtype_alone(cls, data: Any) -> Any:
         return {"dtype": str(data)} if isinstance(data, str) else data
+
+    @model_validator(mode="after")
+    def _something_to_skip(self) -> "KVCache":
+        if self.dtype == NONE and self.skip_layers:
+            raise ValueError("skip_layers go with dtype fp8; without it no layer has an FP8 cache")
+        return self
 
 
 class PassStep(Section):

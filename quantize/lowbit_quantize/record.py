@@ -84,7 +84,7 @@ def manifest_of(
         + ([walk.head.module] if walk.head else []),
         unquantized=list(plan.unquantized_linears),
         unopened=unopened_records(plan),
-        kv_cache=_kv_cache(walk.layers),
+        kv_cache=_kv_cache(plan, walk.layers),
         experts=_experts(plan, walk.layers),
         trial=_trial(plan, run),
         figures={record.layer: record.figures for record in walk.layers if record.figures},
@@ -110,12 +110,16 @@ def _size(plan: Plan, walk: Walk, base_bytes: int) -> SizeRecord:
     )
 
 
-def _kv_cache(layers: Sequence[LayerRecord]) -> KVCacheRecord | None:
+def _kv_cache(plan: Plan, layers: Sequence[LayerRecord]) -> KVCacheRecord | None:
     scales = [record.kv_scales for record in layers if record.kv_scales]
     if not scales:
         return None
     source = "largest magnitude on the calibration text, clipped where that rounds better"
-    return KVCacheRecord(dtype="fp8_e4m3", source=source, layers=scales)
+    kinds = plan.architecture.kinds
+    skipped = [
+        number for number, kind in enumerate(kinds) if kind.attention and number not in plan.fp8_layers
+    ]
+    return KVCacheRecord(dtype="fp8_e4m3", source=source, layers=scales, skip_layers=skipped)
 
 
 def _trial(plan: Plan, run: RunDirectory) -> TrialRecord | None:

@@ -142,8 +142,8 @@ async def inspect_engine(engine: ServingEngine, config: ServeConfig, checkpoint:
     proof = prove_kv_scales(
         read_checkpoint_scales(checkpoint.directory),
         facts.kv_scales,
-        kv_dtype=facts.kv_cache_dtype,
         quant_method=checkpoint.quantization.get("quant_method"),
+        skipped=checkpoint.layers_without_fp8_kv,
     )
     service = Service(served_names(config, checkpoint)[0], checkpoint, facts, proof)
     log.log(logging.WARNING if proof.scales == "unit" else logging.INFO, kv_scales_in_words(service))

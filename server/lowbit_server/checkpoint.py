@@ -49,6 +49,12 @@ class Checkpoint:
         kv_cache = self.manifest.kv_cache if self.manifest else None
         return kv_cache is not None and kv_cache.dtype.startswith(("fp8", "float8"))
 
+    @property
+    def layers_without_fp8_kv(self) -> list[int]:
+        """Layers that keep keys and values in the model's type, where the others' are in FP8."""
+        kv_cache = self.manifest.kv_cache if self.manifest else None
+        return kv_cache.skip_layers if kv_cache else []
+
 
 def served_names(config: ServeConfig, checkpoint: Checkpoint) -> tuple[str, ...]:
     """The model's names in the API, the one that answers and metrics show first."""

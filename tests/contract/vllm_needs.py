@@ -95,6 +95,7 @@ PARAMETERS: list[tuple[tuple[str, ...], set[str]]] = [
         ("vllm.engine.arg_utils:AsyncEngineArgs",),
         {
             "model", "served_model_name", "dtype", "kv_cache_dtype", "kv_cache_memory_bytes", "load_format",
+            "kv_cache_dtype_skip_layers",
             "gpu_memory_utilization", "max_model_len", "max_num_seqs", "max_num_queued_reqs",
             "max_num_queued_tokens", "scheduling_policy", "tensor_parallel_size", "pipeline_parallel_size",
             "distributed_executor_backend", "nnodes", "node_rank", "master_addr", "master_port", "enforce_eager",

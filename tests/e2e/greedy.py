@@ -17,6 +17,7 @@ import torch
 from tests.tiny_models import CONTEXT, SENTENCES
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
+from lowbit_core.manifest import read_manifest
 from lowbit_quantize.schemes.kv_cache import KVScales
 from lowbit_server.engine.kv_scales import KVScale, read_checkpoint_scales
 
@@ -80,7 +81,10 @@ def reference(directory: Path, prompts: torch.Tensor = PROMPTS, tokens: int = NE
 def engine(
     directory: Path, prompts: torch.Tensor = PROMPTS, tokens: int = NEW_TOKENS, **flags: Any
 ) -> dict[str, Any]:
-    """The texts of stock `vllm.LLM` with no flag that concerns the checkpoint but `flags`, and what its cache holds."""
+    """The texts of stock `vllm.LLM`, and what its cache holds.
+
+    No flag concerns the checkpoint but `flags`, and the layers that its manifest keeps out of the FP8 cache.
+    """
     from vllm import LLM, SamplingParams
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
@@ -88,7 +92,16 @@ def engine(
         torch.cpu._init_amx()  # as the server's workers do; this engine runs in this process
     began = time.monotonic()
     longest = prompts.shape[1] + tokens + 1
-    llm = LLM(str(directory), enforce_eager=True, max_model_len=longest, max_num_seqs=len(prompts), **flags)
+    manifest = read_manifest(directory)
+    skipped = manifest.kv_cache.skip_layers if manifest and manifest.kv_cache else []
+    llm = LLM(
+        str(directory),
+        enforce_eager=True,
+        max_model_len=longest,
+        max_num_seqs=len(prompts),
+        kv_cache_dtype_skip_layers=[str(number) for number in skipped],
+        **flags,
+    )
     sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=0)
     asked = [{"prompt_token_ids": prompt} for prompt in prompts.tolist()]
     answers = [answer.outputs[0] for answer in llm.generate(asked, sampling, use_tqdm=False)]

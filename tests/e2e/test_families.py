@@ -44,6 +44,7 @@ CASES: dict[str, tuple[str, ...]] = {
     **{family: ((PLAIN_EXPERTS,) if family in ROUTED else ()) for family in (*FACTS, *FOUND)},
     "qwen2 head": (HEAD,),
     "qwen3 in int8": (INT8,),
+    "gemma3_text windows": ("kv_cache.skip_layers=[sliding_window]",),
     "qwen3_moe pruned": HALF,
     "deepseek_v2 pruned": HALF,
 }

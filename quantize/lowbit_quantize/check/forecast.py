@@ -55,7 +55,7 @@ def tensors(plan: Plan) -> Iterator[Tensor]:
 
 def tensor_bytes(plan: Plan, carried: int = 0) -> int:
     """Bytes of all tensors of the checkpoint, KV scales included, and what is carried over beside the model."""
-    return sum(tensor.bytes for tensor in tensors(plan)) + _scaled_layers(plan) * KV_SCALES_BYTES + carried
+    return sum(tensor.bytes for tensor in tensors(plan)) + len(plan.fp8_layers) * KV_SCALES_BYTES + carried
 
 
 def disk_bytes(plan: Plan, carried: int = 0) -> int:
@@ -109,21 +109,17 @@ def kv_bytes_per_token(plan: Plan, size: int) -> int:
     """Bytes that one token takes in the cache of one rank."""
     config = plan.config
     shape = shape_from_config(config.to_dict())
-    dtype = "fp8" if plan.fp8_cache else "bfloat16"
     if plan.architecture.latent_cache:
-        return shape.kv_bytes_per_token(dtype)
-    heads = max(1, key_value_heads(config) // size)
-    return 2 * shape.layers * heads * shape.head_dim * BYTES_PER_VALUE[dtype]
+        return shape.kv_bytes_per_token("bfloat16")
+    heads, in_fp8 = max(1, key_value_heads(config) // size), len(plan.fp8_layers)
+    layers = in_fp8 * BYTES_PER_VALUE["fp8"] + (shape.layers - in_fp8) * BYTES_PER_VALUE["bfloat16"]
+    return 2 * layers * heads * shape.head_dim
 
 
 def kv_tokens(plan: Plan, size: int, device_bytes: float) -> int:
     """Tokens that the cache holds on `size` devices of so much memory; 0 when the weights do not fit."""
     free = USABLE * device_bytes - OVERHEAD_BYTES - rank_bytes(plan, size)
     return max(0, int(free // kv_bytes_per_token(plan, size)) // BLOCK_TOKENS * BLOCK_TOKENS)
-
-
-def _scaled_layers(plan: Plan) -> int:
-    return sum(bool(kind.attention) for kind in plan.architecture.kinds) if plan.fp8_cache else 0
 
 
 def _routes(plan: Plan, name: str) -> bool:

@@ -39,14 +39,15 @@ log = get_logger("quantize")
 
 @dataclass(frozen=True)
 class Work:
-    """What a walk does: the table, the passes in order, whether the base model's calibration text walks too, the cache,
-    the held-out sequences of each baseline, and whether a scale of the head's inputs may fold into the final norm.
+    """What a walk does: the table, the passes in order, whether the base model's calibration text walks too, the layers
+    with an FP8 cache, the held-out sequences of each baseline, and whether a scale of the head's inputs may fold into
+    the final norm.
     """
 
     modules: Modules
     passes: tuple[Pass, ...]
     paired: bool
-    fp8_cache: bool
+    fp8_layers: frozenset[int]
     baselines: Mapping[str, list[int]]
     fold_head: bool = True
 
@@ -157,7 +158,7 @@ class Walk:
             modules={name.removeprefix(prefix): entry for name, entry in entries if name.startswith(prefix)},
             calibration=self._streams["calibration"],
             calibration_base=self._streams["calibration_base"] if self.work.paired else None,
-            fp8_cache=self.work.fp8_cache,
+            fp8_cache=index in self.work.fp8_layers,
             read_on=index + 1 < self.decoder.depth or self._head_entry is not None,
         )
 

@@ -41,6 +41,7 @@ def derive_engine_arguments(config: ServeConfig, checkpoint: Checkpoint, device:
     }
     optional = {
         "kv_cache_memory_bytes": kv_bytes,
+        "kv_cache_dtype_skip_layers": _skipped_layers(config, checkpoint),
         "gpu_memory_utilization": config.gpu_memory_utilization,
         "max_num_seqs": config.max_num_seqs,
         "max_num_queued_tokens": config.max_num_queued_tokens,
@@ -113,6 +114,13 @@ def _kv_cache_dtype(config: ServeConfig, checkpoint: Checkpoint) -> str:
     return config.kv_cache_dtype
 
 
+def _skipped_layers(config: ServeConfig, checkpoint: Checkpoint) -> list[str] | None:
+    """Layers whose keys and values stay in the model's type, as the checkpoint was measured."""
+    if effective_kv_dtype(config, checkpoint) != "fp8" or not checkpoint.layers_without_fp8_kv:
+        return None
+    return [str(number) for number in checkpoint.layers_without_fp8_kv]
+
+
 def _kv_cache_bytes(config: ServeConfig, device: Device) -> int | None:
     if device == "cpu" and config.gpu_memory_utilization is not None:
         raise ConfigError(
@@ -166,6 +174,8 @@ def _kv_bytes_per_token_and_device(config: ServeConfig, checkpoint: Checkpoint) 
     """
     shape = checkpoint.shape
     all_layers = shape.kv_bytes_per_token(effective_kv_dtype(config, checkpoint))
+    if skipped := _skipped_layers(config, checkpoint):  # these take two bytes where the others take one
+        all_layers += len(skipped) * all_layers // shape.layers
     parts = 1 if checkpoint.latent else min(config.tensor_parallel_size, shape.kv_heads)
     stage_layers = math.ceil(shape.layers / config.pipeline_parallel_size)
     return stage_layers * math.ceil(all_layers // shape.layers / parts)

@@ -6,7 +6,7 @@ the attention layers of the running engine, and serves only if they are the same
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,11 +21,12 @@ METHODS_WITHOUT_KV_SCALES = ("awq", "awq_marlin", "gptq", "gptq_marlin")
 
 @dataclass(frozen=True)
 class KVScale:
-    """The scales of one layer: stored value × scale = key or value."""
+    """The scales of one layer: stored value × scale = key or value; without `fp8` it runs without them."""
 
     layer: int
     k_scale: float
     v_scale: float
+    fp8: bool = True
 
 
 @dataclass(frozen=True)
@@ -50,22 +51,34 @@ def read_checkpoint_scales(directory: Path) -> dict[int, KVScale]:
 
 
 def prove_kv_scales(
-    checkpoint: Mapping[int, KVScale], engine: Sequence[KVScale], *, kv_dtype: str, quant_method: str | None
+    checkpoint: Mapping[int, KVScale],
+    engine: Sequence[KVScale],
+    *,
+    quant_method: str | None,
+    skipped: Collection[int] = (),
 ) -> KVProof:
-    """Compare the scales of the files with those of the running layers.
+    """Compare the scales of the files with those of the running layers; `skipped` are to run without FP8.
 
-    Raises EngineError when an FP8 cache runs with other scales than the checkpoint has.
+    Raises EngineError when an FP8 cache runs with other scales than the checkpoint has, or in other layers.
     """
-    if not kv_dtype.startswith("fp8"):
+    in_fp8 = [running for running in engine if running.fp8]
+    if not in_fp8:
         return KVProof("unused", len(engine))
     ignored = quant_method in METHODS_WITHOUT_KV_SCALES
     expected = {} if ignored else checkpoint
-    for running in engine:
+    for running in in_fp8:
+        if running.layer in skipped:
+            raise EngineError(
+                f"layer {running.layer}: the engine keeps its keys and values in FP8, the checkpoint was measured "
+                "without; its quality would be lower, so it is not served"
+            )
         _require_equal(expected.get(running.layer, KVScale(running.layer, 1.0, 1.0)), running)
-    missing = sorted(set(expected) - {running.layer for running in engine})
+    missing = sorted(set(expected) - {running.layer for running in in_fp8})
     if missing:
-        raise EngineError(f"the engine reports no KV scales for layers {missing}, which the checkpoint has")
-    return KVProof("checkpoint" if expected else "unit", len(engine))
+        raise EngineError(
+            f"the engine runs layers {missing} without an FP8 cache, for which the checkpoint has scales"
+        )
+    return KVProof("checkpoint" if expected else "unit", len(in_fp8))
 
 
 def _require_equal(expected: KVScale, running: KVScale) -> None:
@@ -82,7 +95,8 @@ def scales_from_workers(reports: Sequence[Sequence[Mapping[str, Any]]]) -> tuple
     """The scales of all workers' layers in order; raises EngineError where two workers disagree on a layer."""
     layers: dict[int, KVScale] = {}
     for layer in (layer for report in reports for layer in report):
-        scale = KVScale(layer["layer"], layer["k_scale"], layer["v_scale"])
+        fp8 = layer["kv_dtype"].startswith("fp8")
+        scale = KVScale(layer["layer"], layer["k_scale"], layer["v_scale"], fp8)
         if layers.setdefault(scale.layer, scale) != scale:
             raise EngineError(f"two workers hold different KV scales for layer {scale.layer}: {scale}")
     return tuple(layers[number] for number in sorted(layers))

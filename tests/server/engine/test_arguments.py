@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from lowbit_core.errors import ConfigError
+from lowbit_core.manifest import read_manifest, write_manifest
 from lowbit_server.checkpoint import open_checkpoint
 from lowbit_server.config import Device, ServeConfig
 from lowbit_server.engine.arguments import DEFAULT_CPU_KV_CACHE_BYTES, derive_engine_arguments
@@ -58,6 +59,23 @@ def test_context_shrinks_to_what_the_cache_holds_and_fp8_holds_twice_as_much(
     fp8 = _arguments(ServeConfig(directory, kv_cache_memory_bytes=kv_bytes))
     bfloat16 = _arguments(ServeConfig(directory, kv_cache_memory_bytes=kv_bytes, kv_cache_dtype="bfloat16"))
     assert (fp8["max_model_len"], bfloat16["max_model_len"]) == (8 * 128, 3 * 128)
+
+
+def test_layers_that_were_measured_without_fp8_keep_their_type_and_take_twice_the_bytes(
+    make_checkpoint: "MakeCheckpoint",
+) -> None:
+    directory = make_checkpoint()
+    manifest = read_manifest(directory)
+    assert manifest
+    assert manifest.kv_cache
+    first = manifest.kv_cache.model_copy(update={"layers": manifest.kv_cache.layers[:1], "skip_layers": [1]})
+    write_manifest(directory, manifest.model_copy(update={"kv_cache": first}))
+    kv_bytes = 10 * 128 * BYTES_PER_TOKEN_FP8
+    mixed = _arguments(ServeConfig(directory, kv_cache_memory_bytes=kv_bytes))
+    plain = _arguments(ServeConfig(directory, kv_cache_memory_bytes=kv_bytes, kv_cache_dtype="bfloat16"))
+    assert mixed["kv_cache_dtype_skip_layers"] == ["1"]
+    assert (mixed["max_model_len"], plain["max_model_len"]) == (5 * 128, 4 * 128)
+    assert "kv_cache_dtype_skip_layers" not in plain
 
 
 def test_context_that_cannot_fit_is_refused_before_loading(make_checkpoint: "MakeCheckpoint") -> None:

@@ -51,14 +51,14 @@ def test_file_that_is_no_safetensors_is_refused(tmp_path: Path) -> None:
 
 def test_equal_scales_are_proven(scales: dict[int, KVScale]) -> None:
     running = [_as_float32(scale) for scale in scales.values()]
-    proof = prove_kv_scales(scales, running, kv_dtype="fp8", quant_method="compressed-tensors")
+    proof = prove_kv_scales(scales, running, quant_method="compressed-tensors")
     assert proof == KVProof("checkpoint", layers=2)
 
 
 def test_dropped_scale_names_layer_and_both_values(scales: dict[int, KVScale]) -> None:
     running = [scales[0], replace(scales[1], k_scale=1.0)]
     with pytest.raises(EngineError) as raised:
-        prove_kv_scales(scales, running, kv_dtype="fp8", quant_method="compressed-tensors")
+        prove_kv_scales(scales, running, quant_method="compressed-tensors")
     assert str(raised.value) == (
         "layer 1: the engine runs with k_scale 1, the checkpoint says 0.1; "
         "its quality would be lower than was measured, so it is not served"
@@ -67,28 +67,46 @@ def test_dropped_scale_names_layer_and_both_values(scales: dict[int, KVScale]) -
 
 def test_scale_that_the_engine_invented_is_refused() -> None:
     with pytest.raises(EngineError, match="the engine runs with v_scale 2, the checkpoint says 1"):
-        prove_kv_scales({}, [KVScale(0, 1.0, 2.0)], kv_dtype="fp8", quant_method="compressed-tensors")
+        prove_kv_scales({}, [KVScale(0, 1.0, 2.0)], quant_method="compressed-tensors")
 
 
 def test_layer_that_the_engine_does_not_report_is_refused(scales: dict[int, KVScale]) -> None:
-    with pytest.raises(EngineError, match=r"no KV scales for layers \[1\]"):
-        prove_kv_scales(scales, [scales[0]], kv_dtype="fp8", quant_method="compressed-tensors")
+    with pytest.raises(EngineError, match=r"runs layers \[1\] without an FP8 cache"):
+        prove_kv_scales(scales, [scales[0]], quant_method="compressed-tensors")
 
 
 def test_awq_format_runs_with_unit_scales_and_says_so(scales: dict[int, KVScale]) -> None:
     units = [KVScale(0, 1.0, 1.0), KVScale(1, 1.0, 1.0)]
-    assert prove_kv_scales(scales, units, kv_dtype="fp8", quant_method="awq") == KVProof("unit", layers=2)
+    assert prove_kv_scales(scales, units, quant_method="awq") == KVProof("unit", layers=2)
 
 
 def test_bfloat16_cache_needs_no_scales(scales: dict[int, KVScale]) -> None:
-    proof = prove_kv_scales(
-        scales, list(scales.values()), kv_dtype="bfloat16", quant_method="compressed-tensors"
-    )
-    assert proof.scales == "unused"
+    plain = [replace(scale, fp8=False) for scale in scales.values()]
+    assert prove_kv_scales(scales, plain, quant_method="compressed-tensors").scales == "unused"
+
+
+def test_layers_that_the_checkpoint_keeps_without_fp8_have_to_run_so(scales: dict[int, KVScale]) -> None:
+    first = {0: scales[0]}
+    mixed = [scales[0], KVScale(1, 1.0, 1.0, fp8=False)]
+    proof = prove_kv_scales(first, mixed, quant_method="compressed-tensors", skipped=[1])
+    assert proof == KVProof("checkpoint", layers=1)
+    with pytest.raises(
+        EngineError, match="layer 1: the engine keeps its keys and values in FP8, the checkpoint"
+    ):
+        prove_kv_scales(
+            first, [scales[0], KVScale(1, 1.0, 1.0)], quant_method="compressed-tensors", skipped=[1]
+        )
+
+
+def test_layers_with_scales_that_run_without_fp8_are_refused(scales: dict[int, KVScale]) -> None:
+    mixed = [scales[0], replace(scales[1], fp8=False)]
+    with pytest.raises(EngineError, match=r"runs layers \[1\] without an FP8 cache"):
+        prove_kv_scales(scales, mixed, quant_method="compressed-tensors")
 
 
 def test_workers_must_agree_on_a_layer() -> None:
     one = {"layer": 0, "k_scale": 0.5, "v_scale": 0.5, "kv_dtype": "fp8"}
     assert scales_from_workers([[one], [one]]) == (KVScale(0, 0.5, 0.5),)
+    assert scales_from_workers([[one | {"kv_dtype": "auto"}]]) == (KVScale(0, 0.5, 0.5, fp8=False),)
     with pytest.raises(EngineError, match="two workers hold different KV scales for layer 0"):
         scales_from_workers([[one], [one | {"k_scale": 0.25}]])
