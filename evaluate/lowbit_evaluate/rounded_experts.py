@@ -18,9 +18,15 @@ from torch import Tensor, nn
 from lowbit_evaluate.rounded_inputs import is_known, rounding_linear
 from lowbit_quantize.model.architecture import Architecture
 from lowbit_quantize.model.experts import unstack_experts
-from lowbit_quantize.model.published_names import PublishedNames
-from lowbit_quantize.model.unopened_experts import READER, parts_of, schemes_of, unpacked, without_linears
-from lowbit_quantize.model.weights import WeightFiles
+from lowbit_quantize.model.files.published_names import PublishedNames
+from lowbit_quantize.model.files.unopened_experts import (
+    READER,
+    parts_of,
+    schemes_of,
+    unpacked,
+    without_linears,
+)
+from lowbit_quantize.model.files.weights import WeightFiles
 
 EXPERT = re.compile(r"(?P<linear>.*\.experts\.\d+\.\w+)\.weight")
 

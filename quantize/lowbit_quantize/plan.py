@@ -19,9 +19,9 @@ from lowbit_quantize.cache_layers import layers_in_fp8, without_latent_scales
 from lowbit_quantize.catalog import CATALOG, Catalog
 from lowbit_quantize.model.architecture import Architecture, linear_of
 from lowbit_quantize.model.discovery.found import open_model
-from lowbit_quantize.model.kept_types import KeptTypes
-from lowbit_quantize.model.published_floats import PublishedFloats, published_floats
-from lowbit_quantize.model.published_names import PublishedNames
+from lowbit_quantize.model.files.kept_types import KeptTypes
+from lowbit_quantize.model.files.published_floats import PublishedFloats, published_floats
+from lowbit_quantize.model.files.published_names import PublishedNames
 from lowbit_quantize.model.reference import ModelReference
 from lowbit_quantize.model.skeleton import is_tied, text_config
 from lowbit_quantize.pass_list import make_passes

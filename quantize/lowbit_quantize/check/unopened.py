@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lowbit_core.errors import ModelError
 from lowbit_core.manifest import UnopenedRecord
-from lowbit_quantize.model.unopened_experts import READER, parts_of, schemes_of, unpacked
+from lowbit_quantize.model.files.unopened_experts import READER, parts_of, schemes_of, unpacked
 from lowbit_quantize.plan import Plan
 from lowbit_quantize.run.journal import UnopenedLinear
 from lowbit_quantize.schemes.scheme import sample_of

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from lowbit_core.errors import NumericsError
 from lowbit_quantize.model.architecture import Architecture, kind_of
+from lowbit_quantize.model.files.kept_types import KeptTypes
+from lowbit_quantize.model.files.published_names import PublishedNames
+from lowbit_quantize.model.files.weights import is_finite
 from lowbit_quantize.model.hooks import HookedCache, InputObservers, KVCacheHook, SeenAll, inputs_of
-from lowbit_quantize.model.kept_types import KeptTypes
-from lowbit_quantize.model.published_names import PublishedNames
 from lowbit_quantize.model.skeleton import is_tied, text_config
 from lowbit_quantize.model.stand_in import StandIn
-from lowbit_quantize.model.weights import is_finite
 
 BATCH_TOKENS = 2048  # tokens in a forward pass: enough for efficient products, few enough for the caches
 

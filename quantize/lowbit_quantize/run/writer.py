@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from lowbit_core.errors import NumericsError
-from lowbit_quantize.model.weights import INDEX_NAME, is_finite
+from lowbit_quantize.model.files.weights import INDEX_NAME, is_finite
 from lowbit_quantize.run.journal import ShardRecord, recorded
 from lowbit_quantize.run.tensor_file import write_tensors
 

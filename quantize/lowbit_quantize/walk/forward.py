@@ -21,7 +21,7 @@ from lowbit_quantize.device.memory import keep_freed_memory, keep_no_freed_memor
 from lowbit_quantize.model.architecture import LayerKind, kind_of
 from lowbit_quantize.model.decoder import Decoder
 from lowbit_quantize.model.discovery.hold import drop_broken_folds
-from lowbit_quantize.model.weights import is_finite
+from lowbit_quantize.model.files.weights import is_finite
 from lowbit_quantize.quality import kl
 from lowbit_quantize.quality.dataset import TokenText
 from lowbit_quantize.run.hidden_states import HiddenStates

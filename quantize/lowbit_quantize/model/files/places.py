@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers.core_model_loading import WeightConverter
 
 from lowbit_quantize.model.experts import Slice
-from lowbit_quantize.model.published_floats import Stored
-from lowbit_quantize.model.published_names import Shaped
+from lowbit_quantize.model.files.published_floats import Stored
+from lowbit_quantize.model.files.published_names import Shaped
 
 
 @dataclass(frozen=True)

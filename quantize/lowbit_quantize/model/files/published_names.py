@@ -27,7 +27,7 @@ from transformers.core_model_loading import (
 )
 
 from lowbit_quantize.model.experts import ExpertList, Slice
-from lowbit_quantize.model.restacking import restacked
+from lowbit_quantize.model.files.restacking import restacked
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowbit_quantize.model.published_names import PublishedNames
+from lowbit_quantize.model.files.published_names import PublishedNames
 
 
 class KeptTypes:

@@ -15,9 +15,9 @@ from torch import nn
 
 from lowbit_core.errors import ModelError
 from lowbit_quantize.model.architecture import Architecture
-from lowbit_quantize.model.base_weights import BaseWeights
-from lowbit_quantize.model.places import Place
-from lowbit_quantize.model.published_names import PublishedNames
+from lowbit_quantize.model.files.base_weights import BaseWeights
+from lowbit_quantize.model.files.places import Place
+from lowbit_quantize.model.files.published_names import PublishedNames
 from lowbit_quantize.model.skeleton import text_config, text_modules
 
 BUFFERS = re.compile(
