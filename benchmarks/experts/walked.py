@@ -41,7 +41,7 @@ def walked(
     decoder = Decoder(
         reference.config, plan.architecture, base.weights, torch.device("cpu"), plan.skeleton, plan.dtype
     )
-    work = Work(plan.modules, plan.passes, plan.paired, plan.fp8_cache, baselines={})
+    work = Work(plan.modules, plan.passes, plan.paired, plan.fp8_layers, baselines={})
     shutil.rmtree(out, ignore_errors=True)
     run = RunDirectory(out)
     run.scratch.mkdir(parents=True)
