@@ -103,7 +103,7 @@ def describe(manifest: Manifest, *, verified: bool) -> Table:
 
 
 def _kv_cache(kv: KVCacheRecord) -> str:
-    words = f"{kv.dtype}, {len(kv.layers)} layers, {kv.source}"
+    words = f"{kv.dtype}, {len(kv.layers) - len(kv.skip_layers)} layers, {kv.source}"
     if not kv.skip_layers:
         return words
     numbers = " ".join(map(str, kv.skip_layers))

@@ -90,7 +90,9 @@ class KVLayerRecord(_Record):
 
 
 class KVCacheRecord(_Record):
-    """Scales by layer; `skip_layers` keep keys and values in the model's type (vLLM's --kv-cache-dtype-skip-layers)."""
+    """Scales by layer. `skip_layers` were measured with keys and values in the model's type, and are to run so (vLLM's
+    --kv-cache-dtype-skip-layers); their scales are for readers that know no such layers.
+    """
 
     dtype: str
     source: str

@@ -201,7 +201,8 @@ def _load_parts(reference: ModelReference, dtype: torch.dtype) -> Any:
 def _scales(reference: ModelReference, architecture: Architecture, manifest: Manifest | None) -> Scales:
     """The manifest's scales; without a manifest, those in the weight files."""
     if manifest:
-        layers = manifest.kv_cache.layers if manifest.kv_cache else []
+        kv = manifest.kv_cache
+        layers = [one for one in kv.layers if one.layer not in kv.skip_layers] if kv else []
         return {one.layer: KVScales(one.k_scale, one.v_scale) for one in layers}
     if not quantization_of(reference).get("kv_cache_scheme"):
         return {}

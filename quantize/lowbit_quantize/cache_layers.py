@@ -28,11 +28,12 @@ def layers_in_fp8(cache: KVCache, architecture: Architecture, config: Any) -> fr
     return frozenset(caching - skipped)
 
 
-def without_latent_scales(recipe: Recipe, architecture: Architecture) -> Recipe:
-    """vLLM 0.32 loads no scales for a latent cache; measured with them, a checkpoint would not be what is served."""
-    if not architecture.latent_cache or recipe.kv_cache.dtype == "none":
+def without_unread_scales(recipe: Recipe, architecture: Architecture) -> Recipe:
+    """vLLM 0.32 loads no scales for some caches; measured with them, a checkpoint would not be what is served."""
+    unread = "a latent cache" if architecture.latent_cache else f"the attention of {architecture.model_type}"
+    if recipe.kv_cache.dtype == "none" or (architecture.kv_scales and not architecture.latent_cache):
         return recipe
-    log.warning("kv_cache.dtype: none instead of fp8, because engines load no scales for a latent cache")
+    log.warning("kv_cache.dtype: none instead of fp8, because vLLM loads no scales for %s", unread)
     return recipe.model_copy(update={"kv_cache": KVCache(dtype="none")})
 
 

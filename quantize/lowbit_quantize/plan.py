@@ -15,7 +15,7 @@ from torch import nn
 
 from lowbit_core.errors import RecipeError
 from lowbit_core.log import get_logger
-from lowbit_quantize.cache_layers import layers_in_fp8, without_latent_scales
+from lowbit_quantize.cache_layers import layers_in_fp8, without_unread_scales
 from lowbit_quantize.catalog import CATALOG, Catalog
 from lowbit_quantize.model.architecture import Architecture, linear_of
 from lowbit_quantize.model.discovery.found import open_model
@@ -184,7 +184,7 @@ def make_plan(reference: ModelReference, recipe: Recipe, catalog: Catalog = CATA
     architecture, skeleton = open_model(reference)
     _say_found(reference, architecture)
     passes = make_passes(recipe.passes, reference, architecture, catalog)
-    recipe = without_latent_scales(recipe, architecture)
+    recipe = without_unread_scales(recipe, architecture)
     _check_positions(reference, recipe)
     modules = _table(skeleton, architecture, recipe, catalog)
     if modules and not any(one.name == QUANTIZE for one in passes):

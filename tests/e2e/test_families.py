@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from scripts.demo import LOWBIT
-from tests.tiny_models import CONTEXT, FOUND, SENTENCES, write_tiny_model
+from tests.tiny_models import CONTEXT, SENTENCES, write_tiny_model
 
 from lowbit_quantize.model.families import FACTS
 from lowbit_quantize.pipeline import quantize
@@ -41,7 +41,7 @@ INT8 = "modules=[{match: '*', scheme: W8A8, methods: [smoothquant, gptq]}]"
 HALF = ("passes=[{prune_experts: {prune_ratio: 0.5}}]", "modules=[]", "kv_cache.dtype=none")
 ROUTED = ("qwen3_moe", "qwen2_moe", "olmoe", "mixtral", "deepseek_v2", "glm4_moe")
 CASES: dict[str, tuple[str, ...]] = {
-    **{family: ((PLAIN_EXPERTS,) if family in ROUTED else ()) for family in (*FACTS, *FOUND)},
+    **{family: ((PLAIN_EXPERTS,) if family in ROUTED else ()) for family in FACTS},
     "qwen2 head": (HEAD,),
     "qwen3 in int8": (INT8,),
     "gemma3_text windows": ("kv_cache.skip_layers=[sliding_window]",),

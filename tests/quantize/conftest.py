@@ -5,9 +5,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from tests.tiny_models import write_tiny_model
-
-from lowbit_quantize.model.families import FACTS
+from tests.tiny_models import CONFIGS, write_tiny_model
 
 # One family of each kind: separate linears, fused ones, norms around norms with an offset, norms after, experts,
 # shared experts beside them, and a latent cache.
@@ -27,7 +25,7 @@ def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(params=tuple(FACTS))
+@pytest.fixture(params=tuple(CONFIGS))
 def any_family(request: pytest.FixtureRequest) -> str:
     """Every family, for what costs little."""
     return str(request.param)

@@ -55,7 +55,7 @@ def tensors(plan: Plan) -> Iterator[Tensor]:
 
 def tensor_bytes(plan: Plan, carried: int = 0) -> int:
     """Bytes of all tensors of the checkpoint, KV scales included, and what is carried over beside the model."""
-    return sum(tensor.bytes for tensor in tensors(plan)) + len(plan.fp8_layers) * KV_SCALES_BYTES + carried
+    return sum(tensor.bytes for tensor in tensors(plan)) + _scaled_layers(plan) * KV_SCALES_BYTES + carried
 
 
 def disk_bytes(plan: Plan, carried: int = 0) -> int:
@@ -120,6 +120,10 @@ def kv_tokens(plan: Plan, size: int, device_bytes: float) -> int:
     """Tokens that the cache holds on `size` devices of so much memory; 0 when the weights do not fit."""
     free = USABLE * device_bytes - OVERHEAD_BYTES - rank_bytes(plan, size)
     return max(0, int(free // kv_bytes_per_token(plan, size)) // BLOCK_TOKENS * BLOCK_TOKENS)
+
+
+def _scaled_layers(plan: Plan) -> int:
+    return sum(bool(kind.attention) for kind in plan.architecture.kinds) if plan.fp8_cache else 0
 
 
 def _routes(plan: Plan, name: str) -> bool:

@@ -89,7 +89,8 @@ class Architecture:
     `kinds` has an entry for each decoder layer. `final_norm_offset` is what the norm adds to its weight; rows of the
     embedding are multiplied by `embedding_factor`, and `logits` made of what the head gives. `latent_cache`: attention
     caches a normed latent and one rotary key (DeepSeek-AI 2024, arXiv 2405.04434) instead of keys and values. `fused`
-    are linears whose matrix vLLM 0.32 joins with another's without its own table saying so, as (linear, joint matrix).
+    are linears whose matrix vLLM 0.32 joins with another's without its own table saying so, as (linear, joint matrix);
+    `kv_scales`: whether it loads scales of an FP8 cache.
     `tested`: whether tests of ours run the family from end to end.
     """
 
@@ -104,6 +105,7 @@ class Architecture:
     logits: LogitsForm = PLAIN
     latent_cache: bool = False
     fused: tuple[tuple[str, str], ...] = ()
+    kv_scales: bool = True
     tested: bool = False
 
     @property

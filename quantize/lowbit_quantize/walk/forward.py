@@ -127,8 +127,8 @@ class Walk:
             one.run(layer, context)
         context.finish(layer)
         result = context.result
-        decoder.advance(layer, index, streams["heldout"], result.kv_scales)
-        self._baselines.advance_fp8_cache(index, result.base_kv_scales)
+        decoder.advance(layer, index, streams["heldout"], result.hook)
+        self._baselines.advance_fp8_cache(index, result.base_hook)
         self._write(layer, index, result)
 
     def _hold_folds(self, index: int) -> None:
@@ -158,8 +158,9 @@ class Walk:
             modules={name.removeprefix(prefix): entry for name, entry in entries if name.startswith(prefix)},
             calibration=self._streams["calibration"],
             calibration_base=self._streams["calibration_base"] if self.work.paired else None,
-            fp8_cache=index in self.work.fp8_layers,
+            fp8_cache=bool(self.work.fp8_layers),
             read_on=index + 1 < self.decoder.depth or self._head_entry is not None,
+            result=LayerResult(fp8_in_use=index in self.work.fp8_layers),
         )
 
     def quality(self) -> QualityRecord:

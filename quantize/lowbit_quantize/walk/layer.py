@@ -26,19 +26,31 @@ class QuantizedLinear:
 class LayerResult:
     """What the checkpoint and the manifest need to know of a layer, beside its weights.
 
-    `base_kv_scales` are those of the same layer as it was; `kept_experts` are the base model's numbers of those that
-    stay, `absorbed_by` the one of them that absorbed each of the others, where experts were merged, and
-    `under_calibrated` the tokens of each expert, by its number after pruning, that borrowed statistics.
+    `base_kv_scales` are those of the same layer as it was; where `fp8_in_use` says no, engines are to keep keys and
+    values as they are, and the scales are there for readers that do not know it. `kept_experts` are the base model's
+    numbers of those that stay, `absorbed_by` the one of them that absorbed each of the others, where experts were
+    merged, and `under_calibrated` the tokens of each expert, by its number after pruning, that borrowed statistics.
     `figures` are whatever a pass has measured of the layer, for the manifest.
     """
 
     linears: dict[str, QuantizedLinear] = field(default_factory=dict)
     kv_scales: KVScales | None = None
     base_kv_scales: KVScales | None = None
+    fp8_in_use: bool = True
     kept_experts: list[int] | None = None
     absorbed_by: dict[int, int] | None = None
     under_calibrated: dict[int, int] = field(default_factory=dict)
     figures: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def hook(self) -> KVScales | None:
+        """What rounds keys and values as the served cache will, if anything."""
+        return self.kv_scales if self.fp8_in_use else None
+
+    @property
+    def base_hook(self) -> KVScales | None:
+        """The same for the layer as it was."""
+        return self.base_kv_scales if self.fp8_in_use else None
 
 
 @dataclass
@@ -96,7 +108,7 @@ class LayerContext:
             return
         if self.calibration_base is not None:
             self.decoder.advance(self.base_layer(), self.index, self.calibration_base)
-        self.decoder.advance(layer, self.index, self.calibration, self.result.kv_scales)
+        self.decoder.advance(layer, self.index, self.calibration, self.result.hook)
 
 
 class Pass(Protocol):

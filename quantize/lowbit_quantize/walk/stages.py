@@ -56,7 +56,7 @@ class StagedLayer:
             for number, stage in enumerate(stages):
                 self._quantize_stage(stages, number, stage, halves)
             if self._context.last and self._context.read_on:
-                self._decoder.advance(self._layer, self._index, self._hidden, self._context.result.kv_scales)
+                self._decoder.advance(self._layer, self._index, self._hidden, self._context.result.hook)
         self._context.advanced = self._context.last
         self._context.result.linears = self._done.linears
 
@@ -67,7 +67,7 @@ class StagedLayer:
         later = folded_later(self._groups, stage, self._modules)
         statistics = self._statistics([*stage, *later])
         advance, kept = self._advance_after(stages, number), Kept(self._hidden)
-        hook = context.result.kv_scales if number else self._absmax
+        hook = context.result.hook if number else self._absmax
         self._observe(statistics, hook, advance, kept)
         if stage:
             context.result.under_calibrated.update(statistics.under_calibrated)
@@ -79,7 +79,7 @@ class StagedLayer:
             kind = self._kind
             attention = (kind.attention, kind.attention_end, kind.attention_outputs)
             with without_attention(layer, *attention, kept.read) if kept.read else nullcontext():
-                self._decoder.advance_to(advance, layer, self._index, self._hidden, context.result.kv_scales)
+                self._decoder.advance_to(advance, layer, self._index, self._hidden, context.result.hook)
             for one in (layer, self._base[0]) if self._base else (layer,):
                 halves.enter_context(without_attention(one, *attention))
 

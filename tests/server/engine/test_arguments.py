@@ -68,7 +68,7 @@ def test_layers_that_were_measured_without_fp8_keep_their_type_and_take_twice_th
     manifest = read_manifest(directory)
     assert manifest
     assert manifest.kv_cache
-    first = manifest.kv_cache.model_copy(update={"layers": manifest.kv_cache.layers[:1], "skip_layers": [1]})
+    first = manifest.kv_cache.model_copy(update={"skip_layers": [1]})
     write_manifest(directory, manifest.model_copy(update={"kv_cache": first}))
     kv_bytes = 10 * 128 * BYTES_PER_TOKEN_FP8
     mixed = _arguments(ServeConfig(directory, kv_cache_memory_bytes=kv_bytes))

@@ -86,16 +86,13 @@ def test_bfloat16_cache_needs_no_scales(scales: dict[int, KVScale]) -> None:
 
 
 def test_layers_that_the_checkpoint_keeps_without_fp8_have_to_run_so(scales: dict[int, KVScale]) -> None:
-    first = {0: scales[0]}
     mixed = [scales[0], KVScale(1, 1.0, 1.0, fp8=False)]
-    proof = prove_kv_scales(first, mixed, quant_method="compressed-tensors", skipped=[1])
+    proof = prove_kv_scales(scales, mixed, quant_method="compressed-tensors", skipped=[1])
     assert proof == KVProof("checkpoint", layers=1)
     with pytest.raises(
         EngineError, match="layer 1: the engine keeps its keys and values in FP8, the checkpoint"
     ):
-        prove_kv_scales(
-            first, [scales[0], KVScale(1, 1.0, 1.0)], quant_method="compressed-tensors", skipped=[1]
-        )
+        prove_kv_scales(scales, [scales[0], scales[1]], quant_method="compressed-tensors", skipped=[1])
 
 
 def test_layers_with_scales_that_run_without_fp8_are_refused(scales: dict[int, KVScale]) -> None:

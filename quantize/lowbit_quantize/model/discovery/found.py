@@ -23,7 +23,7 @@ from lowbit_quantize.model.discovery.roles import (
     stages_of,
 )
 from lowbit_quantize.model.discovery.twin import make_twin
-from lowbit_quantize.model.families import FACTS, EngineFacts
+from lowbit_quantize.model.families import FACTS, OTHERS, EngineFacts
 from lowbit_quantize.model.reference import ModelReference
 from lowbit_quantize.model.skeleton import build_skeleton
 
@@ -76,13 +76,14 @@ def _found(config: Any, skeleton: nn.Module) -> Architecture:
             number: describe(ProbedLayer(call, rows), layers[number]) for number, call in twin.calls.items()
         }
     text = config.get_text_config()
-    facts = FACTS.get(text.model_type, EngineFacts())
+    facts = (FACTS | OTHERS).get(text.model_type, EngineFacts())
     return Architecture(
         model_type=text.model_type,
         kinds=tuple(first[number] for number in twin.kinds),
         layers=twin.layers,
         latent_cache=getattr(text, "kv_lora_rank", None) is not None,
         fused=facts.fused,
+        kv_scales=facts.kv_scales,
         tested=text.model_type in FACTS,
         **{one.name: getattr(ends, one.name) for one in fields(ends)},
     )

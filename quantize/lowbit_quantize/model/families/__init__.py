@@ -6,15 +6,17 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class EngineFacts:
     """`fused` are linears whose matrix vLLM 0.32 joins with another's without its own table saying so, as (linear,
-    joint matrix).
+    joint matrix). `kv_scales`: whether its attention layers have a place for scales of an FP8 cache; a checkpoint that
+    holds some does not load where they have none (tests/contract/test_kv_scale_places.py).
     """
 
     fused: tuple[tuple[str, str], ...] = ()
+    kv_scales: bool = True
 
 
 _GATE_UP = (("gate_proj", "gate_up_proj"),)
 _PLAIN = EngineFacts()
-FACTS = {  # by model type
+FACTS = {  # by model type; tests run these whole
     "llama": _PLAIN,
     "mistral": _PLAIN,
     "qwen2": _PLAIN,
@@ -27,4 +29,14 @@ FACTS = {  # by model type
     "qwen2_moe": EngineFacts(fused=_GATE_UP),
     "mixtral": _PLAIN,
     "deepseek_v2": EngineFacts(fused=(("q_a_proj", "fused_qkv_a_proj"),)),
+    "qwen3_5_text": _PLAIN,
+    "granitemoehybrid": _PLAIN,
+    "glm4_moe": _PLAIN,
+    "nemotron_h": _PLAIN,
+    "lfm2": EngineFacts(kv_scales=False),
+}
+OTHERS = {  # that no test runs whole
+    "lfm2_moe": EngineFacts(kv_scales=False),
+    "jamba": EngineFacts(kv_scales=False),
+    "zamba2": EngineFacts(kv_scales=False),
 }
