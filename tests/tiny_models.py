@@ -28,6 +28,7 @@ from transformers import (
     Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
 )
 
 from lowbit_quantize.model.skeleton import model_class
@@ -96,6 +97,15 @@ FOUND: dict[str, Any] = {
     "qwen3_5_text": Qwen3_5TextConfig(  # gated delta nets between attention, an output gate in the latter
         **SIZES,
         layer_types=["linear_attention", "linear_attention", "full_attention"],
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=64,
+        linear_value_head_dim=64,
+    ),
+    "qwen3_next": Qwen3NextConfig(  # the same, joined in other matrices; vLLM's file for it needs no torchvision
+        **SIZES,
+        layer_types=["linear_attention", "linear_attention", "full_attention"],
+        mlp_only_layers=[0, 1, 2],
         linear_num_key_heads=2,
         linear_num_value_heads=4,
         linear_key_head_dim=64,

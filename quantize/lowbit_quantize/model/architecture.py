@@ -88,8 +88,8 @@ class Architecture:
 
     `kinds` has an entry for each decoder layer. `final_norm_offset` is what the norm adds to its weight; rows of the
     embedding are multiplied by `embedding_factor`, and `logits` made of what the head gives. `latent_cache`: attention
-    caches a normed latent and one rotary key (DeepSeek-AI 2024, arXiv 2405.04434) instead of keys and values. `fused`
-    are linears whose matrix vLLM 0.32 joins with another's without its own table saying so, as (linear, joint matrix);
+    caches a normed latent and one rotary key (DeepSeek-AI 2024, arXiv 2405.04434) instead of keys and values. `renamed`
+    are parts of names that are others in vLLM 0.32 without its own tables saying so, as (part, vLLM's);
     `kv_scales`: whether it loads scales of an FP8 cache.
     `tested`: whether tests of ours run the family from end to end.
     """
@@ -104,7 +104,7 @@ class Architecture:
     embedding_factor: float = 1.0
     logits: LogitsForm = PLAIN
     latent_cache: bool = False
-    fused: tuple[tuple[str, str], ...] = ()
+    renamed: tuple[tuple[str, str], ...] = ()
     kv_scales: bool = True
     tested: bool = False
 
@@ -136,16 +136,14 @@ class Architecture:
         return bool(self.moe_block) and f".{self.experts}." in f".{name}"
 
     def engine_names(self, name: str, published: str) -> tuple[str, ...]:
-        """The names of a linear in quantization configurations: its published one, that of the joint matrix that it
-        begins where an engine's own table of these is not enough, and transformers' own where that is another; routed
-        experts have the published one only.
+        """The names of a linear in quantization configurations: its published one, vLLM's where its own tables do not
+        lead there, and transformers' own where that is another; routed experts have the published one only.
         """
         if self.in_experts(name):
             return (published,)
-        joint = [
-            f"{published.removesuffix(one)}{other}" for one, other in self.fused if name.endswith(f".{one}")
-        ]
-        return (published, *joint, *([name] if name != published else []))
+        parts, renamed = published.split("."), dict(self.renamed)
+        engines = ".".join(renamed.get(part, part) for part in parts)
+        return tuple(dict.fromkeys((published, engines, name)))
 
     def groups_of(self, layer: nn.Module) -> tuple[LinearGroup, ...]:
         """The groups that this decoder layer has, one for each expert where a name says `*`."""

@@ -82,7 +82,7 @@ def _found(config: Any, skeleton: nn.Module) -> Architecture:
         kinds=tuple(first[number] for number in twin.kinds),
         layers=twin.layers,
         latent_cache=getattr(text, "kv_lora_rank", None) is not None,
-        fused=facts.fused,
+        renamed=facts.renamed,
         kv_scales=facts.kv_scales,
         tested=text.model_type in FACTS,
         **{one.name: getattr(ends, one.name) for one in fields(ends)},

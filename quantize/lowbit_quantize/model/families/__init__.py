@@ -5,12 +5,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class EngineFacts:
-    """`fused` are linears whose matrix vLLM 0.32 joins with another's without its own table saying so, as (linear,
-    joint matrix). `kv_scales`: whether its attention layers have a place for scales of an FP8 cache; a checkpoint that
-    holds some does not load where they have none (tests/contract/test_kv_scale_places.py).
+    """`renamed` are parts of names that are others in vLLM 0.32 without its own tables saying so, as (part, vLLM's): of
+    a linear that is joined with another, or of a module. `kv_scales`: whether its attention layers have a place for
+    scales of an FP8 cache; a checkpoint that holds some does not load where they have none
+    (tests/contract/test_kv_scale_places.py).
     """
 
-    fused: tuple[tuple[str, str], ...] = ()
+    renamed: tuple[tuple[str, str], ...] = ()
     kv_scales: bool = True
 
 
@@ -25,12 +26,13 @@ FACTS = {  # by model type; tests run these whole
     "gemma3_text": _PLAIN,
     "olmo2": _PLAIN,
     "olmoe": _PLAIN,
-    "qwen3_moe": EngineFacts(fused=_GATE_UP),
-    "qwen2_moe": EngineFacts(fused=_GATE_UP),
+    "qwen3_moe": EngineFacts(renamed=_GATE_UP),
+    "qwen2_moe": EngineFacts(renamed=_GATE_UP),
     "mixtral": _PLAIN,
-    "deepseek_v2": EngineFacts(fused=(("q_a_proj", "fused_qkv_a_proj"),)),
+    "deepseek_v2": EngineFacts(renamed=(("q_a_proj", "fused_qkv_a_proj"),)),
     "qwen3_5_text": _PLAIN,
-    "granitemoehybrid": _PLAIN,
+    "qwen3_next": _PLAIN,
+    "granitemoehybrid": EngineFacts(renamed=(("mamba", "mixer"),)),
     "glm4_moe": _PLAIN,
     "nemotron_h": _PLAIN,
     "lfm2": EngineFacts(kv_scales=False),
