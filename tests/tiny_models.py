@@ -105,7 +105,9 @@ FOUND: dict[str, Any] = {
     "qwen3_next": Qwen3NextConfig(  # the same, joined in other matrices; vLLM's file for it needs no torchvision
         **SIZES,
         layer_types=["linear_attention", "linear_attention", "full_attention"],
-        mlp_only_layers=[0, 1, 2],
+        **ROUTED,
+        shared_expert_intermediate_size=64,
+        mlp_only_layers=[0, 1],
         linear_num_key_heads=2,
         linear_num_value_heads=4,
         linear_key_head_dim=64,

@@ -1,4 +1,7 @@
-"""A tiny Gemma 3 with its picture tower, taught to say which half of a picture is bright."""
+"""A tiny LLaVA: Llama behind a picture tower, taught to say which half of a picture is bright.
+
+Of vLLM's models that see, few import without torchvision; this one does.
+"""
 
 import base64
 import io
@@ -12,15 +15,15 @@ from tests.tiny_models import CONFIGS, VOCABULARY, seeded_model, tiny_tokenizer
 from tokenizers import AddedToken
 from torch import Tensor
 from transformers import (
-    Gemma3Config,
-    Gemma3ImageProcessorPil,
-    Gemma3Processor,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaProcessor,
     PreTrainedTokenizerFast,
-    SiglipVisionConfig,
 )
 
-SIDE, PATCH, PICTURE_TOKENS = 32, 8, 4
-MARKS = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
+SIDE, PATCH = 32, 8
+MARK = "<image>"
 QUESTION = "which half?"
 ANSWERS = {"left": " it is the left half, as all can see", "upper": " it is the upper half, as few would say"}
 STEPS = 150
@@ -43,11 +46,15 @@ def as_url(image: Image.Image) -> str:
 
 def write_seeing_model(directory: Path) -> Path:
     """Save the model and its processor."""
-    tokenizer = _tokenizer()
-    processor = Gemma3Processor(
-        Gemma3ImageProcessorPil(size={"height": SIDE, "width": SIDE}),
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([AddedToken(MARK, special=True)])
+    sizes = {"height": SIDE, "width": SIDE}
+    processor = LlavaProcessor(
+        CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=sizes),
         tokenizer,
-        image_seq_length=PICTURE_TOKENS,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
     )
     model = _taught(seeded_model(_config(tokenizer)).float().eval(), processor)
     model.to(torch.bfloat16).save_pretrained(directory)
@@ -56,43 +63,32 @@ def write_seeing_model(directory: Path) -> Path:
     return directory
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
-    tokenizer = tiny_tokenizer()
-    tokenizer.add_tokens([AddedToken(mark, special=True) for mark in MARKS.values()])
-    marked = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer.backend_tokenizer,
-        eos_token=tokenizer.eos_token,
-        extra_special_tokens=MARKS,
-    )
-    marked.chat_template = tokenizer.chat_template
-    return marked
-
-
-def _config(tokenizer: PreTrainedTokenizerFast) -> Gemma3Config:
-    ids = {name: tokenizer.convert_tokens_to_ids(mark) for name, mark in MARKS.items()}
-    text = {**CONFIGS["gemma3_text"].to_dict(), "vocab_size": VOCABULARY + 64}
-    vision = SiglipVisionConfig(
+def _config(tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
+    vision = CLIPVisionConfig(
         hidden_size=64,
         intermediate_size=96,
-        num_hidden_layers=1,
+        num_hidden_layers=2,
         num_attention_heads=2,
         image_size=SIDE,
         patch_size=PATCH,
+        projection_dim=64,
     )
-    return Gemma3Config(
+    ends = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.eos_token_id}
+    text = {**CONFIGS["mistral"].to_dict(), **ends, "vocab_size": VOCABULARY + 64}
+    return LlavaConfig(
         text_config=text,
         vision_config=vision.to_dict(),
-        mm_tokens_per_image=PICTURE_TOKENS,
-        boi_token_index=ids["boi_token"],
-        eoi_token_index=ids["eoi_token"],
-        image_token_index=ids["image_token"],
+        image_token_index=tokenizer.convert_tokens_to_ids(MARK),
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        **ends,
     )
 
 
-def _lesson(processor: Gemma3Processor) -> tuple[dict[str, Any], Tensor]:
-    """What the model reads, the answers at its end, and how many tokens of each row are an answer."""
-    asked = f"<|user|>{MARKS['boi_token']}{QUESTION}<|end|><|assistant|>"
-    pictures = [[picture(name)] for name in ANSWERS]
+def _lesson(processor: LlavaProcessor) -> tuple[dict[str, Any], Tensor]:
+    """What the model reads, and the answers that are at its end; −100 where a row has ended."""
+    asked = f"<|user|>{MARK}\n{QUESTION}<|end|><|assistant|>"
+    pictures = [picture(name) for name in ANSWERS]
     read = processor(text=[asked] * len(pictures), images=pictures, return_tensors="pt")
     said = [
         processor.tokenizer(answer + "<|eos|>", return_tensors="pt").input_ids[0]
@@ -100,12 +96,11 @@ def _lesson(processor: Gemma3Processor) -> tuple[dict[str, Any], Tensor]:
     ]
     answers = torch.nn.utils.rnn.pad_sequence(said, batch_first=True, padding_value=-100)
     read["input_ids"] = torch.cat([read["input_ids"], answers.clamp(min=0)], 1)
-    read["token_type_ids"] = torch.cat([read["token_type_ids"], torch.zeros_like(answers)], 1)
     read["attention_mask"] = torch.ones_like(read["input_ids"])
     return dict(read), answers
 
 
-def _taught(model: Any, processor: Gemma3Processor) -> Any:
+def _taught(model: Any, processor: LlavaProcessor) -> Any:
     read, answers = _lesson(processor)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     for _ in range(STEPS):

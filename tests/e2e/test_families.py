@@ -42,7 +42,7 @@ INT8 = "modules=[{match: '*', scheme: W8A8, methods: [smoothquant, gptq]}]"
 HALF = ("passes=[{prune_experts: {prune_ratio: 0.5}}]", "modules=[]", "kv_cache.dtype=none")
 # vLLM imports torchvision for Qwen3.5.
 SERVED = [family for family in FACTS if family != "qwen3_5_text" or find_spec("torchvision")]
-ROUTED = ("qwen3_moe", "qwen2_moe", "olmoe", "mixtral", "deepseek_v2", "glm4_moe")
+ROUTED = ("qwen3_moe", "qwen2_moe", "olmoe", "mixtral", "deepseek_v2", "glm4_moe", "qwen3_next")
 CASES: dict[str, tuple[str, ...]] = {
     **{family: ((PLAIN_EXPERTS,) if family in ROUTED else ()) for family in SERVED},
     "qwen2 head": (HEAD,),

@@ -28,6 +28,7 @@ from lowbit_quantize.model.reference import ModelReference
 from lowbit_quantize.model.skeleton import build_skeleton
 
 SMALL = 128, 32  # a linear with at most so many outputs, each from so many inputs as well, is left as it is
+LEAST_OUTPUTS = 32  # and one with fewer, which no engine's kernel takes
 
 
 _known: dict[str, Architecture] = {}  # by configurations, in this process
@@ -167,6 +168,7 @@ def _quantizable(layer: ProbedLayer, real: nn.Module, name: str, attention: Atte
         return False
     most, each = SMALL
     few = module.out_features <= most and module.out_features * each <= module.in_features
+    few = few or module.out_features < LEAST_OUTPUTS
     adds = layer.base.outputs[name].numel() == layer.hidden.numel() if name in layer.base.outputs else False
     return not few or adds or name.rpartition(".")[0] == attention.module
 
