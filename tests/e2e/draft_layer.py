@@ -6,6 +6,7 @@ It reads the hidden state of one token and the next token, and guesses the one a
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,24 +21,24 @@ STEPS = 120
 class DraftLayer(nn.Module):
     """A decoder layer of the model, fed with (hidden state, next token); names as published files have them."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         decoder = model.model
         hidden = decoder.norm.weight.shape[0]
         self.enorm, self.hnorm = copy.deepcopy(decoder.norm), copy.deepcopy(decoder.norm)
         self.eh_proj = nn.Linear(2 * hidden, hidden, bias=False)
         self.block = copy.deepcopy(decoder.layers[-1])
-        self.norm = copy.deepcopy(decoder.norm)
+        self.last_norm = copy.deepcopy(decoder.norm)
 
     def forward(self, hidden: Tensor, embedded: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
         """States that the head reads, (rows, tokens, hidden)."""
         both = torch.cat([self.enorm(embedded), self.hnorm(hidden)], -1)
-        states: Tensor = self.norm(self.block(self.eh_proj(both), position_embeddings=positions))
+        states: Tensor = self.last_norm(self.block(self.eh_proj(both), position_embeddings=positions))
         return states
 
     def published(self, layer: int) -> dict[str, Tensor]:
         """Its tensors as layer `layer` of the files."""
-        places = {"norm.weight": "shared_head.norm.weight"}
+        places = {"last_norm.weight": "shared_head.norm.weight"}
         return {
             f"model.layers.{layer}.{places.get(name, name).removeprefix('block.')}": _stored(name, tensor)
             for name, tensor in self.state_dict().items()
@@ -63,7 +64,7 @@ def _stored(name: str, tensor: Tensor) -> Tensor:
     return tensor if "correction_bias" in name else tensor.to(torch.bfloat16)
 
 
-def _taught(draft: DraftLayer, model: nn.Module) -> DraftLayer:
+def _taught(draft: DraftLayer, model: Any) -> DraftLayer:
     model.requires_grad_(False)
     decoder = model.model
     with torch.no_grad():
@@ -77,7 +78,7 @@ def _taught(draft: DraftLayer, model: nn.Module) -> DraftLayer:
         logits = model.lm_head(draft(hidden, embedded, positions))
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     return draft
 

@@ -1,6 +1,6 @@
-"""A tiny LLaVA: Llama behind a picture tower, taught to say which half of a picture is bright.
+"""A tiny Idefics 3 (SmolVLM's kind): Llama behind a picture tower, taught to say which half of a picture is bright.
 
-Of vLLM's models that see, few import without torchvision; this one does.
+Half of vLLM's models that see import torchvision; this one does not.
 """
 
 import base64
@@ -15,18 +15,18 @@ from tests.tiny_models import CONFIGS, VOCABULARY, seeded_model, tiny_tokenizer
 from tokenizers import AddedToken
 from torch import Tensor
 from transformers import (
-    CLIPImageProcessorPil,
-    CLIPVisionConfig,
-    LlavaConfig,
-    LlavaProcessor,
+    Idefics3Config,
+    Idefics3ImageProcessorPil,
+    Idefics3Processor,
     PreTrainedTokenizerFast,
 )
 
-SIDE, PATCH = 32, 8
-MARK = "<image>"
+SIDE, PATCH, SHUFFLE = 32, 8, 2
+PICTURE_TOKENS = (SIDE // PATCH // SHUFFLE) ** 2
+MARK, ALL_MARKS = "<image>", ("<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>")
 QUESTION = "which half?"
 ANSWERS = {"left": " it is the left half, as all can see", "upper": " it is the upper half, as few would say"}
-STEPS = 150
+STEPS = 200
 
 
 def picture(name: str) -> Image.Image:
@@ -47,15 +47,11 @@ def as_url(image: Image.Image) -> str:
 def write_seeing_model(directory: Path) -> Path:
     """Save the model and its processor."""
     tokenizer = tiny_tokenizer()
-    tokenizer.add_tokens([AddedToken(MARK, special=True)])
-    sizes = {"height": SIDE, "width": SIDE}
-    processor = LlavaProcessor(
-        CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=sizes),
-        tokenizer,
-        patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
+    tokenizer.add_tokens([AddedToken(mark, special=True) for mark in ALL_MARKS])
+    pictures = Idefics3ImageProcessorPil(
+        size={"longest_edge": SIDE}, max_image_size={"longest_edge": SIDE}, do_image_splitting=False
     )
+    processor = Idefics3Processor(pictures, tokenizer, image_seq_len=PICTURE_TOKENS)
     model = _taught(seeded_model(_config(tokenizer)).float().eval(), processor)
     model.to(torch.bfloat16).save_pretrained(directory)
     processor.save_pretrained(directory)
@@ -63,32 +59,29 @@ def write_seeing_model(directory: Path) -> Path:
     return directory
 
 
-def _config(tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
-    vision = CLIPVisionConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=SIDE,
-        patch_size=PATCH,
-        projection_dim=64,
-    )
-    ends = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.eos_token_id}
-    text = {**CONFIGS["mistral"].to_dict(), **ends, "vocab_size": VOCABULARY + 64}
-    return LlavaConfig(
-        text_config=text,
-        vision_config=vision.to_dict(),
-        image_token_index=tokenizer.convert_tokens_to_ids(MARK),
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
+def _config(tokenizer: PreTrainedTokenizerFast) -> Idefics3Config:
+    ends = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.eos_token_id, "pad_token_id": 0}
+    vision = {
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "image_size": SIDE, "patch_size": PATCH,
+    }  # fmt: skip
+    text = {
+        **CONFIGS["mistral"].to_dict(),
         **ends,
+        "model_type": "llama",
+        "sliding_window": None,
+        "vocab_size": VOCABULARY + 64,
+    }
+    mark = tokenizer.convert_tokens_to_ids(MARK)
+    return Idefics3Config(
+        text_config=text, vision_config=vision, scale_factor=SHUFFLE, image_token_id=mark, **ends
     )
 
 
-def _lesson(processor: LlavaProcessor) -> tuple[dict[str, Any], Tensor]:
+def _lesson(processor: Idefics3Processor) -> tuple[dict[str, Any], Tensor]:
     """What the model reads, and the answers that are at its end; −100 where a row has ended."""
     asked = f"<|user|>{MARK}\n{QUESTION}<|end|><|assistant|>"
-    pictures = [picture(name) for name in ANSWERS]
+    pictures = [[picture(name)] for name in ANSWERS]
     read = processor(text=[asked] * len(pictures), images=pictures, return_tensors="pt")
     said = [
         processor.tokenizer(answer + "<|eos|>", return_tensors="pt").input_ids[0]
@@ -100,14 +93,14 @@ def _lesson(processor: LlavaProcessor) -> tuple[dict[str, Any], Tensor]:
     return dict(read), answers
 
 
-def _taught(model: Any, processor: LlavaProcessor) -> Any:
+def _taught(model: Any, processor: Idefics3Processor) -> Any:
     read, answers = _lesson(processor)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     for _ in range(STEPS):
         logits = model(**read).logits[:, -answers.shape[1] - 1 : -1]
         loss = F.cross_entropy(logits.flatten(0, 1), answers.flatten())
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     return model

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lowbit_core.errors import ModelError
 from lowbit_quantize.model.discovery.narrow import narrowed
@@ -88,11 +89,12 @@ def _run(model: nn.Module, config: Any, name: str) -> Twin:
     stand_ins = nn.ModuleList(layer if kinds[i] == i else StandIn(layer) for i, layer in enumerate(layers))
     ids, others = torch.randint(3, 128, (2, SEQUENCES, TOKENS), generator=torch.Generator().manual_seed(5))
     setattr(parent, leaf, stand_ins)
-    with made_when_called(model, stand_ins), _calls(twin, stand_ins), _ends(twin), torch.no_grad():
-        twin.logits = model(input_ids=ids, use_cache=False).logits
     again = Twin(model, config, name, kinds=kinds)
-    with _calls(again, stand_ins), torch.no_grad():
-        model(input_ids=others, use_cache=False)
+    with said_to_be_on_the_cpu(), torch.no_grad():
+        with made_when_called(model, stand_ins), _calls(twin, stand_ins), _ends(twin):
+            twin.logits = model(input_ids=ids, use_cache=False).logits
+        with _calls(again, stand_ins):
+            model(input_ids=others, use_cache=False)
     missing = [number for number in set(kinds) if number not in twin.calls]
     if missing:
         raise ModelError(f"layer {missing[0]} is not called")
@@ -178,6 +180,21 @@ def _calls(twin: Twin, layers: nn.ModuleList) -> Iterator[None]:
     handles.append(layers[-1].register_forward_hook(last))
     with removed_after(handles):
         yield
+
+
+@contextmanager
+def said_to_be_on_the_cpu() -> Iterator[None]:
+    """While the block runs: some models move what they read to where their first parameter is, be it not made yet."""
+    own: Any = PreTrainedModel
+    before = vars(own).get("device")
+    own.device = torch.device("cpu")
+    try:
+        yield
+    finally:
+        if before is None:
+            del own.device
+        else:
+            own.device = before
 
 
 @contextmanager
