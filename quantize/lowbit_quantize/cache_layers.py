@@ -19,7 +19,7 @@ def layers_in_fp8(cache: KVCache, architecture: Architecture, config: Any) -> fr
     caching = {number for number, kind in enumerate(architecture.kinds) if kind.attention}
     skipped: set[int] = set()
     for one in cache.skip_layers:
-        named = sliding_layers(config) & caching if one == SLIDING else {one} & caching
+        named = caching & (sliding_layers(config) if isinstance(one, str) else {one})
         if not named:
             raise RecipeError(f"kv_cache.skip_layers: {_refusal(one, caching)}")
         skipped |= named
