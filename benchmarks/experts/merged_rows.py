@@ -10,7 +10,7 @@ from torch import nn
 
 from lowbit_quantize.model.architecture import Architecture
 from lowbit_quantize.passes.kind import NoOptions, PlainPass
-from lowbit_quantize.statistics.expert_saliency import ExpertSaliency, routing_of
+from lowbit_quantize.statistics.expert_saliency import ExpertSaliency, see_routing
 from lowbit_quantize.walk.layer import LayerContext
 
 
@@ -30,9 +30,7 @@ class MergeRouterRows(PlainPass):
         base = context.base_layer()
         rows: Any = base.get_submodule(self._architecture.router)
         seen = ExpertSaliency(len(rows.weight))
-        with routing_of(base, self._architecture, seen):
-            for _ in context.decoder.run_layer(base, context.index, context.calibration):
-                pass
+        see_routing(context.decoder, base, context.index, context.calibration, seen)
         router: Any = layer.get_submodule(self._architecture.router)
         for place, number in enumerate(kept):
             group = [number, *(gone for gone, by in absorbed_by.items() if by == number)]

@@ -13,8 +13,8 @@ import torch
 from lowbit_quantize.catalog import CATALOG, Catalog
 from lowbit_quantize.check.weights import base_of
 from lowbit_quantize.model.decoder import Decoder
-from lowbit_quantize.model.files.weights import WeightFiles
 from lowbit_quantize.model.reference import find_model
+from lowbit_quantize.model.weights import WeightFiles
 from lowbit_quantize.pipeline import write_rest
 from lowbit_quantize.plan import make_plan
 from lowbit_quantize.quality.dataset import TokenText

@@ -19,11 +19,15 @@ from torch import Tensor
 RUN_CAUSES = {
     "lowbit_quantize.walk.forward:Walk._step": "the rest of a layer",
     "lowbit_quantize.model.decoder:Decoder.load_layer": "reading weights",
+    "lowbit_quantize.model.decoder:Decoder.load_frame": "reading weights",
+    "lowbit_quantize.model.decoder:Decoder.load_part": "reading weights",
     "lowbit_quantize.model.decoder:Decoder.observe": "observing",
     "lowbit_quantize.model.decoder:Decoder.advance": "advancing",
     "lowbit_quantize.model.decoder:Decoder.advance_to": "advancing",
     "lowbit_quantize.walk.stages:quantize_linears": "quantizing",
-    "lowbit_quantize.walk.forward:Walk._write": "writing",
+    "lowbit_quantize.walk.expert_work:quantize_linears": "quantizing",
+    "lowbit_quantize.walk.layer_writer:LayerWriter.add": "writing",
+    "lowbit_quantize.walk.layer_writer:LayerWriter.close": "writing",
     "lowbit_quantize.walk.forward:Walk.quality": "quality",
 }
 ONCE = ("quality", "the rest of the run")  # causes that a deeper model does not have more of

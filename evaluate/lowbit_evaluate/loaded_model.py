@@ -25,11 +25,11 @@ from lowbit_evaluate.rounded_inputs import round_inputs
 from lowbit_quantize.model.architecture import Architecture
 from lowbit_quantize.model.discovery.found import open_model
 from lowbit_quantize.model.files.published_names import PublishedNames
-from lowbit_quantize.model.files.weights import WeightFiles
 from lowbit_quantize.model.hooks import HookedCache
 from lowbit_quantize.model.logits import PLAIN, LogitsForm
 from lowbit_quantize.model.reference import ModelReference, fetch_weights
 from lowbit_quantize.model.skeleton import build_skeleton, is_tied, model_class, text_config
+from lowbit_quantize.model.weights import WeightFiles
 from lowbit_quantize.schemes.kv_cache import KVScales
 
 READERS = {
@@ -110,7 +110,7 @@ def check_loadable(reference: ModelReference) -> Architecture:
         )
     architecture, skeleton = open_model(reference)
     if reference.kind == "gguf":
-        from lowbit_quantize.model.files.gguf_file import GgufFile  # imported for GGUF files only
+        from lowbit_quantize.model.gguf_file import GgufFile  # imported for GGUF files only
 
         GgufFile(reference, skeleton)  # refuses what transformers drops
     return architecture
@@ -182,7 +182,7 @@ def _only_we_read(reference: ModelReference) -> bool:
 
 def _load_parts(reference: ModelReference, dtype: torch.dtype) -> Any:
     """A GGUF model that transformers does not read, as quantize reads it: tensor by tensor."""
-    from lowbit_quantize.model.files.gguf_file import GgufFile  # as above
+    from lowbit_quantize.model.gguf_file import GgufFile  # as above
 
     architecture, skeleton = open_model(reference)
     stored = GgufFile(reference, skeleton)

@@ -26,7 +26,7 @@ from lowbit_quantize.model.files.unopened_experts import (
     unpacked,
     without_linears,
 )
-from lowbit_quantize.model.files.weights import WeightFiles
+from lowbit_quantize.model.weights import WeightFiles
 
 EXPERT = re.compile(r"(?P<linear>.*\.experts\.\d+\.\w+)\.weight")
 

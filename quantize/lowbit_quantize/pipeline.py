@@ -15,8 +15,8 @@ from lowbit_quantize.check.weights import Base, base_of, check_numbers, checked_
 from lowbit_quantize.device.memory import return_freed_memory
 from lowbit_quantize.model.decoder import Decoder
 from lowbit_quantize.model.files.leftovers import draft_linears
-from lowbit_quantize.model.files.weights import WeightFiles
 from lowbit_quantize.model.reference import fetch_weights, find_model
+from lowbit_quantize.model.weights import WeightFiles
 from lowbit_quantize.plan import Plan, make_plan
 from lowbit_quantize.quality.dataset import TokenText, load_texts
 from lowbit_quantize.recipe import Recipe
@@ -33,7 +33,7 @@ from lowbit_quantize.walk.forward import Walk, Work
 from lowbit_quantize.walk.layer import Pass
 
 if TYPE_CHECKING:
-    from lowbit_quantize.model.files.gguf_file import GgufFile
+    from lowbit_quantize.model.gguf_file import GgufFile
 
 log = get_logger("quantize")
 

@@ -198,7 +198,7 @@ async def test_checkpoint_document_holds_measured_and_running_facts(running: Run
     assert document["manifest"]["quality"]["mean_kld"] == 0.0835
     assert document["manifest"]["weights"] == WEIGHTS
     assert (engine["kv_tokens"], engine["kv_cache_dtype"]) == (4096, "fp8")
-    assert engine["kv_scales"][0] == {"layer": 0, "k_scale": 0.03125, "v_scale": 0.015625}
+    assert engine["kv_scales"][0] == {"layer": 0, "k_scale": 0.03125, "v_scale": 0.015625, "fp8": True}
     assert engine["kv_scales_in_force"] == "checkpoint"
     assert engine["memory"]["cpu"] == {
         "weights": 600, "kv_cache": 1000, "graphs": 70, "activation_peak": 300, "other": 2330, "free": 5000,

@@ -23,8 +23,8 @@ from lowbit_core.progress import track
 from lowbit_quantize.check.weights import base_of
 from lowbit_quantize.model.decoder import Decoder
 from lowbit_quantize.model.experts import expert_outputs, mixture
-from lowbit_quantize.model.files.weights import WeightFiles
 from lowbit_quantize.model.reference import fetch_weights, find_model
+from lowbit_quantize.model.weights import WeightFiles
 from lowbit_quantize.passes.distill_router import SAMPLE_TOKENS, bounded
 from lowbit_quantize.passes.merge_experts import Consolidation
 from lowbit_quantize.passes.prune_experts import (

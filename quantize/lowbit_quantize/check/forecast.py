@@ -11,6 +11,7 @@ import torch
 
 from lowbit_core.model_shape import BYTES_PER_VALUE, shape_from_config
 from lowbit_quantize.check.sharding import key_value_heads, parts
+from lowbit_quantize.model.architecture import Architecture
 from lowbit_quantize.model.skeleton import text_tensors
 from lowbit_quantize.plan import Plan
 from lowbit_quantize.quality.dataset import TokenText
@@ -91,13 +92,28 @@ def run_disk_bytes(plan: Plan, streams: int, stream_memory_bytes: int, carried: 
 
 
 def memory_bound_bytes(plan: Plan, streams: int) -> int:
-    """What a walk stays below: 1.25 x (embedding + head + 2 x largest layer + streams) + 1.5 GB."""
+    """What a walk stays below: 1.25 x (embedding + head + 2 x largest layer + streams) + 1.5 GB.
+
+    Of layers that route, twice what is around the experts counts, and four experts; of their streams, four times as
+    much: what experts are called with, and what they have given so far.
+    """
     config = plan.config
     embedding = config.vocab_size * config.hidden_size * BASE_BYTES
     outside = embedding if plan.tied else 2 * embedding
     layers: Any = plan.skeleton.get_submodule(plan.architecture.layers)
-    largest = max(sum(p.numel() for p in layer.parameters()) for layer in layers) * BASE_BYTES
-    return int(BOUND_FACTOR * (outside + 2 * largest + streams)) + BOUND_REST_BYTES
+    largest = max(_at_once(layer, plan.architecture) for layer in layers) * BASE_BYTES
+    kept = streams * (4 if plan.architecture.experts else 1)
+    return int(BOUND_FACTOR * (outside + 2 * largest + kept)) + BOUND_REST_BYTES
+
+
+def _at_once(layer: Any, architecture: Architecture) -> int:
+    """Parameters of a layer that are in memory together, as dense layers are counted."""
+    whole = sum(one.numel() for one in layer.parameters())
+    if not architecture.has_experts(layer):
+        return whole
+    experts = layer.get_submodule(architecture.experts)
+    one = sum(parameter.numel() for parameter in experts[0].parameters())
+    return 2 * (whole - len(experts) * one) + 4 * one
 
 
 def rank_bytes(plan: Plan, size: int) -> int:

@@ -23,8 +23,8 @@ from transformers import AutoConfig, AutoTokenizer
 from lowbit_core.errors import NumericsError
 from lowbit_quantize.check.unopened import unpacking_problem
 from lowbit_quantize.model.files.unopened_experts import without_linears
-from lowbit_quantize.model.files.weights import INDEX_NAME
 from lowbit_quantize.model.skeleton import model_class
+from lowbit_quantize.model.weights import INDEX_NAME
 from lowbit_quantize.quality.dataset import TokenText
 from lowbit_quantize.run.journal import UnopenedLinear
 

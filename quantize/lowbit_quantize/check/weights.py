@@ -12,11 +12,11 @@ from lowbit_core.log import get_logger
 from lowbit_quantize.model.decoder import read_as
 from lowbit_quantize.model.files.base_weights import BaseWeights, wanted_of
 from lowbit_quantize.model.files.leftovers import Leftovers, leftovers
-from lowbit_quantize.model.files.weights import WeightFiles
+from lowbit_quantize.model.weights import WeightFiles
 from lowbit_quantize.plan import Plan
 
 if TYPE_CHECKING:
-    from lowbit_quantize.model.files.gguf_file import GgufFile
+    from lowbit_quantize.model.gguf_file import GgufFile
 
 log = get_logger("quantize")
 
@@ -67,7 +67,7 @@ class Base:
 def stored_weights(plan: Plan) -> "WeightFiles | GgufFile":
     """The files as they were given."""
     if plan.reference.kind == "gguf":
-        from lowbit_quantize.model.files.gguf_file import GgufFile  # other models do without its imports
+        from lowbit_quantize.model.gguf_file import GgufFile  # other models do without its imports
 
         return GgufFile(plan.reference, plan.skeleton)
     return WeightFiles(plan.reference.path)

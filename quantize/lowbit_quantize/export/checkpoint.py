@@ -12,7 +12,7 @@ from torch import Tensor
 from lowbit_core.errors import CheckpointError
 from lowbit_core.manifest import MANIFEST_NAME, Manifest, ModuleRecord, read_manifest, verify_files
 from lowbit_quantize.catalog import Catalog
-from lowbit_quantize.model.files.weights import INDEX_NAME
+from lowbit_quantize.model.weights import INDEX_NAME
 from lowbit_quantize.schemes.scheme import Quantized, Scheme
 
 

@@ -17,10 +17,11 @@ from lowbit_core.errors import NumericsError
 from lowbit_quantize.model.architecture import Architecture, kind_of
 from lowbit_quantize.model.files.kept_types import KeptTypes
 from lowbit_quantize.model.files.published_names import PublishedNames
-from lowbit_quantize.model.files.weights import is_finite
 from lowbit_quantize.model.hooks import HookedCache, InputObservers, KVCacheHook, SeenAll, inputs_of
 from lowbit_quantize.model.skeleton import is_tied, text_config
 from lowbit_quantize.model.stand_in import StandIn
+from lowbit_quantize.model.visited_experts import VisitedExperts
+from lowbit_quantize.model.weights import is_finite
 
 BATCH_TOKENS = 2048  # tokens in a forward pass: enough for efficient products, few enough for the caches
 
@@ -97,6 +98,18 @@ class Decoder:
     def load_layer(self, index: int) -> nn.Module:
         """Layer `index` with its weights, in the compute dtype but for what keeps its own."""
         return self.load_into(copy.deepcopy(self._layers[index]), index)
+
+    def load_frame(self, index: int) -> nn.Module:
+        """Layer `index` with its weights but for its routed experts, which are made when they are asked for."""
+        layer = copy.deepcopy(self._layers[index])
+        if experts := kind_of(layer).experts:
+            there: Any = layer.get_submodule(experts)
+
+            def make(number: int) -> nn.Module:
+                return self.load_part(index, f"{experts}.{number}")
+
+            layer.set_submodule(experts, VisitedExperts(make, there[0], range(len(there))))
+        return self.load_into(layer, index)
 
     def load_into(self, layer: nn.Module, index: int) -> nn.Module:
         """Give a layer, which may lack parts of layer `index`, its weights."""

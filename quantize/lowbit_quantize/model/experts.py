@@ -9,7 +9,7 @@ between them is the family's own code.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -72,27 +72,41 @@ class Expert(nn.Module):
         return own
 
 
+class Experts(Protocol):
+    """The routed experts of a block, whether all are in memory or each is made when it is asked for."""
+
+    observer: ExpertObserver | None
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, number: int, /) -> Any: ...
+
+
+def routed_sum(experts: Experts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Sum of gate · output over each token's experts: (tokens, hidden), (tokens, k), (tokens, k)."""
+    parts = hidden_states.new_zeros(
+        *top_k_index.shape,
+        hidden_states.shape[-1],
+        dtype=torch.promote_types(hidden_states.dtype, top_k_weights.dtype),
+    )
+    for number in range(len(experts)):
+        token, place = torch.where(top_k_index == number)
+        if not len(token):
+            continue
+        output, gates = experts[number](hidden_states[token]), top_k_weights[token, place]
+        if experts.observer is not None:
+            experts.observer(number, output, gates)
+        parts[token, place] = output * gates.unsqueeze(-1)
+    return parts.sum(1).to(hidden_states.dtype)
+
+
 class ExpertList(nn.ModuleList):
     """The routed experts of one block; called as transformers' stacked experts are."""
 
     observer: ExpertObserver | None = None
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Sum of gate · output over each token's experts: (tokens, hidden), (tokens, k), (tokens, k)."""
-        parts = hidden_states.new_zeros(
-            *top_k_index.shape,
-            hidden_states.shape[-1],
-            dtype=torch.promote_types(hidden_states.dtype, top_k_weights.dtype),
-        )
-        for number, expert in enumerate(self):
-            token, place = torch.where(top_k_index == number)
-            if not len(token):
-                continue
-            output, gates = expert(hidden_states[token]), top_k_weights[token, place]
-            if self.observer is not None:
-                self.observer(number, output, gates)
-            parts[token, place] = output * gates.unsqueeze(-1)
-        return parts.sum(1).to(hidden_states.dtype)
+        """As `routed_sum`."""
+        return routed_sum(self, hidden_states, top_k_index, top_k_weights)
 
     def slices(self) -> Iterator[tuple[str, Slice]]:
         """Every tensor of the list, by its name in it, and where transformers' stacks have it, by their names there."""
@@ -145,10 +159,10 @@ def _unstacked(owner: Any) -> ExpertList:
     return experts
 
 
-def expert_outputs(experts: ExpertList, inputs: Tensor) -> Tensor:
+def expert_outputs(experts: Experts, inputs: Tensor) -> Tensor:
     """What every expert gives for every token: (tokens, hidden) to (tokens, experts, hidden)."""
     with torch.no_grad():
-        return torch.stack([expert(inputs) for expert in experts], dim=1)
+        return torch.stack([experts[number](inputs) for number in range(len(experts))], dim=1)
 
 
 def mixture(router: nn.Module, inputs: Tensor, outputs: Tensor) -> Tensor:

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lowbit_core.errors import ModelError
-from lowbit_quantize.model.files.weights import INDEX_NAME
 from lowbit_quantize.model.sources.contents import ADAPTER, CONFIG, gguf_models, is_weights, obstacle
 from lowbit_quantize.model.sources.directory import ModelDirectory, read_json
 from lowbit_quantize.model.sources.gguf_parts import all_parts, is_gguf, name_of, parts_of
 from lowbit_quantize.model.sources.hub_address import HubAddress, hub_id, page_address
+from lowbit_quantize.model.weights import INDEX_NAME
 
 if TYPE_CHECKING:
     from lowbit_quantize.model.sources.gguf_model import GgufModel

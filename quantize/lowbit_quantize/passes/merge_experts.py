@@ -23,6 +23,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
+from lowbit_quantize.model.experts import Experts
+
 Consolidation = Literal["average", "permute"]
 LAST = "down_proj."  # the linear that reads an expert's middle neurons; other parameters have a row for each
 ALIGNMENT_TOKENS = 512
@@ -44,7 +46,10 @@ def absorbers(nearness: Tensor, kept: Tensor, alone: Tensor, groups: int) -> dic
 
 
 def merge_experts(
-    experts: Sequence[nn.Module], absorbed_by: Mapping[int, int], weights: Tensor, inputs: Tensor | None
+    experts: Experts | Sequence[nn.Module],
+    absorbed_by: Mapping[int, int],
+    weights: Tensor,
+    inputs: Tensor | None,
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """The parameters of each expert that absorbs others, with its number; they may be loaded before the next are made.
 

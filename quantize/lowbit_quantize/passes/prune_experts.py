@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from lowbit_core.documents import Section
 from lowbit_core.errors import ModelError, RecipeError
 from lowbit_quantize.model.architecture import Architecture
-from lowbit_quantize.model.experts import ExpertList
+from lowbit_quantize.model.experts import Experts
+from lowbit_quantize.model.visited_experts import VisitedExperts
 from lowbit_quantize.passes.kind import PlainPass
 from lowbit_quantize.passes.merge_experts import Consolidation, absorbers, merge_experts
-from lowbit_quantize.statistics.expert_saliency import ExpertSaliency, routing_of, score
+from lowbit_quantize.statistics.expert_saliency import ExpertSaliency, score, see_routing
 from lowbit_quantize.statistics.expert_similarity import NEARNESS
 from lowbit_quantize.statistics.sample import Sample
 from lowbit_quantize.walk.layer import LayerContext
@@ -91,7 +92,11 @@ def prune_layer(layer: nn.Module, architecture: Architecture, kept: Tensor) -> N
     block: Any = layer.get_submodule(architecture.moe_block)
     experts: Any = layer.get_submodule(architecture.experts)
     block.gate = pruned_router(block.gate, kept)
-    block.experts = type(experts)(experts[int(i)] for i in kept)
+    numbers = kept.tolist()
+    if isinstance(experts, VisitedExperts):
+        block.experts = experts.only(numbers)
+    else:
+        block.experts = type(experts)(experts[number] for number in numbers)
 
 
 @dataclass(frozen=True)
@@ -111,16 +116,15 @@ class PruneExperts(PlainPass):
         if not self.architecture.has_experts(layer):
             return
         seen, inputs = ExpertSaliency(self.experts), Sample(MERGING_TOKENS)
-        with routing_of(layer, self.architecture, seen, inputs if self.recipe.consolidate else None):
-            for _ in context.decoder.run_layer(layer, context.index, context.calibration):
-                pass
+        merging = inputs if self.recipe.consolidate else None
+        see_routing(context.decoder, layer, context.index, context.calibration, seen, merging)
         kept = self.keep(seen, context.index)
         if self.recipe.consolidate:
             experts: Any = layer.get_submodule(self.architecture.experts)
             router = layer.get_submodule(self.architecture.router)
             context.result.absorbed_by, merged = self.merge(router, experts, kept, seen, inputs.rows())
             for number, parameters in merged:
-                experts[number].load_state_dict(parameters)
+                experts.replace(number, parameters)
         prune_layer(layer, self.architecture, kept)
         context.result.kept_experts = kept.tolist()
 
@@ -130,7 +134,12 @@ class PruneExperts(PlainPass):
         return choose(scores, seen.super_experts, self.kept, self.groups)
 
     def merge(
-        self, router: nn.Module, experts: ExpertList, kept: Tensor, seen: ExpertSaliency, inputs: Tensor
+        self,
+        router: nn.Module,
+        experts: Experts,
+        kept: Tensor,
+        seen: ExpertSaliency,
+        inputs: Tensor,
     ) -> tuple[dict[int, int], Iterator[tuple[int, dict[str, Tensor]]]]:
         """Who of the `kept` experts absorbs each of the others, and what parameters that gives them, by number.
 
@@ -139,7 +148,7 @@ class PruneExperts(PlainPass):
         nearness = NEARNESS[self.recipe.nearness](router, experts, inputs)
         absorbed_by = absorbers(nearness, kept, seen.super_experts, self.groups)
         aligned_on = inputs if self.recipe.consolidate == "permute" else None
-        return absorbed_by, merge_experts(list(experts), absorbed_by, seen.gated_norms, aligned_on)
+        return absorbed_by, merge_experts(experts, absorbed_by, seen.gated_norms, aligned_on)
 
     def shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
         expert = re.search(rf"\.{re.escape(self.architecture.experts)}\.(\d+)\.", name)

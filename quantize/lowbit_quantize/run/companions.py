@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lowbit_core.manifest import MANIFEST_NAME, PROGRESS_NAME
-from lowbit_quantize.model.files.weights import INDEX_NAME
+from lowbit_quantize.model.weights import INDEX_NAME
 
 CONFIG = "config.json"
 WEIGHTS = (

@@ -19,7 +19,7 @@ from lowbit_core.durable import move, write_text
 from lowbit_core.errors import CheckpointError, ModelError, NumericsError, OutputError
 from lowbit_core.log import get_logger
 from lowbit_core.manifest import MANIFEST_NAME, PROGRESS_NAME, Manifest, read_manifest, verify_files
-from lowbit_quantize.model.files.weights import INDEX_NAME
+from lowbit_quantize.model.weights import INDEX_NAME
 from lowbit_quantize.run.identity import Identity, identity_in
 from lowbit_quantize.run.journal import (
     OVERWRITE,

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit_quantize.model.architecture import Architecture
+from lowbit_quantize.model.architecture import Architecture, kind_of
+from lowbit_quantize.model.decoder import Decoder
 from lowbit_quantize.model.hooks import inputs_of
 from lowbit_quantize.statistics.sample import Sample
 
@@ -61,6 +62,31 @@ def score(seen: ExpertSaliency, criterion: str, seed: int, layer: int) -> Tensor
         generator = torch.Generator().manual_seed(1_000_003 * seed + layer)
         return torch.rand(len(seen.tokens), generator=generator, dtype=torch.float64)
     return CRITERIA[criterion](seen)
+
+
+def see_routing(
+    decoder: Decoder,
+    layer: nn.Module,
+    index: int,
+    hidden: Tensor,
+    seen: ExpertSaliency,
+    inputs: Sample | None = None,
+) -> None:
+    """Gather what routing shows on hidden states of a layer whose experts are visited, and a sample of the router's
+    inputs where asked; the hidden states stay.
+    """
+    kind = kind_of(layer)
+    experts: Any = layer.get_submodule(kind.experts)
+    with experts.recording() as calls, inputs_of(layer, {kind.router: inputs.add} if inputs else {}):
+        for _ in decoder.run_layer(layer, index, hidden):
+            pass
+    with torch.no_grad():
+        for number, expert in enumerate(experts):
+            for call in calls:
+                tokens, gates = call.of(number)
+                if len(tokens):
+                    seen.observe(number, expert(call.hidden[tokens]), gates)
+    experts.let_go()
 
 
 @contextmanager

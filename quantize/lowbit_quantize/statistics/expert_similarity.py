@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lowbit_quantize.model.experts import ExpertList, expert_outputs
+from lowbit_quantize.model.experts import Experts, expert_outputs
 
 CHUNK_VALUES = 1 << 25  # tokens · experts · hidden whose outputs are held at once
 
 
-def router_nearness(router: Any, experts: ExpertList, inputs: Tensor) -> Tensor:
+def router_nearness(router: Any, experts: Experts, inputs: Tensor) -> Tensor:
     """(experts, experts), larger is nearer, from inputs of (tokens, hidden)."""
     bias = getattr(router, "bias", None)
     logits = functional.linear(inputs.float(), router.weight.float(), None if bias is None else bias.float())
@@ -25,7 +25,7 @@ def router_nearness(router: Any, experts: ExpertList, inputs: Tensor) -> Tensor:
     return (of_unit_length.T @ of_unit_length).double().cpu()
 
 
-def output_nearness(router: nn.Module, experts: ExpertList, inputs: Tensor) -> Tensor:
+def output_nearness(router: nn.Module, experts: Experts, inputs: Tensor) -> Tensor:
     """(experts, experts), larger is nearer, from inputs of (tokens, hidden)."""
     products = torch.zeros(len(experts), len(experts), dtype=torch.float64)
     for rows in inputs.split(max(1, CHUNK_VALUES // (len(experts) * inputs.shape[1]))):
@@ -37,7 +37,7 @@ def output_nearness(router: nn.Module, experts: ExpertList, inputs: Tensor) -> T
     return 2 * products - norms - norms.unsqueeze(1)
 
 
-NEARNESS: dict[str, Callable[[nn.Module, ExpertList, Tensor], Tensor]] = {
+NEARNESS: dict[str, Callable[[nn.Module, Experts, Tensor], Tensor]] = {
     "router": router_nearness,
     "output": output_nearness,
 }

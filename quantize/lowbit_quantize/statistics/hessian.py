@@ -53,6 +53,10 @@ class Hessian:
             corner.copy_(corner.triu() + corner.triu(1).T)
         return self._sum.div_(max(1, self.tokens))
 
+    def divide(self, scale: Tensor) -> None:
+        """Make it that of inputs which are divided by `scale`, (features,)."""
+        self.matrix().div_(scale.unsqueeze(0)).div_(scale.unsqueeze(1))
+
 
 class AttendedHessian(Hessian):
     """A Hessian whose tokens count by the attention they receive (attention.py), known after each batch."""

@@ -1,6 +1,7 @@
 """Statistics of one layer, gathered in one pass: Hessians, and how far its inputs are from the base model's."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,26 +33,30 @@ class LayerStatistics:
         groups: Sequence[LinearGroup] | None = None,
         paired: Mapping[str, Tensor | None] | None = None,
         sampled: Collection[str] = (),
+        block: "LayerStatistics | None" = None,
+        entering: Sequence[LinearGroup] = (),
     ) -> None:
         """Observe `groups`, by default all of the layer.
 
         `paired` names the first linears of groups whose inputs are observed in the base model too, and what the
         compressed model's inputs of each are divided by, (features,), if by anything; `sampled` those whose inputs are
-        kept in part, as they are.
+        kept in part, as they are. `entering` are experts' groups that read what the router reads: that is observed for
+        all of them; `block` has observed it before, where `groups` are one expert's.
         """
         self._layer, self._architecture = layer, architecture
         self._hessians: dict[str, Hessian] = {}
         self._drifts: dict[str, Drift] = {}  # by the name of a group's first linear
         self._residuals: dict[str, Drift] = {}  # by the name of the norm that reads the residual stream
         self._samples: dict[str, InputSample] = {}  # by where they are taken
-        self._block_inputs = Sample(BORROWED_TOKENS)
+        self._block_inputs: Sample = block._block_inputs if block else Sample(BORROWED_TOKENS)
         self._routes = False
+        self._block_seen: dict[str, Hessian] = {} if block is None else block._hessians
         for group in architecture.groups_of(layer) if groups is None else groups:
             self._routes = self._routes or self._architecture.is_expert(group)
             features = linear_of(layer, group.linears[0]).in_features
             kind = AttendedHessian if group.attended else Hessian
             for name in dict.fromkeys((self._place(group), *group.other_readers[:1])):
-                self._hessians[name] = kind(features, device)
+                self._hessians[name] = self._block_seen.get(name) or kind(features, device)
             if group.linears[0] in sampled:
                 for name in dict.fromkeys((self._place(group), *group.other_readers[:1])):
                     self._samples.setdefault(name, InputSample(features, device))
@@ -61,6 +66,24 @@ class LayerStatistics:
                 self._drifts[group.linears[0]] = drift
                 if group.residual:
                     self._residuals[group.residual] = drift
+        if entering:
+            self._observe_block(entering, sampled, device)
+
+    def _observe_block(
+        self, entering: Sequence[LinearGroup], sampled: Collection[str], device: torch.device
+    ) -> None:
+        router, self._routes = self._architecture.router, True
+        module: Any = self._layer.get_submodule(router)
+        features = int(module.weight.shape[-1])
+        self._hessians.setdefault(router, Hessian(features, device))
+        if any(group.linears[0] in sampled for group in entering):
+            self._samples.setdefault(router, InputSample(features, device))
+
+    def divide_block(self, scale: Tensor) -> None:
+        """Take a scale that was folded into what the routed experts read since it was observed, (features,)."""
+        router = self._architecture.router
+        self._hessians[router].divide(scale)
+        self._block_inputs.divide(scale)
 
     @property
     def observers(self) -> Observers:

@@ -20,5 +20,9 @@ class Sample:
         while len(self._rows) > self._size:
             self._rows, self._stride = self._rows[::2].clone(), 2 * self._stride
 
+    def divide(self, scale: Tensor) -> None:
+        """Divide all rows by `scale`, (features,), in their own type."""
+        self._rows = (self._rows.float() / scale).to(self._rows.dtype)
+
     def rows(self) -> Tensor:
         return self._rows

@@ -24,6 +24,7 @@ from lowbit_quantize.quality.dataset import TokenText
 from lowbit_quantize.quality.kl import compare, divergence
 from lowbit_quantize.run.hidden_states import HiddenStates
 from lowbit_quantize.schemes.kv_cache import KVScales
+from lowbit_quantize.walk.visit import Traveller
 
 FLOAT32, FP8_CACHE = "heldout_float32", "heldout_fp8_cache"
 SEQUENCES = {FLOAT32: 4, FP8_CACHE: 8}  # at most
@@ -51,16 +52,15 @@ class Baselines:
             shape = len(rows), self._ids.shape[1], self._decoder.config.hidden_size
             self._decoder.embed(self._ids[rows], self._streams.new(name, shape, dtype))
 
-    def advance_float32(self, index: int) -> None:
-        """Move the float32 stream on to the next layer."""
-        if FLOAT32 in self._rows:
-            layer = self._decoder.load_layer(index).float()
-            self._decoder.advance(layer, index, self._streams[FLOAT32])
+    def in_float32(self, index: int) -> list[Traveller]:
+        """The float32 stream on its way through a layer, where there is one."""
+        if FLOAT32 not in self._rows:
+            return []
+        return [Traveller(self._streams[FLOAT32], self._decoder.load_frame(index).float())]
 
-    def advance_fp8_cache(self, index: int, scales: KVScales | None) -> None:
-        """Move the stream with the FP8 cache on to the next layer, through the base model's layer."""
-        if FP8_CACHE in self._rows:
-            self._decoder.advance(self._decoder.load_layer(index), index, self._streams[FP8_CACHE], scales)
+    def with_fp8_cache(self, base: nn.Module, scales: KVScales | None) -> list[Traveller]:
+        """The stream with the FP8 cache on its way through the base model's layer, where there is one."""
+        return [Traveller(self._streams[FP8_CACHE], base, scales)] if FP8_CACHE in self._rows else []
 
     def measure(self, base: Tensor, norm: nn.Module, head: Tensor) -> dict[str, DivergenceRecord]:
         """Noise floor and FP8 cache alone, by their names in the manifest; `base` is the whole stream."""

@@ -15,26 +15,28 @@ from torch import Tensor, nn
 
 from lowbit_core.errors import NumericsError
 from lowbit_core.log import get_logger
-from lowbit_core.manifest import KVLayerRecord, ModuleRecord, QualityRecord
+from lowbit_core.manifest import KVLayerRecord, QualityRecord
 from lowbit_core.progress import track
 from lowbit_quantize.device.memory import keep_freed_memory, keep_no_freed_memory, return_freed_memory
 from lowbit_quantize.model.architecture import LayerKind, kind_of
 from lowbit_quantize.model.decoder import Decoder
 from lowbit_quantize.model.discovery.hold import drop_broken_folds
-from lowbit_quantize.model.files.weights import is_finite
+from lowbit_quantize.model.weights import is_finite
 from lowbit_quantize.quality import kl
 from lowbit_quantize.quality.dataset import TokenText
 from lowbit_quantize.run.hidden_states import HiddenStates
 from lowbit_quantize.run.journal import Conclusion, HeadRecord, Journal, LayerRecord, UnopenedLinear
 from lowbit_quantize.run.writer import CheckpointWriter
-from lowbit_quantize.schemes.kv_cache import KVScales
-from lowbit_quantize.schemes.scheme import Quantized, sample_of
 from lowbit_quantize.walk.baselines import Baselines
 from lowbit_quantize.walk.head import QuantizedHead, quantize_head
-from lowbit_quantize.walk.layer import LayerContext, LayerResult, Pass, QuantizedLinear
+from lowbit_quantize.walk.layer import LayerContext, LayerResult, Pass
+from lowbit_quantize.walk.layer_writer import LayerWriter, kv_tensors, record_of
 from lowbit_quantize.walk.module_plan import ModulePlan, Modules
+from lowbit_quantize.walk.visit import Traveller, experts_of, visit
 
 log = get_logger("quantize")
+
+PARTS = 6  # that a tensor of a layer may be stored in, at most
 
 
 @dataclass(frozen=True)
@@ -115,21 +117,65 @@ class Walk:
         return len(self.journal.layers)
 
     def _step(self, index: int) -> None:
-        decoder, streams = self.decoder, self._streams
         self._hold_folds(index)
-        self._baselines.advance_float32(index)
+        if self.decoder.architecture.kinds[index].experts:
+            self._visit(index)
+        else:
+            self._pass_through(index)
+
+    def _pass_through(self, index: int) -> None:
+        """A layer without routed experts: one copy of it at a time for each stream."""
+        decoder, streams = self.decoder, self._streams
+        for one in self._baselines.in_float32(index):
+            decoder.advance(one.layer, index, one.hidden)
         layer = decoder.load_layer(index)
         decoder.advance(layer, index, streams["heldout_base"])
         self._check_base(index)
+        context = self._run_passes(layer, index)
+        result = context.result
+        decoder.advance(layer, index, streams["heldout"], result.hook)
+        for one in self._baselines.with_fp8_cache(decoder.load_layer(index), result.base_hook):
+            decoder.advance(one.layer, index, one.hidden, one.hook)
+        written = self._layer_writer(index)
+        self._finish(layer, index, result, written)
+
+    def _visit(self, index: int) -> None:
+        """A layer with routed experts: what is around them in as many copies as streams need, the experts once."""
+        decoder, streams = self.decoder, self._streams
+        layer, base = decoder.load_frame(index), decoder.load_frame(index)
+        context, written = self._run_passes(layer, index), self._layer_writer(index)
+        result, prefix = context.result, f"{kind_of(layer).experts}."
+        calibration = Traveller(
+            context.calibration, layer, result.hook,
+            compressed=True, halfway=context.halfway, read_on=context.read_on,
+        )  # fmt: skip
+        travellers = [
+            Traveller(streams["heldout_base"], base),
+            Traveller(streams["heldout"], layer, result.hook, compressed=True),
+            *self._baselines.in_float32(index),
+            *self._baselines.with_fp8_cache(base, result.base_hook),
+        ]
+        if context.read_on or context.expert_work:
+            travellers.append(calibration)
+        if context.calibration_base is not None and context.read_on:
+            travellers.append(Traveller(context.calibration_base, base, halfway=context.halfway))
+
+        def serve(number: int, expert: nn.Module) -> None:
+            work, name = context.expert_work, f"{prefix}{number}."
+            done = {one: result.linears.pop(one) for one in list(result.linears) if one.startswith(name)}
+            written.add(expert, work(number, calibration.called) if work else done, name)
+
+        visit(decoder, index, travellers, experts_of(layer), serve)
+        self._check_base(index)
+        self._finish(layer, index, result, written)
+
+    def _run_passes(self, layer: nn.Module, index: int) -> LayerContext:
         context = self._context(index)
         for number, one in enumerate(self.work.passes, 1):
             context.last = number == len(self.work.passes)
             one.run(layer, context)
         context.finish(layer)
-        result = context.result
-        decoder.advance(layer, index, streams["heldout"], result.hook)
-        self._baselines.advance_fp8_cache(index, result.base_hook)
-        self._write(layer, index, result)
+        return context
 
     def _hold_folds(self, index: int) -> None:
         """Once for each kind of layer: folds that the model itself does not bear out are made by no method."""
@@ -208,44 +254,43 @@ class Walk:
         behind = {f"{architecture.final_norm}.{key}": value for key, value in norm.state_dict().items()}
         return HeadRecord(
             shard=self.writer.write_shard(names.publish(behind | tensors)),
-            module=_record(names.published(architecture.head), entry, found),
+            module=record_of(names.published(architecture.head), entry, found),
             packed_bytes=sum(tensor.nbytes for tensor in found.tensors.values()),
             quantized_parameters=found.weight.numel(),
         )
 
-    def _write(self, layer: nn.Module, index: int, result: LayerResult) -> None:
-        name, names = self.decoder.layer_name(index), self.decoder.names
-        packed = {linear: one.quantized.tensors() for linear, one in result.linears.items()}
-        tensors = layer_tensors(layer, packed, kind_of(layer).attention, result.kv_scales)
-        shard = self.writer.write_shard(
-            names.publish({f"{name}.{key}": value for key, value in tensors.items()})
+    def _layer_writer(self, index: int) -> LayerWriter:
+        decoder = self.decoder
+        layer = decoder.layer(index)
+        most = PARTS * len(layer.state_dict()) if kind_of(layer).experts else None
+        return LayerWriter(
+            self.writer,
+            decoder.names,
+            decoder.architecture,
+            self.work.modules,
+            decoder.layer_name(index),
+            most,
         )
-        entries = self.work.modules
+
+    def _finish(self, layer: nn.Module, index: int, result: LayerResult, written: LayerWriter) -> None:
+        """Write what is left of a layer, and note that it is done."""
+        scales = result.kv_scales
+        written.add(layer, result.linears, more=kv_tensors(kind_of(layer).attention, scales))
         self.journal.finish(
             LayerRecord(
                 layer=index,
-                shard=shard,
-                modules=[
-                    _record(names.published(f"{name}.{linear}"), entries[f"{name}.{linear}"], one)
-                    for linear, one in result.linears.items()
-                ],
-                kv_scales=KVLayerRecord(layer=index, **asdict(result.kv_scales))
-                if result.kv_scales
-                else None,
+                shard=written.close(),
+                modules=written.modules,
+                kv_scales=KVLayerRecord(layer=index, **asdict(scales)) if scales else None,
                 kept_experts=result.kept_experts,
                 absorbed_by=result.absorbed_by,
                 under_calibrated=result.under_calibrated,
                 figures=result.figures,
-                packed_bytes=sum(tensor.nbytes for one in packed.values() for tensor in one.values()),
-                quantized_parameters=sum(one.quantized.codes.numel() for one in result.linears.values()),
+                packed_bytes=written.packed_bytes,
+                quantized_parameters=written.quantized_parameters,
                 base_files=self._base_files,
                 streams=self.journal.save_streams(index, self._streams),
-                unopened={
-                    names.published(f"{name}.{linear}"): _unopened(one.quantized)
-                    for linear, one in result.linears.items()
-                    if self.decoder.architecture.in_experts(linear)
-                    and not one.quantized.scheme.experts.opened
-                },
+                unopened=written.unopened,
             )
         )
 
@@ -253,37 +298,3 @@ class Walk:
     def _base_files(self) -> list[str]:
         """The base model's files that were read so far."""
         return sorted(self.decoder.weights.read_files)
-
-
-def layer_tensors(
-    layer: nn.Module, packed: Mapping[str, Mapping[str, Tensor]], attention: str, kv_scales: KVScales | None
-) -> dict[str, Tensor]:
-    """The tensors of one decoder layer, by their names in it; `packed` holds those of its quantized linears."""
-    replaced = {f"{linear}.weight" for linear in packed}
-    tensors = {key: value for key, value in layer.state_dict().items() if key not in replaced}
-    for linear, parts in packed.items():
-        tensors.update({f"{linear}.{key}": value for key, value in parts.items()})
-    if kv_scales:
-        tensors[f"{attention}.k_scale"] = torch.tensor([kv_scales.k_scale], dtype=torch.float32)
-        tensors[f"{attention}.v_scale"] = torch.tensor([kv_scales.v_scale], dtype=torch.float32)
-    return tensors
-
-
-def _unopened(quantized: Quantized) -> UnopenedLinear:
-    outputs, inputs = quantized.codes.shape
-    return UnopenedLinear(shape=(outputs, inputs), sample=sample_of(quantized.dequantize()))
-
-
-def _record(name: str, entry: ModulePlan, linear: QuantizedLinear | QuantizedHead) -> ModuleRecord:
-    return ModuleRecord(
-        name=name,
-        scheme=entry.scheme.name,
-        bits=entry.scheme.bits,
-        group_size=entry.scheme.group_size,
-        symmetric=entry.scheme.symmetric,
-        methods=[method.name for method in entry.methods],
-        error=linear.error,
-        alpha=linear.alpha,
-        inputs=entry.scheme.input_quantizer.words if entry.scheme.input_quantizer else None,
-        input_scale=linear.quantized.input_scale if isinstance(linear, QuantizedLinear) else None,
-    )

@@ -6,11 +6,14 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from lowbit_quantize.model.architecture import kind_of
 from lowbit_quantize.model.decoder import Decoder
+from lowbit_quantize.model.visited_experts import RoutedCall
 from lowbit_quantize.schemes.kv_cache import KVScales, calibrated_scales
 from lowbit_quantize.schemes.scheme import Quantized
 from lowbit_quantize.statistics.kv_absmax import KVAbsmax
 from lowbit_quantize.walk.module_plan import Modules
+from lowbit_quantize.walk.visit import advance, silent_experts
 
 
 @dataclass(frozen=True)
@@ -53,13 +56,22 @@ class LayerResult:
         return self.base_kv_scales if self.fp8_in_use else None
 
 
+class ExpertWork(Protocol):
+    """What becomes of each routed expert of a compressed layer when it is visited."""
+
+    def __call__(self, number: int, calibration: RoutedCall) -> dict[str, QuantizedLinear]:
+        """Quantize in place the expert that the layer holds now, on what all experts are called with."""
+        ...
+
+
 @dataclass
 class LayerContext:
     """One layer on the walk. Streams are (sequences, tokens, hidden) and hold what the layer reads.
 
     `calibration` is the compressed model's stream, `calibration_base` the base model's where it walks too. A pass
     that is the `last` may move both on to the next layer itself, where they are `read_on`, and says so in `advanced`;
-    any other leaves them as they are.
+    any other leaves them as they are. Where the layer routes, both wait for the visit of its experts (walk/visit.py),
+    at the layer's middle if the pass says `halfway`, and `expert_work` is what is to be done with each expert then.
     """
 
     decoder: Decoder
@@ -71,18 +83,20 @@ class LayerContext:
     read_on: bool = True
     last: bool = False
     advanced: bool = False
+    halfway: bool = False
+    expert_work: ExpertWork | None = None
     kv_seen: bool = False
     result: LayerResult = field(default_factory=LayerResult)
 
     def base_layer(self) -> nn.Module:
         """The layer as the base model has it, read anew."""
-        return self.decoder.load_layer(self.index)
+        return self.decoder.load_frame(self.index)
 
     def base_output(self) -> Tensor:
         """What the base model's layer gives for `calibration_base`, or for `calibration` where that alone walks."""
         stream = self.calibration if self.calibration_base is None else self.calibration_base
         output = stream.clone()
-        self.decoder.advance(self.base_layer(), self.index, output)
+        advance(self.decoder, self.base_layer(), self.index, output)
         return output
 
     def set_kv_scales(self, seen: KVAbsmax, value_divisor: Tensor | None = None) -> None:
@@ -102,9 +116,10 @@ class LayerContext:
         """Do what no pass has done: choose the cache's scales, and move the streams on to the next layer."""
         if self.fp8_cache and not self.kv_seen:
             seen = KVAbsmax()
-            self.decoder.observe(layer, self.index, self.calibration, {}, seen, stop=False)
+            with silent_experts(layer):
+                self.decoder.observe(layer, self.index, self.calibration, {}, seen, stop=False)
             self.set_kv_scales(seen)
-        if self.advanced or not self.read_on:
+        if self.advanced or not self.read_on or kind_of(layer).experts:
             return
         if self.calibration_base is not None:
             self.decoder.advance(self.base_layer(), self.index, self.calibration_base)

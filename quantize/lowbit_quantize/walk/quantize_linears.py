@@ -5,8 +5,9 @@ takes the scale of all that reads it; then each chain of linears, attention's or
 quantized by itself, so that the float32 copies of one expert are alive at a time.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from lowbit_core.errors import NumericsError
 from lowbit_quantize.device.precision import exact_products
 from lowbit_quantize.methods.method import InputScale, Method, Site, SitePart
-from lowbit_quantize.model.architecture import Architecture, Fold, LinearGroup, linear_of
+from lowbit_quantize.model.architecture import Architecture, Fold, LinearGroup, kind_of, linear_of
 from lowbit_quantize.model.folds import (
     divide_bias,
     divide_norm,
@@ -22,6 +23,7 @@ from lowbit_quantize.model.folds import (
     multiply_columns,
     tied,
 )
+from lowbit_quantize.model.visited_experts import VisitedExperts
 from lowbit_quantize.schemes.rounding_linear import RoundingLinear
 from lowbit_quantize.schemes.scheme import Quantized
 from lowbit_quantize.statistics.hessian import output_error
@@ -38,12 +40,13 @@ class QuantizedLayer:
     """The quantized linears by name, and what each cached value channel was divided by.
 
     `folded` holds, by first linear, the scales of groups that are quantized in a later stage, where the linear before
-    is divided already.
+    is divided already; `taken` those that the weights have been multiplied by as well.
     """
 
     linears: dict[str, QuantizedLinear] = field(default_factory=dict)
     value_divisor: Tensor | None = None
     folded: dict[str, InputScale] = field(default_factory=dict)
+    taken: dict[str, InputScale] = field(default_factory=dict)
 
 
 @dataclass
@@ -96,18 +99,19 @@ def quantize_linears(
     modules: Modules,
     stage: Sequence[LinearGroup],
     done: QuantizedLayer,
+    groups: Sequence[LinearGroup] | None = None,
+    norms: Mapping[str, InputScale] | None = None,
 ) -> None:
     """Quantize the groups of a stage in place, by their entries in `modules`, and add what to store to `done`.
 
-    `statistics` are of the stage and of what `folded_later` says. Raises NumericsError on a weight that is not finite.
+    `statistics` are of the stage and of what `folded_later` says; `groups` are the layer's, by default all of them;
+    `norms` has the scales that were folded into norms, by default they are searched and folded now. Raises
+    NumericsError on a weight that is not finite.
     """
-    groups = architecture.groups_of(layer)
+    groups = architecture.groups_of(layer) if groups is None else groups
     later = folded_later(groups, stage, modules)
-    norms = {
-        norm.producer: folded
-        for norm in dict.fromkeys(group.fold for group in stage if group.fold and group.fold.norm)
-        if (folded := _fold_norm(layer, architecture, norm, stage, statistics, modules))
-    }
+    if norms is None:
+        norms = fold_norms(layer, groups, stage, statistics, modules)
     for chain in _chains([*stage, *later]):
         states = [_state_of(layer, group, statistics, norms, modules, done) for group in chain]
         for state in states:
@@ -119,6 +123,21 @@ def quantize_linears(
                 done.folded.update({state.group.linears[0]: state.folded} if state.folded else {})
                 continue
             done.linears.update(_install(layer, state, state.quantized()))
+
+
+def fold_norms(
+    layer: nn.Module,
+    groups: Sequence[LinearGroup],
+    stage: Sequence[LinearGroup],
+    statistics: LayerStatistics,
+    modules: Modules,
+) -> dict[str, InputScale]:
+    """Scales of what the groups of a stage read, folded into the norms that give it, by the names of these."""
+    return {
+        norm.producer: folded
+        for norm in dict.fromkeys(group.fold for group in stage if group.fold and group.fold.norm)
+        if (folded := _fold_norm(layer, groups, norm, stage, statistics, modules))
+    }
 
 
 def folded_later(
@@ -164,16 +183,17 @@ def _state_of(
     layer: nn.Module,
     group: LinearGroup,
     statistics: LayerStatistics,
-    norms: dict[str, InputScale],
+    norms: Mapping[str, InputScale],
     modules: Modules,
     done: QuantizedLayer,
 ) -> _GroupState:
-    hessian = statistics.hessian(group)
-    weight, folded = _weight_of(layer, group), done.folded.get(group.linears[0])
+    hessian, first = statistics.hessian(group), group.linears[0]
+    weight, folded = _weight_of(layer, group), done.folded.get(first)
     if folded is not None:  # its inputs are divided already
         weight = weight * folded.scale
+    folded = folded or done.taken.get(first)
     target = statistics.target(group, weight, hessian)
-    plan, sample = modules[group.linears[0]], statistics.sample(group)
+    plan, sample = modules[first], statistics.sample(group)
     already = None if folded is None else folded.scale
     state = _GroupState(group, plan, target, hessian, sample, folded, already)
     if group.fold is not None and group.fold.norm and group.fold.producer in norms:
@@ -183,7 +203,7 @@ def _state_of(
 
 def _fold_norm(
     layer: nn.Module,
-    architecture: Architecture,
+    groups: Sequence[LinearGroup],
     fold: Fold,
     stage: Sequence[LinearGroup],
     statistics: LayerStatistics,
@@ -195,7 +215,7 @@ def _fold_norm(
     is then of powers of two, so that it computes bit for bit what it did.
     """
     name = fold.producer
-    readers = [group for group in architecture.groups_of(layer) if group.fold and group.fold.producer == name]
+    readers = [group for group in groups if group.fold and group.fold.producer == name]
     quantized = [group for group in readers if group in stage]
     plain = {other for group in readers for other in group.other_readers}
     plain.update(linear for group in readers if group not in stage for linear in group.linears)
@@ -207,11 +227,23 @@ def _fold_norm(
         scale = choice.scale.log2().round().exp2() if plain else choice.scale
         scale = divide_norm(norm, divisor_of(fold, scale), fold.offset)
         scale = fold.spread.by_column(scale)
-        for other in plain:
-            multiply_columns(layer.get_submodule(other), scale)
+        _multiply(layer, plain, scale)
         choice = InputScale(scale, choice.alpha)
         folded = choice if folded is None else _product(folded, choice)
     return folded
+
+
+def _multiply(layer: nn.Module, names: Collection[str], scale: Tensor) -> None:
+    """Multiply the columns of modules of a layer; of experts that are visited, whenever they are made."""
+    experts, alike = kind_of(layer).experts, set()
+    routed: Any = layer.get_submodule(experts) if experts else None
+    for name in names:
+        if isinstance(routed, VisitedExperts) and name.startswith(f"{experts}."):
+            alike.add(routed.inside(name.removeprefix(f"{experts}.")))
+        else:
+            multiply_columns(layer.get_submodule(name), scale)
+    for name in sorted(alike):
+        routed.multiply(name, scale)
 
 
 def _norm_site(
@@ -226,7 +258,7 @@ def _norm_site(
 
     `folded` is what an earlier method has divided the inputs by.
     """
-    rows = sum(linear_of(layer, name).out_features for group in quantized for name in group.linears)
+    rows = sum(_outputs(layer, name) for group in quantized for name in group.linears)
     step = 1 if len(quantized) == 1 else max(1, -(-rows // SITE_ROWS))
     hessian = statistics.joint_hessian(quantized)
     if folded is not None:
@@ -248,6 +280,15 @@ def _norm_site(
         tie=lambda channels: tied(channels, fold.spread),
         inputs=None if sample is None else sample.rows() / (1.0 if folded is None else folded.scale),
     )
+
+
+def _outputs(layer: nn.Module, name: str) -> int:
+    """Outputs of a linear, for which no expert has to be read."""
+    experts = kind_of(layer).experts
+    routed = layer.get_submodule(experts) if experts else None
+    if isinstance(routed, VisitedExperts) and name.startswith(f"{experts}."):
+        return linear_of(routed.pattern, routed.inside(name.removeprefix(f"{experts}."))).out_features
+    return linear_of(layer, name).out_features
 
 
 def _fold_linear(layer: nn.Module, state: _GroupState, states: list[_GroupState]) -> None:

@@ -5,22 +5,29 @@ has (statistics/error_compensation.py), and for that it must know what the linea
 become: what attention reads is observed and quantized first, then what its output linear reads, then the network's
 first linears, then its last. The base model's calibration tokens walk beside, through the layer as it was. Once
 attention is quantized, both go on to the layer's middle: it runs no more for the stages that follow.
+
+Routed experts are none of these stages: what all of them read is observed with the first linears of the networks beside
+them, and each is quantized when it is visited (walk/expert_work.py).
 """
 
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from lowbit_quantize.methods.method import InputScale
 from lowbit_quantize.model.architecture import Architecture, LinearGroup, kind_of
 from lowbit_quantize.model.decoder import END, BasePass
 from lowbit_quantize.model.hooks import KVCacheHook, without_attention
 from lowbit_quantize.statistics.attention import attention_seen_by
 from lowbit_quantize.statistics.kv_absmax import KVAbsmax
 from lowbit_quantize.statistics.layer import LayerStatistics, both
+from lowbit_quantize.walk.expert_work import ExpertQuantizer
 from lowbit_quantize.walk.layer import LayerContext
-from lowbit_quantize.walk.quantize_linears import QuantizedLayer, folded_later, quantize_linears
+from lowbit_quantize.walk.quantize_linears import QuantizedLayer, fold_norms, folded_later, quantize_linears
+from lowbit_quantize.walk.visit import Traveller, experts_of, silent_experts
 
 KEPT_BYTES = 256 << 20
 
@@ -33,14 +40,27 @@ class Kept:
         self.read: list[Tensor] = []
 
 
+@dataclass(frozen=True)
+class Stage:
+    """Groups that are quantized together, and those of routed experts whose inputs are observed with them."""
+
+    groups: list[LinearGroup]
+    entering: list[LinearGroup]
+
+
 class StagedLayer:
     """How one layer is observed and quantized by its entries in the table."""
 
     def __init__(self, layer: nn.Module, architecture: Architecture, context: LayerContext) -> None:
         self._layer, self._architecture, self._context = layer, architecture, context
         self._decoder, self._index, self._modules = context.decoder, context.index, context.modules
-        groups, self._kind = architecture.groups_of(layer), kind_of(layer)
-        self._groups = [group for group in groups if group.linears[0] in self._modules]
+        self._all, self._kind = architecture.groups_of(layer), kind_of(layer)
+        quantized = [group for group in self._all if group.linears[0] in self._modules]
+        self._groups = [group for group in quantized if not architecture.is_expert(group)]
+        self._expert_groups = [group for group in quantized if architecture.is_expert(group)]
+        # Those that read what the router reads: their first linears.
+        self._entering = [group for group in self._expert_groups if group.other_readers]
+        self._block: LayerStatistics | None = None
         self._done = QuantizedLayer()
         self._absmax = KVAbsmax()
         # The last pass may move the streams; before another they are left as they are.
@@ -51,69 +71,140 @@ class StagedLayer:
 
     def quantize(self) -> None:
         """Quantize the layer in place on the calibration tokens, stage by stage."""
+        context, routed = self._context, bool(self._kind.experts)
         with ExitStack() as halves:
+            both_layers = (self._layer, self._base[0]) if self._base else (self._layer,)
+            halves.enter_context(silent_experts(*both_layers))
             stages = self._stages()
-            for number, stage in enumerate(stages):
-                self._quantize_stage(stages, number, stage, halves)
-            if self._context.last and self._context.read_on:
-                self._decoder.advance(self._layer, self._index, self._hidden, self._context.result.hook)
-        self._context.advanced = self._context.last
-        self._context.result.linears = self._done.linears
+            for number in range(len(stages)):
+                self._quantize_stage(stages, number, halves)
+            if context.last and context.read_on and not routed:
+                self._decoder.advance(self._layer, self._index, self._hidden, context.result.hook)
+        context.advanced = context.last and not routed
+        context.result.linears = self._done.linears
+        if self._expert_groups:
+            context.expert_work = self._expert_work()
+            if not context.last:
+                self._quantize_experts_now(context.expert_work)
 
-    def _quantize_stage(
-        self, stages: list[list[LinearGroup]], number: int, stage: list[LinearGroup], halves: ExitStack
-    ) -> None:
-        context, layer = self._context, self._layer
-        later = folded_later(self._groups, stage, self._modules)
-        statistics = self._statistics([*stage, *later])
+    def _quantize_stage(self, stages: list[Stage], number: int, halves: ExitStack) -> None:
+        context, layer, stage = self._context, self._layer, stages[number]
+        later = folded_later(self._groups, stage.groups, self._modules)
+        statistics = self._statistics([*stage.groups, *later], stage.entering)
         advance, kept = self._advance_after(stages, number), Kept(self._hidden)
         hook = context.result.hook if number else self._absmax
         self._observe(statistics, hook, advance, kept)
-        if stage:
-            context.result.under_calibrated.update(statistics.under_calibrated)
+        if stage.groups or stage.entering:
             with torch.no_grad():
-                quantize_linears(layer, self._architecture, statistics, self._modules, stage, self._done)
+                together = [*stage.groups, *stage.entering]
+                norms = fold_norms(layer, self._all, together, statistics, self._modules)
+                quantize_linears(
+                    layer,
+                    self._architecture,
+                    statistics,
+                    self._modules,
+                    stage.groups,
+                    self._done,
+                    self._groups,
+                    norms,
+                )
+            self._take_block(statistics, stage.entering, norms)
         if number == 0:
             context.set_kv_scales(self._absmax, self._done.value_divisor)
         if advance:
             kind = self._kind
+            context.halfway = advance != END
             attention = (kind.attention, kind.attention_end, kind.attention_outputs)
             with without_attention(layer, *attention, kept.read) if kept.read else nullcontext():
                 self._decoder.advance_to(advance, layer, self._index, self._hidden, context.result.hook)
             for one in (layer, self._base[0]) if self._base else (layer,):
                 halves.enter_context(without_attention(one, *attention))
 
-    def _stages(self) -> list[list[LinearGroup]]:
-        """The groups that are observed and quantized together, in the order of their inputs."""
-        plans = [self._modules[group.linears[0]] for group in self._groups]
-        if self._base is None or not any(plan.compensates for plan in plans):
-            return [self._groups]
-        numbers = sorted({group.stage for group in self._groups})
-        return [[group for group in self._groups if group.stage == number] for number in numbers]
+    def _stages(self) -> list[Stage]:
+        """What is observed and quantized together, in the order of inputs."""
+        if not self._staged:
+            return [Stage(self._groups, self._entering)]
+        numbers = sorted({group.stage for group in (*self._groups, *self._entering)})
+        return [
+            Stage(
+                [group for group in self._groups if group.stage == number],
+                [group for group in self._entering if group.stage == number],
+            )
+            for number in numbers
+        ]
+
+    @property
+    def _staged(self) -> bool:
+        """Whether what is quantized first changes what the rest is quantized on."""
+        groups = (*self._groups, *self._expert_groups)
+        return self._base is not None and any(self._modules[group.linears[0]].compensates for group in groups)
+
+    def _take_block(
+        self, statistics: LayerStatistics, entering: list[LinearGroup], norms: dict[str, InputScale]
+    ) -> None:
+        """Keep what all routed experts read, as they will read it, and let them have the scales of their inputs."""
+        if not entering:
+            return
+        self._block, experts = statistics, experts_of(self._layer)
+        fold = entering[0].fold
+        scale = norms.get(fold.producer) if fold else None
+        if scale is None:
+            return
+        statistics.divide_block(scale.scale)
+        for name in entering[0].linears:
+            experts.multiply(experts.inside(name.removeprefix(f"{self._kind.experts}.")), scale.scale)
+        self._done.taken.update({group.linears[0]: scale for group in entering})
+
+    def _quantize_experts_now(self, work: ExpertQuantizer) -> None:
+        """Another pass wants the layer as it will be served: quantize its experts, and keep them in memory."""
+        context, experts = self._context, experts_of(self._layer)
+        hook = context.result.hook
+        calibration = Traveller(self._hidden, self._layer, hook, halfway=context.halfway)
+        calibration.record(self._decoder, self._index)
+        for number in range(len(experts)):
+            context.result.linears.update(work(number, calibration.called))
+            experts.keep(number)
+        context.expert_work, context.halfway = None, False
+
+    def _expert_work(self) -> ExpertQuantizer:
+        assert self._block is not None
+        return ExpertQuantizer(
+            self._layer, self._architecture, self._modules, self._expert_groups, self._block, self._done.taken,
+            staged=self._staged, under_calibrated=self._context.result.under_calibrated,
+        )  # fmt: skip
 
     def _compensates(self, group: LinearGroup) -> bool:
         """Whether a group is aimed at what makes up for earlier errors: not where both models route differently."""
-        if self._base is None or group.other_readers or self._architecture.is_expert(group):
+        if self._base is None or group.other_readers:
             return False
         return self._modules[group.linears[0]].compensates
 
-    def _advance_after(self, stages: list[list[LinearGroup]], number: int) -> str | None:
+    def _advance_after(self, stages: list[Stage], number: int) -> str | None:
         """How far hidden states go with a stage: to the layer's middle, to its end or nowhere."""
-        if number + 1 == len(stages):
+        if number + 1 == len(stages) and not self._kind.experts:
             return END
-        ends = any(self._kind.attention_end in group.linears for group in stages[number])
+        ends = any(self._kind.attention_end in group.linears for group in stages[number].groups)
         return self._kind.middle if ends and self._kind.middle else None
 
-    def _statistics(self, groups: Sequence[LinearGroup]) -> LayerStatistics:
-        """Empty statistics; those of groups that are compensated have the base model's inputs as well."""
+    def _statistics(self, groups: Sequence[LinearGroup], entering: Sequence[LinearGroup]) -> LayerStatistics:
+        """Empty statistics; those of groups that are compensated have the base model's inputs as well.
+
+        With `entering`, what all routed experts read is observed too.
+        """
         paired: dict[str, Tensor | None] = {}
         for group in groups:
             if self._compensates(group):
                 name = group.linears[0]
                 folded = self._done.folded.get(name)
                 paired[name] = folded.scale if folded else None
-        sampled = {group.linears[0] for group in groups if self._modules[group.linears[0]].samples_inputs}
-        return LayerStatistics(self._layer, self._architecture, self._decoder.device, groups, paired, sampled)
+        sampled = {
+            group.linears[0]
+            for group in (*groups, *entering)
+            if self._modules[group.linears[0]].samples_inputs
+        }
+        return LayerStatistics(
+            self._layer, self._architecture, self._decoder.device, groups, paired, sampled, entering=entering
+        )
 
     def _observe(
         self, statistics: LayerStatistics, hook: KVCacheHook | None, advance: str | None, kept: Kept

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tests.quantize.edited_bases import Tensors, edited, quick_run
 
 from lowbit_core.errors import ModelError
-from lowbit_quantize.model.files.weights import INDEX_NAME, WeightFiles
+from lowbit_quantize.model.weights import INDEX_NAME, WeightFiles
 
 TinyModel = Callable[[str], Path]
 

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 from lowbit_core.errors import ModelError
 from lowbit_quantize.check.weights import base_of
 from lowbit_quantize.model.files.published_floats import from_fp8, from_mxfp4
-from lowbit_quantize.model.files.weights import WeightFiles
 from lowbit_quantize.model.reference import find_model
+from lowbit_quantize.model.weights import WeightFiles
 from lowbit_quantize.plan import make_plan
 
 TinyModel = Callable[[str], Path]

@@ -16,9 +16,9 @@ from lowbit_quantize.model.experts import ExpertList, is_stack, unstack_experts
 from lowbit_quantize.model.files.base_weights import BaseWeights, wanted_of
 from lowbit_quantize.model.files.kept_types import KeptTypes
 from lowbit_quantize.model.files.published_names import PublishedNames
-from lowbit_quantize.model.files.weights import WeightFiles
 from lowbit_quantize.model.hooks import attention_observed_by
 from lowbit_quantize.model.skeleton import build_skeleton, model_class
+from lowbit_quantize.model.weights import WeightFiles
 
 Saved = Callable[[str], Path]
 HALF = torch.bfloat16

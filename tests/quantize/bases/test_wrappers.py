@@ -15,9 +15,9 @@ from transformers import AutoConfig
 from lowbit_core.errors import ModelError
 from lowbit_quantize.check import forecast
 from lowbit_quantize.check.weights import Base, base_of
-from lowbit_quantize.model.files.weights import WeightFiles
 from lowbit_quantize.model.reference import find_model
 from lowbit_quantize.model.skeleton import build_skeleton, is_tied
+from lowbit_quantize.model.weights import WeightFiles
 from lowbit_quantize.plan import Plan
 from lowbit_quantize.run.companions import companions
 from lowbit_quantize.run.served_config import quantization_config, served_config

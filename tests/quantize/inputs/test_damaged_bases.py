@@ -9,7 +9,7 @@ import pytest
 from tests.quantize.tiny_gguf import write_tiny_gguf
 
 from lowbit_core.errors import InputError
-from lowbit_quantize.model.files.gguf_file import GgufFile
+from lowbit_quantize.model.gguf_file import GgufFile
 from lowbit_quantize.model.reference import ModelReference, find_model
 from lowbit_quantize.plan import make_plan
 from lowbit_quantize.recipe import load_recipe

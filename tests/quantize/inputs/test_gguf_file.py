@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from lowbit_core.errors import ModelError
 from lowbit_quantize.check.weights import checked_base, stored_weights
-from lowbit_quantize.model.files import gguf_file
-from lowbit_quantize.model.files.gguf_file import GgufFile
-from lowbit_quantize.model.files.weights import WeightFiles
+from lowbit_quantize.model import gguf_file
+from lowbit_quantize.model.gguf_file import GgufFile
 from lowbit_quantize.model.reference import find_model
+from lowbit_quantize.model.weights import WeightFiles
 from lowbit_quantize.pipeline import quantize
 from lowbit_quantize.plan import make_plan
 from lowbit_quantize.recipe import load_recipe

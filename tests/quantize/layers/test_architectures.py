@@ -116,7 +116,7 @@ def test_a_hybrid_has_layers_of_two_kinds() -> None:
     assert recurrent.attention == ""
     assert groups(attention) == LLAMA
     assert not any(group.attended for group in recurrent.groups)
-    assert not architecture.tested
+    assert architecture.tested
     shared = next(group.fold for group in recurrent.groups if group.linears == ("linear_attn.out_proj",))
     assert shared is not None
     assert (shared.spread.repeats, shared.offset) == (4, 0.0)

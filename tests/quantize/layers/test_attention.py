@@ -8,8 +8,8 @@ import torch
 
 from lowbit_quantize.model.decoder import Decoder
 from lowbit_quantize.model.discovery.found import open_model
-from lowbit_quantize.model.files.weights import WeightFiles
 from lowbit_quantize.model.reference import find_model
+from lowbit_quantize.model.weights import WeightFiles
 from lowbit_quantize.statistics.attention import QUERIES, attention_received, attention_seen_by
 from lowbit_quantize.statistics.hessian import AttendedHessian, Hessian
 from lowbit_quantize.statistics.kv_absmax import KVAbsmax

@@ -11,9 +11,9 @@ from lowbit_quantize.model.architecture import kind_of
 from lowbit_quantize.model.decoder import Decoder
 from lowbit_quantize.model.discovery.found import open_model
 from lowbit_quantize.model.files.base_weights import BaseWeights, wanted_of
-from lowbit_quantize.model.files.weights import WeightFiles
 from lowbit_quantize.model.hooks import inputs_of, without_attention
 from lowbit_quantize.model.reference import find_model
+from lowbit_quantize.model.weights import WeightFiles
 from lowbit_quantize.schemes.kv_cache import FP8_MAX, KVScales, scale_of
 from lowbit_quantize.statistics.hessian import Hessian
 from lowbit_quantize.statistics.kv_absmax import KVAbsmax

@@ -73,7 +73,7 @@ def test_reported_errors_are_those_of_the_pruned_and_of_the_merged_block(
         consolidate, similarity = name.split(" by ")
         merging = pruned_only(prune_ratio=0.5, consolidate=consolidate, similarity=similarity)
         context = LayerContext(decoder, index, {}, hidden, None, fp8_cache=False)
-        layer = decoder.load_layer(index)
+        layer = decoder.load_frame(index)
         make_plan(find_model(str(tiny_model(family))), merging).passes[0].run(layer, context)
         assert found["error"] == pytest.approx(error(layer), rel=0.02)
         assert {int(gone): by for gone, by in found["absorbed_by"].items()} == context.result.absorbed_by

@@ -22,8 +22,8 @@ from lowbit_quantize.model.architecture import Architecture
 from lowbit_quantize.model.files.places import Converted, Place, Source
 from lowbit_quantize.model.files.published_floats import PublishedFloats, beside, stored
 from lowbit_quantize.model.files.published_names import Claim, PublishedNames, joins_whole_experts
-from lowbit_quantize.model.files.weights import WeightFiles
 from lowbit_quantize.model.skeleton import is_tied, text_tensors
+from lowbit_quantize.model.weights import WeightFiles
 
 WRAPPERS = re.compile(
     r"^module\.|(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer)\."

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lowbit_core.errors import ModelError
-from lowbit_quantize.model.files.weights import WeightFiles
+from lowbit_quantize.model.weights import WeightFiles
 
 FP8 = ("F8_E4M3", "F8_E5M2")
 SCALES = ("weight_scale_inv", "weight_scale")  # of a weight, by their names beside it

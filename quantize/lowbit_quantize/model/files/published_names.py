@@ -127,6 +127,11 @@ class PublishedNames:
             if name.endswith(".weight") and not self._saved_single(part)
         )
 
+    def is_stacked(self, name: str) -> bool:
+        """Whether readers want a tensor of the model in a stack with those of other experts."""
+        part = self.slices.get(name)
+        return part is not None and not self._saved_single(part)
+
     def publish(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors of the model as a checkpoint has them: stacked, joined or cut again where its readers ask for that.
 

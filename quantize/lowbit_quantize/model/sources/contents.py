@@ -7,8 +7,8 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from lowbit_quantize.model.files.weights import INDEX_NAME, SINGLE_NAME
 from lowbit_quantize.model.sources.gguf_parts import first_parts
+from lowbit_quantize.model.weights import INDEX_NAME, SINGLE_NAME
 
 CONFIG, ADAPTER, PIPELINE = "config.json", "adapter_config.json", "model_index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")

@@ -16,8 +16,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, GenerationCo
 
 from lowbit_core.errors import ModelError
 from lowbit_core.manifest import file_sha256
-from lowbit_quantize.model.files.weights import WeightFiles
 from lowbit_quantize.model.sources.contents import CONFIG
+from lowbit_quantize.model.weights import WeightFiles
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION = "generation_config.json"

@@ -10,6 +10,7 @@ from lowbit_core.documents import Section
 from lowbit_quantize.model.architecture import Architecture
 from lowbit_quantize.passes.kind import PlainPass
 from lowbit_quantize.walk.layer import LayerContext
+from lowbit_quantize.walk.visit import experts_of
 
 
 class RescaleOptions(Section):
@@ -30,20 +31,27 @@ class RescaleExperts(PlainPass):
     def run(self, layer: nn.Module, context: LayerContext) -> None:
         if context.result.kept_experts is None:
             return
-        experts: Any = layer.get_submodule(self._architecture.experts)
-        weights = [expert.down_proj.weight for expert in experts]
+        factor = [1.0]
 
-        def output(factor: float) -> Tensor:
-            for expert, weight in zip(experts, weights, strict=True):
-                expert.down_proj.weight = nn.Parameter(weight * factor, requires_grad=False)
+        def scale(_: int, expert: Any) -> None:
+            weight = expert.down_proj.weight
+            expert.down_proj.weight = nn.Parameter(weight * factor[0], requires_grad=False)
+
+        experts = experts_of(layer)
+        experts.change(scale)
+
+        def output(value: float) -> Tensor:
+            factor[0] = value
+            experts.let_go()
             return torch.cat(
                 list(context.decoder.run_layer(layer, context.index, context.calibration))
             ).float()
 
         without = output(0.0)
         experts_give, wanted = output(1.0) - without, context.base_output().float() - without
-        factor = float((experts_give * wanted).sum() / experts_give.square().sum().clamp(min=1e-20))
-        output(min(max(factor, 1 / self._most), self._most))
+        best = float((experts_give * wanted).sum() / experts_give.square().sum().clamp(min=1e-20))
+        factor[0] = min(max(best, 1 / self._most), self._most)
+        experts.let_go()
 
 
 class RescaleExpertsKind:

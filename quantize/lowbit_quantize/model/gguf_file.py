@@ -27,11 +27,11 @@ from transformers.modeling_gguf_pytorch_utils import (
 from lowbit_core.durable import disk_errors
 from lowbit_core.errors import ModelError
 from lowbit_core.progress import track
-from lowbit_quantize.model.files.weights import INDEX_NAME
 from lowbit_quantize.model.reference import ModelReference
 from lowbit_quantize.model.sources.gguf_header import open_part
 from lowbit_quantize.model.sources.gguf_model import EXPERT_COUNTS, EXPERT_SIZES, GgufModel
 from lowbit_quantize.model.sources.gguf_positions import ROPE_FREQS
+from lowbit_quantize.model.weights import INDEX_NAME
 
 LAYER = "blk."
 BLOCK_ROWS = 4096

@@ -1,0 +1,111 @@
+"""A layer's shard, written part by part, and what is recorded of the linears that it holds."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lowbit_core.manifest import ModuleRecord
+from lowbit_quantize.model.architecture import Architecture
+from lowbit_quantize.model.files.published_names import PublishedNames
+from lowbit_quantize.run.journal import ShardRecord, UnopenedLinear
+from lowbit_quantize.run.writer import CheckpointWriter
+from lowbit_quantize.schemes.kv_cache import KVScales
+from lowbit_quantize.schemes.scheme import Quantized, sample_of
+from lowbit_quantize.walk.head import QuantizedHead
+from lowbit_quantize.walk.layer import QuantizedLinear
+from lowbit_quantize.walk.module_plan import ModulePlan, Modules
+
+
+class LayerWriter:
+    """One layer `name` of the model; what it is told of is on the disk, but for parts of what readers want stacked."""
+
+    def __init__(
+        self,
+        writer: CheckpointWriter,
+        names: PublishedNames,
+        architecture: Architecture,
+        entries: Modules,
+        name: str,
+        tensors: int | None,
+    ) -> None:
+        """`tensors`: the most that it can have, if it is too large to be written at once."""
+        self._writer, self._names, self._architecture = writer, names, architecture
+        self._shard = None if tensors is None else writer.begin_shard(tensors)
+        self._entries, self._name = entries, name
+        self._waiting: dict[str, Tensor] = {}
+        self.modules: list[ModuleRecord] = []
+        self.unopened: dict[str, UnopenedLinear] = {}
+        self.packed_bytes = self.quantized_parameters = 0
+
+    def add(
+        self,
+        module: nn.Module,
+        linears: Mapping[str, QuantizedLinear],
+        prefix: str = "",
+        more: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """A module of the layer whose names there begin with `prefix`, its quantized linears, and tensors beside it."""
+        packed = {linear: one.quantized.tensors() for linear, one in linears.items()}
+        replaced = {f"{linear}.weight" for linear in packed}
+        here = {f"{prefix}{key}": value for key, value in module.state_dict().items()}
+        tensors = {key: value for key, value in here.items() if key not in replaced}
+        for linear, parts in packed.items():
+            tensors.update({f"{linear}.{key}": value for key, value in parts.items()})
+        self._write({f"{self._name}.{key}": value for key, value in (tensors | dict(more or {})).items()})
+        for linear, one in linears.items():
+            self._note(linear, one)
+        self.packed_bytes += sum(tensor.nbytes for parts in packed.values() for tensor in parts.values())
+
+    def close(self) -> ShardRecord:
+        """The shard, whole."""
+        if self._shard is None:
+            return self._writer.write_shard(self._names.publish(self._waiting))
+        if self._waiting:
+            self._shard.add(self._names.publish(self._waiting))
+        return self._shard.close()
+
+    def _write(self, tensors: Mapping[str, Tensor]) -> None:
+        if self._shard is None or any(map(self._names.is_stacked, tensors)):
+            self._waiting |= tensors  # where readers want experts stacked, until all are there
+        else:
+            self._shard.add(self._names.publish(tensors))
+
+    def _note(self, linear: str, one: QuantizedLinear) -> None:
+        full = f"{self._name}.{linear}"
+        published, quantized = self._names.published(full), one.quantized
+        self.modules.append(record_of(published, self._entries[full], one))
+        self.quantized_parameters += quantized.codes.numel()
+        if self._architecture.in_experts(linear) and not quantized.scheme.experts.opened:
+            self.unopened[published] = _unopened(quantized)
+
+
+def kv_tensors(attention: str, scales: KVScales | None) -> dict[str, Tensor]:
+    """The scales of a layer's cache, by their names in it."""
+    if scales is None:
+        return {}
+    pairs = {"k_scale": scales.k_scale, "v_scale": scales.v_scale}
+    return {
+        f"{attention}.{name}": torch.tensor([value], dtype=torch.float32) for name, value in pairs.items()
+    }
+
+
+def record_of(name: str, entry: ModulePlan, linear: QuantizedLinear | QuantizedHead) -> ModuleRecord:
+    """What the manifest says of a quantized linear."""
+    return ModuleRecord(
+        name=name,
+        scheme=entry.scheme.name,
+        bits=entry.scheme.bits,
+        group_size=entry.scheme.group_size,
+        symmetric=entry.scheme.symmetric,
+        methods=[method.name for method in entry.methods],
+        error=linear.error,
+        alpha=linear.alpha,
+        inputs=entry.scheme.input_quantizer.words if entry.scheme.input_quantizer else None,
+        input_scale=linear.quantized.input_scale if isinstance(linear, QuantizedLinear) else None,
+    )
+
+
+def _unopened(quantized: Quantized) -> UnopenedLinear:
+    outputs, inputs = quantized.codes.shape
+    return UnopenedLinear(shape=(outputs, inputs), sample=sample_of(quantized.dequantize()))
