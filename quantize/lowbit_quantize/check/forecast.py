@@ -108,11 +108,11 @@ def memory_bound_bytes(plan: Plan, streams: int) -> int:
 
 def _at_once(layer: Any, architecture: Architecture) -> int:
     """Parameters of a layer that are in memory together, as dense layers are counted."""
-    whole = sum(one.numel() for one in layer.parameters())
+    whole: int = sum(one.numel() for one in layer.parameters())
     if not architecture.has_experts(layer):
         return whole
     experts = layer.get_submodule(architecture.experts)
-    one = sum(parameter.numel() for parameter in experts[0].parameters())
+    one: int = sum(parameter.numel() for parameter in experts[0].parameters())
     return 2 * (whole - len(experts) * one) + 4 * one
 
 
