@@ -19,6 +19,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 LIMIT_S, LIMIT_GB = 60.0, 6.0
+NUMBERS = 1_000_003
 YARN = {
     "rope_type": "yarn", "rope_theta": 10000.0, "factor": 40.0, "original_max_position_embeddings": 4096,
     "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0,
@@ -120,20 +121,27 @@ def _measured(name: str) -> dict[str, Any]:
 
 @dataclass
 class Seeded:
-    """Weights of a skeleton's shapes, made when they are read: norms near one, matrices of unit gain."""
+    """Weights of a skeleton's shapes, made when they are read: norms near one, matrices of unit gain.
+
+    The same random numbers again and again, so that making them costs what reading a file costs.
+    """
 
     skeleton: Any
     read_files: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
+        import torch
+
         self._shapes = {name: tuple(tensor.shape) for name, tensor in self.skeleton.state_dict().items()}
+        generator = torch.Generator().manual_seed(2)
+        self._numbers = torch.randn(NUMBERS, generator=generator, dtype=torch.bfloat16)
 
     def read(self, name: str) -> Any:
         import torch
 
         shape = self._shapes[name]
-        generator = torch.Generator().manual_seed(len(name) + sum(shape))
-        made = torch.randn(shape, generator=generator, dtype=torch.bfloat16)
+        count = torch.Size(shape).numel()
+        made = self._numbers.repeat(-(-count // len(self._numbers)))[:count].view(shape)
         return 1 + 0.2 * made if len(shape) == 1 and name.endswith("weight") else made.mul_(shape[-1] ** -0.5)
 
 
