@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 LIMIT_S = 400.0
+MOST = 400  # characters of an error
 TIE = 1.0  # logits between a choice and the next best, below which two texts say nothing about each other
 
 
@@ -72,9 +73,11 @@ def _greedy(what: str, checkpoint: Path) -> dict[str, Any]:
 
 
 def last_error(stderr: str, status: int) -> str:
-    """The last line that names an error, without what marks the process that wrote it."""
+    """The last error, without what marks the process that wrote it."""
     lines = [
         re.sub(r"^\(.*?\)\s*|^\[rank\d+\]:\s*|^ERROR.*?\]\s*", "", one).strip() for one in stderr.splitlines()
     ]
-    named = [one for one in lines if re.match(r"[\w.]*(Error|Exception)\b", one)]
-    return (named or lines or [f"ended with status {status} without a word"])[-1][:300]
+    named = [place for place, one in enumerate(lines) if re.match(r"[\w.]*(Error|Exception)\b", one)]
+    if named:  # with the lines that belong to it
+        return " ".join(one for one in lines[named[-1] :] if one)[:MOST]
+    return (lines or [f"ended with status {status} without a word"])[-1][:MOST]
