@@ -188,6 +188,8 @@ def _write(family: str, directory: Path) -> bool:
     config = narrowed(shallow)
     text = config.get_text_config()
     text.vocab_size = VOCABULARY
+    if getattr(text, "mamba_num_heads", None):  # its CPU kernel for 4 bits takes outputs in multiples of 32
+        text.mamba_num_heads = 32
     for key in LATENT_KEYS:  # vLLM's latent attention on a CPU has kernels for one size
         if getattr(text, key, None) is not None:
             setattr(text, key, getattr(shallow.get_text_config(), key))

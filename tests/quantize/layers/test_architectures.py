@@ -145,6 +145,28 @@ def test_a_model_whose_layers_read_the_tokens_again_is_refused() -> None:
         found("gemma4_text", num_hidden_layers=2)
 
 
+GEMMA4 = {
+    "num_hidden_layers": 6,
+    "vocab_size": 512,
+    "num_kv_shared_layers": 0,
+    "hidden_size_per_layer_input": 0,
+}
+
+
+def test_a_part_that_a_configuration_has_not_is_not_in_the_twin() -> None:
+    """Gemma 4 without inputs for each layer: `hidden_size_per_layer_input` is 0."""
+    kind = found("gemma4_text", **GEMMA4).kinds[0]
+    assert groups(kind) == {
+        QKV, "self_attn.o_proj <-", "mlp.gate_proj mlp.up_proj <- pre_feedforward_layernorm", DOWN
+    }  # fmt: skip
+
+
+def test_experts_whose_router_does_not_show_are_refused() -> None:
+    mixture = {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 64}
+    with pytest.raises(ModelError, match="the router of layer 0's experts does not show"):
+        found("gemma4_text", **GEMMA4, **mixture)
+
+
 def test_a_model_that_adds_positions_to_its_embedding_is_refused() -> None:
     with pytest.raises(ModelError, match="gpt2"):
         found("gpt2")

@@ -65,6 +65,21 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return lines[0]
 
 
+def test_a_run_killed_while_the_shard_of_a_layer_with_experts_is_written_part_by_part_goes_on(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model, out, log = tiny_model("qwen3_moe"), tmp_path / "out", tmp_path / "log"
+    assert run(command(model, tmp_path / "straight"), log)[0] == 0
+    for point in (
+        Point("open", "scratch/model-00002"),
+        renaming("model-00002"),
+        renaming("layer-00001.json"),
+    ):
+        assert run(command(model, out), log, kill_at=point)[0] == -9, point
+    assert run(command(model, out), log)[0] == 0
+    assert contents(out) == contents(tmp_path / "straight")
+
+
 def test_a_run_killed_in_every_phase_ends_with_the_files_of_one_that_was_not(
     tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:

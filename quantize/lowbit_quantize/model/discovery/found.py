@@ -76,6 +76,12 @@ def _found(config: Any, skeleton: nn.Module) -> Architecture:
         first = {
             number: describe(ProbedLayer(call, rows), layers[number]) for number, call in twin.calls.items()
         }
+    hidden = next((number for number, kind in first.items() if kind.experts and not kind.router), None)
+    if hidden is not None:
+        raise ModelError(
+            f"{config.model_type}: the router of layer {hidden}'s experts does not show: no module with a matrix reads "
+            "what the experts read; please report it with its config.json"
+        )
     text = config.get_text_config()
     facts = (FACTS | OTHERS).get(text.model_type, EngineFacts())
     return Architecture(

@@ -50,7 +50,9 @@ def _without(group: LinearGroup, broken: dict[str, float]) -> LinearGroup:
 
 def _errors(decoder: Decoder, index: int, kind: LayerKind) -> Iterator[tuple[str, float]]:
     """By producer, how far the output moves when its folds are made over three decades."""
-    hidden = decoder.embed(_some_ids(decoder)).float().cpu()  # first: the embedding is gone before the layer comes
+    hidden = (
+        decoder.embed(_some_ids(decoder)).float().cpu()
+    )  # first: the embedding is gone before the layer comes
     layer = _load(decoder, index)
     args, kwargs = _on_cpu(decoder.arguments(index, hidden))
     yield from _held(ProbedLayer(Call(layer, hidden, args, kwargs, kind.outputs), 1, hidden), kind.groups, "")

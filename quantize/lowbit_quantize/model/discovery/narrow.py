@@ -44,7 +44,9 @@ def narrowed(config: Any, *, of_heads: bool = False) -> Any:
     if not own_head_size and isinstance(real_heads, int) and "num_attention_heads" in values:
         hidden = real_hidden // real_heads * values["num_attention_heads"]
     values |= {"hidden_size": hidden} | _mamba_heads(text, hidden)
-    values |= {name: size for name, size in SIZES.items() if _given(text, name) is not None}
+    values |= {
+        name: size for name, size in SIZES.items() if _given(text, name)
+    }  # 0 is a part that is not there
     values |= {name: MIDDLE for name in _names(text) if name.endswith("intermediate_size") or name in MIDDLES}
     values |= _expert_counts(text)
     for name, value in values.items():
