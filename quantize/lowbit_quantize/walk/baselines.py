@@ -13,7 +13,7 @@ itself: one copy in float32 is in memory, as large as two.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -58,9 +58,9 @@ class Baselines:
             return []
         return [Traveller(self._streams[FLOAT32], self._decoder.load_frame(index).float())]
 
-    def with_fp8_cache(self, base: nn.Module, scales: KVScales | None) -> list[Traveller]:
+    def with_fp8_cache(self, base: Callable[[], nn.Module], scales: KVScales | None) -> list[Traveller]:
         """The stream with the FP8 cache on its way through the base model's layer, where there is one."""
-        return [Traveller(self._streams[FP8_CACHE], base, scales)] if FP8_CACHE in self._rows else []
+        return [Traveller(self._streams[FP8_CACHE], base(), scales)] if FP8_CACHE in self._rows else []
 
     def measure(self, base: Tensor, norm: nn.Module, head: Tensor) -> dict[str, DivergenceRecord]:
         """Noise floor and FP8 cache alone, by their names in the manifest; `base` is the whole stream."""

@@ -134,7 +134,7 @@ class Walk:
         context = self._run_passes(layer, index)
         result = context.result
         decoder.advance(layer, index, streams["heldout"], result.hook)
-        for one in self._baselines.with_fp8_cache(decoder.load_layer(index), result.base_hook):
+        for one in self._baselines.with_fp8_cache(lambda: decoder.load_layer(index), result.base_hook):
             decoder.advance(one.layer, index, one.hidden, one.hook)
         written = self._layer_writer(index)
         self._finish(layer, index, result, written)
@@ -153,7 +153,7 @@ class Walk:
             Traveller(streams["heldout_base"], base),
             Traveller(streams["heldout"], layer, result.hook, compressed=True),
             *self._baselines.in_float32(index),
-            *self._baselines.with_fp8_cache(base, result.base_hook),
+            *self._baselines.with_fp8_cache(lambda: base, result.base_hook),
         ]
         if context.read_on or context.expert_work:
             travellers.append(calibration)

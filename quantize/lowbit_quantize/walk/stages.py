@@ -183,6 +183,8 @@ class StagedLayer:
         """How far hidden states go with a stage: to the layer's middle, to its end or nowhere."""
         if number + 1 == len(stages) and not self._kind.experts:
             return END
+        if not self._staged:  # what attention's last linear read was seen before any of this was quantized
+            return None
         ends = any(self._kind.attention_end in group.linears for group in stages[number].groups)
         return self._kind.middle if ends and self._kind.middle else None
 

@@ -157,11 +157,12 @@ def test_a_pass_of_one_file_brings_layers_nearer_to_the_base(
     assert 0.25 <= factors[0] <= 4
 
 
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
 @pytest.mark.parametrize("methods", [["awq"], ["awq", "gptq"]])
 def test_a_pass_after_quantize_sees_quantized_layers_and_changes_no_file(
-    tiny_model: Callable[[str], Path], methods: list[str], tmp_path: Path
+    tiny_model: Callable[[str], Path], methods: list[str], family: str, tmp_path: Path
 ) -> None:
-    rule, model = {**NEAREST, "methods": methods}, tiny_model("qwen3")
+    rule, model = {**NEAREST, "methods": methods}, tiny_model(family)
     measuring = dataclasses.replace(MORE, passes=(*MORE.passes, MeasureLayersKind()))
     plain = run(model, recipe_with(rule), tmp_path / "plain")
     passes = ["quantize", "measure_layers"]
