@@ -56,7 +56,8 @@ def reference(directory: Path, prompts: torch.Tensor = PROMPTS, tokens: int = NE
             "kv_cache_scheme", None
         )  # transformers would round as well, with scales cut to bfloat16
     model = AutoModelForCausalLM.from_pretrained(directory, config=config, dtype=torch.bfloat16)
-    cache = RoundingCache(config, read_checkpoint_scales(directory))
+    stored, skipped = read_checkpoint_scales(directory), _skipped(directory)
+    cache = RoundingCache(config, {layer: one for layer, one in stored.items() if layer not in skipped})
     with torch.inference_mode():
         done = model.generate(
             prompts,
@@ -92,14 +93,12 @@ def engine(
         torch.cpu._init_amx()  # as the server's workers do; this engine runs in this process
     began = time.monotonic()
     longest = prompts.shape[1] + tokens + 1
-    manifest = read_manifest(directory)
-    skipped = manifest.kv_cache.skip_layers if manifest and manifest.kv_cache else []
     llm = LLM(
         str(directory),
         enforce_eager=True,
         max_model_len=longest,
         max_num_seqs=len(prompts),
-        kv_cache_dtype_skip_layers=[str(number) for number in skipped],
+        kv_cache_dtype_skip_layers=[str(number) for number in _skipped(directory)],
         **flags,
     )
     sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=0)
@@ -119,6 +118,12 @@ def engine(
     gc.collect()
     cleanup_dist_env_and_memory()
     return found | {"seconds": time.monotonic() - began}
+
+
+def _skipped(directory: Path) -> list[int]:
+    """Layers that a checkpoint keeps out of the FP8 cache."""
+    manifest = read_manifest(directory)
+    return manifest.kv_cache.skip_layers if manifest and manifest.kv_cache else []
 
 
 def drafted(directory: Path) -> dict[str, Any]:
