@@ -1,6 +1,6 @@
 """Peak memory of quantizing one routed layer, by how many experts it has: it should not depend on that.
 
-    python benchmarks/scale/experts.py --experts 32 64 128 [--json benchmarks/scale/results/experts.json]
+    python benchmarks/scale/experts.py --experts 32 64 128 [--json benchmarks/scale/results/experts/NAME.json]
 
 The layer has DeepSeek-V3's widths (latent attention, experts of 2,048 behind 7,168 channels, eight used by a token) and
 random bfloat16 weights; narrower with --hidden and --middle. `lowbit quantize` runs as a process of its own, and the
