@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,19 +20,26 @@ LOWBIT = PYTHON.with_name("lowbit")
 
 
 @contextmanager
-def lowbit_serve(checkpoint: Path, log: Path, *flags: str) -> Iterator[ServerProcess]:
-    """`lowbit serve` until the block ends."""
+def lowbit_serve(
+    checkpoint: Path, log: Path, *flags: str, packages: str | None = None
+) -> Iterator[ServerProcess]:
+    """`lowbit serve` until the block ends, with the folder `packages` of Python packages beside its own."""
     command = [str(LOWBIT), "serve", str(checkpoint), "--enforce-eager", "--kv-cache-gib", "1", *flags]
-    with running(command, log, "/readyz") as server:
+    environment = None if packages is None else os.environ | {"PYTHONPATH": packages}
+    with running(command, log, "/readyz", environment) as server:
         yield server
 
 
 @contextmanager
-def running(command: Sequence[str], log: Path, ready_path: str) -> Iterator[ServerProcess]:
+def running(
+    command: Sequence[str], log: Path, ready_path: str, environment: Mapping[str, str] | None = None
+) -> Iterator[ServerProcess]:
     """Any server that takes `--port`, once `ready_path` answers 200."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    with running_server([*command, "--port", str(port)], url, log, ready_path=ready_path) as server:
+    with running_server(
+        [*command, "--port", str(port)], url, log, ready_path=ready_path, environment=environment
+    ) as server:
         yield server
 
 

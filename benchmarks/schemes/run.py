@@ -12,6 +12,11 @@ the first, round by round, and the standard error of their mean. `--minutes` beg
 servers' starts included. The result names the processor, its instruction sets and the kernel of each layer. `--mock`
 serves nothing: `lowbit serve` with an engine that only waits, to try the script.
 
+A directory followed by `@PACKAGES` is served with the Python packages of that folder, zentorch on AMD's processors:
+
+    pip install --target PACKAGES --no-deps zentorch==2.13.0.1 deprecated wrapt
+    python benchmarks/schemes/run.py bf16=DIR w8a8=DIR w8a8-zentorch=DIR@PACKAGES ...
+
 Where bf16 is slow (1B on two cores without its instructions), less of everything:
 
     --rounds 2 --minutes 12 --prompts 1 --prompt 256 --requests 1 --tokens 8
@@ -55,10 +60,8 @@ def main() -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         servers = {
-            name: stack.enter_context(
-                _server(Path(path), arguments.work / f"{name}.log", mock=arguments.mock)
-            )
-            for name, path in directories.items()
+            name: stack.enter_context(_server(where, arguments.work / f"{name}.log", mock=arguments.mock))
+            for name, where in directories.items()
         }
         print(f"{len(servers)} servers are ready after {time.monotonic() - began:.0f} s", flush=True)
         checkpoints = {name: _checkpoint(server.url) for name, server in servers.items()}
@@ -85,7 +88,7 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    parser.add_argument("checkpoints", nargs="+", metavar="NAME=DIR")
+    parser.add_argument("checkpoints", nargs="+", metavar="NAME=DIR[@PACKAGES]")
     parser.add_argument("--model", required=True, help="what the checkpoints are made of, in a few words")
     parser.add_argument("--table", action="store_true", help="the result goes into the server's table")
     parser.add_argument("--rounds", type=int, default=3)
@@ -100,9 +103,11 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _server(checkpoint: Path, log: Path, *, mock: bool) -> AbstractContextManager[ServerProcess]:
+def _server(where: str, log: Path, *, mock: bool) -> AbstractContextManager[ServerProcess]:
+    """Of DIR or DIR@PACKAGES."""
     if not mock:
-        return lowbit_serve(checkpoint, log, *FLAGS)
+        checkpoint, _, packages = where.partition("@")
+        return lowbit_serve(Path(checkpoint), log, *FLAGS, packages=packages or None)
     command = [str(PYTHON), str(ROOT / "benchmarks" / "mock_engine.py"), "serve"]
     flags = ("--served-model-name", MODEL)
     return running([*command, str(folder(log.with_suffix(".mock"))), *flags], log, "/readyz")
