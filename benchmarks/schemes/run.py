@@ -7,7 +7,8 @@
 
 The first directory is what the others are compared with. All servers are up and one is loaded at a time; a round gives
 each of them the same short load (prompts of 768 tokens for one token of output; then 1, 4 and 16 streams of outputs),
-in an order that rotates, after a shorter one that warms up. Compared are prompt tokens/s and output tokens/s: ratios to
+in an order that rotates, after a shorter one that warms up; each round has prompts of its own, which no cache of
+prefixes holds. Compared are prompt tokens/s and output tokens/s: ratios to
 the first, round by round, and the standard error of their mean. `--minutes` begins no round that would not end in time,
 servers' starts included. The result names the processor, its instruction sets and the kernel of each layer. `--mock`
 serves nothing: `lowbit serve` with an engine that only waits, to try the script.
@@ -48,9 +49,10 @@ STREAMS = (1, 4, 16)
 SHORT_PROMPT = 32
 MAX_LAG_S = 0.5  # of the generator, beside engines on the same cores: rates over seconds do not see it
 WARM_TOKENS = 2  # of each output of the turn that warms up
+WARMING = 0  # the number of its round
 FLAGS = ("--kv-cache-dtype", "bfloat16", "--max-num-seqs", "16", "--served-model-name", "m")
 Speeds = dict[str, float]
-Turn = Callable[[str, bool], Speeds]  # of a checkpoint; True where it only warms up
+Turn = Callable[[str, int], Speeds]  # of a checkpoint, in a round; WARMING where it only warms up
 
 
 def main() -> None:
@@ -69,7 +71,7 @@ def main() -> None:
         urls = {name: server.url for name, server in servers.items()}
         rounds = take_turns(
             list(urls),
-            lambda name, warming: _turn(urls[name], arguments, warming=warming),
+            lambda name, number: _turn(urls[name], arguments, number),
             arguments.rounds,
             left_s=lambda: 60 * arguments.minutes - (time.monotonic() - began),
         )
@@ -121,28 +123,38 @@ def take_turns(
     At least one round is run, and another only where as much time is left as the last one took.
     """
     for name in names:
-        turn(name, True)
+        turn(name, WARMING)
     rounds: dict[str, list[Speeds]] = {name: [] for name in names}
-    for number in range(count):
+    for number in range(1, count + 1):
         before = left_s()
-        first = number % len(names)
+        first = (number - 1) % len(names)
         for name in (*names[first:], *names[:first]):
-            rounds[name].append(turn(name, False))
-            print(number + 1, name, json.dumps(rounds[name][-1]), flush=True)
+            rounds[name].append(turn(name, number))
+            print(number, name, json.dumps(rounds[name][-1]), flush=True)
         if left_s() < before - left_s():
             break
     return rounds
 
 
-def _turn(url: str, arguments: argparse.Namespace, *, warming: bool) -> Speeds:
-    """Prompt tokens/s, and output tokens/s at each number of streams."""
+def _turn(url: str, arguments: argparse.Namespace, number: int) -> Speeds:
+    """Prompt tokens/s, and output tokens/s at each number of streams; no round has the prompts of another."""
+    warming = number == WARMING
     prompts = 1 if warming else arguments.prompts
-    load = _load(url, arguments.work, concurrency=1, requests=prompts, prompt=arguments.prompt, output=1)
+    load = _load(
+        url,
+        arguments.work,
+        seed=number,
+        concurrency=1,
+        requests=prompts,
+        prompt=arguments.prompt,
+        output=1,
+    )
     speeds = {"prompt": load["total_tokens_per_s"] - load["output_tokens_per_s"]}
     for streams in STREAMS[-1:] if warming else STREAMS:
         load = _load(
             url,
             arguments.work,
+            seed=number,
             concurrency=streams,
             requests=streams * (1 if warming else arguments.requests),
             prompt=SHORT_PROMPT,
@@ -162,6 +174,7 @@ def _load(url: str, work: Path, **load: int) -> dict[str, Any]:
                 "prompts": {"kind": "synthetic", "tokens": load["prompt"]},
                 "output": {"tokens": load["output"], "exact": True},
                 "requests": load["requests"],
+                "seed": load["seed"],
                 "generator": {"workers": 1, "max_lag_s": MAX_LAG_S},
             }
         ),
