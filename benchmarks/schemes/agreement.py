@@ -4,13 +4,16 @@
 
 The server answers PROMPTS greedily. Each of its tokens is then given to transformers with the text before it, so that
 every token counts and not only those before the first difference: it must be transformers' own choice too, or less than
-TIE logits below that. Two readers: transformers as it is, whose library divides int8 inputs by absmax / 127.5, and as
+TIE logits below that. Held-out texts are asked for their loss as well, the mean negative log-probability of a token, of
+server and readers. With `--packages DIR` the server has the Python packages of that folder beside it: zentorch's kernels are
+held to the same. Two readers: transformers as it is, whose library divides int8 inputs by absmax / 127.5, and as
 `lowbit evaluate` loads it, with inputs rounded as vLLM rounds them. The FP8 cache's scales, and those of inputs where
 they are static, are read back from the running engine and held against the files. Status 1 where something differs.
 """
 
 import argparse
 import gc
+import gzip
 import json
 import sys
 import urllib.request
@@ -45,6 +48,8 @@ PROMPTS = (
     "Name the planets of the solar system in order.",
     "Translate to French: the cat sleeps on the chair.",
 )
+HELDOUT = ROOT / "quantize" / "lowbit_quantize" / "quality" / "texts" / "heldout.jsonl.gz"
+TEXTS, TEXT_TOKENS = 24, 160
 TIE = 1.0  # logits; what the kernels' own rounding moves (tests/e2e/test_families.py)
 Logits = Callable[[Tensor], Tensor]  # (1, tokens) to (tokens, vocabulary)
 
@@ -53,29 +58,36 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--tokens", type=int, default=48, help="of each answer")
+    parser.add_argument("--packages", type=Path, help="folder of packages beside the server, zentorch's")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    prompts = _prompts(arguments.checkpoint)
+    prompts, texts = _prompts(arguments.checkpoint), _texts(arguments.checkpoint)
+    packages = str(arguments.packages) if arguments.packages else None
     with lowbit_serve(
-        arguments.checkpoint, arguments.work / "agreement.log", "--served-model-name", "m"
+        arguments.checkpoint, arguments.work / "agreement.log", "--served-model-name", "m", packages=packages
     ) as server:
         engine = _get(f"{server.url}/lowbit/checkpoint")["engine"]
         answers = [_answer(server.url, prompt, arguments.tokens) for prompt in prompts]
+        served_loss = mean_loss([_served(server.url, text) for text in texts])
     result = {
         "checkpoint": arguments.checkpoint.name,
         "tie_logits": TIE,
         "kv_cache_dtype": engine["kv_cache_dtype"],
         "layers": engine["layers"],
         "scales": scales_in_force(arguments.checkpoint, engine),
-        "readers": {
-            name: compared(reader(arguments.checkpoint), prompts, answers)
-            for name, reader in readers_of(arguments.checkpoint).items()
-        },
+        "loss": {"tokens": sum(len(text) - 1 for text in texts), "served": served_loss},
+        "readers": {},
     }
+    for name, reader in readers_of(arguments.checkpoint).items():
+        logits = reader(arguments.checkpoint)
+        result["readers"][name] = compared(logits, prompts, answers) | {
+            "loss": mean_loss([log_probabilities(logits, text) for text in texts])
+        }
+        del logits
     write_result(arguments.out, result)
-    print(json.dumps({key: result[key] for key in ("scales", "readers")}))
+    print(json.dumps({key: result[key] for key in ("scales", "loss", "readers")}))
     return 0 if agrees(result) else 1
 
 
@@ -105,6 +117,19 @@ def gaps_of(logits: Logits, prompt: Sequence[int], answer: Sequence[int]) -> Ten
     ids = torch.tensor([*prompt, *answer])
     found = logits(ids[None])[len(prompt) - 1 : -1].float()  # (tokens, vocabulary)
     return found.amax(-1) - found.gather(-1, ids[len(prompt) :, None]).squeeze(-1)
+
+
+def log_probabilities(logits: Logits, text: Sequence[int]) -> list[float]:
+    """Of each token of a text but the first, by what stands before it."""
+    ids = torch.tensor(text)
+    found = logits(ids[None]).float().log_softmax(-1)[:-1]
+    return list(found.gather(-1, ids[1:, None]).squeeze(-1).tolist())
+
+
+def mean_loss(texts: Sequence[Sequence[float]]) -> float:
+    """Over the tokens of all texts, nats."""
+    every = [one for text in texts for one in text]
+    return round(-sum(every) / len(every), 5)
 
 
 def plain(checkpoint: Path) -> Logits:
@@ -158,6 +183,21 @@ def _prompts(checkpoint: Path) -> list[list[int]]:
         )
         for prompt in PROMPTS
     ]
+
+
+def _texts(checkpoint: Path) -> list[list[int]]:
+    """The beginnings of some held-out texts, spread over all of them."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    with gzip.open(HELDOUT, "rt", encoding="utf-8") as lines:
+        texts = [json.loads(line)["text"] for line in lines]
+    return [tokenizer(text)["input_ids"][:TEXT_TOKENS] for text in texts[:: -(-len(texts) // TEXTS)]]
+
+
+def _served(url: str, text: Sequence[int]) -> list[float]:
+    """As `log_probabilities`, of the server."""
+    body = {"model": "m", "prompt": text, "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 1}
+    answer = _get(f"{url}/v1/completions", body)
+    return list(answer["choices"][0]["logprobs"]["token_logprobs"][1 : len(text)])
 
 
 def _answer(url: str, prompt: Sequence[int], tokens: int) -> list[int]:

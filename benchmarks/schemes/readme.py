@@ -12,6 +12,9 @@ from statistics import fmean
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "core"))
+from lowbit_core.cpu_speeds import SETS  # noqa: E402
+
 RESULTS = Path(__file__).parent / "results"
 QUANTIZERS = ROOT / "benchmarks" / "quantizers" / "results"
 START, END = "<!-- schemes/readme.py -->\n", "<!-- end -->"
@@ -22,6 +25,7 @@ ROWS = {  # by checkpoint: what it is called, and whose judged case its KL is
     "w4a16": ("W4A16 (`{}`)", ("field.json", "lowbit-awq-bare")),
     "w8a8": ("W8A8 (`w8a8`)", ("eight_bits.json", "lowbit-w8a8-smoothquant+gptq")),
 }
+BESIDE = "-zentorch"  # of a row's checkpoint, served with it; shown where it was measured
 MODELS = {  # by `model` of a result: recipe of W4A16, and MiB of the tensors, as `lowbit inspect` says
     "SmolLM2-135M": ("awq-g64", {"bf16": 256.6, "w4a16": 107.9, "w8a8": 155.9}),
     "1B, random weights": ("rtn", {"bf16": 2048.1, "w4a16": 670.6, "w8a8": 1121.6}),
@@ -39,17 +43,20 @@ def tables() -> str:
 
 
 def table(result: dict[str, Any]) -> str:
-    """One result: model and processor in the first cell."""
+    """One result: the model and the processor's instructions in the first cell."""
     if result["model"] not in MODELS:
         raise SystemExit(
             f"{result['model']}: its recipe and sizes are not in MODELS of {Path(__file__).name}"
         )
     recipe, sizes = MODELS[result["model"]]
-    rows = [[result["model"], *HEAD[1:]], ["---"] * len(HEAD)]
+    rows = [[f"{result['model']}, {SETS[result['instructions']]}", *HEAD[1:]], ["---"] * len(HEAD)]
     for name, (label, judged) in ROWS.items():
-        speeds = [_speed(result, name, measure) for measure in MEASURES]
         kl = _kl(name, judged) if result["model"] == JUDGED else "–"
-        rows.append([label.format(recipe), f"{sizes[name]:,.1f} MiB", kl, *speeds])
+        for served in (name, name + BESIDE):
+            if served in result["rounds"]:
+                speeds = [_speed(result, served, measure) for measure in MEASURES]
+                called = label.format(recipe) + (", zentorch" if served != name else "")
+                rows.append([called, f"{sizes[name]:,.1f} MiB", kl, *speeds])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 

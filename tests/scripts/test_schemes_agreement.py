@@ -4,7 +4,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.schemes.agreement import TIE, agrees, compared, plain, readers_of, rounded, scales_in_force
+from benchmarks.schemes.agreement import (
+    TIE,
+    agrees,
+    compared,
+    log_probabilities,
+    mean_loss,
+    plain,
+    readers_of,
+    rounded,
+    scales_in_force,
+)
 from tests.quantize.small_runs import CPU, recipe_with
 from tests.tiny_models import CONTEXT, SENTENCES, write_tiny_model
 from torch import Tensor
@@ -65,3 +75,14 @@ def test_a_near_tie_agrees_and_a_clear_choice_does_not() -> None:
     assert agrees({"scales": scales, "readers": {"one": tied}})
     assert not agrees({"scales": scales, "readers": {"one": tied, "two": far}})
     assert not agrees({"scales": scales | {"in_force": 1}, "readers": {"one": tied}})
+
+
+def test_the_loss_is_that_of_each_token_by_the_one_before_it() -> None:
+    table = torch.tensor([[0.1, 0.2, 0.7], [0.5, 0.25, 0.25], [0.3, 0.3, 0.4]]).log()
+
+    def logits(ids: Tensor) -> Tensor:
+        return table[ids[0]] + 3.0
+
+    texts = [log_probabilities(logits, [0, 2, 2]), log_probabilities(logits, [1, 0])]
+    expected = -torch.tensor([0.7, 0.4, 0.5]).log().mean()
+    assert mean_loss(texts) == pytest.approx(float(expected), abs=1e-5)

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from benchmarks.schemes.run import Speeds, ratios, take_turns
+from benchmarks.schemes.run import WARMING, Speeds, ratios, take_turns
 
 NAMES = ("bf16", "w4a16", "w8a8")
 
@@ -13,11 +13,11 @@ class Turns:
 
     def __init__(self, seconds: float, limit_s: float) -> None:
         self.seconds, self.left = seconds, limit_s
-        self.taken: list[tuple[str, bool]] = []
+        self.taken: list[tuple[str, int]] = []
 
-    def __call__(self, name: str, warming: bool) -> Speeds:
-        self.taken.append((name, warming))
-        self.left -= 0.1 * self.seconds if warming else self.seconds
+    def __call__(self, name: str, number: int) -> Speeds:
+        self.taken.append((name, number))
+        self.left -= 0.1 * self.seconds if number == WARMING else self.seconds
         return {"prompt": 2.0 if name == "w8a8" else 1.0}
 
     def left_s(self) -> float:
@@ -38,9 +38,9 @@ def test_no_round_begins_that_would_not_end_in_time_but_the_first(limit_s: float
 def test_everyone_is_warmed_first_and_each_round_begins_with_another() -> None:
     turns = Turns(1.0, 1e9)
     take_turns(NAMES, turns, 3, turns.left_s)
-    assert turns.taken[:3] == [(name, True) for name in NAMES]
+    assert turns.taken[:3] == [(name, WARMING) for name in NAMES]
     assert [name for name, _ in turns.taken[3::3]] == list(NAMES)
-    assert not any(warming for _, warming in turns.taken[3:])
+    assert [number for _, number in turns.taken] == sorted(number for number in range(4) for _ in NAMES)
 
 
 def test_one_round_has_no_error_and_is_json() -> None:
