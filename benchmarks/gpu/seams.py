@@ -33,7 +33,7 @@ RUN_CAUSES = {
 ONCE = ("quality", "the rest of the run")  # causes that a deeper model does not have more of
 # What each part of quantizing one weight by GPTQ took.
 GPTQ_CAUSES = {
-    "lowbit_quantize.methods.gptq:_ordered_factor": "factor",
+    "lowbit_quantize.methods.gptq:ordered_factor": "factor",
     "lowbit_quantize.schemes.integer:search_params": "search",
     "lowbit_quantize.methods.gptq:parallel_map": "columns",
     "lowbit_quantize.schemes.integer:solve_scales": "refine",

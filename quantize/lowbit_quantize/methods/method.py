@@ -68,7 +68,10 @@ class Method(Protocol):
         ...
 
     def quantize(self, weight: Tensor, hessian: Tensor, scheme: Scheme) -> Quantized:
-        """Quantize a weight (out, in) on inputs of this Hessian (in, in); raises NumericsError."""
+        """Quantize a weight (out, in) on inputs of this Hessian (in, in); raises NumericsError.
+
+        Or several of one shape at once, (n, out, in) and (n, in, in): each becomes what it would by itself.
+        """
         ...
 
 

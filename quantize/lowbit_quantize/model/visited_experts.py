@@ -1,11 +1,11 @@
-"""Routed experts that are not in memory: each is made when it is asked for, and the next one takes its place.
+"""Routed experts that are not in memory: each is made when it is asked for, and let go when others are.
 
 So a layer of any number of experts is as large as what is around them. Whoever wants all experts to see all tokens lets
 the layer run once with the experts `recording` what they are called with, asks for one expert after the other, and lets
 the layer run again with the experts `playing` the sums (walk/visit.py).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +40,7 @@ class _Nothing(list[RoutedCall]):
 
 
 class VisitedExperts(nn.Module):
-    """Called as a list of experts is; item `number` is made when it is asked for and kept until the next one is."""
+    """Called as a list of experts is; item `number` is made when it is asked for, and held until another is made so."""
 
     observer: ExpertObserver | None = None
 
@@ -55,7 +55,7 @@ class VisitedExperts(nn.Module):
         self._make, self.numbers, self._changes = make, tuple(numbers), list(changes)
         self._kept: dict[int, tuple[nn.Module]] = {}
         self._pattern = (pattern,)  # in a tuple: it is no submodule
-        self._held: tuple[int, tuple[nn.Module, ...]] = (-1, ())  # in a tuple: it is no submodule
+        self._held: dict[int, tuple[nn.Module]] = {}  # in tuples: they are no submodules
         self._calls: list[RoutedCall] | None = None
         self._given: Iterator[Tensor] | None = None
 
@@ -63,8 +63,10 @@ class VisitedExperts(nn.Module):
         return len(self.numbers)
 
     def __getitem__(self, number: int) -> nn.Module:
-        held, kept = self._held
-        return kept[0] if held == number else self.take(number, self._make(self.numbers[number]))
+        if number not in self._held:
+            self.let_go()
+            self.hold([number])
+        return self._held[number][0]
 
     def __iter__(self) -> Iterator[nn.Module]:
         return (self[number] for number in range(len(self)))
@@ -83,14 +85,19 @@ class VisitedExperts(nn.Module):
         return name.partition(".")[2]
 
     def take(self, number: int, expert: nn.Module) -> nn.Module:
-        """Hold as `number` what was made of the base elsewhere, and change it as all experts are."""
+        """Hold as `number`, with those that are held, what was made of the base elsewhere; change it as all are."""
         if number in self._kept:
             expert = self._kept[number][0]
         else:
             for change in self._changes:
                 change(number, expert)
-        self._held = (number, (expert,))
+        self._held[number] = (expert,)
         return expert
+
+    def hold(self, numbers: Iterable[int]) -> None:
+        """Make these and hold them, with those that are held, until they are let go."""
+        for number in numbers:
+            self.take(number, self._make(self.numbers[number]))
 
     def keep(self, number: int) -> None:
         """Keep an expert in memory as it is now; nothing that is changed later changes it."""
@@ -98,7 +105,7 @@ class VisitedExperts(nn.Module):
 
     def let_go(self) -> None:
         """Hold no expert."""
-        self._held = (-1, ())
+        self._held = {}
 
     def change(self, change: Change) -> None:
         """Make one more change to every expert, from now on."""

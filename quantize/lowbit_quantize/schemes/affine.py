@@ -35,8 +35,8 @@ class Affine:
         return self.group_size or features
 
     def split(self, weight: Tensor) -> Tensor:
-        """(out, in) to (out, groups, width)."""
-        groups: Tensor = weight.unflatten(1, (-1, self.width(weight.shape[1])))
+        """(…, out, in) to (…, out, groups, width)."""
+        groups: Tensor = weight.unflatten(-1, (-1, self.width(weight.shape[-1])))
         return groups
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from lowbit_quantize.device.blocks import search_weights, solve_rows
 from lowbit_quantize.device.parallel import parallel_map
 from lowbit_quantize.schemes.affine import Affine, encode, range_params, stored
-from lowbit_quantize.schemes.scheme import diagonal_blocks
+from lowbit_quantize.schemes.scheme import cost_blocks
 
 CLIPS = (1.0, 0.93, 0.86, 0.79, 0.72, 0.65)
 REFINEMENTS = 2
@@ -38,20 +38,20 @@ class Best:
 
 
 def search_params(weight: Tensor, hessian: Tensor, affine: Affine) -> tuple[Tensor, Tensor]:
-    """Scale and zero, (out, groups), that err least in each group by itself.
+    """Scale and zero, (…, out, groups), that err least in each group of a weight (…, out, in) by itself.
 
-    `hessian` is (in, in), or a diagonal in its place, (in,).
+    `hessian` is (…, in, in), or a diagonal in its place, (…, in).
     """
-    blocks = diagonal_blocks(hessian, affine.width(weight.shape[1]))
-    row_blocks = weight.split(max(1, search_weights(weight.device) // weight.shape[1]))
+    blocks = cost_blocks(hessian, weight, affine.width(weight.shape[-1]))
+    row_blocks = weight.split(max(1, search_weights(weight.device) // weight[..., 0, :].numel()), dim=-2)
     parts = parallel_map(lambda rows: _search_rows(rows, blocks, affine), row_blocks, weight.device)
-    scale, zero = (torch.cat(part, dim=1).T.contiguous() for part in zip(*parts, strict=True))
+    scale, zero = (torch.cat(part, dim=-1).mT.contiguous() for part in zip(*parts, strict=True))
     return scale, zero
 
 
 def split_groups(weight: Tensor, affine: Affine) -> Tensor:
-    """(rows, in) to (groups, rows, width): the order in which groups meet their Hessian without a copy."""
-    return affine.split(weight).transpose(0, 1).contiguous()
+    """(…, rows, in) to (…, groups, rows, width): the order in which groups meet their Hessian without a copy."""
+    return affine.split(weight).transpose(-3, -2).contiguous()
 
 
 def candidates(groups: Tensor, affine: Affine, clips: Iterable[float]) -> Iterator[Candidate]:
@@ -75,7 +75,7 @@ def best_of(
     tried: Iterable[Candidate],
     best: Best | None = None,
 ) -> Best:
-    """For each group of (groups, rows, width), what errs least, among these and `best`."""
+    """For each group of (…, groups, rows, width), what errs least, among these and `best`."""
     for scale, zero, steps in tried:
         error = block_error(steps.mul_(scale.unsqueeze(-1)).sub_(groups), blocks)
         if best is None:
@@ -92,13 +92,13 @@ def best_of(
 
 
 def block_error(difference: Tensor, blocks: Tensor) -> Tensor:
-    """`d_g H_gg d_gᵀ` of each group: (groups, rows, width) to (groups, rows)."""
+    """`d_g H_gg d_gᵀ` of each group: (…, groups, rows, width) to (…, groups, rows)."""
     return _times(difference, blocks).mul_(difference).sum(-1)
 
 
 def _times(rows: Tensor, blocks: Tensor) -> Tensor:
-    """(groups, rows, width) times each group's block, or its diagonal."""
-    return torch.bmm(rows, blocks) if blocks.dim() == 3 else rows * blocks.unsqueeze(1)
+    """(…, groups, rows, width) times each group's block, or its diagonal."""
+    return rows @ blocks if blocks.dim() == rows.dim() else rows * blocks.unsqueeze(-2)
 
 
 def _steps(groups: Tensor, scale: Tensor, zero: Tensor, affine: Affine) -> Tensor:
@@ -135,27 +135,27 @@ def solve_scales(
     small ridge holds them near where they were; a row that would err more keeps its scales.
     """
     rows = solve_rows(weight.device)
-    blocks = zip(*(part.split(rows) for part in (codes, scale, zero, weight)), strict=True)
-    return torch.cat([_solve_rows(c, s, z, w, hessian, affine) for c, s, z, w in blocks])
+    blocks = zip(*(part.split(rows, dim=-2) for part in (codes, scale, zero, weight)), strict=True)
+    return torch.cat([_solve_rows(c, s, z, w, hessian, affine) for c, s, z, w in blocks], dim=-2)
 
 
 def _solve_rows(
     codes: Tensor, scale: Tensor, zero: Tensor, weight: Tensor, hessian: Tensor, affine: Affine
 ) -> Tensor:
-    steps = affine.split(codes).float() - zero.unsqueeze(-1)  # (rows, groups, width)
-    tiles = hessian.view(steps.shape[1], steps.shape[2], hessian.shape[1])
-    quadratic = torch.zeros(len(steps), *[steps.shape[1]] * 2, device=steps.device)  # (rows, groups, groups)
-    for g, tile in enumerate(tiles):  # the matrix is symmetric
-        rest = steps[:, g:]
-        reach = (steps[:, g] @ tile[:, g * steps.shape[2] :]).view_as(rest)
-        quadratic[:, g, g:] = quadratic[:, g:, g] = reach.mul_(rest).sum(-1)
-    slope = ((weight @ hessian).view_as(steps) * steps).sum(-1)  # (rows, groups)
-    pull = RIDGE * quadratic.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + 1e-20
+    steps = affine.split(codes).float() - zero.unsqueeze(-1)  # (…, rows, groups, width)
+    count, width = steps.shape[-2:]
+    quadratic = torch.zeros(*steps.shape[:-1], count, device=steps.device)  # (…, rows, groups, groups)
+    for g in range(count):  # the matrix is symmetric
+        rest, tile = steps[..., g:, :], hessian[..., g * width : (g + 1) * width, g * width :]
+        reach = (steps[..., g, :] @ tile).view_as(rest)
+        quadratic[..., g, g:] = quadratic[..., g:, g] = reach.mul_(rest).sum(-1)
+    slope = ((weight @ hessian).view_as(steps) * steps).sum(-1)  # (…, rows, groups)
+    pull = RIDGE * quadratic.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True) + 1e-20
     system = quadratic + torch.diag_embed(pull.expand_as(scale))
     solved = stored(torch.linalg.solve(system, slope + pull * scale))
 
     def relative_error(s: Tensor) -> Tensor:  # up to the constant w H wᵀ
-        error: Tensor = torch.einsum("rg,rgh,rh->r", s, quadratic, s) - 2 * (s * slope).sum(-1)
+        error: Tensor = torch.einsum("...g,...gh,...h->...", s, quadratic, s) - 2 * (s * slope).sum(-1)
         return error
 
     better = (relative_error(solved) < relative_error(scale)) & torch.isfinite(solved).all(-1)

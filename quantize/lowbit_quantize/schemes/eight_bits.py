@@ -80,16 +80,16 @@ class EightBits:
         return features
 
     def search(self, weight: Tensor, hessian: Tensor | None) -> Params:
-        absmax = weight.abs().amax(1, keepdim=True)
-        widest = _scale(absmax if self.by_channel else absmax.amax(0, keepdim=True), self.grid)
+        absmax = weight.abs().amax(-1, keepdim=True)
+        widest = _scale(absmax if self.by_channel else absmax.amax(-2, keepdim=True), self.grid)
         if hessian is None:
             return self._params(widest, weight)
-        cost = hessian if hessian.dim() == 1 else hessian.diagonal()
+        cost = hessian if hessian.dim() < weight.dim() else hessian.diagonal(dim1=-2, dim2=-1)
         clips = INT8_CLIPS if self.grid.name == "int8" else FP8_CLIPS
         errors = torch.stack([self._errors(weight, widest * clip, cost) for clip in clips])
         if not self.by_channel:
-            errors = errors.sum(1, keepdim=True)
-        best = torch.tensor(clips, device=weight.device)[errors.argmin(0)].unsqueeze(1)
+            errors = errors.sum(-1, keepdim=True)
+        best = torch.tensor(clips, device=weight.device)[errors.argmin(0)].unsqueeze(-1)
         return self._params(widest * best, weight)
 
     def quantize(self, weight: Tensor, params: Params) -> Tensor:
@@ -99,23 +99,24 @@ class EightBits:
         return codes.float() * params["scale"]
 
     def columns(self, params: Params, groups: Tensor) -> Callable[[slice], Sequence[QuantizeColumn]]:
-        scale = params["scale"].flatten()
+        scale = params["scale"].squeeze(-1)  # (n, rows)
 
-        def quantize(column: Tensor, code: Tensor, error: Tensor) -> None:
-            self.grid.nearest_(torch.div(column, scale, out=code))
-            torch.addcmul(column, code, scale, value=-1, out=error)
+        def quantize(aim: Tensor, column: Tensor, code: Tensor, left: Tensor) -> None:
+            self.grid.nearest_(torch.div(aim, scale, out=code))
+            torch.addcmul(column, code, scale, value=-1, out=left)
 
-        return lambda block: [quantize] * len(groups[block])
+        return lambda block: [quantize] * groups[:, block].shape[1]
 
     def refine(self, codes: Tensor, params: Params, weight: Tensor, hessian: Tensor) -> Params:
         """The scale that errs least for these codes, q H wᵀ / q H qᵀ of each row, or of all rows together."""
         values = codes.float()
         weighted = values @ hessian
-        slope, curvature = (weighted * weight).sum(1, keepdim=True), (weighted * values).sum(1, keepdim=True)
+        slope = (weighted * weight).sum(-1, keepdim=True)
+        curvature = (weighted * values).sum(-1, keepdim=True)
         if not self.by_channel:
-            slope, curvature = slope.sum(0, keepdim=True), curvature.sum(0, keepdim=True)
+            slope, curvature = slope.sum(-2, keepdim=True), curvature.sum(-2, keepdim=True)
         fits = (slope > 0) & (curvature > 0)
-        found = torch.where(fits, slope / curvature, params["scale"][: len(slope)])
+        found = torch.where(fits, slope / curvature, params["scale"][..., : slope.shape[-2], :])
         return self._params(found, weight)
 
     def trial_error(self, weight: Tensor, blocks: Tensor) -> float:
@@ -175,12 +176,12 @@ class EightBits:
         return None
 
     def _errors(self, weight: Tensor, scale: Tensor, cost: Tensor) -> Tensor:
-        """What rounding to the nearest costs each row, (out,)."""
+        """What rounding to the nearest costs each row, (…, out)."""
         off = self.grid.nearest_(weight / scale).mul_(scale).sub_(weight)
-        return off.square_() @ cost
+        return (off.square_() @ cost.unsqueeze(-1)).squeeze(-1)
 
     def _params(self, scale: Tensor, weight: Tensor) -> Params:
-        return {"scale": scale.expand(len(weight), 1).contiguous()}
+        return {"scale": scale.expand(*weight.shape[:-1], 1).contiguous()}
 
 
 def _scale(absmax: Tensor, grid: Grid) -> Tensor:

@@ -25,6 +25,7 @@ from lowbit_quantize.schemes.scheme import (
     Preset,
     QuantizeColumn,
     Quantized,
+    take_rows,
 )
 
 with without_compiler():  # the library compiles a function for 4-bit floats, which is not called here
@@ -62,30 +63,34 @@ class Integer(Affine):
 
     def quantize(self, weight: Tensor, params: Params) -> Tensor:
         codes = encode(self.split(weight), params["scale"], params["zero"], self)
-        return codes.flatten(1).to(self.code_dtype)
+        return codes.flatten(-2).to(self.code_dtype)
 
     def dequantize(self, codes: Tensor, params: Params) -> Tensor:
-        groups = self.split(codes).float()  # (out, groups, width)
+        groups = self.split(codes).float()  # (…, out, groups, width)
         weight: Tensor = (groups - params["zero"].unsqueeze(-1)) * params["scale"].unsqueeze(-1)
-        return weight.flatten(1)
+        return weight.flatten(-2)
 
     def columns(self, params: Params, groups: Tensor) -> Callable[[slice], Sequence[QuantizeColumn]]:
-        scale = params["scale"].T[groups]  # (columns, rows)
+        scale = take_rows(params["scale"].mT, groups)  # (n, columns, rows)
         if self.symmetric:
-            return lambda block: [partial(self._symmetric_column, s) for s in scale[block].unbind()]
-        zero = params["zero"].T[groups]
+            return lambda block: [partial(self._symmetric_column, s) for s in scale[:, block].unbind(1)]
+        zero = take_rows(params["zero"].mT, groups)
         return lambda block: [
             partial(self._column, s, z)
-            for s, z in zip(scale[block].unbind(), zero[block].unbind(), strict=True)
+            for s, z in zip(scale[:, block].unbind(1), zero[:, block].unbind(1), strict=True)
         ]
 
-    def _symmetric_column(self, scale: Tensor, column: Tensor, code: Tensor, error: Tensor) -> None:
-        torch.div(column, scale, out=code).round_().clamp_(self.lowest, self.highest)
-        torch.addcmul(column, code, scale, value=-1, out=error)
+    def _symmetric_column(
+        self, scale: Tensor, aim: Tensor, column: Tensor, code: Tensor, left: Tensor
+    ) -> None:
+        torch.div(aim, scale, out=code).round_().clamp_(self.lowest, self.highest)
+        torch.addcmul(column, code, scale, value=-1, out=left)
 
-    def _column(self, scale: Tensor, zero: Tensor, column: Tensor, code: Tensor, error: Tensor) -> None:
-        torch.div(column, scale, out=code).round_().add_(zero).clamp_(self.lowest, self.highest)
-        torch.addcmul(column, code - zero, scale, value=-1, out=error)
+    def _column(
+        self, scale: Tensor, zero: Tensor, aim: Tensor, column: Tensor, code: Tensor, left: Tensor
+    ) -> None:
+        torch.div(aim, scale, out=code).round_().add_(zero).clamp_(self.lowest, self.highest)
+        torch.addcmul(column, code - zero, scale, value=-1, out=left)
 
     def refine(self, codes: Tensor, params: Params, weight: Tensor, hessian: Tensor) -> Params:
         scale = solve_scales(codes, params["scale"], params["zero"], weight, hessian, self)

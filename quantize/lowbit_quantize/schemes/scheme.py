@@ -20,12 +20,16 @@ KERNELS: tuple[Kernel, ...] = ("gpu", "cpu")
 GroupSize = int | Literal["channel"]
 SAMPLE_NUMBERS = 16
 
-# Writes the codes nearest to a column, (rows,), and what is left of the column, into the second and third tensor.
-QuantizeColumn = Callable[[Tensor, Tensor, Tensor], None]
+# Of columns, (n, rows) each: writes the codes nearest to the first into the third, and what these leave of the second
+# into the fourth.
+QuantizeColumn = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 
 
 class Scheme(Protocol):
     """A class of numbers; `name` is compressed-tensors' preset, `group_size` None where a row is one group.
+
+    `search`, `quantize`, `dequantize` and `refine` take a weight (out, in), or several of one shape at once,
+    (n, out, in), with parameters (n, out, groups) and Hessians (n, in, in).
 
     `format` is compressed-tensors' name of how codes lie in the file, `code_dtype` how they lie in memory;
     `input_quantizer` says how engines round the inputs before they multiply, None where they do not; with one, sums of
@@ -67,9 +71,9 @@ class Scheme(Protocol):
         ...
 
     def columns(self, params: Params, groups: Tensor) -> Callable[[slice], Sequence[QuantizeColumn]]:
-        """What quantizes columns one by one; `groups`, (columns,), names the group of each, in any order.
+        """What quantizes columns of n weights one by one; `groups`, (n, columns), names the group of each.
 
-        Called with a slice of the columns it gives a function for each.
+        `params` are (n, rows, groups). Called with a slice of the columns it gives a function for each.
         """
         ...
 
@@ -149,6 +153,7 @@ class ExpertSupport:
 class Quantized:
     """A quantized weight: codes (out, in), parameters (out, groups) each, and the scheme that they belong to.
 
+    Or several of one shape, (n, out, in) and (n, out, groups), until they are `split`.
     `input_scale` is the scale of its inputs, where the scheme has a calibrated one.
     """
 
@@ -156,6 +161,13 @@ class Quantized:
     params: Params
     scheme: Scheme
     input_scale: float | None = None
+
+    def split(self) -> "list[Quantized]":
+        """Each of several by itself."""
+        return [
+            Quantized(codes, {name: values[place] for name, values in self.params.items()}, self.scheme)
+            for place, codes in enumerate(self.codes)
+        ]
 
     def dequantize(self) -> Tensor:
         """The weight that is served, (out, in), float32."""
@@ -195,9 +207,19 @@ def sample_of(weight: Tensor) -> list[float]:
 
 
 def diagonal_blocks(hessian: Tensor, width: int) -> Tensor:
-    """The (groups, width, width) blocks on the diagonal of a matrix; of a diagonal, its parts, (groups, width)."""
-    count = hessian.shape[0] // width
+    """The (groups, width, width) blocks on the diagonal of each matrix; of one diagonal, its parts, (groups, width)."""
+    count = hessian.shape[-1] // width
     if hessian.dim() == 1:
         return hessian.view(count, width)
-    tiles = hessian.view(count, width, count, width)
-    return torch.stack([tiles[group, :, group] for group in range(count)])
+    tiles = hessian.unflatten(-1, (count, width)).unflatten(-3, (count, width))
+    return torch.stack([tiles[..., group, :, group, :] for group in range(count)], dim=-3)
+
+
+def cost_blocks(cost: Tensor, weight: Tensor, width: int) -> Tensor:
+    """`diagonal_blocks` of Hessians (…, in, in) of weights (…, out, in), or the parts of diagonals (…, in)."""
+    return cost.unflatten(-1, (-1, width)) if cost.dim() < weight.dim() else diagonal_blocks(cost, width)
+
+
+def take_rows(stack: Tensor, places: Tensor) -> Tensor:
+    """Rows of each matrix of (n, rows, columns), by the places (n, taken): (n, taken, columns)."""
+    return torch.stack([matrix[rows] for matrix, rows in zip(stack, places, strict=True)])

@@ -1,17 +1,29 @@
-"""Routed experts quantized one at a time, while they are visited: on the tokens that the block routes to each."""
+"""Routed experts quantized while they are visited, each on the tokens that the block routes to it.
+
+Some are quantized at a time, where a device does more of one shape at once (device/blocks.py); what each becomes does
+not depend on the others.
+"""
 
 from collections.abc import Mapping, MutableMapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from lowbit_quantize.device.blocks import weights_together
 from lowbit_quantize.methods.method import InputScale
 from lowbit_quantize.model.architecture import Architecture, LinearGroup, kind_of
 from lowbit_quantize.model.visited_experts import RoutedCall
 from lowbit_quantize.statistics.layer import LayerStatistics
 from lowbit_quantize.walk.layer import QuantizedLinear
 from lowbit_quantize.walk.module_plan import Modules
-from lowbit_quantize.walk.quantize_linears import QuantizedLayer, folded_later, quantize_linears
+from lowbit_quantize.walk.quantize_linears import (
+    QuantizedLayer,
+    Waiting,
+    chains,
+    folded_later,
+    prepared,
+    serve_alike,
+)
 from lowbit_quantize.walk.visit import ROWS, experts_of
 
 
@@ -44,26 +56,48 @@ class ExpertQuantizer:
             number = int(group.linears[0].removeprefix(prefix).partition(".")[0])
             self._groups.setdefault(number, []).append(group)
 
-    def __call__(self, number: int, calibration: RoutedCall) -> dict[str, QuantizedLinear]:
-        """Quantize in place the expert that the layer holds now; the linears by their names in the layer."""
-        groups, done = self._groups.get(number, []), QuantizedLayer(taken=dict(self._taken))
-        tokens, _ = calibration.of(number)
-        for stage in self._stages(groups):
-            statistics = self._observed(
-                [*stage, *folded_later(groups, stage, self._modules)], number, tokens, calibration
-            )
-            self._under_calibrated.update(statistics.under_calibrated)
-            with torch.no_grad():
-                quantize_linears(
-                    self._layer, self._architecture, statistics, self._modules, stage, done, groups, norms={}
-                )
-        return done.linears
+    @property
+    def together(self) -> int:
+        """How many it had best be given at a time."""
+        pattern = experts_of(self._layer).pattern
+        linears = [module for module in pattern.modules() if isinstance(module, nn.Linear)]
+        device = next(self._layer.parameters()).device
+        return weights_together(device, [(one.out_features, one.in_features) for one in linears])
 
-    def _stages(self, groups: list[LinearGroup]) -> list[list[LinearGroup]]:
+    def __call__(
+        self, numbers: Sequence[int], calibration: RoutedCall
+    ) -> dict[int, dict[str, QuantizedLinear]]:
+        """Quantize in place these experts, which the layer holds now; linears have their names in the layer."""
+        done = {number: QuantizedLayer(taken=dict(self._taken)) for number in numbers}
+        with torch.no_grad():
+            for stage in self._stages(numbers):
+                waiting = {
+                    number: self._prepared(number, stage, calibration, done[number]) for number in numbers
+                }
+                serve_alike(self._layer, [(done[number], states) for number, states in waiting.items()])
+        return {number: one.linears for number, one in done.items()}
+
+    def _prepared(
+        self, number: int, stage: int | None, calibration: RoutedCall, done: QuantizedLayer
+    ) -> list[Waiting]:
+        """The linears of an expert that are quantized in a stage, folded and with what they read."""
+        groups = self._groups.get(number, [])
+        now = [group for group in groups if stage in (None, group.stage)]
+        tokens, _ = calibration.of(number)
+        later = folded_later(groups, now, self._modules)
+        statistics = self._observed([*now, *later], number, tokens, calibration)
+        self._under_calibrated.update(statistics.under_calibrated)
+        return [
+            waiting
+            for chain in chains([*now, *later])
+            for waiting in prepared(self._layer, chain, later, statistics, self._modules, done, norms={})
+        ]
+
+    def _stages(self, numbers: Sequence[int]) -> Sequence[int | None]:
+        """The stages of these experts, in order; None where all is done in one."""
         if not self._staged:
-            return [groups] if groups else []
-        numbers = sorted({group.stage for group in groups})
-        return [[group for group in groups if group.stage == number] for number in numbers]
+            return [None]
+        return sorted({group.stage for number in numbers for group in self._groups.get(number, [])})
 
     def _observed(
         self, groups: Sequence[LinearGroup], number: int, tokens: Tensor, calibration: RoutedCall

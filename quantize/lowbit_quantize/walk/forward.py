@@ -144,7 +144,7 @@ class Walk:
         decoder, streams = self.decoder, self._streams
         layer, base = decoder.load_frame(index), decoder.load_frame(index)
         context, written = self._run_passes(layer, index), self._layer_writer(index)
-        result, prefix = context.result, f"{kind_of(layer).experts}."
+        result, prefix, work = context.result, f"{kind_of(layer).experts}.", context.expert_work
         calibration = Traveller(
             context.calibration, layer, result.hook,
             compressed=True, halfway=context.halfway, read_on=context.read_on,
@@ -155,17 +155,19 @@ class Walk:
             *self._baselines.in_float32(index),
             *self._baselines.with_fp8_cache(lambda: base, result.base_hook),
         ]
-        if context.read_on or context.expert_work:
+        if context.read_on or work:
             travellers.append(calibration)
         if context.calibration_base is not None and context.read_on:
             travellers.append(Traveller(context.calibration_base, base, halfway=context.halfway))
 
-        def serve(number: int, expert: nn.Module) -> None:
-            work, name = context.expert_work, f"{prefix}{number}."
-            done = {one: result.linears.pop(one) for one in list(result.linears) if one.startswith(name)}
-            written.add(expert, work(number, calibration.called) if work else done, name)
+        def serve(experts: Mapping[int, nn.Module]) -> None:
+            found = work(list(experts), calibration.called) if work else {}
+            for number, expert in experts.items():
+                name = f"{prefix}{number}."
+                done = {one: result.linears.pop(one) for one in list(result.linears) if one.startswith(name)}
+                written.add(expert, found.get(number, done), name)
 
-        visit(decoder, index, travellers, experts_of(layer), serve)
+        visit(decoder, index, travellers, experts_of(layer), serve, work.together if work else 1)
         self._check_base(index)
         self._finish(layer, index, result, written)
 

@@ -1,6 +1,6 @@
 """What passes are given of a layer, and what they leave behind."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -57,10 +57,15 @@ class LayerResult:
 
 
 class ExpertWork(Protocol):
-    """What becomes of each routed expert of a compressed layer when it is visited."""
+    """What becomes of the routed experts of a compressed layer when they are visited, up to `together` at a time."""
 
-    def __call__(self, number: int, calibration: RoutedCall) -> dict[str, QuantizedLinear]:
-        """Quantize in place the expert that the layer holds now, on what all experts are called with."""
+    @property
+    def together(self) -> int: ...
+
+    def __call__(
+        self, numbers: Sequence[int], calibration: RoutedCall
+    ) -> dict[int, dict[str, QuantizedLinear]]:
+        """Quantize in place these experts, which the layer holds now, on what all experts are called with."""
         ...
 
 

@@ -33,6 +33,7 @@ from lowbit_quantize.walk.layer import QuantizedLinear
 from lowbit_quantize.walk.module_plan import ModulePlan, Modules
 
 SITE_ROWS = 4096  # rows, over all its readers, that the scale of a norm is searched on
+REPORT_ROWS = 256  # outputs of a linear whose error stands for it in the report
 
 
 @dataclass
@@ -50,7 +51,7 @@ class QuantizedLayer:
 
 
 @dataclass
-class _GroupState:
+class Waiting:
     """A group's weights (stacked), Hessian and scale of its inputs, on the way to being quantized.
 
     `sample` has inputs as they were observed, divided by `already` where a scale was folded before that.
@@ -82,9 +83,8 @@ class _GroupState:
         scale = 1.0 if self.folded is None else self.folded.scale
         return scale if self.already is None else scale / self.already
 
-    def quantized(self) -> Quantized:
-        """The stacked weight, with the scale of its inputs where the scheme has a calibrated one."""
-        found = self.plan.quantizer.quantize(self.weight, self.hessian, self.plan.scheme)
+    def with_input_scale(self, found: Quantized) -> Quantized:
+        """Its quantized weight, with the scale of its inputs where the scheme has a calibrated one."""
         quantizer = self.plan.scheme.input_quantizer
         if quantizer is None or self.sample is None or not quantizer.static:
             return found
@@ -112,17 +112,49 @@ def quantize_linears(
     later = folded_later(groups, stage, modules)
     if norms is None:
         norms = fold_norms(layer, groups, stage, statistics, modules)
-    for chain in _chains([*stage, *later]):
-        states = [_state_of(layer, group, statistics, norms, modules, done) for group in chain]
+    for chain in chains([*stage, *later]):
+        for waiting in prepared(layer, chain, later, statistics, modules, done, norms):
+            serve_alike(layer, [(done, [waiting])])
+
+
+def prepared(
+    layer: nn.Module,
+    chain: Sequence[LinearGroup],
+    later: Collection[LinearGroup],
+    statistics: LayerStatistics,
+    modules: Modules,
+    done: QuantizedLayer,
+    norms: Mapping[str, InputScale],
+) -> list[Waiting]:
+    """A chain of groups, scaled and folded, but for those of a later stage; scales are noted in `done`."""
+    states = [_state_of(layer, group, statistics, norms, modules, done) for group in chain]
+    for state in states:
+        _fold_linear(layer, state, states)
+    for state in states:
+        if state.group.cached and state.producer_divisor is not None:
+            done.value_divisor = state.producer_divisor
+        if state.group in later and state.folded:
+            done.folded[state.group.linears[0]] = state.folded
+    return [state for state in states if state.group not in later]
+
+
+def serve_alike(layer: nn.Module, waiting: Sequence[tuple[QuantizedLayer, Sequence[Waiting]]]) -> None:
+    """Quantize what waits, those of one shape and one entry in the table at once, and let the layer compute with it."""
+    alike: dict[tuple[ModulePlan, torch.Size], list[tuple[QuantizedLayer, Waiting]]] = {}
+    for done, states in waiting:
         for state in states:
-            _fold_linear(layer, state, states)
-        for state in states:
-            if state.group.cached and state.producer_divisor is not None:
-                done.value_divisor = state.producer_divisor
-            if state.group in later:
-                done.folded.update({state.group.linears[0]: state.folded} if state.folded else {})
-                continue
-            done.linears.update(_install(layer, state, state.quantized()))
+            alike.setdefault((state.plan, state.weight.shape), []).append((done, state))
+    for (plan, _), some in alike.items():
+        found = _quantized([state for _, state in some], plan)
+        for (done, state), quantized in zip(some, found, strict=True):
+            done.linears.update(_install(layer, state, state.with_input_scale(quantized)))
+
+
+def _quantized(states: Sequence[Waiting], plan: ModulePlan) -> list[Quantized]:
+    if len(states) == 1:
+        return [plan.quantizer.quantize(states[0].weight, states[0].hessian, plan.scheme)]
+    weight, hessian = (torch.stack([getattr(state, of) for state in states]) for of in ("weight", "hessian"))
+    return plan.quantizer.quantize(weight, hessian, plan.scheme).split()
 
 
 def fold_norms(
@@ -156,18 +188,18 @@ def folded_later(
     ]
 
 
-def _chains(groups: Sequence[LinearGroup]) -> list[list[LinearGroup]]:
+def chains(groups: Sequence[LinearGroup]) -> list[list[LinearGroup]]:
     """Groups in runs: one whose scale folds into a linear joins the run that the linear is in."""
-    chains: list[list[LinearGroup]] = []
+    found: list[list[LinearGroup]] = []
     run_of: dict[str, list[LinearGroup]] = {}
     for group in groups:
         chain = run_of.get(group.fold.producer if group.fold else "")
         if chain is None:
             chain = []
-            chains.append(chain)
+            found.append(chain)
         chain.append(group)
         run_of.update(dict.fromkeys(group.linears, chain))
-    return chains
+    return found
 
 
 def _weight_of(layer: nn.Module, group: LinearGroup, step: int = 1) -> Tensor:
@@ -186,7 +218,7 @@ def _state_of(
     norms: Mapping[str, InputScale],
     modules: Modules,
     done: QuantizedLayer,
-) -> _GroupState:
+) -> Waiting:
     hessian, first = statistics.hessian(group), group.linears[0]
     weight, folded = _weight_of(layer, group), done.folded.get(first)
     if folded is not None:  # its inputs are divided already
@@ -195,7 +227,7 @@ def _state_of(
     target = statistics.target(group, weight, hessian)
     plan, sample = modules[first], statistics.sample(group)
     already = None if folded is None else folded.scale
-    state = _GroupState(group, plan, target, hessian, sample, folded, already)
+    state = Waiting(group, plan, target, hessian, sample, folded, already)
     if group.fold is not None and group.fold.norm and group.fold.producer in norms:
         state.scale_columns(norms[group.fold.producer])
     return state
@@ -291,7 +323,7 @@ def _outputs(layer: nn.Module, name: str) -> int:
     return linear_of(layer, name).out_features
 
 
-def _fold_linear(layer: nn.Module, state: _GroupState, states: list[_GroupState]) -> None:
+def _fold_linear(layer: nn.Module, state: Waiting, states: list[Waiting]) -> None:
     """Search a group's scale for each method that scales, multiply its columns, and divide the linear before it."""
     fold = state.group.fold
     if fold is None or fold.norm:
@@ -315,7 +347,7 @@ def _fold_linear(layer: nn.Module, state: _GroupState, states: list[_GroupState]
         state.scale_columns(InputScale(scale, choice.alpha))
 
 
-def _divide_rows(layer: nn.Module, fold: Fold, owner: _GroupState, divisor: Tensor) -> None:
+def _divide_rows(layer: nn.Module, fold: Fold, owner: Waiting, divisor: Tensor) -> None:
     """Divide output channels of a linear, whose weight waits in `owner` to be quantized, and its bias."""
     names = owner.group.linears
     first = sum(linear_of(layer, name).out_features for name in names[: names.index(fold.producer)])
@@ -328,9 +360,7 @@ def _product(first: InputScale, second: InputScale) -> InputScale:
     return InputScale(first.scale * second.scale, second.alpha)
 
 
-def _install(
-    layer: nn.Module, state: _GroupState, quantized: Quantized
-) -> Iterator[tuple[str, QuantizedLinear]]:
+def _install(layer: nn.Module, state: Waiting, quantized: Quantized) -> Iterator[tuple[str, QuantizedLinear]]:
     """Split a stacked result back into its linears and give the layer the weights that will be served."""
     start = 0
     for name in state.group.linears:
@@ -339,12 +369,18 @@ def _install(
         part = quantized.rows(start, stop)
         served = part.dequantize()
         original = state.weight[start:stop]
-        with exact_products(torch.bfloat16):  # not exact here: three digits are enough for a report
-            power = output_error(original, state.hessian).clamp(min=1e-30)
-            error = float(output_error(original - served, state.hessian) / power)
+        error = _relative_error(original, served, state.hessian)
         _serve(layer, name, linear, part, served)
         yield name, QuantizedLinear(part, state.folded.alpha if state.folded else None, error)
         start = stop
+
+
+def _relative_error(original: Tensor, served: Tensor, hessian: Tensor) -> float:
+    """The mean squared error of outputs over their mean square, of `REPORT_ROWS` of them or a few more."""
+    some = slice(None, None, max(1, len(original) // REPORT_ROWS))
+    with exact_products(torch.bfloat16):  # not exact here: three digits are enough for a report
+        power = output_error(original[some], hessian).clamp(min=1e-30)
+        return float(output_error(original[some] - served[some], hessian) / power)
 
 
 def _serve(layer: nn.Module, name: str, linear: nn.Linear, part: Quantized, served: Tensor) -> None:

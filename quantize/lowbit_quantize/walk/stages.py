@@ -161,9 +161,13 @@ class StagedLayer:
         hook = context.result.hook
         calibration = Traveller(self._hidden, self._layer, hook, halfway=context.halfway)
         calibration.record(self._decoder, self._index)
-        for number in range(len(experts)):
-            context.result.linears.update(work(number, calibration.called))
-            experts.keep(number)
+        for first in range(0, len(experts), work.together):
+            numbers = range(len(experts))[first : first + work.together]
+            experts.hold(numbers)
+            for number, linears in work(numbers, calibration.called).items():
+                context.result.linears.update(linears)
+                experts.keep(number)
+            experts.let_go()
         context.expert_work, context.halfway = None, False
 
     def _expert_work(self) -> ExpertQuantizer:

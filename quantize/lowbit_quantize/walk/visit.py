@@ -1,4 +1,4 @@
-"""The visit: the experts of a layer one after the other, each for all streams at once.
+"""The visit: the experts of a layer one after the other, or some at a time, each for all streams at once.
 
 A stream runs through the layer with a recorder in place of the experts, which costs attention, router and shared
 experts. Then each expert is read once: every stream's tokens go through it as it is in the base model or as it is
@@ -7,7 +7,8 @@ place. Where a layer has a middle, attention is computed once: hidden states wai
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -109,30 +110,33 @@ def visit(
     index: int,
     travellers: Sequence[Traveller],
     ours: VisitedExperts,
-    serve: Callable[[int, nn.Module], None],
+    serve: Callable[[Mapping[int, nn.Module]], None],
+    together: int = 1,
 ) -> None:
     """Take all travellers from where they are to the layer's end.
 
-    `ours` are the compressed layer's experts; `serve` gets each in turn, with its number there, and leaves in it what
-    is served. Each is read once: the base model's travellers see it before it is changed.
+    `ours` are the compressed layer's experts; `serve` gets up to `together` of them at a time, by their numbers there,
+    and leaves in them what is served. Each is read once: the base model's travellers see it before it is changed.
     """
     for one in travellers:
         one.record(decoder, index)
     place = {number: here for here, number in enumerate(ours.numbers)}
     kind = decoder.architecture.kinds[index]
     count = len(decoder.layer(index).get_submodule(kind.experts))  # type: ignore[arg-type]
+    base, compressed = ([one for one in travellers if one.compressed == whose] for whose in (False, True))
+    waiting: dict[int, nn.Module] = {}
     with torch.no_grad():
         for number in range(count):
             expert = decoder.load_part(index, f"{kind.experts}.{number}")
-            _let_base_see(expert, number, [one for one in travellers if not one.compressed])
-            if number not in place:
-                continue
-            here = place[number]
-            serve(here, ours.take(here, expert))
-            for one in travellers:
-                if one.compressed:
+            _let_base_see(expert, number, base)
+            if number in place:
+                waiting[place[number]] = ours.take(place[number], expert)
+            if waiting and (len(waiting) == together or number == count - 1):
+                serve(waiting)
+                for here, one in itertools.product(waiting, compressed):
                     one.add(here, ours[here])
-            ours.let_go()
+                ours.let_go()
+                waiting = {}
     for one in travellers:
         one.play(decoder, index)
 

@@ -1,6 +1,6 @@
 """Experts that are visited: a layer gives what it gives with all of them in memory, and holds one at a time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +43,9 @@ def test_a_layer_that_visits_its_experts_gives_what_the_whole_one_gives(
     assert torch.equal(lazily, whole(decoder, hidden))
 
 
+@pytest.mark.parametrize("together", [1, 3])
 def test_each_expert_is_read_once_for_all_streams_and_the_served_one_is_seen_by_those_that_ask(
-    tiny_model: TinyModel, moe_family: str, monkeypatch: pytest.MonkeyPatch
+    tiny_model: TinyModel, moe_family: str, together: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoder = decoder_of(tiny_model(moe_family))
     hidden, read = hidden_of(decoder), list[str]()
@@ -63,11 +64,16 @@ def test_each_expert_is_read_once_for_all_streams_and_the_served_one_is_seen_by_
         Traveller(streams[2], decoder.load_frame(LAYER).float()),
     ]
 
-    def silence(_: int, expert: nn.Module) -> None:
-        last: Any = expert.get_submodule("down_proj")
-        last.weight = nn.Parameter(torch.zeros_like(last.weight), requires_grad=False)
+    served = list[list[int]]()
 
-    visit(decoder, LAYER, travellers, experts_of(layer), silence)
+    def silence(experts: Mapping[int, nn.Module]) -> None:
+        served.append(list(experts))
+        for expert in experts.values():
+            last: Any = expert.get_submodule("down_proj")
+            last.weight = nn.Parameter(torch.zeros_like(last.weight), requires_grad=False)
+
+    visit(decoder, LAYER, travellers, experts_of(layer), silence, together)
+    assert served == ([[0, 1, 2], [3, 4, 5], [6, 7]] if together == 3 else [[one] for one in range(8)])
     assert read == [f"{kind_of(layer).experts}.{number}" for number in range(8)]
     expected = whole(decoder, hidden)
     torch.testing.assert_close(streams[0], expected, rtol=2e-2, atol=2e-2)

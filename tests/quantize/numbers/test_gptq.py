@@ -1,15 +1,20 @@
 """GPTQ, against the textbook loop and bounds."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowbit_core.errors import NumericsError
 from lowbit_quantize.methods.awq import Awq
-from lowbit_quantize.methods.gptq import DAMPING, Gptq, gptq_codes, inverse_factor
+from lowbit_quantize.methods.gptq import DAMPING, Gptq, gptq_codes, ordered_factor
+from lowbit_quantize.methods.method import Method
+from lowbit_quantize.methods.rtn import RoundToNearest
+from lowbit_quantize.schemes import eight_bits
 from lowbit_quantize.schemes.integer import Integer
-from lowbit_quantize.schemes.scheme import Params
+from lowbit_quantize.schemes.scheme import Params, Scheme
 from lowbit_quantize.statistics.hessian import output_error
 
 SCHEMES = [Integer(bits, 32, symmetric, "a test's") for bits in (4, 8) for symmetric in (True, False)]
@@ -42,13 +47,21 @@ def textbook(
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_blocked_codes_equal_the_textbook_loops(scheme: Integer, dtype: torch.dtype) -> None:
     weight, hessian = (part.to(dtype) for part in problem())
-    factor = inverse_factor(hessian)
-    groups = torch.arange(160) // 32
+    (order,), factor = ordered_factor(hessian.unsqueeze(0))
+    groups = order // 32
     params = {name: value.to(dtype) for name, value in scheme.search(weight, None).items()}
-    codes = gptq_codes(weight.T, scheme.columns(params, groups), factor, scheme.code_dtype)
-    scale, zero = (params[name].T[groups] for name in ("scale", "zero"))
-    expected = textbook(weight.T, scale, zero, factor.T.double() @ factor.double(), scheme)
-    off = (codes - expected).abs()
+    stacked = {name: value.unsqueeze(0) for name, value in params.items()}
+    codes = gptq_codes(
+        weight.T[order].unsqueeze(0),
+        scheme.columns(stacked, groups.unsqueeze(0)),
+        factor / factor.diagonal(dim1=1, dim2=2).unsqueeze(1),
+        scheme.code_dtype,
+    )
+    first = order.flip(0)  # the order in which they are quantized
+    scale, zero = (params[name].T[groups.flip(0)] for name in ("scale", "zero"))
+    inverse = torch.linalg.inv((factor[0].double() @ factor[0].double().T).flip(0, 1))
+    expected = textbook(weight.T[first], scale, zero, inverse, scheme)
+    off = (codes[0].flip(0) - expected).abs()
     # In float32 a weight half-way between two codes may take the other, and the rest of its row makes up for it.
     assert off.any(dim=0).sum() <= (dtype == torch.float32)
     assert off.max() <= 1
@@ -72,7 +85,7 @@ class SearchedBy(Integer):
     other: torch.Tensor | None = None
 
     def search(self, weight: torch.Tensor, hessian: torch.Tensor | None) -> Params:
-        return super().search(weight, hessian if self.other is None else self.other)
+        return super().search(weight, hessian if self.other is None else self.other.unsqueeze(0))
 
     def refine(
         self, codes: torch.Tensor, params: Params, weight: torch.Tensor, hessian: torch.Tensor
@@ -110,11 +123,71 @@ def test_a_hessian_that_is_singular_is_damped_until_it_factors() -> None:
     hessian[:40], hessian[:, :40] = 0, 0  # dead inputs
     assert torch.isfinite(Gptq().quantize(weight, hessian, SCHEMES[0]).dequantize()).all()
     flat = torch.ones(64, 64)  # rank 1
-    factor = inverse_factor(flat)
-    damped = flat + 0.01 * torch.eye(64)
-    torch.testing.assert_close(factor.T @ factor @ damped, torch.eye(64), atol=1e-2, rtol=0)
+    factor = ordered_factor(flat.unsqueeze(0))[1][0]
+    torch.testing.assert_close(factor @ factor.T, flat + 0.01 * torch.eye(64), atol=1e-5, rtol=0)
 
 
 def test_a_hessian_that_is_not_finite_is_refused() -> None:
     with pytest.raises(NumericsError, match="cannot be factored"):
-        inverse_factor(torch.full((8, 8), torch.nan))
+        ordered_factor(torch.full((1, 8, 8), torch.nan))
+
+
+EIGHT_BITS = [preset.make("channel") for preset in eight_bits.PRESETS]
+
+
+def several(count: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights of one shape and their Hessians."""
+    weight, hessian = problem()
+    scales = [torch.linspace(1, number + 2, 160) for number in range(count)]
+    hessians = torch.stack([hessian * torch.outer(scale, scale) for scale in scales])
+    weights = torch.stack([weight.roll(number, 1) / (number + 1) for number in range(count)])
+    return weights, hessians
+
+
+@pytest.mark.parametrize("method", [Gptq(), Awq(), RoundToNearest()], ids=lambda one: one.name)
+@pytest.mark.parametrize("scheme", [*SCHEMES, Integer(4, None, True, "a test's"), *EIGHT_BITS], ids=str)
+def test_several_weights_become_at_once_what_each_becomes_by_itself(scheme: Scheme, method: Method) -> None:
+    weights, hessians = several()
+    together = method.quantize(weights, hessians, scheme).split()
+    for found, weight, hessian in zip(together, weights, hessians, strict=True):
+        alone = method.quantize(weight, hessian, scheme)
+        # A weight half-way between two codes may take the other, and the rest of its row makes up for it.
+        same = (found.codes == alone.codes).all(1)
+        assert same.float().mean() > 0.95
+        torch.testing.assert_close(found.dequantize()[same], alone.dequantize()[same], rtol=1e-2, atol=0)
+        errors = [float(output_error(weight - one.dequantize(), hessian)) for one in (found, alone)]
+        assert errors[0] == pytest.approx(errors[1], rel=5e-3)
+
+
+class Launches(TorchDispatchMode):
+    """Counts what would be a kernel each on a GPU."""
+
+    VIEWS = (
+        *("view", "slice", "select", "transpose", "t.", "expand", "unsqueeze", "squeeze", "unbind", "split"),
+        *("diagonal.", "alias", "detach", "permute", "as_strided", "empty", "unflatten"),
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: int = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func).removeprefix("aten.")
+        self.count += not name.startswith(self.VIEWS)
+        return func(*args, **(kwargs or {}))
+
+
+def test_several_weights_take_about_as_many_launches_as_one() -> None:
+    """45,100 an expert of 768 x 2,048 were counted where each was quantized by itself, by a loop of six a column."""
+    scheme, columns = SCHEMES[0], 160
+
+    def launches(count: int) -> int:
+        weights, hessians = several(count)
+        counted = Launches()
+        with counted:
+            Gptq().quantize(weights, hessians, scheme)
+        return counted.count
+
+    one, eight = launches(1), launches(8)
+    assert one < 5 * columns + 450  # the loop's five a column; the rest does not grow with columns
+    assert eight < one + 7 * 20  # what is done for each by itself: putting columns in order and back

@@ -21,7 +21,8 @@ from lowbit_quantize.schemes.scheme import (
     Preset,
     QuantizeColumn,
     Quantized,
-    diagonal_blocks,
+    cost_blocks,
+    take_rows,
 )
 
 LARGEST = 64  # 2⁶
@@ -52,7 +53,7 @@ class PowersOfTwo:
         return self.group_size or features
 
     def _groups(self, weight: Tensor) -> Tensor:
-        groups: Tensor = weight.unflatten(1, (-1, self.width(weight.shape[1])))  # (out, groups, width)
+        groups: Tensor = weight.unflatten(-1, (-1, self.width(weight.shape[-1])))  # (…, out, groups, width)
         return groups
 
     def search(self, weight: Tensor, hessian: Tensor | None) -> Params:
@@ -60,7 +61,7 @@ class PowersOfTwo:
         whole = stored(groups.abs().amax(-1) / LARGEST)
         if hessian is None:
             return {"scale": whole}
-        blocks = diagonal_blocks(hessian, self.width(weight.shape[1]))
+        blocks = cost_blocks(hessian, weight, self.width(weight.shape[-1]))
         best, least = whole, torch.full_like(whole, torch.inf)
         for clip in CLIPS:
             scale = stored(whole * clip)
@@ -70,23 +71,23 @@ class PowersOfTwo:
 
     def quantize(self, weight: Tensor, params: Params) -> Tensor:
         codes = nearest(self._groups(weight) / params["scale"].unsqueeze(-1))
-        return codes.flatten(1).to(self.code_dtype)
+        return codes.flatten(-2).to(self.code_dtype)
 
     def dequantize(self, codes: Tensor, params: Params) -> Tensor:
-        weight: Tensor = (self._groups(codes).float() * params["scale"].unsqueeze(-1)).flatten(1)
+        weight: Tensor = (self._groups(codes).float() * params["scale"].unsqueeze(-1)).flatten(-2)
         return weight
 
     def columns(self, params: Params, groups: Tensor) -> Callable[[slice], Sequence[QuantizeColumn]]:
-        scales = params["scale"].T[groups]  # (columns, rows)
+        scales = take_rows(params["scale"].mT, groups)  # (n, columns, rows)
 
         def quantizer(scale: Tensor) -> QuantizeColumn:
-            def quantize(column: Tensor, code: Tensor, error: Tensor) -> None:
-                code.copy_(nearest(column / scale))
-                torch.addcmul(column, code, scale, value=-1, out=error)
+            def quantize(aim: Tensor, column: Tensor, code: Tensor, left: Tensor) -> None:
+                code.copy_(nearest(aim / scale))
+                torch.addcmul(column, code, scale, value=-1, out=left)
 
             return quantize
 
-        return lambda block: [quantizer(scale) for scale in scales[block].unbind()]
+        return lambda block: [quantizer(scale) for scale in scales[:, block].unbind(1)]
 
     def refine(self, codes: Tensor, params: Params, weight: Tensor, hessian: Tensor) -> Params:
         return params
@@ -145,10 +146,10 @@ class PowersOfTwo:
 
 
 def _errors(off: Tensor, blocks: Tensor) -> Tensor:
-    """`d H_gg dᵀ` of each group: (out, groups, width) to (out, groups)."""
-    if blocks.dim() == 2:
-        return (off.square() * blocks).sum(-1)
-    return torch.einsum("ogi,gij,ogj->og", off, blocks, off)
+    """`d H_gg dᵀ` of each group: (…, out, groups, width) to (…, out, groups)."""
+    if blocks.dim() < off.dim():
+        return (off.square() * blocks.unsqueeze(-3)).sum(-1)
+    return torch.einsum("...ogi,...gij,...ogj->...og", off, blocks, off)
 
 
 def _make(group_size: GroupSize) -> PowersOfTwo:
