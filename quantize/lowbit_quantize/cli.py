@@ -5,13 +5,16 @@ import json
 import math
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowbit_core.cli import Command, RenamedFlag, file_path
 from lowbit_core.errors import ConfigError, QualityError
+from lowbit_core.log import get_logger
 from lowbit_core.manifest import Manifest
 from lowbit_quantize.recipe import Recipe, bundled_recipes, load_recipe
+from lowbit_quantize.run.launch import LAUNCHED, launch
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +44,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for old, now in RENAMED_FLAGS.items():
         parser.add_argument(old, action=RenamedFlag, now=now)
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        default=1,
+        metavar="N",
+        help="make the checkpoint by N processes on this machine, one for each GPU; it changes no byte of it",
+    )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument(
         "--calibration",
@@ -101,6 +111,10 @@ def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     _check_flags(arguments)
+    if arguments.ranks > 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("--ranks beside torchrun: it has started the ranks; leave out --ranks")
+    if arguments.ranks > 1:
+        return launch(_without_ranks(sys.argv[2:]), arguments.ranks)
     overrides = list(arguments.set)
     if arguments.dtype is not None:
         overrides.append(f"base.dtype={arguments.dtype}")
@@ -120,17 +134,31 @@ def _run(arguments: argparse.Namespace) -> int:
         return _dry_run(arguments, recipe, gpu_memory_gib)
     if arguments.experts_report is not None:
         return _report(arguments, recipe, device)
+    from lowbit_quantize.device import ranks
     from lowbit_quantize.pipeline import quantize
 
-    manifest = quantize(
-        arguments.model,
-        recipe,
-        arguments.out,
-        device,
-        overwrite=arguments.overwrite,
-        stream_memory_bytes=_stream_memory_bytes(arguments),
-        trust_remote_code=arguments.trust_remote_code,
-    )
+    ranks.join()
+    device = ranks.own_device(device)
+    if not ranks.is_first():
+        get_logger("quantize").setLevel("ERROR")  # the first says it
+    try:
+        manifest = quantize(
+            arguments.model,
+            recipe,
+            arguments.out,
+            device,
+            overwrite=arguments.overwrite,
+            stream_memory_bytes=_stream_memory_bytes(arguments),
+            trust_remote_code=arguments.trust_remote_code,
+        )
+    except ranks.RankLost as error:
+        if LAUNCHED not in os.environ:
+            raise
+        return error.exit_status  # whoever started this rank says why
+    first = ranks.is_first()
+    ranks.leave()
+    if not first:
+        return 0
     sys.stdout.write(json.dumps(summary(manifest, arguments.out)) + "\n")
     if not manifest.gate.accepted:
         sys.stderr.write(f"lowbit: rejected by its quality gate: {'; '.join(manifest.gate.reasons)}\n")
@@ -147,8 +175,19 @@ def _check_flags(arguments: argparse.Namespace) -> None:
         raise ConfigError("--dry-run and --experts-report are two reports; give one of them")
     if arguments.gpu_memory_gib is not None and not (arguments.dry_run and arguments.gpu_memory_gib > 0):
         raise ConfigError("--gpu-memory-gib N is a positive number that goes with --dry-run")
+    if arguments.ranks < 1 or (arguments.ranks > 1 and arguments.out is None):
+        raise ConfigError(f"--ranks {arguments.ranks}: allowed is 1 or more, with --out")
     if arguments.stream_memory_gib < 0:
         raise ConfigError(f"--stream-memory-gib {arguments.stream_memory_gib}: allowed is 0 or more")
+
+
+def _without_ranks(flags: Sequence[str]) -> list[str]:
+    """The flags for each rank: without `--ranks N` or `--ranks=N`."""
+    return [
+        flag
+        for before, flag in zip(("", *flags), flags, strict=False)
+        if "--ranks" not in (before, flag) and not flag.startswith("--ranks=")
+    ]
 
 
 def _stream_memory_bytes(arguments: argparse.Namespace) -> int:

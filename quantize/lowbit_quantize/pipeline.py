@@ -12,6 +12,7 @@ from lowbit_quantize.catalog import CATALOG, Catalog
 from lowbit_quantize.check.forecast import run_disk_bytes, streams_bytes
 from lowbit_quantize.check.reload import answers_of, check_reload
 from lowbit_quantize.check.weights import Base, base_of, check_numbers, checked_base, say_rest, stored_weights
+from lowbit_quantize.device import ranks
 from lowbit_quantize.device.memory import return_freed_memory
 from lowbit_quantize.model.decoder import Decoder
 from lowbit_quantize.model.files.leftovers import draft_linears
@@ -22,7 +23,7 @@ from lowbit_quantize.quality.dataset import TokenText, load_texts
 from lowbit_quantize.recipe import Recipe
 from lowbit_quantize.record import Clock, manifest_of
 from lowbit_quantize.run.companions import Companions, companions, copy_companions
-from lowbit_quantize.run.directory import RunDirectory, check_disk, finished_before, refuse_foreign, run_in
+from lowbit_quantize.run.directory import RunDirectory, check_disk, finished_before, refuse_foreign, run_of_ranks
 from lowbit_quantize.run.hidden_states import MEMORY_BYTES
 from lowbit_quantize.run.identity import identity_of, texts_of
 from lowbit_quantize.run.journal import TrialResult
@@ -59,25 +60,29 @@ def quantize(
     clock = Clock()
     reference = find_model(model, trust_remote_code=trust_remote_code)
     plan = make_plan(reference, recipe, catalog)
-    refuse_foreign(out)
+    ranks.by_first(lambda: refuse_foreign(out))
     tokenizer = reference.tokenizer()
     texts = load_texts(recipe.calibration, recipe.quality, tokenizer, plan.config.vocab_size)
     answers = answers_of(tokenizer, texts[1])
     del tokenizer
-    fetch_weights(reference)
+    ranks.by_first(lambda: fetch_weights(reference))
+    if not ranks.is_first():
+        fetch_weights(reference)  # they are there now
     stored = stored_weights(plan)
     base = checked_base(plan, stored)
     hashes = texts_of(texts[0].record, texts[1].record)
-    identity = identity_of(plan.recipe, reference.sha256, hashes, device)
-    if not overwrite and (finished := finished_before(out, identity)):
+    identity = ranks.by_first(lambda: identity_of(plan.recipe, reference.sha256, hashes, device))
+    finished = ranks.by_first(lambda: None if overwrite else finished_before(out, identity))
+    if finished:
         log.info("%s already holds this very checkpoint; nothing to do", out)
         return finished
     streams = streams_bytes(plan, *texts)
     carried = base.carried_bytes if base else 0
-    check_disk(out, run_disk_bytes(plan, streams, stream_memory_bytes, carried))
-    with run_in(out, identity, overwrite=overwrite) as run:
+    ranks.by_first(lambda: check_disk(out, run_disk_bytes(plan, streams, stream_memory_bytes, carried)))
+    with run_of_ranks(out, identity, overwrite=overwrite) as run:
         if not isinstance(stored, WeightFiles):
-            base = base_of(plan, _unpacked(stored, run))
+            ranks.by_first(lambda: _unpack(stored, run))
+            base = base_of(plan, WeightFiles(run.base, unpacked_from=stored.files))
         assert base is not None
         check_numbers(plan, base)
         say_rest(base.rest)
@@ -85,11 +90,16 @@ def quantize(
             reference.config, plan.architecture, base.weights, device, plan.skeleton, plan.dtype
         )
         walk, measured = _finished_walk(decoder, plan, base, texts, run, stream_memory_bytes)
-        beside = write_rest(plan, base, walk, run)
-        check_reload(out, base.foreign, answers, walk.unopened, trust_remote_code=trust_remote_code)
-        manifest = manifest_of(plan, base, beside, walk, texts[0], measured, clock, run)
-        write_manifest(out, manifest)
-    return manifest
+
+
+        def conclude() -> Manifest:
+            beside = write_rest(plan, base, walk, run)
+            check_reload(out, base.foreign, answers, walk.unopened, trust_remote_code=trust_remote_code)
+            manifest = manifest_of(plan, base, beside, walk, texts[0], measured, clock, run)
+            write_manifest(out, manifest)
+            return manifest
+
+        return ranks.by_first(conclude)
 
 
 def _finished_walk(
@@ -121,10 +131,11 @@ def _finished_walk(
         with_them = walked(prepared(WALK, plan.passes, run.out))[1].mean_kld
         names = ", ".join(one.name for one in plan.passes if one.on_trial)
         log.info("%s: mean KL %.4g with, %.4g without", names, with_them, without)
-        run.end_trial(TrialResult(kept=with_them < without, kld_without=without, kld_with=with_them))
+        result = TrialResult(kept=with_them < without, kld_without=without, kld_with=with_them)
+        ranks.by_first(lambda: run.end_trial(result))
     if run.trial is not None and run.trial.kept:
         return walked(prepared(WALK, plan.passes, run.out))
-    run.keep_shards(WITHOUT, run.journal(WITHOUT).shards)
+    ranks.by_first(lambda: run.keep_shards(WITHOUT, run.journal(WITHOUT).shards))
     return walked(prepared(WITHOUT, settled, run.out))
 
 
@@ -166,11 +177,10 @@ def _configuration(plan: Plan, base: Base) -> dict[str, Any]:
     )
 
 
-def _unpacked(stored: "GgufFile", run: RunDirectory) -> WeightFiles:
-    """The GGUF file as a directory; one that is whole is used again."""
+def _unpack(stored: "GgufFile", run: RunDirectory) -> None:
+    """Make a directory of the GGUF file; one that is whole is used again."""
     if not run.base.is_dir():
         log.info("unpacking %s", stored.path.name)
         stored.unpack(run.scratch / run.base.name)
         return_freed_memory()
         move(run.scratch / run.base.name, run.base)
-    return WeightFiles(run.base, unpacked_from=stored.files)

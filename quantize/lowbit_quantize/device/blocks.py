@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 CPU_SEARCH_WEIGHTS, GPU_SEARCH_WEIGHTS = 1 << 17, 1 << 26
-CPU_COLUMN_ROWS, GPU_COLUMN_ROWS = 1024, 1 << 20
+CPU_COLUMN_ROWS, GPU_COLUMN_ROWS = 512, 1 << 20
 CPU_SOLVE_ROWS, GPU_SOLVE_ROWS = 512, 4096
 GPU_EXPERTS, GPU_EXPERT_BYTES = 64, 6 << 30  # at once, and what they may need
 GPU_WEIGHT_COPIES, GPU_HESSIAN_COPIES = 10, 4  # in float32, while one is quantized

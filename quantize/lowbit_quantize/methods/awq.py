@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lowbit_quantize.device.parallel import parallel_map
+from lowbit_quantize.device import ranks
 from lowbit_quantize.methods.method import InputScale, Need, Site, SitePart, refined_nearest
 from lowbit_quantize.schemes.scheme import Quantized, Scheme, diagonal_blocks
 
@@ -62,7 +62,7 @@ def search_scale(parts: Sequence[SitePart], activation: Tensor) -> InputScale:
 
     def best_of_all(points: list[tuple[float, float]]) -> tuple[float, float]:
         new = [point for point in points if point not in errors]
-        errors.update(zip(new, parallel_map(error_of, new, activation.device), strict=True))
+        errors.update(zip(new, ranks.spread(error_of, new, activation.device), strict=True))
         return min(errors, key=lambda point: errors[point])
 
     best = best_of_all([(0.0, 0.0), START])

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from lowbit_core.errors import NumericsError
+from lowbit_quantize.device import ranks
 from lowbit_quantize.device.blocks import column_rows
-from lowbit_quantize.device.parallel import parallel_map
 from lowbit_quantize.methods.method import InputScale, Need, Site
 from lowbit_quantize.schemes.scheme import QuantizeColumn, Quantized, Scheme, take_rows
 
@@ -69,7 +69,7 @@ def _quantized(weight: Tensor, hessian: Tensor, scheme: Scheme) -> Quantized:
 
     step = column_rows(weight.device)
     blocks = [slice(start, start + step) for start in range(0, weight.shape[1], step)]
-    ordered = torch.cat(parallel_map(rows, blocks, weight.device), dim=2)
+    ordered = torch.cat(ranks.spread(rows, blocks, weight.device), dim=2)
     codes = torch.empty_like(ordered)
     for one, rank, found in zip(codes, order, ordered, strict=True):
         one[rank] = found

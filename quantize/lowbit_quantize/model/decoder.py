@@ -5,21 +5,23 @@ captured once for each sequence length by running the skeleton with recorders in
 """
 
 import copy
-from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from lowbit_core.errors import NumericsError
+from lowbit_quantize.device import ranks
 from lowbit_quantize.model.architecture import Architecture, kind_of
 from lowbit_quantize.model.files.kept_types import KeptTypes
 from lowbit_quantize.model.files.published_names import PublishedNames
 from lowbit_quantize.model.hooks import HookedCache, InputObservers, KVCacheHook, SeenAll, inputs_of
 from lowbit_quantize.model.skeleton import is_tied, text_config
 from lowbit_quantize.model.stand_in import StandIn
+from lowbit_quantize.model.tape import Tape, tell
 from lowbit_quantize.model.visited_experts import VisitedExperts
 from lowbit_quantize.model.weights import is_finite
 
@@ -27,6 +29,7 @@ BATCH_TOKENS = 2048  # tokens in a forward pass: enough for efficient products, 
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # positional ones, and keywords
 CACHE = "past_key_values"
+OURS, BASE = "ours", "base"  # whose observers are told
 END = ""  # of a layer, where the name of a module says how far hidden states go
 
 
@@ -143,9 +146,9 @@ class Decoder:
     ) -> Iterator[Tensor]:
         """Run one layer over (sequences, tokens, hidden) in batches; yields each batch's output in order."""
         args, kwargs = self.arguments(index, hidden)
-        for batch in hidden.split(max(1, BATCH_TOKENS // hidden.shape[1])):
+        for batch in batches_of(hidden):
             with torch.no_grad():
-                output = layer(batch.to(self.device), *args, **kwargs, **_cache(layer, hook))
+                output = layer(hidden[batch].to(self.device), *args, **kwargs, **_cache(layer, hook))
             yield output[0] if isinstance(output, tuple) else output
 
     def observe(
@@ -163,27 +166,73 @@ class Decoder:
 
         Each batch of the base model's hidden states, where they are given, goes first.
         """
-        args, kwargs = self.arguments(index, hidden)
-        size = max(1, BATCH_TOKENS // hidden.shape[1])
-        for start in range(0, len(hidden), size):
-            batch, moved = slice(start, start + size), None
+        batches = batches_of(hidden)
+        if ranks.count() == 1:
+            for batch in batches:
+                self._observe_batch(layer, index, hidden, batch, observers, hook, stop=stop, base=base)
+            return
+        told = {OURS: observers, BASE: base.observers if base else {}}
+        for first in range(0, len(batches), ranks.count()):
+            together, tape = batches[first : first + ranks.count()], Tape()
+            moved: Tensor | None = None
+            for batch in ranks.own(together):
+                side = base and replace(base, observers=tape.observers(BASE, list(base.observers)))
+                noting = tape.observers(OURS, list(observers))
+                self._observe_batch(
+                    layer, index, hidden, batch, noting, tape.hook(hook), stop=stop, base=side, tape=tape
+                )
+                moved = base.hidden[batch] if base and base.advance is not None else None
+            for source, batch in enumerate(together):
+                notes, there = ranks.exchange((tape.notes, moved), source, self.device)
+                tell(notes, told, hook)
+                if there is not None and base is not None:
+                    base.hidden[batch] = there
+
+    def _observe_batch(
+        self,
+        layer: nn.Module,
+        index: int,
+        hidden: Tensor,
+        batch: slice,
+        observers: InputObservers,
+        hook: KVCacheHook | None,
+        *,
+        stop: bool,
+        base: BasePass | None,
+        tape: Tape | None = None,
+    ) -> None:
+        (args, kwargs), moved = self.arguments(index, hidden), None
+        with ranks.alone():
             if base is not None and base.advance:
                 self.advance_to(base.advance, base.layer, index, base.hidden[batch], None, base.observers)
             elif base is not None:
                 with inputs_of(base.layer, base.observers, stop=base.advance is None), suppress(SeenAll):
                     moved = next(self.run_layer(base.layer, index, base.hidden[batch]))
-            with inputs_of(layer, observers, stop=stop), torch.no_grad(), suppress(SeenAll):
+        with inputs_of(layer, observers, stop=stop), torch.no_grad(), suppress(SeenAll):
+            with tape.attention() if tape else nullcontext():
                 layer(hidden[batch].to(self.device), *args, **kwargs, **_cache(layer, hook))
-            if (
-                base is not None and moved is not None
-            ):  # only now: observers may hold what the layer was given
-                base.hidden[batch] = moved
+        if base is not None and moved is not None:  # only now: observers may hold what the layer was given
+            base.hidden[batch] = moved
 
     def advance(self, layer: nn.Module, index: int, hidden: Tensor, hook: KVCacheHook | None = None) -> None:
         """Replace `hidden` by the layer's output, in place."""
-        size = max(1, BATCH_TOKENS // hidden.shape[1])
-        for start, output in enumerate(self.run_layer(layer, index, hidden, hook)):
-            hidden[start * size : (start + 1) * size] = output
+
+        def output(batch: slice) -> Tensor:
+            return next(self.run_layer(layer, index, hidden[batch], hook))
+
+        self.replace_dealt(hidden, output)
+
+    def replace_dealt(self, hidden: Tensor, output: Callable[[slice], Tensor]) -> None:
+        """Replace each batch of `hidden`, in place, by what one of the ranks makes of it."""
+        batches = batches_of(hidden)
+        for first in range(0, len(batches), ranks.count()):
+            together = batches[first : first + ranks.count()]
+            mine = None
+            for batch in ranks.own(together):
+                with ranks.alone():
+                    mine = output(batch)
+            for source, batch in enumerate(together):
+                hidden[batch] = mine if ranks.count() == 1 else ranks.exchange(mine, source, self.device)
 
     def advance_to(
         self,
@@ -194,14 +243,18 @@ class Decoder:
         hook: KVCacheHook | None = None,
         observers: InputObservers | None = None,
     ) -> None:
-        """Replace `hidden` by what a module of the layer reads, in place; the rest of the layer does not run."""
-        for batch in hidden.split(max(1, BATCH_TOKENS // hidden.shape[1])):
+        """Replace `hidden` by what a module of the layer reads, in place; the rest of the layer does not run.
 
-            def store(inputs: Tensor, batch: Tensor = batch) -> None:
-                batch.copy_(inputs.view_as(batch))
+        `observers` see one batch, of which no other rank knows.
+        """
 
-            with inputs_of(layer, {**(observers or {}), module: store}, stop=True), suppress(SeenAll):
-                next(self.run_layer(layer, index, batch, hook))
+        def output(batch: slice) -> Tensor:
+            read: list[Tensor] = []
+            with inputs_of(layer, {**(observers or {}), module: read.append}, stop=True), suppress(SeenAll):
+                next(self.run_layer(layer, index, hidden[batch], hook))
+            return read[0].view_as(hidden[batch])
+
+        self.replace_dealt(hidden, output)
 
     def arguments(self, index: int, hidden: Tensor) -> Arguments:
         """What a layer is called with beside these hidden states."""
@@ -245,6 +298,12 @@ class Decoder:
     def read(self, name: str) -> Tensor:
         """One tensor of the model, in the compute dtype or the one that it keeps."""
         return read_as(self.weights, name, self.kept_types.dtype(name, self.dtype), self.device)
+
+
+def batches_of(hidden: Tensor) -> list[slice]:
+    """The sequences of hidden states, (sequences, tokens, hidden), that go through a layer at once."""
+    size = max(1, BATCH_TOKENS // hidden.shape[1])
+    return [slice(start, min(start + size, len(hidden))) for start in range(0, len(hidden), size)]
 
 
 def _without_cache(called: Arguments) -> Arguments:

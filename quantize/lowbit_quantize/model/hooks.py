@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -68,6 +68,23 @@ def inputs_of(layer: nn.Module, observers: InputObservers, *, stop: bool = False
     handles = [layer.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in observers]
     with removed_after(handles):
         yield
+
+
+class AttentionMeter(Protocol):
+    """An observer that measures attention, and takes what was measured, which may be elsewhere; `stop`: it needs no more
+    of the layer then.
+    """
+
+    @property
+    def stop(self) -> bool: ...
+    def __call__(self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, /) -> None: ...
+    def measure(self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor: ...
+    def take(self, measured: Tensor) -> None: ...
+
+
+def attention_observer() -> AttentionObserver | AttentionMeter | None:
+    """Who looks at attention now."""
+    return _attention_observer.get()
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lowbit_core.manifest import DivergenceRecord, GateRecord, QualityRecord
+from lowbit_quantize.device import ranks
 from lowbit_quantize.device.precision import exact_products
 from lowbit_quantize.model.logits import PLAIN, LogitsForm
 from lowbit_quantize.quality.dataset import TokenText
@@ -59,14 +60,15 @@ def compare(
     to the largest logit so far (Milakov and Gimelshein 2018, arXiv 1805.02867).
     """
     sequences = max(1, CHUNK_POSITIONS // base.shape[1])
-    chunks = []
-    for start in range(0, len(ids), sequences):
+    own = []
+    for start in ranks.own(range(0, len(ids), sequences)):
         rows = slice(start, start + sequences)
         targets = ids[rows, 1:].to(head.device)
         p, q = base_norm(base[rows, :-1].to(head.device)), norm(compressed[rows, :-1].to(head.device))
         states = p.flatten(0, 1), q.flatten(0, 1)
         columns = _compare_positions(*states, head, own_head, targets.flatten(), form)
-        chunks.append([column.view(targets.shape) for column in columns])
+        own.append([column.view(targets.shape) for column in columns])
+    chunks = ranks.in_order(own, torch.device("cpu"))
     return Predictions(*(torch.cat(columns) for columns in zip(*chunks, strict=True)))
 
 

@@ -19,6 +19,7 @@ from lowbit_core.durable import move, write_text
 from lowbit_core.errors import CheckpointError, ModelError, NumericsError, OutputError
 from lowbit_core.log import get_logger
 from lowbit_core.manifest import MANIFEST_NAME, PROGRESS_NAME, Manifest, read_manifest, verify_files
+from lowbit_quantize.device import ranks
 from lowbit_quantize.model.weights import INDEX_NAME
 from lowbit_quantize.run.identity import Identity, identity_in
 from lowbit_quantize.run.journal import (
@@ -56,7 +57,7 @@ class RunDirectory:
 
     def journal(self, walk: str) -> Journal:
         """The records of one of the run's walks."""
-        return Journal(self.out / STATE / walk, self.scratch)
+        return Journal(self.out / STATE / walk, self.scratch, writes=ranks.is_first())
 
     def shards(self, walk: str) -> Path:
         """Where a walk writes its shards that may not be the one that is kept."""
@@ -157,6 +158,18 @@ def run_in(out: Path, identity: Identity, *, overwrite: bool = False) -> Iterato
             _leave_no_trace(out)
             raise
         raise type(error)(f"{error}; {_kept(directory)}") from error
+
+
+@contextmanager
+def run_of_ranks(out: Path, identity: Identity, *, overwrite: bool = False) -> Iterator[RunDirectory]:
+    """As `run_in` on the first rank; the others are given the directory when it is ready."""
+    if ranks.is_first():
+        with run_in(out, identity, overwrite=overwrite) as run:
+            ranks.by_first(lambda: None)
+            yield run
+    else:
+        ranks.by_first(lambda: None)
+        yield RunDirectory(out)
 
 
 def _begin(directory: RunDirectory, identity: Identity, overwrite: bool) -> None:

@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from lowbit_quantize.device import ranks
 from lowbit_quantize.run.tensor_file import write_tensors
 
 MEMORY_BYTES = 4 << 30  # of all streams together, by default
@@ -64,7 +65,8 @@ class HiddenStates:
 
     def _map(self, name: str, size: int) -> mmap.mmap:
         assert self._directory is not None
-        descriptor = os.open(self._directory / f"{name}{SPILLED}", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        own = f"{name}.{ranks.rank()}{SPILLED}"
+        descriptor = os.open(self._directory / own, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
         try:
             os.posix_fallocate(
                 descriptor, 0, size

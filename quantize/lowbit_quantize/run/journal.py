@@ -88,8 +88,9 @@ class TrialResult(_Record):
 class Journal:
     """The records of one walk, in a directory of their own."""
 
-    def __init__(self, directory: Path, scratch: Path) -> None:
-        self.directory, self.scratch = directory, scratch
+    def __init__(self, directory: Path, scratch: Path, *, writes: bool = True) -> None:
+        """Without `writes` what is done is only remembered: another process writes it down."""
+        self.directory, self.scratch, self._writes = directory, scratch, writes
         self.layers: list[LayerRecord] = []
         while (path := self._layer_path(len(self.layers))).is_file():
             self.layers.append(read_record(path, LayerRecord))
@@ -134,15 +135,17 @@ class Journal:
 
     def finish(self, record: LayerRecord) -> None:
         """Note that a layer is done; its shard and streams are on the disk."""
-        write_text(self._layer_path(record.layer), record.model_dump_json() + "\n", self.scratch)
         self.layers.append(record)
-        self._remove_streams(keep=record.layer)
+        if self._writes:
+            write_text(self._layer_path(record.layer), record.model_dump_json() + "\n", self.scratch)
+            self._remove_streams(keep=record.layer)
 
     def conclude(self, conclusion: Conclusion) -> None:
         """Note the comparison at the end of the walk; the streams are not needed any more."""
-        write_text(self._conclusion_path, conclusion.model_dump_json() + "\n", self.scratch)
         self.conclusion = conclusion
-        self._remove_streams(keep=-1)
+        if self._writes:
+            write_text(self._conclusion_path, conclusion.model_dump_json() + "\n", self.scratch)
+            self._remove_streams(keep=-1)
 
     @property
     def _conclusion_path(self) -> Path:

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowbit_quantize.device import ranks
 from lowbit_quantize.device.blocks import search_weights, solve_rows
-from lowbit_quantize.device.parallel import parallel_map
 from lowbit_quantize.schemes.affine import Affine, encode, range_params, stored
 from lowbit_quantize.schemes.scheme import cost_blocks
 
@@ -44,7 +44,7 @@ def search_params(weight: Tensor, hessian: Tensor, affine: Affine) -> tuple[Tens
     """
     blocks = cost_blocks(hessian, weight, affine.width(weight.shape[-1]))
     row_blocks = weight.split(max(1, search_weights(weight.device) // weight[..., 0, :].numel()), dim=-2)
-    parts = parallel_map(lambda rows: _search_rows(rows, blocks, affine), row_blocks, weight.device)
+    parts = ranks.spread(lambda rows: _search_rows(rows, blocks, affine), row_blocks, weight.device)
     scale, zero = (torch.cat(part, dim=-1).mT.contiguous() for part in zip(*parts, strict=True))
     return scale, zero
 
@@ -136,7 +136,8 @@ def solve_scales(
     """
     rows = solve_rows(weight.device)
     blocks = zip(*(part.split(rows, dim=-2) for part in (codes, scale, zero, weight)), strict=True)
-    return torch.cat([_solve_rows(c, s, z, w, hessian, affine) for c, s, z, w in blocks], dim=-2)
+    solved = ranks.spread(lambda block: _solve_rows(*block, hessian, affine), list(blocks), weight.device)
+    return torch.cat(solved, dim=-2)
 
 
 def _solve_rows(

@@ -12,7 +12,7 @@ function (model/hooks.py): positions, masks and sliding windows are already in w
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -47,20 +47,33 @@ def attention_received(query: Tensor, key: Tensor, mask: Tensor | None, scaling:
     return received
 
 
+class _Weights:
+    """Gives each statistic the attention that its waiting tokens receive."""
+
+    def __init__(self, statistics: Sequence[AttendedHessian | Drift], *, stop: bool) -> None:
+        self._statistics, self.stop = statistics, stop
+
+    def __call__(self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> None:
+        if any(statistic.waiting for statistic in self._statistics):
+            self.take(self.measure(query, key, mask, scaling))
+            if self.stop:
+                raise SeenAll
+
+    def measure(self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+        """(tokens of all texts,)"""
+        return attention_received(query, key, mask, scaling).flatten()
+
+    def take(self, measured: Tensor) -> None:
+        for statistic in self._statistics:
+            if statistic.waiting:
+                statistic.weigh(measured)
+
+
 @contextmanager
 def attention_seen_by(statistics: Sequence[AttendedHessian | Drift], *, stop: bool) -> Iterator[None]:
     """While the block runs, give each statistic the attention that its waiting tokens receive.
 
     With `stop`, the layer ends there (`SeenAll`).
     """
-
-    def weigh(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> None:
-        if waiting := [statistic for statistic in statistics if statistic.waiting]:
-            received = attention_received(query, key, mask, scaling).flatten()
-            for statistic in waiting:
-                statistic.weigh(received)
-            if stop:
-                raise SeenAll
-
-    with attention_observed_by(weigh):
+    with attention_observed_by(_Weights(statistics, stop=stop)) if statistics else nullcontext():
         yield

@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from lowbit_core.errors import NumericsError
+from lowbit_quantize.device import ranks
 from lowbit_quantize.device.precision import exact_products
 
 STEP = 0.5
 RIDGE = 0.05  # of the mean of diag H
+DEALT_ROWS = 1024  # that are worked on at once, by one rank
 
 
 class Drift:
@@ -57,6 +59,11 @@ class Drift:
     @property
     def waiting(self) -> bool:
         return self._waiting is not None
+
+    @property
+    def _blocks(self) -> list[slice]:
+        assert self._sum is not None
+        return _row_blocks(len(self._sum))
 
     def expect(self, inputs: Tensor) -> None:
         """Take the base model's inputs, (tokens, features)."""
@@ -98,7 +105,8 @@ class Drift:
         if received is not None:
             wide *= ((1 + received) / 2).unsqueeze(1)
         with exact_products(inputs.dtype):
-            self._sum.addmm_(wide.T, inputs.float())
+            for rows in ranks.own(self._blocks):
+                self._sum[rows].addmm_(wide[:, rows].T, inputs.float())
         self._tokens += len(inputs)
         self._expected = self._residual_off = None
 
@@ -109,14 +117,25 @@ class Drift:
         """
         self.weigh(None)
         assert self._sum is not None, "a drift gives one target"
-        off = self._sum.div_(max(1, self._tokens))
-        if self._weight is None:
-            off = weight @ off
+        mine = [self._sum[rows] for rows in ranks.own(self._blocks)]
+        for rows, block in zip(self._blocks, ranks.in_order(mine, self._sum.device), strict=True):
+            self._sum[rows] = block
+        off, inside = self._sum.div_(max(1, self._tokens)), self._weight is None
         self._sum = self._weight = None
         lower = hessian.clone()
         lower.diagonal().add_(RIDGE * hessian.diagonal().mean().clamp(min=1e-12))
         lower, failed = torch.linalg.cholesky_ex(lower)
         if failed:
             raise NumericsError(f"an input Hessian cannot be factored with a ridge of {RIDGE} of its mean")
-        target: Tensor = weight + STEP * torch.cholesky_solve(off.T, lower).T
-        return target
+
+
+        def aimed(rows: slice) -> Tensor:
+            wanted = weight[rows] @ off if inside else off[rows]
+            found: Tensor = weight[rows] + STEP * torch.cholesky_solve(wanted.T, lower).T
+            return found
+
+        return torch.cat(ranks.spread(aimed, _row_blocks(len(weight)), weight.device))
+
+
+def _row_blocks(count: int) -> list[slice]:
+    return [slice(start, min(start + DEALT_ROWS, count)) for start in range(0, count, DEALT_ROWS)]

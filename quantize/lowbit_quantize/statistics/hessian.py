@@ -1,8 +1,11 @@
 """The Hessian of a linear's output error, H = E[x xᵀ] over calibration tokens (up to the usual factor of 2)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from lowbit_quantize.device import ranks
 from lowbit_quantize.device.precision import exact_products
 
 SYMMETRIC_BLOCKS = 6  # blocks of a Hessian, if it is so wide that they cost less than they save:
@@ -22,8 +25,14 @@ class Hessian:
     def __init__(self, features: int, device: torch.device) -> None:
         self._sum = torch.zeros(features, features, device=device)
         self._block = -(-features // SYMMETRIC_BLOCKS) if features >= WIDE else features
+        self._shared = ranks.count() > 1 and features >= WIDE
         self._finished = False
         self.tokens = 0
+
+    @property
+    def _starts(self) -> range:
+        """Where blocks begin."""
+        return range(0, self.features, self._block)
 
     @property
     def features(self) -> int:
@@ -36,7 +45,7 @@ class Hessian:
         if extra := -len(wide) % TOKEN_MULTIPLE:
             wide = torch.cat([wide, wide.new_zeros(extra, wide.shape[1])])
         with exact_products(inputs.dtype):
-            for start in range(0, wide.shape[1], self._block):
+            for start in ranks.own(_evenly(self._starts, ranks.count())) if self._shared else self._starts:
                 stop = start + self._block
                 self._sum[start:stop, start:].addmm_(wide[:, start:stop].T, wide[:, start:])
         self.tokens += len(inputs)
@@ -46,16 +55,33 @@ class Hessian:
         if self._finished:
             return self._sum
         self._finished = True
-        for start in range(0, self.features, self._block):
+        if self._shared:
+            self._gather()
+        for start in self._starts:
             stop = start + self._block
             self._sum[stop:, start:stop] = self._sum[start:stop, stop:].T
             corner = self._sum[start:stop, start:stop]
             corner.copy_(corner.triu() + corner.triu(1).T)
         return self._sum.div_(max(1, self.tokens))
 
+    def _gather(self) -> None:
+        """Get the blocks that other ranks have."""
+        starts = _evenly(self._starts, ranks.count())
+        mine = [self._sum[start : start + self._block, start:] for start in ranks.own(starts)]
+        for start, block in zip(starts, ranks.in_order(mine, self._sum.device), strict=True):
+            self._sum[start : start + self._block, start:] = block
+
     def divide(self, scale: Tensor) -> None:
         """Make it that of inputs which are divided by `scale`, (features,)."""
         self.matrix().div_(scale.unsqueeze(0)).div_(scale.unsqueeze(1))
+
+
+def _evenly(starts: Sequence[int], among: int) -> list[int]:
+    """Blocks, of which the first is the largest, in an order that deals about as much to each: there and back."""
+    rounds = [list(starts[first : first + among]) for first in range(0, len(starts), among)]
+    return [
+        start for number, one in enumerate(rounds) for start in (reversed(one) if number % 2 == 1 else one)
+    ]
 
 
 class AttendedHessian(Hessian):

@@ -9,6 +9,8 @@ SAMPLE_STRIDE = 4  # of the tokens whose keys and values are kept
 class KVAbsmax:
     """Largest |key| of a layer and largest |value| of each value channel, as handed to the cache; a sample of both."""
 
+    observes = True
+
     def __init__(self) -> None:
         self.key = torch.zeros(())
         self.value = torch.zeros(())

@@ -79,6 +79,10 @@ class LayerStatistics:
         if any(group.linears[0] in sampled for group in entering):
             self._samples.setdefault(router, InputSample(features, device))
 
+    def finish_block(self) -> None:
+        """What all experts read has been seen: each of them may ask for it by itself now."""
+        self._hessians[self._architecture.router].matrix()
+
     def divide_block(self, scale: Tensor) -> None:
         """Take a scale that was folded into what the routed experts read since it was observed, (features,)."""
         router = self._architecture.router

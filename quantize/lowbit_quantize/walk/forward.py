@@ -17,6 +17,7 @@ from lowbit_core.errors import NumericsError
 from lowbit_core.log import get_logger
 from lowbit_core.manifest import KVLayerRecord, QualityRecord
 from lowbit_core.progress import track
+from lowbit_quantize.device import ranks
 from lowbit_quantize.device.memory import keep_freed_memory, keep_no_freed_memory, return_freed_memory
 from lowbit_quantize.model.architecture import LayerKind, kind_of
 from lowbit_quantize.model.decoder import Decoder
@@ -29,8 +30,8 @@ from lowbit_quantize.run.journal import Conclusion, HeadRecord, Journal, LayerRe
 from lowbit_quantize.run.writer import CheckpointWriter
 from lowbit_quantize.walk.baselines import Baselines
 from lowbit_quantize.walk.head import QuantizedHead, quantize_head
-from lowbit_quantize.walk.layer import LayerContext, LayerResult, Pass
-from lowbit_quantize.walk.layer_writer import LayerWriter, kv_tensors, record_of
+from lowbit_quantize.walk.layer import LayerContext, LayerResult, Pass, QuantizedLinear
+from lowbit_quantize.walk.layer_writer import LayerWriter, beside, kv_tensors, record_of
 from lowbit_quantize.walk.module_plan import ModulePlan, Modules
 from lowbit_quantize.walk.visit import Traveller, experts_of, visit
 
@@ -52,6 +53,16 @@ class Work:
     fp8_layers: frozenset[int]
     baselines: Mapping[str, list[int]]
     fold_head: bool = True
+
+
+@dataclass(frozen=True)
+class MadeExpert:
+    """What becomes of a routed expert: its tensors beside its quantized linears, and the tokens that it saw if too few."""
+
+    number: int
+    beside: dict[str, Tensor]
+    linears: dict[str, QuantizedLinear]
+    under_calibrated: int | None
 
 
 class Walk:
@@ -89,7 +100,8 @@ class Walk:
             self._embed()
         depth = self.decoder.depth
         keep_freed_memory()
-        for index in track(range(finished, depth), depth, "layers", done=finished):
+        indices = range(finished, depth)
+        for index in track(indices, depth, "layers", done=finished) if ranks.is_first() else indices:
             self._step(index)
             self._streams.release()
             return_freed_memory()
@@ -109,7 +121,7 @@ class Walk:
 
     def _take_up(self) -> int:
         """Restore what an earlier process has finished; returns the number of layers."""
-        self.journal.begin(self.writer.directory)
+        ranks.by_first(lambda: self.journal.begin(self.writer.directory))
         self.writer.adopt(self.journal.shards)
         if self.journal.layers and not self.journal.conclusion:
             self.journal.load_streams(self._streams)
@@ -160,14 +172,26 @@ class Walk:
         if context.calibration_base is not None and context.read_on:
             travellers.append(Traveller(context.calibration_base, base, halfway=context.halfway))
 
-        def serve(experts: Mapping[int, nn.Module]) -> None:
+        def make(experts: Mapping[int, nn.Module]) -> list[MadeExpert]:
             found = work(list(experts), calibration.called) if work else {}
+            made = []
             for number, expert in experts.items():
                 name = f"{prefix}{number}."
-                done = {one: result.linears.pop(one) for one in list(result.linears) if one.startswith(name)}
-                written.add(expert, found.get(number, done), name)
+                done = {one: linear for one, linear in result.linears.items() if one.startswith(name)}
+                linears, seen = found.get(number, done), result.under_calibrated.get(number)
+                made.append(MadeExpert(number, beside(expert, linears, name), linears, seen))
+            return made
 
-        visit(decoder, index, travellers, experts_of(layer), serve, work.together if work else 1)
+        def keep(made: list[MadeExpert]) -> None:
+            for one in made:
+                if written:
+                    written.add(one.beside, one.linears)
+                for name in one.linears:
+                    result.linears.pop(name, None)
+                if one.under_calibrated is not None:
+                    result.under_calibrated[one.number] = one.under_calibrated
+
+        visit(decoder, index, travellers, experts_of(layer), make, keep, work.together if work else 1)
         self._check_base(index)
         self._finish(layer, index, result, written)
 
@@ -228,8 +252,9 @@ class Walk:
             kv_cache_included=any(record.kv_scales for record in self.layers),
             **self._baselines.measure(base, norm, head),
         )
-        record = self._write_head(our_norm, found) if found else None
-        self.journal.conclude(Conclusion(quality=measured, base_files=self._base_files, head=record))
+        files = self._base_files
+        record = ranks.by_first(lambda: self._write_head(our_norm, found) if found else None)
+        self.journal.conclude(Conclusion(quality=measured, base_files=files, head=record))
         return measured
 
     @property
@@ -261,7 +286,10 @@ class Walk:
             quantized_parameters=found.weight.numel(),
         )
 
-    def _layer_writer(self, index: int) -> LayerWriter:
+    def _layer_writer(self, index: int) -> LayerWriter | None:
+        """None on a rank that writes nothing."""
+        if not ranks.is_first():
+            return None
         decoder = self.decoder
         layer = decoder.layer(index)
         most = PARTS * len(layer.state_dict()) if kind_of(layer).experts else None
@@ -274,12 +302,16 @@ class Walk:
             most,
         )
 
-    def _finish(self, layer: nn.Module, index: int, result: LayerResult, written: LayerWriter) -> None:
+    def _finish(self, layer: nn.Module, index: int, result: LayerResult, written: LayerWriter | None) -> None:
         """Write what is left of a layer, and note that it is done."""
-        scales = result.kv_scales
-        written.add(layer, result.linears, more=kv_tensors(kind_of(layer).attention, scales))
-        self.journal.finish(
-            LayerRecord(
+        files = self._base_files
+
+        def write() -> LayerRecord:
+            assert written is not None
+            scales = result.kv_scales
+            others = kv_tensors(kind_of(layer).attention, scales)
+            written.add(beside(layer, result.linears) | others, result.linears)
+            return LayerRecord(
                 layer=index,
                 shard=written.close(),
                 modules=written.modules,
@@ -290,13 +322,15 @@ class Walk:
                 figures=result.figures,
                 packed_bytes=written.packed_bytes,
                 quantized_parameters=written.quantized_parameters,
-                base_files=self._base_files,
+                base_files=files,
                 streams=self.journal.save_streams(index, self._streams),
                 unopened=written.unopened,
             )
-        )
+
+        self.journal.finish(ranks.by_first(write))
 
     @property
     def _base_files(self) -> list[str]:
-        """The base model's files that were read so far."""
-        return sorted(self.decoder.weights.read_files)
+        """The base model's files that were read so far, by any rank."""
+        read = ranks.in_order([set(self.decoder.weights.read_files)], torch.device("cpu"))
+        return sorted(set().union(*read))

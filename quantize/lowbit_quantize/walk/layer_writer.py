@@ -38,21 +38,11 @@ class LayerWriter:
         self.unopened: dict[str, UnopenedLinear] = {}
         self.packed_bytes = self.quantized_parameters = 0
 
-    def add(
-        self,
-        module: nn.Module,
-        linears: Mapping[str, QuantizedLinear],
-        prefix: str = "",
-        more: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        """A module of the layer whose names there begin with `prefix`, its quantized linears, and tensors beside it."""
+    def add(self, tensors: Mapping[str, Tensor], linears: Mapping[str, QuantizedLinear]) -> None:
+        """Quantized linears of the layer and tensors beside them, by their names in it."""
         packed = {linear: one.quantized.tensors() for linear, one in linears.items()}
-        replaced = {f"{linear}.weight" for linear in packed}
-        here = {f"{prefix}{key}": value for key, value in module.state_dict().items()}
-        tensors = {key: value for key, value in here.items() if key not in replaced}
-        for linear, parts in packed.items():
-            tensors.update({f"{linear}.{key}": value for key, value in parts.items()})
-        self._write({f"{self._name}.{key}": value for key, value in (tensors | dict(more or {})).items()})
+        parts = {f"{linear}.{key}": value for linear, some in packed.items() for key, value in some.items()}
+        self._write({f"{self._name}.{key}": value for key, value in (dict(tensors) | parts).items()})
         for linear, one in linears.items():
             self._note(linear, one)
         self.packed_bytes += sum(tensor.nbytes for parts in packed.values() for tensor in parts.values())
@@ -78,6 +68,14 @@ class LayerWriter:
         self.quantized_parameters += quantized.codes.numel()
         if self._architecture.in_experts(linear) and not quantized.scheme.experts.opened:
             self.unopened[published] = _unopened(quantized)
+
+
+def beside(
+    module: nn.Module, linears: Mapping[str, QuantizedLinear], prefix: str = ""
+) -> dict[str, Tensor]:
+    """The tensors of a module, whose names in the layer begin with `prefix`, but the weights of quantized linears."""
+    here = {f"{prefix}{key}": value for key, value in module.state_dict().items()}
+    return {key: value for key, value in here.items() if key.removesuffix(".weight") not in linears}
 
 
 def kv_tensors(attention: str, scales: KVScales | None) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lowbit_quantize.device import ranks
 from lowbit_quantize.methods.method import InputScale
 from lowbit_quantize.model.architecture import Architecture, LinearGroup, kind_of
 from lowbit_quantize.model.decoder import END, BasePass
@@ -115,7 +116,8 @@ class StagedLayer:
             kind = self._kind
             context.halfway = advance != END
             attention = (kind.attention, kind.attention_end, kind.attention_outputs)
-            with without_attention(layer, *attention, kept.read) if kept.read else nullcontext():
+            read = ranks.own(kept.read)  # by the batches that run here
+            with without_attention(layer, *attention, read) if kept.read else nullcontext():
                 self._decoder.advance_to(advance, layer, self._index, self._hidden, context.result.hook)
             for one in (layer, self._base[0]) if self._base else (layer,):
                 halves.enter_context(without_attention(one, *attention))
@@ -145,6 +147,7 @@ class StagedLayer:
         """Keep what all routed experts read, as they will read it, and let them have the scales of their inputs."""
         if not entering:
             return
+        statistics.finish_block()
         self._block, experts = statistics, experts_of(self._layer)
         fold = entering[0].fold
         scale = norms.get(fold.producer) if fold else None
@@ -161,13 +164,14 @@ class StagedLayer:
         hook = context.result.hook
         calibration = Traveller(self._hidden, self._layer, hook, halfway=context.halfway)
         calibration.record(self._decoder, self._index)
-        for first in range(0, len(experts), work.together):
-            numbers = range(len(experts))[first : first + work.together]
-            experts.hold(numbers)
-            for number, linears in work(numbers, calibration.called).items():
-                context.result.linears.update(linears)
-                experts.keep(number)
-            experts.let_go()
+        with ranks.alone():  # each rank wants all of them
+            for first in range(0, len(experts), work.together):
+                numbers = range(len(experts))[first : first + work.together]
+                experts.hold(numbers)
+                for number, linears in work(numbers, calibration.called).items():
+                    context.result.linears.update(linears)
+                    experts.keep(number)
+                experts.let_go()
         context.expert_work, context.halfway = None, False
 
     def _expert_work(self) -> ExpertQuantizer:

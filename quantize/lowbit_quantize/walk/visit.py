@@ -8,7 +8,7 @@ place. Where a layer has a middle, attention is computed once: hidden states wai
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,12 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowbit_quantize.device import ranks
 from lowbit_quantize.model.architecture import kind_of
-from lowbit_quantize.model.decoder import Decoder
+from lowbit_quantize.model.decoder import Decoder, batches_of
 from lowbit_quantize.model.hooks import KVCacheHook, without_attention
 from lowbit_quantize.model.visited_experts import RoutedCall, VisitedExperts
 
 ROWS = 8192  # of an expert's tokens that go through it at once
+Made = Any  # what becomes of some experts
+Given = tuple[Tensor, Tensor]  # tokens, (rows,), and what an expert gives for them, (rows, hidden)
 
 
 @dataclass
@@ -53,23 +56,29 @@ class Traveller:
         if kind.middle and not self.halfway:
             decoder.advance_to(kind.middle, self.layer, index, self.hidden, self.hook)
             self.halfway = True
-        with experts_of(self.layer).recording() as calls, self._on_its_way():
-            for _ in decoder.run_layer(self.layer, index, self.hidden, self.hook):
-                pass
+        with experts_of(self.layer).recording() as own, self._on_its_way():
+            for batch in ranks.own(batches_of(self.hidden)):
+                for _ in decoder.run_layer(self.layer, index, self.hidden[batch], self.hook):
+                    pass
+        calls = ranks.in_order(own, decoder.device)
         self.lengths = [len(call.hidden) for call in calls]
         self.call = RoutedCall(*(torch.cat(parts) for parts in zip(*map(_parts, calls), strict=True)))
         self.total = torch.zeros_like(self.call.hidden, dtype=torch.float32)
 
-    def add(self, number: int, expert: nn.Module) -> None:
-        """Let an expert see its tokens."""
+    def given(self, number: int, expert: nn.Module) -> Iterator[Given]:
+        """What an expert gives for its tokens, `ROWS` of them at a time."""
         if not self.read_on:
             return
-        assert self.total is not None
         tokens, gates = self.called.of(number)
         for rows, share in zip(tokens.split(ROWS), gates.split(ROWS), strict=True):
             if len(rows):
-                given = expert(self.called.hidden[rows]) * share.unsqueeze(-1)
-                self.total.index_add_(0, rows, given.float())
+                yield rows, expert(self.called.hidden[rows]) * share.unsqueeze(-1)
+
+    def take(self, given: Iterable[Given]) -> None:
+        """Add what an expert gives; experts are taken in their order, whoever has computed them."""
+        for rows, outputs in given:
+            assert self.total is not None
+            self.total.index_add_(0, rows, outputs.float())
 
     def play(self, decoder: Decoder, index: int) -> None:
         """Run to the layer's end."""
@@ -78,7 +87,7 @@ class Traveller:
         assert self.total is not None
         outputs = self.total.to(self.called.hidden.dtype).split(self.lengths)
         self.call = self.total = None
-        with experts_of(self.layer).playing(outputs), self._on_its_way():
+        with experts_of(self.layer).playing(ranks.own(outputs)), self._on_its_way():
             decoder.advance(self.layer, index, self.hidden, self.hook)
 
     def _on_its_way(self) -> Any:
@@ -110,45 +119,83 @@ def visit(
     index: int,
     travellers: Sequence[Traveller],
     ours: VisitedExperts,
-    serve: Callable[[Mapping[int, nn.Module]], None],
+    make: Callable[[Mapping[int, nn.Module]], Made],
+    keep: Callable[[Made], None],
     together: int = 1,
 ) -> None:
     """Take all travellers from where they are to the layer's end.
 
-    `ours` are the compressed layer's experts; `serve` gets up to `together` of them at a time, by their numbers there,
-    and leaves in them what is served. Each is read once: the base model's travellers see it before it is changed.
+    `ours` are the compressed layer's experts; `make` gets up to `together` of them at a time, by their numbers there, and
+    leaves in them what is served; `keep` gets what it returns, in the order of experts, on every rank. Each expert is read
+    once, by one rank: the base model's travellers see it before it is changed.
     """
     for one in travellers:
         one.record(decoder, index)
-    place = {number: here for here, number in enumerate(ours.numbers)}
     kind = decoder.architecture.kinds[index]
     count = len(decoder.layer(index).get_submodule(kind.experts))  # type: ignore[arg-type]
-    base, compressed = ([one for one in travellers if one.compressed == whose] for whose in (False, True))
-    waiting: dict[int, nn.Module] = {}
-    with torch.no_grad():
-        for number in range(count):
+    place = {number: here for here, number in enumerate(ours.numbers)}
+
+    def pass_by(numbers: Sequence[int], made: list[Made]) -> Iterator[tuple[int, Iterable[Given]]]:
+        """What some experts give, by the number of the traveller."""
+        waiting: dict[int, nn.Module] = {}
+        for number in numbers:
             expert = decoder.load_part(index, f"{kind.experts}.{number}")
-            _let_base_see(expert, number, base)
+            yield from _given_to_base(expert, number, travellers)
             if number in place:
                 waiting[place[number]] = ours.take(place[number], expert)
-            if waiting and (len(waiting) == together or number == count - 1):
-                serve(waiting)
-                for here, one in itertools.product(waiting, compressed):
-                    one.add(here, ours[here])
-                ours.let_go()
-                waiting = {}
+        if waiting:
+            made.append(make(waiting))
+        for here, (who, one) in itertools.product(waiting, enumerate(travellers)):
+            if one.compressed:
+                yield who, one.given(here, ours[here])
+        ours.let_go()
+
+    chunks = [range(count)[start : start + together] for start in range(0, count, together)]
+    with torch.no_grad():
+        for first in range(0, len(chunks), ranks.count()):
+            _deal(chunks[first : first + ranks.count()], pass_by, travellers, keep, decoder.device)
     for one in travellers:
         one.play(decoder, index)
 
 
-def _let_base_see(expert: nn.Module, number: int, travellers: Sequence[Traveller]) -> None:
+def _deal(
+    chunks: Sequence[Sequence[int]],
+    pass_by: Callable[[Sequence[int], list[Made]], Iterator[tuple[int, Iterable[Given]]]],
+    travellers: Sequence[Traveller],
+    keep: Callable[[Made], None],
+    device: torch.device,
+) -> None:
+    """Let experts pass, a chunk by each rank; travellers take what they give in the order of experts."""
+    made: list[Made] = []
+    if ranks.count() == 1:
+        for who, given in pass_by(chunks[0], made):
+            travellers[who].take(given)
+        for one in made:
+            keep(one)
+        return
+    dealt = ranks.own(chunks)
+    with ranks.alone():
+        mine = [(who, list(given)) for numbers in dealt for who, given in pass_by(numbers, made)]
+    for source in range(len(chunks)):
+        steps, found = ranks.exchange((mine, made), source, device)
+        for who, given in steps:
+            travellers[who].take(given)
+        for one in found:
+            keep(one)
+
+
+def _given_to_base(
+    expert: nn.Module, number: int, travellers: Sequence[Traveller]
+) -> Iterator[tuple[int, Iterable[Given]]]:
     wide: nn.Module | None = None
-    for one in travellers:
+    for who, one in enumerate(travellers):
+        if one.compressed:
+            continue
         if one.hidden.dtype == torch.float32 and next(expert.parameters()).dtype != torch.float32:
             wide = wide or copy.deepcopy(expert).float()
-            one.add(number, wide)
+            yield who, one.given(number, wide)
         else:
-            one.add(number, expert)
+            yield who, one.given(number, expert)
 
 
 def advance(
@@ -164,7 +211,7 @@ def advance(
     one.record(decoder, index)
     with torch.no_grad():
         for number, expert in enumerate(experts):
-            one.add(number, expert)
+            one.take(one.given(number, expert))
     experts.let_go()
     one.play(decoder, index)
 

@@ -1,0 +1,88 @@
+"""Starts the ranks of a run on this machine, and ends all of them when one has died.
+
+The first rank's output is the command's; what another says is shown only if it was the first to fail.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from lowbit_core.server_process import describe_status, free_port
+
+POLL_S = 0.2
+GRACE_S = 20.0  # for a rank to notice that another has died, and to say so
+LAUNCHED = "LOWBIT_RANK_LAUNCHED"  # tells a rank that somebody says why the run ended
+HOME = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", LAUNCHED: "1"}
+ERROR = "lowbit: error: "
+KEPT = "finished layers are kept: run the same command again, with any number of ranks"
+
+
+def launch(arguments: Sequence[str], count: int) -> int:
+    """`lowbit quantize` with these flags as `count` ranks; returns the exit status."""
+    port, cores = free_port(), len(os.sched_getaffinity(0))
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // count)))
+    shared = {"WORLD_SIZE": str(count), "MASTER_PORT": str(port), "OMP_NUM_THREADS": threads}
+    with tempfile.TemporaryDirectory(prefix="lowbit-ranks-") as folder:
+        logs = [Path(folder) / f"rank-{rank}.log" for rank in range(count)]
+        ranks = [
+            _start(arguments, {**HOME, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, logs[rank])
+            for rank in range(count)
+        ]
+        try:
+            failed = _first_to_fail(ranks)
+            if failed is None:
+                return 0
+            _end(ranks, GRACE_S)
+        finally:
+            _end(ranks, 0.0)
+        status = ranks[failed].returncode
+        if failed or status < 0:
+            sys.stderr.write(f"lowbit: error: rank {failed} {_last_words(status, logs[failed])}\n")
+        return max(status, 1)
+
+
+def _start(
+    arguments: Sequence[str], environment: dict[str, str], log: Path
+) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-m", "lowbit_quantize", *arguments]
+    everything = os.environ | environment
+    if environment["RANK"] == "0":
+        return subprocess.Popen(command, env=everything)
+    with log.open("wb") as output:
+        return subprocess.Popen(command, env=everything, stdout=subprocess.DEVNULL, stderr=output)
+
+
+def _first_to_fail(ranks: Sequence["subprocess.Popen[bytes]"]) -> int | None:
+    """Wait until all have ended well, None, or one has not, its number."""
+    while True:
+        statuses = [one.poll() for one in ranks]
+        if any(statuses):
+            return next(rank for rank, status in enumerate(statuses) if status)
+        if all(status == 0 for status in statuses):
+            return None
+        time.sleep(POLL_S)
+
+
+def _end(ranks: Sequence["subprocess.Popen[bytes]"], grace_s: float) -> None:
+    """Wait for all; those that have not ended by themselves in time are ended."""
+    until = time.monotonic() + grace_s
+    for one in ranks:
+        try:
+            one.wait(max(0.0, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            one.kill()
+            one.wait()
+
+
+def _last_words(status: int, log: Path) -> str:
+    """Why a rank failed."""
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    said = [line.removeprefix(ERROR) for line in lines if line.startswith(ERROR)]
+    if said:
+        return said[-1]
+    last = next((f": {line.strip()}" for line in reversed(lines) if line.strip()), "")
+    return f"ended {describe_status(status)}{last if status > 0 else ''}; {KEPT}"
