@@ -23,7 +23,13 @@ from lowbit_quantize.quality.dataset import TokenText, load_texts
 from lowbit_quantize.recipe import Recipe
 from lowbit_quantize.record import Clock, manifest_of
 from lowbit_quantize.run.companions import Companions, companions, copy_companions
-from lowbit_quantize.run.directory import RunDirectory, check_disk, finished_before, refuse_foreign, run_of_ranks
+from lowbit_quantize.run.directory import (
+    RunDirectory,
+    check_disk,
+    finished_before,
+    refuse_foreign,
+    run_of_ranks,
+)
 from lowbit_quantize.run.hidden_states import MEMORY_BYTES
 from lowbit_quantize.run.identity import identity_of, texts_of
 from lowbit_quantize.run.journal import TrialResult
@@ -90,7 +96,6 @@ def quantize(
             reference.config, plan.architecture, base.weights, device, plan.skeleton, plan.dtype
         )
         walk, measured = _finished_walk(decoder, plan, base, texts, run, stream_memory_bytes)
-
 
         def conclude() -> Manifest:
             beside = write_rest(plan, base, walk, run)

@@ -299,6 +299,14 @@ def test_quantize_job_writes_what_the_server_waits_for() -> None:
     assert {"name": "HF_HUB_OFFLINE", "value": "0"} in job["env"]
 
 
+@pytest.mark.parametrize(("ranks", "flags"), [(1, []), (4, ["--ranks=4"])])
+def test_a_quantize_job_shares_its_work_among_ranks(ranks: int, flags: list[str]) -> None:
+    resources = render("one-gpu", quantize={"ranks": ranks})
+    (job,) = resources["Job"]["spec"]["template"]["spec"]["containers"]
+    assert [argument for argument in job["args"] if argument.startswith("--ranks")] == flags
+    assert parse(quantize, job["args"][1:]).ranks == ranks
+
+
 def test_another_recipe_is_another_job() -> None:
     names = {
         render("one-gpu", quantize={"recipe": r})["Job"]["metadata"]["name"] for r in ("awq", "gptq-g64")

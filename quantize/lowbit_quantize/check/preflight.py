@@ -14,7 +14,7 @@ from rich.table import Table
 
 from lowbit_core.cpu_speeds import KernelSpeed, instructions, of_kernels
 from lowbit_core.manifest import UnopenedRecord
-from lowbit_quantize.check import forecast
+from lowbit_quantize.check import effort, forecast
 from lowbit_quantize.check.sharding import PARALLEL_SIZES, obstacles
 from lowbit_quantize.check.unopened import unopened_records
 from lowbit_quantize.check.weights import checked_base, stored_weights
@@ -26,6 +26,7 @@ from lowbit_quantize.run.directory import check_disk, refuse_foreign
 from lowbit_quantize.schemes.scheme import KERNELS
 
 GIB = 1 << 30
+UNITS = ((86400, "days"), (3600, "h"), (60, "min"), (1, "s"))
 KERNEL_NAMES = {"gpu": "GPU", "cpu": "CPU"}
 
 
@@ -57,6 +58,8 @@ def dry_run(
         "run_disk_bytes": run_disk,
         "streams_bytes": streams,
         "memory_bound_bytes": forecast.memory_bound_bytes(plan, streams),
+        "base_bytes": plan.parameters * forecast.BASE_BYTES,
+        "effort": effort.report(plan, *texts),
         "gpu_memory_gib": gpu_memory_gib,
         "experts": plan.experts,
         "unopened": [record.model_dump() for record in unopened_records(plan)],
@@ -116,12 +119,23 @@ def _scheme_rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield f"{found['scheme']} on this CPU", KernelSpeed(**row).in_words()
 
 
+def _hours(seconds: float) -> str:
+    """In the unit that a person would use."""
+    return next(f"{seconds / size:.1f} {unit}" for size, unit in UNITS if seconds >= size or size == 1)
+
+
 def table(report: dict[str, Any]) -> Group:
     """The report for a person."""
     facts = Table(show_header=False, title=report["model"])
     facts.add_row("checkpoint", f"{report['checkpoint_bytes'] / GIB:.2f} GiB")
     facts.add_row("disk during the run", f"{report['run_disk_bytes'] / GIB:.2f} GiB")
     facts.add_row("memory of the run", f"below {report['memory_bound_bytes'] / GIB:.2f} GiB")
+    facts.add_row("read of the base", f"{report['base_bytes'] / GIB:.2f} GiB")
+    facts.add_row("time on this processor", f"about {_hours(report['effort']['seconds_here'])}")
+    for gpu, seconds in report["effort"]["seconds_of_products_on"].items():
+        facts.add_row(
+            f"time on one {gpu}", f"{_hours(seconds)} of products (by its maker's figures, not measured)"
+        )
     if report["experts"]:
         facts.add_row("experts a layer", str(report["experts"]))
     for record in report["unopened"]:

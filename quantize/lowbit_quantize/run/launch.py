@@ -45,9 +45,7 @@ def launch(arguments: Sequence[str], count: int) -> int:
         return max(status, 1)
 
 
-def _start(
-    arguments: Sequence[str], environment: dict[str, str], log: Path
-) -> "subprocess.Popen[bytes]":
+def _start(arguments: Sequence[str], environment: dict[str, str], log: Path) -> "subprocess.Popen[bytes]":
     command = [sys.executable, "-m", "lowbit_quantize", *arguments]
     everything = os.environ | environment
     if environment["RANK"] == "0":

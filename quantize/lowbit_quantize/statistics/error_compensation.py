@@ -128,7 +128,6 @@ class Drift:
         if failed:
             raise NumericsError(f"an input Hessian cannot be factored with a ridge of {RIDGE} of its mean")
 
-
         def aimed(rows: slice) -> Tensor:
             wanted = weight[rows] @ off if inside else off[rows]
             found: Tensor = weight[rows] + STEP * torch.cholesky_solve(wanted.T, lower).T

@@ -70,9 +70,7 @@ class LayerWriter:
             self.unopened[published] = _unopened(quantized)
 
 
-def beside(
-    module: nn.Module, linears: Mapping[str, QuantizedLinear], prefix: str = ""
-) -> dict[str, Tensor]:
+def beside(module: nn.Module, linears: Mapping[str, QuantizedLinear], prefix: str = "") -> dict[str, Tensor]:
     """The tensors of a module, whose names in the layer begin with `prefix`, but the weights of quantized linears."""
     here = {f"{prefix}{key}": value for key, value in module.state_dict().items()}
     return {key: value for key, value in here.items() if key.removesuffix(".weight") not in linears}
