@@ -5,8 +5,8 @@
 Two models of random bfloat16 weights, 2,048 channels wide: a dense one (Llama) and a mixture (32 experts of 768), few
 layers each. Runs of one and of two ranks take turns; what is compared is the time that layers take, by the modification
 times of their records, and that files are the same byte for byte. Then a run of two ranks is killed at random moments
-(one rank by SIGKILL, either in turn), gone on with by one rank and by two in turn until it is killed again, and its files
-are held against the others. Exits 1 where bytes differ.
+(one rank by SIGKILL, either in turn), gone on with by two until it is killed again, and at last by one or by two; its
+files are held against the others. Exits 1 where bytes differ.
 """
 
 import argparse
@@ -102,8 +102,8 @@ def _compared(name: str, model: Path, arguments: argparse.Namespace) -> dict[str
 
 def _started(model: Path, out: Path, ranks: int, arguments: argparse.Namespace) -> "subprocess.Popen[bytes]":
     command = [
-        str(LOWBIT), "quantize", "--model", str(model), "--recipe", "gptq-g64", "--out", str(out), "--ranks", str(ranks),
-        "--set", "quality.isolate=false", "--set", f"calibration.num_samples={arguments.rows}",
+        str(LOWBIT), "quantize", "--model", str(model), "--recipe", "gptq-g64", "--out", str(out),
+        "--ranks", str(ranks), "--set", "quality.isolate=false", "--set", f"calibration.num_samples={arguments.rows}",
         "--set", "calibration.max_seq_length=512", "--set", "quality.num_samples=4",
         "--set", "quality.max_seq_length=512",
     ]  # fmt: skip

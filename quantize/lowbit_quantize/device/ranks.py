@@ -1,7 +1,7 @@
 """Ranks: processes that make one checkpoint together.
 
-All of them walk the same walk and decide the same; what is dear is dealt, and every rank gets every result, in the order
-that one rank alone would have made them. Nothing is summed over ranks: a sum's last bits depend on who adds what. So the
+All of them walk the same walk and decide the same; what is dear is dealt, and every rank gets every result, in the
+order in which one rank alone makes them. Nothing is summed over ranks: a sum's last bits depend on who adds what. So the
 files are byte for byte those of one rank, however many there are. The first rank alone writes.
 
 Processes are started by `lowbit quantize --ranks N` (run/launch.py) or torchrun, which tell each its number by
@@ -20,6 +20,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from lowbit_core.errors import EngineError, LowbitError
 from lowbit_quantize.device.parallel import parallel_map
@@ -55,8 +57,8 @@ def join() -> None:
     load a model act upon both.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not _joined:
-        store, rank, size = next(iter(dist.rendezvous("env://")))
-        gloo = dist.ProcessGroupGloo(dist.PrefixStore("lowbit", store), rank, size, WAIT)
+        store, rank, size = next(iter(rendezvous("env://")))
+        gloo = dist.ProcessGroupGloo(PrefixStore("lowbit", store), rank, size, WAIT)
         _joined.append(_Group(rank, size, int(os.environ.get("LOCAL_RANK", "0")), gloo))
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
             os.environ.pop(name, None)
@@ -149,9 +151,9 @@ def by_first(make: Callable[[], Result], device: torch.device | None = None) -> 
                 outcome = make(), None
         except LowbitError as error:
             outcome = None, error
-    value, error = exchange(outcome, 0, device or torch.device("cpu"))
-    if error is not None:
-        raise error
+    value, refusal = exchange(outcome, 0, device or torch.device("cpu"))
+    if refusal is not None:
+        raise refusal
     made: Result = value
     return made
 

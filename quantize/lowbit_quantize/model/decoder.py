@@ -208,9 +208,9 @@ class Decoder:
             elif base is not None:
                 with inputs_of(base.layer, base.observers, stop=base.advance is None), suppress(SeenAll):
                     moved = next(self.run_layer(base.layer, index, base.hidden[batch]))
-        with inputs_of(layer, observers, stop=stop), torch.no_grad(), suppress(SeenAll):
-            with tape.attention() if tape else nullcontext():
-                layer(hidden[batch].to(self.device), *args, **kwargs, **_cache(layer, hook))
+        watched = tape.attention() if tape else nullcontext()
+        with inputs_of(layer, observers, stop=stop), torch.no_grad(), suppress(SeenAll), watched:
+            layer(hidden[batch].to(self.device), *args, **kwargs, **_cache(layer, hook))
         if base is not None and moved is not None:  # only now: observers may hold what the layer was given
             base.hidden[batch] = moved
 
@@ -227,12 +227,11 @@ class Decoder:
         batches = batches_of(hidden)
         for first in range(0, len(batches), ranks.count()):
             together = batches[first : first + ranks.count()]
-            mine = None
-            for batch in ranks.own(together):
-                with ranks.alone():
-                    mine = output(batch)
-            for source, batch in enumerate(together):
-                hidden[batch] = mine if ranks.count() == 1 else ranks.exchange(mine, source, self.device)
+            dealt = ranks.own(together)
+            with ranks.alone():
+                mine = [output(batch) for batch in dealt]
+            for batch, made in zip(together, ranks.in_order(mine, self.device), strict=True):
+                hidden[batch] = made
 
     def advance_to(
         self,

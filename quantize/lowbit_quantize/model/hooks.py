@@ -71,8 +71,9 @@ def inputs_of(layer: nn.Module, observers: InputObservers, *, stop: bool = False
 
 
 class AttentionMeter(Protocol):
-    """An observer that measures attention, and takes what was measured, which may be elsewhere; `stop`: it needs no more
-    of the layer then.
+    """An observer that measures attention, and takes what was measured, here or elsewhere.
+
+    `stop`: it needs no more of the layer then.
     """
 
     @property

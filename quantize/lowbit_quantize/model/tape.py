@@ -1,7 +1,7 @@
 """What the pass of one batch showed, noted to be told to those that observe: on every rank, batch after batch.
 
-A batch runs on one rank. There its observers only note; then all ranks get the notes and tell them to the observers in the
-order of the batches, as if each had run them all (device/ranks.py).
+A batch runs on one rank. There its observers only note; then all ranks get the notes and tell them to the observers in
+the order of the batches, as if each had run them all (device/ranks.py).
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -136,13 +136,12 @@ def solve_scales(
     """
     rows = solve_rows(weight.device)
     blocks = zip(*(part.split(rows, dim=-2) for part in (codes, scale, zero, weight)), strict=True)
-    solved = ranks.spread(lambda block: _solve_rows(*block, hessian, affine), list(blocks), weight.device)
+    solved = ranks.spread(lambda block: _solve_rows(block, hessian, affine), list(blocks), weight.device)
     return torch.cat(solved, dim=-2)
 
 
-def _solve_rows(
-    codes: Tensor, scale: Tensor, zero: Tensor, weight: Tensor, hessian: Tensor, affine: Affine
-) -> Tensor:
+def _solve_rows(rows: tuple[Tensor, ...], hessian: Tensor, affine: Affine) -> Tensor:
+    codes, scale, zero, weight = rows
     steps = affine.split(codes).float() - zero.unsqueeze(-1)  # (…, rows, groups, width)
     count, width = steps.shape[-2:]
     quadratic = torch.zeros(*steps.shape[:-1], count, device=steps.device)  # (…, rows, groups, groups)

@@ -57,7 +57,7 @@ class Work:
 
 @dataclass(frozen=True)
 class MadeExpert:
-    """What becomes of a routed expert: its tensors beside its quantized linears, and the tokens that it saw if too few."""
+    """What becomes of a routed expert: tensors beside its quantized linears, and how many tokens it saw if too few."""
 
     number: int
     beside: dict[str, Tensor]

@@ -64,7 +64,7 @@ def test_each_expert_is_read_once_for_all_streams_and_the_served_one_is_seen_by_
         Traveller(streams[2], decoder.load_frame(LAYER).float()),
     ]
 
-    served = list[list[int]]()
+    served, kept = list[list[int]](), list[None]()
 
     def silence(experts: Mapping[int, nn.Module]) -> None:
         served.append(list(experts))
@@ -72,7 +72,8 @@ def test_each_expert_is_read_once_for_all_streams_and_the_served_one_is_seen_by_
             last: Any = expert.get_submodule("down_proj")
             last.weight = nn.Parameter(torch.zeros_like(last.weight), requires_grad=False)
 
-    visit(decoder, LAYER, travellers, experts_of(layer), silence, together)
+    visit(decoder, LAYER, travellers, experts_of(layer), silence, kept.append, together)
+    assert kept == [None] * len(served)
     assert served == ([[0, 1, 2], [3, 4, 5], [6, 7]] if together == 3 else [[one] for one in range(8)])
     assert read == [f"{kind_of(layer).experts}.{number}" for number in range(8)]
     expected = whole(decoder, hidden)

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,12 @@ from lowbit_quantize.device.ranks import _packed, _unpacked
 from lowbit_quantize.run.directory import STATE
 from lowbit_quantize.statistics.hessian import SYMMETRIC_BLOCKS, _evenly
 
-WIDE = {"hidden_size": 1024, "intermediate_size": 1152, "num_attention_heads": 8, "num_key_value_heads": 2}
+WIDE: Any = {
+    "hidden_size": 1024,
+    "intermediate_size": 1152,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+}
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 LOWBIT = Path(sys.executable).with_name("lowbit")
 WITHIN_S = 300
@@ -47,7 +53,7 @@ def made(arguments: Sequence[str], log: Path, ranks: int) -> None:
     ],
 )
 def test_ranks_write_the_files_of_one(
-    family: str, sizes: dict[str, int], recipe: str, ranks: int, tmp_path: Path
+    family: str, sizes: Any, recipe: str, ranks: int, tmp_path: Path
 ) -> None:
     model = write_tiny_model(tmp_path / "model", family, **sizes)
     outs = {count: tmp_path / f"of-{count}" for count in (1, ranks)}
@@ -95,7 +101,7 @@ def _ranks_of(parent: int) -> dict[int, int]:
 
 def test_what_is_exchanged_arrives_as_it_was() -> None:
     large = torch.randn(64, 64)
-    sent = {
+    sent: dict[str, Any] = {
         "a view": large[3:5, ::2],
         "turned": large.T[:2],
         "types": [torch.arange(3).to(kind) for kind in (torch.int8, torch.bool, torch.float64)],
@@ -107,10 +113,10 @@ def test_what_is_exchanged_arrives_as_it_was() -> None:
     data = _packed(sent)
     assert len(data) < 4096  # of the large tensor no more than what is shown
     arrived = _unpacked(data, torch.device("cpu"))
-    assert torch.equal(arrived["a view"], sent["a view"])  # type: ignore[arg-type]
+    assert torch.equal(arrived["a view"], sent["a view"])
     assert torch.equal(arrived["turned"], large.T[:2])
     for name in ("types", "halves"):
-        for one, other in zip(arrived[name], sent[name], strict=True):  # type: ignore[arg-type]
+        for one, other in zip(arrived[name], sent[name], strict=True):
             assert one.dtype == other.dtype
             assert torch.equal(one.float(), other.float())
     assert arrived["nothing"].shape == (0, 4)
