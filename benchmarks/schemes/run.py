@@ -50,7 +50,16 @@ SHORT_PROMPT = 32
 MAX_LAG_S = 0.5  # of the generator, beside engines on the same cores: rates over seconds do not see it
 WARM_TOKENS = 2  # of each output of the turn that warms up
 WARMING = 0  # the number of its round
-FLAGS = ("--kv-cache-gib", "0.5", "--kv-cache-dtype", "bfloat16", "--max-num-seqs", "16", "--served-model-name", "m")
+FLAGS = (
+    "--kv-cache-gib",
+    "0.5",
+    "--kv-cache-dtype",
+    "bfloat16",
+    "--max-num-seqs",
+    "16",
+    "--served-model-name",
+    "m",
+)
 Speeds = dict[str, float]
 Turn = Callable[[str, int], Speeds]  # of a checkpoint, in a round; WARMING where it only warms up
 

@@ -1,8 +1,8 @@
 """What a run computes, and about how long that takes: products counted from shapes, over rates that are measured here.
 
 Only matrix products are counted, which most of a run is; what is beside them (searches, attention, files, Python) is
-taken as the share that it had of measured runs. For GPUs there is no measured run yet: their time is that of the products
-at a share of the maker's figures, and is called so.
+taken as the share that it had of measured runs. For GPUs there is no measured run yet: their time is that of the
+products at a share of the maker's figures, and is called so.
 """
 
 import time

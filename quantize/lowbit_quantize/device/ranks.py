@@ -1,8 +1,8 @@
 """Ranks: processes that make one checkpoint together.
 
 All of them walk the same walk and decide the same; what is dear is dealt, and every rank gets every result, in the
-order in which one rank alone makes them. Nothing is summed over ranks: a sum's last bits depend on who adds what. So the
-files are byte for byte those of one rank, however many there are. The first rank alone writes.
+order in which one rank alone makes them. Nothing is summed over ranks: a sum's last bits depend on who adds what. So
+the files are byte for byte those of one rank, however many there are. The first rank alone writes.
 
 Processes are started by `lowbit quantize --ranks N` (run/launch.py) or torchrun, which tell each its number by
 environment variables. Results travel by gloo, through the CPU's memory, on GPUs too.

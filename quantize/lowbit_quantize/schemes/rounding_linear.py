@@ -1,15 +1,17 @@
 """A linear that computes what an engine with 8-bit kernels does: inputs rounded, codes times codes, scales after."""
 
+import torch
 from torch import Tensor, nn
 
-from lowbit_quantize.device.precision import exact_products
+from lowbit_quantize.device.precision import exact_products, int8_product, multiplies_int8
 from lowbit_quantize.schemes.inputs import InputQuantizer
 
 
 class RoundingLinear(nn.Linear):
     """Stands where a linear was; `weight` holds the codes, which bfloat16 and float16 hold exactly.
 
-    Sums are float32, as on a GPU; vLLM's CPU kernel sums int8 exactly, which differs in the last digit.
+    Sums of int8 are exact where the processor multiplies it, as in vLLM's CPU kernel, and else float32, which may
+    differ in the last digit.
     """
 
     def __init__(
@@ -25,12 +27,17 @@ class RoundingLinear(nn.Linear):
         self.weight = nn.Parameter(codes, requires_grad=False)
         self.bias = linear.bias
         self._scale, self._quantizer, self._input_scale = scale.T, quantizer, input_scale
+        integers = quantizer.grid.name == "int8" and multiplies_int8(codes.device)
+        self._integers = codes.to(torch.int8) if integers else None
 
     def forward(self, inputs: Tensor) -> Tensor:
         rows = inputs.reshape(-1, inputs.shape[-1])
         codes, scales = self._quantizer.encode(rows, self._input_scale)
-        with exact_products(self.weight.dtype):
-            output = codes @ self.weight.float().T
+        if self._integers is not None:
+            output = int8_product(codes.to(torch.int8), self._integers)
+        else:
+            with exact_products(self.weight.dtype):
+                output = codes @ self.weight.float().T
         output.mul_(scales).mul_(self._scale)
         if self.bias is not None:
             output += self.bias.float()

@@ -126,8 +126,8 @@ def visit(
     """Take all travellers from where they are to the layer's end.
 
     `ours` are the compressed layer's experts; `make` gets up to `together` of them at a time, by their numbers there,
-    and leaves in them what is served; `keep` gets what it returns, in the order of experts, on every rank. Each expert is
-    read once, by one rank: the base model's travellers see it before it is changed.
+    and leaves in them what is served; `keep` gets what it returns, in the order of experts, on every rank. Each expert
+    is read once, by one rank: the base model's travellers see it before it is changed.
     """
     for one in travellers:
         one.record(decoder, index)

@@ -43,7 +43,7 @@ def quantized(
     return found
 
 
-@pytest.mark.parametrize("methods", [(Gptq(),), (Awq(),), (Awq(), Gptq())], ids=str)
+@pytest.mark.parametrize("methods", [(Gptq(),), (Awq(),), (Awq(), Gptq())], ids=["gptq", "awq", "awq, gptq"])
 def test_experts_become_what_each_becomes_by_itself(
     tiny_model: Callable[[str], Path], moe_family: str, methods: tuple[Method, ...]
 ) -> None:

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lowbit_quantize.device.precision import int8_product
 from lowbit_quantize.methods.gptq import Gptq
 from lowbit_quantize.schemes.eight_bits import PRESETS, EightBits
 from lowbit_quantize.schemes.grids import FP8, INT8, Grid
@@ -127,3 +128,13 @@ def test_codes_times_codes_is_what_rounded_inputs_and_the_served_weight_give(sch
 
 def test_a_cpu_takes_all_but_static_inputs() -> None:
     assert [name for name, one in SCHEMES.items() if one.obstacles("cpu")] == ["FP8"]
+
+
+@pytest.mark.parametrize("shape", [(7, 33, 5), (0, 32, 8), (1, 1, 1), (64, 576, 96)], ids=str)
+def test_products_of_int8_are_exact(shape: tuple[int, int, int]) -> None:
+    tokens, inputs, outputs = shape
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randint(-127, 128, (tokens, inputs), generator=generator)
+    weight = torch.randint(-127, 128, (outputs, inputs), generator=generator)
+    found = int8_product(rows.to(torch.int8), weight.to(torch.int8))
+    assert torch.equal(found, (rows @ weight.T).float())
