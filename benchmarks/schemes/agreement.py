@@ -5,10 +5,11 @@
 The server answers PROMPTS greedily. Each of its tokens is then given to transformers with the text before it, so that
 every token counts and not only those before the first difference: it must be transformers' own choice too, or less than
 TIE logits below that. Held-out texts are asked for their loss as well, the mean negative log-probability of a token, of
-server and readers. With `--packages DIR` the server has the Python packages of that folder beside it: zentorch's kernels
-are held to the same. Two readers: transformers as it is, whose library divides int8 inputs by absmax / 127.5, and as
-`lowbit evaluate` loads it, with inputs rounded as vLLM rounds them. The FP8 cache's scales, and those of inputs where
-they are static, are read back from the running engine and held against the files. Status 1 where something differs.
+server and readers. With `--packages DIR` the server has the Python packages of that folder beside it: what zentorch's
+kernels give is held to the same. Two readers: transformers as it is, whose library divides int8 inputs by absmax /
+127.5, and as `lowbit evaluate` loads it, with inputs rounded as vLLM rounds them. The FP8 cache's scales, and those of
+inputs where they are static, are read back from the running engine and held against the files. Status 1 where something
+differs.
 """
 
 import argparse
