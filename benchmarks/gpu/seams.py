@@ -25,7 +25,8 @@ RUN_CAUSES = {
     "lowbit_quantize.model.decoder:Decoder.advance": "advancing",
     "lowbit_quantize.model.decoder:Decoder.advance_to": "advancing",
     "lowbit_quantize.walk.stages:quantize_linears": "quantizing",
-    "lowbit_quantize.walk.expert_work:quantize_linears": "quantizing",
+    "lowbit_quantize.walk.expert_work:prepared": "quantizing",
+    "lowbit_quantize.walk.expert_work:serve_alike": "quantizing",
     "lowbit_quantize.walk.layer_writer:LayerWriter.add": "writing",
     "lowbit_quantize.walk.layer_writer:LayerWriter.close": "writing",
     "lowbit_quantize.walk.forward:Walk.quality": "quality",
@@ -35,7 +36,7 @@ ONCE = ("quality", "the rest of the run")  # causes that a deeper model does not
 GPTQ_CAUSES = {
     "lowbit_quantize.methods.gptq:ordered_factor": "factor",
     "lowbit_quantize.schemes.integer:search_params": "search",
-    "lowbit_quantize.methods.gptq:parallel_map": "columns",
+    "lowbit_quantize.methods.gptq:dealt_codes": "columns",
     "lowbit_quantize.schemes.integer:solve_scales": "refine",
 }
 BLOCKS = "lowbit_quantize.device.blocks"

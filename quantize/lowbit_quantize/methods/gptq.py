@@ -28,7 +28,7 @@ from lowbit_core.errors import NumericsError
 from lowbit_quantize.device import ranks
 from lowbit_quantize.device.blocks import column_rows
 from lowbit_quantize.methods.method import InputScale, Need, Site
-from lowbit_quantize.schemes.scheme import QuantizeColumn, Quantized, Scheme, take_rows
+from lowbit_quantize.schemes.scheme import Params, QuantizeColumn, Quantized, Scheme, take_rows
 
 DAMPING = (0.01, 0.03, 0.1, 0.3, 1.0)  # of the mean of diag H; the next is taken when a factor fails
 BLOCK_COLUMNS = 32
@@ -61,20 +61,24 @@ def _quantized(weight: Tensor, hessian: Tensor, scheme: Scheme) -> Quantized:
     params = scheme.search(weight, _remaining_variance(order, factor))
     groups = order // scheme.width(weight.shape[-1])
     factor.div_(factor.diagonal(dim1=1, dim2=2).unsqueeze(1))
-    turned = take_rows(weight.mT, order)  # (n, in, out)
-
-    def rows(block: slice) -> Tensor:
-        columns = scheme.columns({name: values[:, block] for name, values in params.items()}, groups)
-        return gptq_codes(turned[:, :, block], columns, factor, scheme.code_dtype)
-
-    step = column_rows(weight.device)
-    blocks = [slice(start, start + step) for start in range(0, weight.shape[1], step)]
-    ordered = torch.cat(ranks.spread(rows, blocks, weight.device), dim=2)
+    ordered = dealt_codes(take_rows(weight.mT, order), params, groups, factor, scheme)
     codes = torch.empty_like(ordered)
     for one, rank, found in zip(codes, order, ordered, strict=True):
         one[rank] = found
     codes = codes.mT.contiguous()
     return Quantized(codes, scheme.refine(codes, params, weight, hessian), scheme)
+
+
+def dealt_codes(turned: Tensor, params: Params, groups: Tensor, shares: Tensor, scheme: Scheme) -> Tensor:
+    """`gptq_codes` of weights that lie transposed and ordered, (n, in, out), block of rows by block of rows."""
+
+    def rows(block: slice) -> Tensor:
+        columns = scheme.columns({name: values[:, block] for name, values in params.items()}, groups)
+        return gptq_codes(turned[:, :, block], columns, shares, scheme.code_dtype)
+
+    step = column_rows(turned.device)
+    blocks = [slice(start, start + step) for start in range(0, turned.shape[2], step)]
+    return torch.cat(ranks.spread(rows, blocks, turned.device), dim=2)
 
 
 def _remaining_variance(order: Tensor, factor: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ class HiddenStates:
 
     def _map(self, name: str, size: int) -> mmap.mmap:
         assert self._directory is not None
-        own = f"{name}.{ranks.rank()}{SPILLED}"
+        own = f"{name}.{ranks.rank()}{SPILLED}" if ranks.rank() else f"{name}{SPILLED}"
         descriptor = os.open(self._directory / own, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
         try:
             os.posix_fallocate(

@@ -176,7 +176,8 @@ def test_experts_of_plain_linears_compute_what_stacked_ones_do(family: str) -> N
         assert name in unstack_experts(model)
         experts = model.get_submodule(name)
         assert isinstance(experts, ExpertList)
-        torch.testing.assert_close(experts(hidden, chosen, gates), expected, rtol=1e-5, atol=1e-5)
+        # Sums of 64 float32 products in other orders: an AMD processor's differ by 6e-5 in outputs of about 4.
+        torch.testing.assert_close(experts(hidden, chosen, gates), expected, rtol=1e-4, atol=1e-4)
 
 
 def decoder_of(family: str, directory: Path, dtype: torch.dtype = HALF) -> Decoder:
