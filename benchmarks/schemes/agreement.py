@@ -59,6 +59,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--tokens", type=int, default=48, help="of each answer")
+    parser.add_argument(
+        "--no-fp8-cache", dest="fp8_cache", action="store_false", help="keep keys and values as they are"
+    )
     parser.add_argument("--packages", type=Path, help="folder of packages beside the server, zentorch's")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
@@ -66,9 +69,10 @@ def main() -> int:
     arguments.work.mkdir(parents=True, exist_ok=True)
     prompts, texts = _prompts(arguments.checkpoint), _texts(arguments.checkpoint)
     packages = str(arguments.packages) if arguments.packages else None
-    with lowbit_serve(
-        arguments.checkpoint, arguments.work / "agreement.log", "--served-model-name", "m", packages=packages
-    ) as server:
+    flags = ["--served-model-name", "m"]
+    flags += [] if arguments.fp8_cache else ["--kv-cache-dtype", "bfloat16"]
+    log = arguments.work / "agreement.log"
+    with lowbit_serve(arguments.checkpoint, log, *flags, packages=packages) as server:
         engine = _get(f"{server.url}/lowbit/checkpoint")["engine"]
         answers = [_answer(server.url, prompt, arguments.tokens) for prompt in prompts]
         served_loss = mean_loss([_served(server.url, text) for text in texts])
@@ -77,12 +81,12 @@ def main() -> int:
         "tie_logits": TIE,
         "kv_cache_dtype": engine["kv_cache_dtype"],
         "layers": engine["layers"],
-        "scales": scales_in_force(arguments.checkpoint, engine),
+        "scales": scales_in_force(arguments.checkpoint, engine, fp8_cache=arguments.fp8_cache),
         "loss": {"tokens": sum(len(text) - 1 for text in texts), "served": served_loss},
         "readers": {},
     }
     for name, reader in readers_of(arguments.checkpoint).items():
-        logits = reader(arguments.checkpoint)
+        logits = reader(arguments.checkpoint, fp8_cache=arguments.fp8_cache)
         result["readers"][name] = compared(logits, prompts, answers) | {
             "loss": mean_loss([log_probabilities(logits, text) for text in texts])
         }
@@ -133,11 +137,15 @@ def mean_loss(texts: Sequence[Sequence[float]]) -> float:
     return round(-sum(every) / len(every), 5)
 
 
-def plain(checkpoint: Path) -> Logits:
+def plain(checkpoint: Path, *, fp8_cache: bool = True) -> Logits:
     """transformers as it is, its cache rounded with the checkpoint's scales."""
     gc.collect()
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
     config, scales = AutoConfig.from_pretrained(checkpoint), read_checkpoint_scales(checkpoint)
+    if (quantized := getattr(config, "quantization_config", None)) is not None:
+        quantized.pop("kv_cache_scheme", None)  # it would round once more, with scales cut to bfloat16
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, config=config, dtype=torch.bfloat16)
+    if not fp8_cache:
+        scales = {}
 
     def logits(ids: Tensor) -> Tensor:
         with torch.inference_mode():
@@ -147,23 +155,24 @@ def plain(checkpoint: Path) -> Logits:
     return logits
 
 
-def rounded(checkpoint: Path) -> Logits:
+def rounded(checkpoint: Path, *, fp8_cache: bool = True) -> Logits:
     """The model as `lowbit evaluate` loads it."""
     gc.collect()
-    model = load_model(find_model(str(checkpoint)), torch.device("cpu"))
+    model = load_model(find_model(str(checkpoint)), torch.device("cpu"), fp8_cache=fp8_cache)
     return lambda ids: model.hidden(ids)[0].float() @ model.head.float().T
 
 
-def readers_of(checkpoint: Path) -> dict[str, Callable[[Path], Logits]]:
+def readers_of(checkpoint: Path) -> dict[str, Callable[..., Logits]]:
     """The readers that open a checkpoint, by name: plain transformers not int8 experts."""
     manifest = read_manifest(checkpoint)
-    found: dict[str, Callable[[Path], Logits]] = {"transformers, inputs rounded as vLLM": rounded}
+    found: dict[str, Callable[..., Logits]] = {"transformers, inputs rounded as vLLM": rounded}
     return found if manifest and manifest.unopened else {"transformers": plain, **found}
 
 
-def scales_in_force(checkpoint: Path, engine: Mapping[str, Any]) -> dict[str, int]:
+def scales_in_force(checkpoint: Path, engine: Mapping[str, Any], *, fp8_cache: bool = True) -> dict[str, int]:
     """How many scales the files hold, of caches and of inputs, and how many of them the engine runs with."""
-    kv, inputs = read_checkpoint_scales(checkpoint), read_input_scales(checkpoint)
+    kv = read_checkpoint_scales(checkpoint) if fp8_cache else {}
+    inputs = read_input_scales(checkpoint)
     running = {one["layer"]: (one["k_scale"], one["v_scale"]) for one in engine["kv_scales"]}
     in_force = sum(
         tuple(map(as_float32, running.get(layer, (0.0, 0.0))))
@@ -190,7 +199,8 @@ def _texts(checkpoint: Path) -> list[list[int]]:
     """The beginnings of some held-out texts, spread over all of them."""
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     with gzip.open(HELDOUT, "rt", encoding="utf-8") as lines:
-        texts = [json.loads(line)["text"] for line in lines]
+        rows = [json.loads(line) for line in lines]
+    texts = [row["text"] for row in rows if "text" in row]
     return [tokenizer(text)["input_ids"][:TEXT_TOKENS] for text in texts[:: -(-len(texts) // TEXTS)]]
 
 
