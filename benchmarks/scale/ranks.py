@@ -104,7 +104,7 @@ def _started(model: Path, out: Path, ranks: int, arguments: argparse.Namespace) 
     command = [
         str(LOWBIT), "quantize", "--model", str(model), "--recipe", "gptq-g64", "--out", str(out),
         "--ranks", str(ranks), "--set", "quality.isolate=false", "--set", f"calibration.num_samples={arguments.rows}",
-        "--set", "calibration.max_seq_length=512", "--set", "quality.num_samples=4",
+        "--set", "calibration.max_seq_length=512", "--set", f"quality.num_samples={arguments.rows}",
         "--set", "quality.max_seq_length=512",
     ]  # fmt: skip
     with (arguments.work / "quantize.log").open("ab") as log:
