@@ -1,7 +1,7 @@
 """README's table of bytes, KL and speeds side by side: python benchmarks/schemes/readme.py [--write].
 
 Speeds are run.py's (`results/`). KL is of benchmarks/quantizers' one judge, with an unquantized cache as the speeds:
-`field.json` for 4 bits, `eight_bits.json` for int8; until that lies there, docs/log.md's. `--write` puts the tables
+`field.json` for 4 bits, `eight_bits.json` for int8. `--write` puts the tables
 between their markers in README.md. Standard library only.
 """
 
@@ -31,7 +31,6 @@ MODELS = {  # by `model` of a result: recipe of W4A16, and MiB of the tensors, a
     "1B, random weights": ("rtn", {"bf16": 2048.1, "w4a16": 670.6, "w8a8": 1121.6}),
 }
 JUDGED = "SmolLM2-135M"  # the model of benchmarks/quantizers
-LOGGED = {"w8a8": "0.0134 ± 0.0018 (2,044 predictions, [log](docs/log.md))"}
 
 
 def tables() -> str:
@@ -51,7 +50,7 @@ def table(result: dict[str, Any]) -> str:
     recipe, sizes = MODELS[result["model"]]
     rows = [[f"{result['model']}, {SETS[result['instructions']]}", *HEAD[1:]], ["---"] * len(HEAD)]
     for name, (label, judged) in ROWS.items():
-        kl = _kl(name, judged) if result["model"] == JUDGED else "–"
+        kl = _kl(judged) if result["model"] == JUDGED else "–"
         for served in (name, name + BESIDE):
             if served in result["rounds"]:
                 speeds = [_speed(result, served, measure) for measure in MEASURES]
@@ -71,19 +70,13 @@ def _speed(result: dict[str, Any], name: str, measure: str) -> str:
     return f"{speed} ({ratio['ratio']:.2f}{error})"
 
 
-def _kl(name: str, judged: tuple[str, str] | None) -> str:
-    """As the judge measured it; the log's where it has not."""
+def _kl(judged: tuple[str, str] | None) -> str:
+    """As the judge measured it."""
     if judged is None:
         return "0"
     file, case = judged
-    runs = (
-        json.loads((QUANTIZERS / file).read_text(encoding="utf-8"))["runs"]
-        if (QUANTIZERS / file).exists()
-        else []
-    )
+    runs = json.loads((QUANTIZERS / file).read_text(encoding="utf-8"))["runs"]
     found = [run["quality"] for run in runs if run["case"]["name"] == case]
-    if not found:
-        return LOGGED[name]
     error = max(one["mean_kl_standard_error"] for one in found)
     return f"{fmean(one['mean_kl_nats'] for one in found):.4f} ± {error:.4f}"
 

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from lowbit_core.errors import ConfigError, QualityError
 from lowbit_core.log import get_logger
 from lowbit_core.manifest import Manifest
 from lowbit_quantize.recipe import Recipe, bundled_recipes, load_recipe
-from lowbit_quantize.run.launch import LAUNCHED, launch
+from lowbit_quantize.run.launch import LAUNCHED, LOST, launch
 
 if TYPE_CHECKING:
     import torch
@@ -111,20 +110,9 @@ def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     _check_flags(arguments)
-    if arguments.ranks > 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("--ranks beside torchrun: it has started the ranks; leave out --ranks")
-    if arguments.ranks > 1:
-        return launch(_without_ranks(sys.argv[2:]), arguments.ranks)
-    overrides = list(arguments.set)
-    if arguments.dtype is not None:
-        overrides.append(f"base.dtype={arguments.dtype}")
-    if arguments.leave_out is not None:
-        overrides.append(f"base.leave_out={json.dumps(arguments.leave_out)}")
-    if arguments.calibration is not None:
-        overrides.append(f"calibration.dataset={json.dumps(arguments.calibration)}")
-    if arguments.heldout is not None:
-        overrides.append(f"quality.dataset={json.dumps(arguments.heldout)}")
-    recipe = load_recipe(arguments.recipe, tuple(overrides))
+    recipe = load_recipe(arguments.recipe, _overrides(arguments))
+    if arguments.ranks > 1 and LAUNCHED not in os.environ:
+        return launch(sys.argv[2 if sys.argv[1:2] == ["quantize"] else 1 :], arguments.ranks)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads: idle threads sleep, not spin
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars are for terminals
@@ -135,35 +123,55 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.experts_report is not None:
         return _report(arguments, recipe, device)
     from lowbit_quantize.device import ranks
-    from lowbit_quantize.pipeline import quantize
 
-    ranks.join()
-    device = ranks.own_device(device)
-    if not ranks.is_first():
-        get_logger("quantize").setLevel("ERROR")  # the first says it
     try:
-        manifest = quantize(
-            arguments.model,
-            recipe,
-            arguments.out,
-            device,
-            overwrite=arguments.overwrite,
-            stream_memory_bytes=_stream_memory_bytes(arguments),
-            trust_remote_code=arguments.trust_remote_code,
-        )
-    except ranks.RankLost as error:
+        manifest = _quantized(arguments, recipe, device)
+    except ranks.RankLost:
         if LAUNCHED not in os.environ:
             raise
-        return error.exit_status  # whoever started this rank says why
-    first = ranks.is_first()
-    ranks.leave()
-    if not first:
+        return LOST  # whoever started this rank says why
+    if not ranks.is_first():
         return 0
     sys.stdout.write(json.dumps(summary(manifest, arguments.out)) + "\n")
     if not manifest.gate.accepted:
         sys.stderr.write(f"lowbit: rejected by its quality gate: {'; '.join(manifest.gate.reasons)}\n")
         return QualityError.exit_status
     return 0
+
+
+def _overrides(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """What flags set of the recipe."""
+    found = list(arguments.set)
+    if arguments.dtype is not None:
+        found.append(f"base.dtype={arguments.dtype}")
+    if arguments.leave_out is not None:
+        found.append(f"base.leave_out={json.dumps(arguments.leave_out)}")
+    if arguments.calibration is not None:
+        found.append(f"calibration.dataset={json.dumps(arguments.calibration)}")
+    if arguments.heldout is not None:
+        found.append(f"quality.dataset={json.dumps(arguments.heldout)}")
+    return tuple(found)
+
+
+def _quantized(arguments: argparse.Namespace, recipe: Recipe, device: "torch.device") -> Manifest:
+    """The run, by this process or with the other ranks."""
+    from lowbit_quantize.device import ranks
+    from lowbit_quantize.pipeline import quantize
+
+    ranks.join()
+    if not ranks.is_first():
+        get_logger("quantize").setLevel("ERROR")  # the first says it
+    manifest = quantize(
+        arguments.model,
+        recipe,
+        arguments.out,
+        ranks.own_device(device),
+        overwrite=arguments.overwrite,
+        stream_memory_bytes=_stream_memory_bytes(arguments),
+        trust_remote_code=arguments.trust_remote_code,
+    )
+    ranks.meet()
+    return manifest
 
 
 def _check_flags(arguments: argparse.Namespace) -> None:
@@ -175,19 +183,12 @@ def _check_flags(arguments: argparse.Namespace) -> None:
         raise ConfigError("--dry-run and --experts-report are two reports; give one of them")
     if arguments.gpu_memory_gib is not None and not (arguments.dry_run and arguments.gpu_memory_gib > 0):
         raise ConfigError("--gpu-memory-gib N is a positive number that goes with --dry-run")
+    if arguments.ranks > 1 and LAUNCHED not in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("--ranks beside torchrun: it has started the ranks; leave out --ranks")
     if arguments.ranks < 1 or (arguments.ranks > 1 and arguments.out is None):
         raise ConfigError(f"--ranks {arguments.ranks}: allowed is 1 or more, with --out")
     if arguments.stream_memory_gib < 0:
         raise ConfigError(f"--stream-memory-gib {arguments.stream_memory_gib}: allowed is 0 or more")
-
-
-def _without_ranks(flags: Sequence[str]) -> list[str]:
-    """The flags for each rank: without `--ranks N` or `--ranks=N`."""
-    return [
-        flag
-        for before, flag in zip(("", *flags), flags, strict=False)
-        if "--ranks" not in (before, flag) and not flag.startswith("--ranks=")
-    ]
 
 
 def _stream_memory_bytes(arguments: argparse.Namespace) -> int:

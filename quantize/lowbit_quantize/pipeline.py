@@ -16,7 +16,7 @@ from lowbit_quantize.device import ranks
 from lowbit_quantize.device.memory import return_freed_memory
 from lowbit_quantize.model.decoder import Decoder
 from lowbit_quantize.model.files.leftovers import draft_linears
-from lowbit_quantize.model.reference import fetch_weights, find_model
+from lowbit_quantize.model.reference import ModelReference, fetch_weights, find_model
 from lowbit_quantize.model.weights import WeightFiles
 from lowbit_quantize.plan import Plan, make_plan
 from lowbit_quantize.quality.dataset import TokenText, load_texts
@@ -71,9 +71,7 @@ def quantize(
     texts = load_texts(recipe.calibration, recipe.quality, tokenizer, plan.config.vocab_size)
     answers = answers_of(tokenizer, texts[1])
     del tokenizer
-    ranks.by_first(lambda: fetch_weights(reference))
-    if not ranks.is_first():
-        fetch_weights(reference)  # they are there now
+    _fetch(reference)
     stored = stored_weights(plan)
     base = checked_base(plan, stored)
     hashes = texts_of(texts[0].record, texts[1].record)
@@ -82,20 +80,17 @@ def quantize(
     if finished:
         log.info("%s already holds this very checkpoint; nothing to do", out)
         return finished
-    streams = streams_bytes(plan, *texts)
-    carried = base.carried_bytes if base else 0
-    ranks.by_first(lambda: check_disk(out, run_disk_bytes(plan, streams, stream_memory_bytes, carried)))
+    needed = run_disk_bytes(
+        plan, streams_bytes(plan, *texts), stream_memory_bytes, base.carried_bytes if base else 0
+    )
+    ranks.by_first(lambda: check_disk(out, needed))
     with run_of_ranks(out, identity, overwrite=overwrite) as run:
         if not isinstance(stored, WeightFiles):
-            ranks.by_first(lambda: _unpack(stored, run))
-            base = base_of(plan, WeightFiles(run.base, unpacked_from=stored.files))
+            base = _unpacked(plan, stored, run)
         assert base is not None
         check_numbers(plan, base)
         say_rest(base.rest)
-        decoder = Decoder(
-            reference.config, plan.architecture, base.weights, device, plan.skeleton, plan.dtype
-        )
-        walk, measured = _finished_walk(decoder, plan, base, texts, run, stream_memory_bytes)
+        walk, measured = _finished_walk(device, plan, base, texts, run, stream_memory_bytes)
 
         def conclude() -> Manifest:
             beside = write_rest(plan, base, walk, run)
@@ -107,8 +102,15 @@ def quantize(
         return ranks.by_first(conclude)
 
 
+def _fetch(reference: ModelReference) -> None:
+    """The base's weights from the hub, by the first rank; the others find them there."""
+    ranks.by_first(lambda: fetch_weights(reference))
+    if not ranks.is_first():
+        fetch_weights(reference)
+
+
 def _finished_walk(
-    decoder: Decoder,
+    device: torch.device,
     plan: Plan,
     base: Base,
     texts: tuple[TokenText, TokenText],
@@ -116,6 +118,8 @@ def _finished_walk(
     memory_bytes: int,
 ) -> tuple[Walk, QualityRecord]:
     """The walk whose shards lie in the output, and its quality; passes on trial stay if they lower held-out KL."""
+    config, weights = plan.reference.config, base.weights
+    decoder = Decoder(config, plan.architecture, weights, device, plan.skeleton, plan.dtype)
 
     def prepared(name: str, passes: tuple[Pass, ...], directory: Path) -> Walk:
         baselines, alone = plan.baselines(texts[1].domains), not base.foreign
@@ -182,10 +186,15 @@ def _configuration(plan: Plan, base: Base) -> dict[str, Any]:
     )
 
 
-def _unpack(stored: "GgufFile", run: RunDirectory) -> None:
-    """Make a directory of the GGUF file; one that is whole is used again."""
-    if not run.base.is_dir():
-        log.info("unpacking %s", stored.path.name)
-        stored.unpack(run.scratch / run.base.name)
-        return_freed_memory()
-        move(run.scratch / run.base.name, run.base)
+def _unpacked(plan: Plan, stored: "GgufFile", run: RunDirectory) -> Base:
+    """The GGUF file as a directory; one that is whole is used again."""
+
+    def unpack() -> None:
+        if not run.base.is_dir():
+            log.info("unpacking %s", stored.path.name)
+            stored.unpack(run.scratch / run.base.name)
+            return_freed_memory()
+            move(run.scratch / run.base.name, run.base)
+
+    ranks.by_first(unpack)
+    return base_of(plan, WeightFiles(run.base, unpacked_from=stored.files))

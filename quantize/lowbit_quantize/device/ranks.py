@@ -64,12 +64,11 @@ def join() -> None:
             os.environ.pop(name, None)
 
 
-def leave() -> None:
-    """Part from the other ranks, when all have come so far: whoever left before would look as if it had died."""
-    if _joined:
-        for source in range(_joined[0].size):
+def meet() -> None:
+    """Wait until all ranks have come so far: whoever left before would look as if it had died."""
+    for source in range(count()):
+        if count() > 1:
             exchange(None, source, torch.device("cpu"))
-        _joined.clear()
 
 
 def own_device(device: torch.device) -> torch.device:

@@ -4,6 +4,7 @@ The first rank's output is the command's; what another says is shown only if it 
 """
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,7 @@ from lowbit_core.server_process import describe_status, free_port
 
 POLL_S = 0.2
 GRACE_S = 20.0  # for a rank to notice that another has died, and to say so
+LOST = 75  # status of a rank that ends because another has
 LAUNCHED = "LOWBIT_RANK_LAUNCHED"  # tells a rank that somebody says why the run ended
 HOME = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", LAUNCHED: "1"}
 ERROR = "lowbit: error: "
@@ -32,17 +34,15 @@ def launch(arguments: Sequence[str], count: int) -> int:
             _start(arguments, {**HOME, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, logs[rank])
             for rank in range(count)
         ]
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         try:
-            failed = _first_to_fail(ranks)
-            if failed is None:
+            if not _one_fails(ranks):
                 return 0
             _end(ranks, GRACE_S)
         finally:
             _end(ranks, 0.0)
-        status = ranks[failed].returncode
-        if failed or status < 0:
-            sys.stderr.write(f"lowbit: error: rank {failed} {_last_words(status, logs[failed])}\n")
-        return max(status, 1)
+            signal.signal(signal.SIGTERM, before)
+        return _told(ranks, logs)
 
 
 def _start(arguments: Sequence[str], environment: dict[str, str], log: Path) -> "subprocess.Popen[bytes]":
@@ -54,15 +54,23 @@ def _start(arguments: Sequence[str], environment: dict[str, str], log: Path) -> 
         return subprocess.Popen(command, env=everything, stdout=subprocess.DEVNULL, stderr=output)
 
 
-def _first_to_fail(ranks: Sequence["subprocess.Popen[bytes]"]) -> int | None:
-    """Wait until all have ended well, None, or one has not, its number."""
+def _one_fails(ranks: Sequence["subprocess.Popen[bytes]"]) -> bool:
+    """Wait until all have ended well, or one has not."""
     while True:
         statuses = [one.poll() for one in ranks]
-        if any(statuses):
-            return next(rank for rank, status in enumerate(statuses) if status)
-        if all(status == 0 for status in statuses):
-            return None
+        if any(statuses) or all(status == 0 for status in statuses):
+            return any(statuses)
         time.sleep(POLL_S)
+
+
+def _told(ranks: Sequence["subprocess.Popen[bytes]"], logs: Sequence[Path]) -> int:
+    """Say in one line who failed and why, where the first rank has not said it itself; the exit status."""
+    statuses = [one.returncode for one in ranks]
+    if statuses[0] > 0 and statuses[0] != LOST:
+        return statuses[0]
+    failed = next((rank for rank, status in enumerate(statuses) if status not in (0, LOST)), 0)
+    sys.stderr.write(f"{ERROR}rank {failed} {_last_words(statuses[failed], logs[failed])}\n")
+    return statuses[failed] if 0 < statuses[failed] != LOST else 1
 
 
 def _end(ranks: Sequence["subprocess.Popen[bytes]"], grace_s: float) -> None:

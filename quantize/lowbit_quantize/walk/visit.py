@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from lowbit_quantize.model.hooks import KVCacheHook, without_attention
 from lowbit_quantize.model.visited_experts import RoutedCall, VisitedExperts
 
 ROWS = 8192  # of an expert's tokens that go through it at once
-Made = Any  # what becomes of some experts
+Made = TypeVar("Made")  # what becomes of some experts
 Given = tuple[Tensor, Tensor]  # tokens, (rows,), and what an expert gives for them, (rows, hidden)
 
 

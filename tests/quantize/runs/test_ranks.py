@@ -83,6 +83,42 @@ def test_a_rank_that_is_killed_ends_the_run_with_one_line_and_any_number_goes_on
     assert contents(out) == contents(whole)
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"--model": "nowhere"}, "nowhere"),
+        ({"--recipe": "gptq-g65"}, "gptq-g65"),
+        ({"--ranks": "0"}, "allowed is 1 or more"),
+        ({"--set": "modules.0.group_size=100"}, "multiples of 32"),
+        ({"--heldout": "missing.jsonl"}, "missing.jsonl"),
+    ],
+)
+def test_what_is_refused_is_refused_once(change: dict[str, str], says: str, tmp_path: Path) -> None:
+    model, out = write_tiny_model(tmp_path / "model"), tmp_path / "out"
+    flags = {"--model": str(model), "--recipe": "gptq-g64", "--out": str(out), "--ranks": "2"} | change
+    done = subprocess.run(
+        [str(LOWBIT), "quantize", *(part for pair in flags.items() for part in pair)],
+        env=ONE_THREAD, capture_output=True, text=True, timeout=WITHIN_S, check=False,
+    )  # fmt: skip
+    lines = [line for line in done.stderr.splitlines() if line.startswith("lowbit: error")]
+    assert (done.returncode, len(lines)) == (2, 1), done.stderr
+    assert says in lines[0]
+    assert not out.exists()
+
+
+def test_ending_the_command_ends_its_ranks(tmp_path: Path) -> None:
+    model, out = write_tiny_model(tmp_path / "model", num_hidden_layers=6), tmp_path / "out"
+    process = started(command(model, out), tmp_path / "log", 2)
+    while not (out / STATE / "walk" / "layer-00000.json").exists():
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        time.sleep(0.01)
+    ranks = _ranks_of(process.pid)
+    assert len(ranks) == 2
+    process.terminate()
+    assert process.wait(30) == 128 + signal.SIGTERM
+    assert not any(Path(f"/proc/{one}").exists() for one in ranks.values())
+
+
 def _ranks_of(parent: int) -> dict[int, int]:
     """Process ids of the ranks, by number."""
     found = {}
