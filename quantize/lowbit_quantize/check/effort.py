@@ -22,7 +22,7 @@ from lowbit_quantize.walk.baselines import FLOAT32
 from lowbit_quantize.walk.module_plan import ModulePlan
 
 PASSES = 2  # of each calibration stream through a layer: to be observed, and on to the next
-OTHERS = 1.8  # a run's time over that of its products: one quiet run of the demo by awq-g64 (benchmarks/scale/effort.py)
+OTHERS = 1.8  # a run's time over its products': one quiet run, demo by awq-g64 (benchmarks/scale/effort.py)
 RATE_TOKENS, RATE_SIZE, RATE_TIMES = 1024, 2048, 3
 GPU_SHARE = 0.3  # of the maker's figures, an assumption
 GPUS = {"H100": (989e12, 67e12), "A100": (312e12, 19.5e12)}  # bfloat16 and float32, dense, a second (SXM)
