@@ -46,11 +46,15 @@ EQUAL = 2e-3  # nats between the walk's mean KL and the reloaded model's
 LATENT_KEYS = ("kv_lora_rank", "qk_rope_head_dim")
 SIZES: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 8},
-    "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "attention"], "num_hidden_layers": 4},
+    "glm4_moe": {"head_dim": 128},
+    "granitemoehybrid": {
+        "layer_types": ["mamba", "attention", "mamba", "attention"], "num_hidden_layers": 4,
+        "mamba_d_head": 16, "mamba_n_heads": 512,
+    },
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2, "num_hidden_layers": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_hidden_layers": 4},
     "nemotron_h": {"layers_block_type": ["mamba", "attention", "mlp", "moe"], "num_hidden_layers": 4},
-}
+}  # fmt: skip
 
 
 def main() -> int:
@@ -172,7 +176,7 @@ def _family(family: str) -> dict[str, Any]:
             "discovery_s": round(time.monotonic() - began, 1),
         }
         found["recipes"] = {name: _quantized(base, name) for name in RECIPES}
-        found["served"] = _served(base)
+        found["served"] = _served(base, routed=any(kind.experts for kind in kinds))
     return {**found, "seconds": round(time.monotonic() - began, 1)}
 
 
@@ -260,7 +264,7 @@ def _quantized(base: Path, name: str) -> dict[str, Any]:
     return found
 
 
-def _served(base: Path) -> dict[str, Any]:
+def _served(base: Path, *, routed: bool) -> dict[str, Any]:
     import torch
     from tests.quantize.small_runs import PLAIN_EXPERTS, recipe_with
 
@@ -268,8 +272,9 @@ def _served(base: Path) -> dict[str, Any]:
     from lowbit_quantize.pipeline import quantize
 
     out = base.parent / "served"
+    recipe = recipe_with({"match": "*", **SERVED}, *[PLAIN_EXPERTS] * routed)
     try:
-        quantize(str(base), recipe_with({"match": "*", **SERVED}, PLAIN_EXPERTS), out, torch.device("cpu"))
+        quantize(str(base), recipe, out, torch.device("cpu"))
     except LowbitError as error:
         return {"no": str(error)[:300]}
     except Exception as error:

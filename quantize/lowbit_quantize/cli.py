@@ -130,7 +130,7 @@ def _run(arguments: argparse.Namespace) -> int:
         if LAUNCHED not in os.environ:
             raise
         return LOST  # whoever started this rank says why
-    if not ranks.is_first():
+    if manifest is None:
         return 0
     sys.stdout.write(json.dumps(summary(manifest, arguments.out)) + "\n")
     if not manifest.gate.accepted:
@@ -153,25 +153,25 @@ def _overrides(arguments: argparse.Namespace) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _quantized(arguments: argparse.Namespace, recipe: Recipe, device: "torch.device") -> Manifest:
-    """The run, by this process or with the other ranks."""
+def _quantized(arguments: argparse.Namespace, recipe: Recipe, device: "torch.device") -> Manifest | None:
+    """The run, by this process or with the other ranks, of which the first says what came of it."""
     from lowbit_quantize.device import ranks
     from lowbit_quantize.pipeline import quantize
 
-    ranks.join()
-    if not ranks.is_first():
-        get_logger("quantize").setLevel("ERROR")  # the first says it
-    manifest = quantize(
-        arguments.model,
-        recipe,
-        arguments.out,
-        ranks.own_device(device),
-        overwrite=arguments.overwrite,
-        stream_memory_bytes=_stream_memory_bytes(arguments),
-        trust_remote_code=arguments.trust_remote_code,
-    )
-    ranks.meet()
-    return manifest
+    with ranks.joined():
+        first = ranks.is_first()
+        if not first:
+            get_logger("quantize").setLevel("ERROR")
+        manifest = quantize(
+            arguments.model,
+            recipe,
+            arguments.out,
+            ranks.own_device(device),
+            overwrite=arguments.overwrite,
+            stream_memory_bytes=_stream_memory_bytes(arguments),
+            trust_remote_code=arguments.trust_remote_code,
+        )
+    return manifest if first else None
 
 
 def _check_flags(arguments: argparse.Namespace) -> None:

@@ -50,8 +50,25 @@ class _Group:
 _joined: list[_Group] = []  # one at most
 
 
-def join() -> None:
-    """Meet the other ranks, where whoever started this process says that there are any.
+@contextmanager
+def joined() -> Iterator[None]:
+    """With the other ranks while the block runs, where whoever started this process says that there are any.
+
+    All leave together: who left before would look as if it had died. Threads that carry results end here, as one that
+    gives back a tensor while Python ends would end the process with SIGABRT.
+    """
+    _join()
+    try:
+        yield
+        for source in range(count()):
+            if count() > 1:
+                exchange(None, source, torch.device("cpu"))
+    finally:
+        _joined.clear()
+
+
+def _join() -> None:
+    """Meet the other ranks.
 
     The group is our own and not torch's default one, and what the environment says of it is taken out: libraries that
     load a model act upon both.
@@ -62,13 +79,6 @@ def join() -> None:
         _joined.append(_Group(rank, size, int(os.environ.get("LOCAL_RANK", "0")), gloo))
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
             os.environ.pop(name, None)
-
-
-def meet() -> None:
-    """Wait until all ranks have come so far: whoever left before would look as if it had died."""
-    for source in range(count()):
-        if count() > 1:
-            exchange(None, source, torch.device("cpu"))
 
 
 def own_device(device: torch.device) -> torch.device:

@@ -16,8 +16,10 @@ from tests.quantize.runs.test_resume import command, contents
 from tests.tiny_models import write_tiny_model
 
 from lowbit_core.manifest import MANIFEST_NAME
+from lowbit_core.server_process import free_port
 from lowbit_quantize.device.ranks import _packed, _unpacked
 from lowbit_quantize.run.directory import STATE
+from lowbit_quantize.run.launch import HOME
 from lowbit_quantize.statistics.hessian import SYMMETRIC_BLOCKS, _evenly
 
 WIDE: Any = {
@@ -133,6 +135,29 @@ def _ranks_of(parent: int) -> dict[int, int]:
         except (OSError, StopIteration):
             continue
     return found
+
+
+MEETS = """
+import torch
+from lowbit_quantize.device import ranks
+with ranks.joined():
+    for _ in range(3):
+        ranks.exchange([torch.randn(200, 200) for _ in range(20)], 0, torch.device("cpu"))
+"""
+
+
+def test_ranks_that_have_ended_end_well() -> None:
+    """Each of these processes would have ended by SIGABRT in one of five runs, were its threads left to the end."""
+    ports = [{"MASTER_PORT": str(free_port())} for _ in range(5)]
+    pairs = [(port, rank) for port in ports for rank in range(2)]
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", MEETS],
+            env=ONE_THREAD | HOME | port | {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for port, rank in pairs
+    ]
+    assert [process.wait(WITHIN_S) for process in running] == [0] * len(running)
 
 
 def test_what_is_exchanged_arrives_as_it_was() -> None:
