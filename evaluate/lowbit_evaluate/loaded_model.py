@@ -143,17 +143,21 @@ def _load(reference: ModelReference, dtype: torch.dtype, experts: RoundedExperts
     disable_progress_bar()  # ours is enough
     if reference.kind == "gguf" and _only_we_read(reference):
         return _load_parts(reference, dtype)
+    found = model_class(reference.config)
     options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, "trust_remote_code": False}
     place: Path | None = reference.path
     if reference.kind == "gguf":
         place, file = reference.path.parent, reference.path.name
         options |= {"gguf_file": file, "quantization_config": GgufConfig(gguf_file=file, dequantize=True)}
     else:
-        options |= {"local_files_only": True, "attn_implementation": "sdpa"}
+        options |= {
+            "local_files_only": True,
+            "attn_implementation": "sdpa" if found._supports_sdpa else "eager",
+        }
     if experts:
         place, options = None, _with_experts(reference, dtype, experts, options)
     try:
-        model, info = model_class(reference.config).from_pretrained(place, **options)
+        model, info = found.from_pretrained(place, **options)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{reference.name} cannot be opened by transformers: {error}") from error
     if missing := sorted(info["missing_keys"]):

@@ -23,6 +23,7 @@ from lowbit_quantize.model.files.kept_types import KeptTypes
 from lowbit_quantize.model.files.published_floats import PublishedFloats, published_floats
 from lowbit_quantize.model.files.published_names import PublishedNames
 from lowbit_quantize.model.reference import ModelReference
+from lowbit_quantize.model.routing import COUNTS
 from lowbit_quantize.model.skeleton import is_tied, text_config
 from lowbit_quantize.pass_list import make_passes
 from lowbit_quantize.recipe import QUANTIZE, Recipe
@@ -115,7 +116,9 @@ class Plan:
         """Routed experts of each layer of the checkpoint; None for a dense model."""
         if not self.architecture.moe_block:
             return None
-        return int(self.configuration.get("num_experts", self.base_experts))
+        return int(
+            next((self.configuration[key] for key in COUNTS if key in self.configuration), self.base_experts)
+        )
 
     @property
     def base_experts(self) -> int:

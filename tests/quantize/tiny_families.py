@@ -92,6 +92,15 @@ FAMILIES: dict[str, Family] = {
         ROUTED | LATENT
         | {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 64, "o_groups": 2, "o_lora_rank": 16, "hc_mult": 2}
     ),
+    "lfm2_moe": Family(
+        ROUTED | {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
+        final_norm="embedding_norm",
+    ),
+    "ernie4_5_moe": Family(
+        {"moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1, "moe_intermediate_size": 48,
+         "moe_layer_start_index": 1}
+    ),
+    "phimoe": Family(ROUTED),
     "mistral3": Family(text="mistral", wrapper=True),
     "gemma3": Family({"sliding_window": 16, "tie_word_embeddings": True}, wrapper=True),
     "qwen3_5_moe": Family(ROUTED | GATED_DELTA, wrapper=True),

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lowbit_quantize.model.architecture import LayerKind, LinearGroup, linear_of
-from lowbit_quantize.model.discovery.narrow import TOP_K
+from lowbit_quantize.model.routing import USED
 from lowbit_quantize.plan import Plan
 from lowbit_quantize.quality.dataset import TokenText
 from lowbit_quantize.walk.baselines import FLOAT32
@@ -81,7 +81,7 @@ def _kinds(plan: Plan) -> Iterator[tuple[int, LayerKind, int]]:
 def _groups(plan: Plan, layer: nn.Module, kind: LayerKind) -> Iterator[tuple[LinearGroup, int, float]]:
     """Each group, the first expert's where experts have it; how many there are, and how many a token goes through."""
     count = len(layer.get_submodule(kind.experts)) if kind.experts else 1  # type: ignore[arg-type]
-    chosen = next((getattr(plan.config, name) for name in TOP_K if hasattr(plan.config, name)), 1)
+    chosen = next((getattr(plan.config, name) for name in USED if hasattr(plan.config, name)), 1)
     for group in kind.groups:
         routed = "*" in group.linears[0]
         yield group.of_expert(0), count if routed else 1, float(chosen) if routed else 1.0

@@ -8,6 +8,7 @@ where to look, which the held-out KL of a real run confirms or not (arXiv 2606.1
 it everywhere). Nothing is chosen here.
 """
 
+import copy
 import dataclasses
 import json
 from collections.abc import Iterable, Mapping
@@ -21,9 +22,11 @@ from torch.func import functional_call
 from lowbit_core.errors import OutputError, RecipeError
 from lowbit_core.progress import track
 from lowbit_quantize.check.weights import base_of
+from lowbit_quantize.model.architecture import kind_of
 from lowbit_quantize.model.decoder import Decoder
-from lowbit_quantize.model.experts import expert_outputs, mixture
+from lowbit_quantize.model.experts import expert_outputs
 from lowbit_quantize.model.reference import fetch_weights, find_model
+from lowbit_quantize.model.routing import Routing, routed_sum_of
 from lowbit_quantize.model.weights import WeightFiles
 from lowbit_quantize.passes.distill_router import SAMPLE_TOKENS, bounded
 from lowbit_quantize.passes.merge_experts import Consolidation
@@ -32,7 +35,6 @@ from lowbit_quantize.passes.prune_experts import (
     PruneExpertsKind,
     PruneExpertsOptions,
     choose,
-    pruned_router,
 )
 from lowbit_quantize.plan import Plan, make_plan
 from lowbit_quantize.quality.dataset import load_texts
@@ -139,9 +141,7 @@ def _layer_reports(decoder: Decoder, prunings: list[PruneExperts], ids: Tensor) 
         seen, inputs = ExpertSaliency(prunings[0].experts), Sample(SAMPLE_TOKENS)
         with routing_of(layer, decoder.architecture, seen, inputs):
             decoder.advance(layer, index, hidden)
-        sample = _BlockSample(
-            layer, decoder.architecture.moe_block, bounded(inputs.rows(), prunings[0].experts)
-        )
+        sample = _BlockSample(layer, bounded(inputs.rows(), prunings[0].experts))
         layers.append(_layer_report(index, seen, sample, prunings))
     return layers
 
@@ -149,13 +149,20 @@ def _layer_reports(decoder: Decoder, prunings: list[PruneExperts], ids: Tensor) 
 class _BlockSample:
     """A block's output on a sample of its inputs, and what it would be with fewer experts."""
 
-    def __init__(self, layer: nn.Module, block: str, inputs: Tensor) -> None:
-        module: Any = layer.get_submodule(block)
-        self.router, self.experts, self.inputs = module.gate, module.experts, inputs
+    def __init__(self, layer: nn.Module, inputs: Tensor) -> None:
+        kind = kind_of(layer)
+        self.router, self.inputs = layer.get_submodule(kind.router), inputs
+        experts: Any = layer.get_submodule(kind.experts)
+        self.experts = experts
+        self._routing = Routing(layer, kind)
+        block = layer.get_submodule(kind.moe_block)
         with torch.no_grad():
-            self._outputs = expert_outputs(self.experts, inputs)  # (tokens, experts, hidden)
-            self._routed = mixture(self.router, inputs, self._outputs)
-            self._power = module(inputs.unsqueeze(0)).float().square().sum()
+            call = self._routing(inputs)
+            self._called_with = call.hidden
+            self._outputs = expert_outputs(self.experts, call.hidden)  # (tokens, experts, hidden)
+            self._routed = routed_sum_of(call, self._outputs)
+            given = block(inputs.unsqueeze(0))
+            self._power = (given[0] if isinstance(given, tuple) else given).float().square().sum()
 
     def error(self, kept: Tensor, merged: Iterable[tuple[int, dict[str, Tensor]]] = ()) -> float:
         """Squared error of the block's output with the `kept` experts, relative to the output.
@@ -165,9 +172,10 @@ class _BlockSample:
         with torch.no_grad():
             outputs = self._outputs[:, kept]
             for number, parameters in merged:
-                given = functional_call(self.experts[number], parameters, (self.inputs,))
+                given = functional_call(self.experts[number], parameters, (self._called_with,))
                 outputs[:, kept == number] = given.unsqueeze(1)
-            given = mixture(pruned_router(self.router, kept), self.inputs, outputs)
+            call = copy.deepcopy(self._routing).leave(kept)(self.inputs)
+            given = routed_sum_of(call, outputs)
             return float((given - self._routed).square().sum() / self._power.clamp(min=1e-30))
 
 

@@ -17,6 +17,7 @@ from datetime import timedelta
 from io import BytesIO
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -30,6 +31,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _alone: list[bool] = []
+APART = 1 << 16  # bytes of a tensor that is not copied to be sent
 WAIT = timedelta(hours=24)  # for a rank that is still at work; one that has died is noticed at once
 
 
@@ -135,18 +137,18 @@ def in_order(mine: Sequence[Result], device: torch.device) -> list[Result]:
 def exchange(mine: Any, source: int, device: torch.device) -> Any:
     """What the rank `source` calls `mine`, on all ranks; tensors come to `device`."""
     sends = rank() == source
-    data = _packed(mine) if sends else torch.empty(0, dtype=torch.uint8)
-    size = torch.tensor([len(data)])
+    parts = _packed(mine) if sends else []
     try:
-        _broadcast(size, source)
+        sizes = _broadcast_sizes([len(part) for part in parts], source)
         if not sends:
-            data = torch.empty(int(size), dtype=torch.uint8)
-        _broadcast(data, source)
+            parts = [torch.empty(size, dtype=torch.uint8) for size in sizes]
+        for part in parts:
+            _broadcast(part, source)
     except RuntimeError as error:
         raise RankLost(
             "another rank has ended; finished layers are kept: run the same command again, with any number of ranks"
         ) from error
-    return mine if sends else _unpacked(data, device)
+    return mine if sends else _unpacked(parts, device)
 
 
 def by_first(make: Callable[[], Result], device: torch.device | None = None) -> Result:
@@ -165,6 +167,15 @@ def by_first(make: Callable[[], Result], device: torch.device | None = None) -> 
         raise refusal
     made: Result = value
     return made
+
+
+def _broadcast_sizes(sizes: Sequence[int], source: int) -> list[int]:
+    count = torch.tensor([len(sizes)])
+    _broadcast(count, source)
+    told = torch.tensor(sizes) if sizes else torch.empty(int(count), dtype=torch.int64)
+    _broadcast(told, source)
+    found: list[int] = told.tolist()
+    return found
 
 
 def _broadcast(tensor: Tensor, source: int) -> None:
@@ -190,15 +201,26 @@ def _tensor(raw: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
 _arriving = [torch.device("cpu")]  # where tensors that are being unpacked go
 
 
-def _packed(value: Any) -> Tensor:
-    buffer = BytesIO()
-    _Pickler(buffer, protocol=5).dump(value)
-    return torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
+def _packed(value: Any) -> list[Tensor]:
+    """Bytes of a value, and those of its large tensors where they lie."""
+    apart: list[Tensor] = []
+
+    def stays(buffer: pickle.PickleBuffer) -> bool:
+        raw = buffer.raw()
+        if raw.nbytes < APART:
+            return True
+        apart.append(torch.from_numpy(np.frombuffer(raw, dtype=np.uint8)))
+        return False
+
+    head = BytesIO()
+    _Pickler(head, protocol=5, buffer_callback=stays).dump(value)
+    return [torch.frombuffer(head.getbuffer(), dtype=torch.uint8), *apart]
 
 
-def _unpacked(data: Tensor, device: torch.device) -> Any:
+def _unpacked(parts: Sequence[Tensor], device: torch.device) -> Any:
+    head, *apart = (part.numpy().data for part in parts)
     _arriving.append(device)
     try:
-        return pickle.loads(data.numpy().data)  # from processes that we started
+        return pickle.loads(head, buffers=apart)  # from processes that we started
     finally:
         _arriving.pop()

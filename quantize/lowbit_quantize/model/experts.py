@@ -163,11 +163,3 @@ def expert_outputs(experts: Experts, inputs: Tensor) -> Tensor:
     """What every expert gives for every token: (tokens, hidden) to (tokens, experts, hidden)."""
     with torch.no_grad():
         return torch.stack([experts[number](inputs) for number in range(len(experts))], dim=1)
-
-
-def mixture(router: nn.Module, inputs: Tensor, outputs: Tensor) -> Tensor:
-    """The routed part of a block's output, (tokens, hidden), from all its experts' outputs as above; float32."""
-    _, gates, chosen = router(inputs)  # (tokens, k), (tokens, k)
-    picked = outputs[torch.arange(len(outputs), device=outputs.device).unsqueeze(1), chosen]
-    mixed: Tensor = (picked.float() * gates.float().unsqueeze(-1)).sum(1)
-    return mixed

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit_quantize.model.architecture import Architecture
-from lowbit_quantize.model.experts import expert_outputs, mixture
+from lowbit_quantize.model.architecture import Architecture, kind_of
+from lowbit_quantize.model.experts import expert_outputs
+from lowbit_quantize.model.routing import Routing, routed_sum_of
+from lowbit_quantize.model.visited_experts import RoutedCall
 from lowbit_quantize.passes.kind import NoOptions, PlainPass
 from lowbit_quantize.statistics.sample import Sample
 from lowbit_quantize.walk.layer import LayerContext
@@ -38,42 +40,47 @@ def distill_router(layer: nn.Module, architecture: Architecture, inputs: Tensor,
 
     Returns whether the error on the tokens that were not fitted to fell; if not, the router is left as it was.
     """
-    block: Any = layer.get_submodule(architecture.moe_block)
-    outputs = expert_outputs(block.experts, inputs)
+    routing = Routing(layer, kind_of(layer))
+    outputs = expert_outputs(layer.get_submodule(architecture.experts), _called(routing, inputs).hidden)  # type: ignore[arg-type]
     check = torch.arange(len(inputs), device=inputs.device) % CHECK_EVERY == CHECK_EVERY - 1
-    student = _fitted(block.gate, inputs[~check], outputs[~check], target[~check])
 
-    def error(router: nn.Module) -> float:
-        with torch.no_grad():
-            return float((mixture(router, inputs[check], outputs[check]) - target[check]).square().sum())
+    def error() -> float:
+        mixed = routed_sum_of(_called(routing, inputs[check]), outputs[check])
+        return float((mixed - target[check]).square().sum())
 
-    if not error(student) < error(block.gate):
+    before, fitted = error(), _fitted(routing, inputs[~check], outputs[~check], target[~check])
+    routing.router.weight.data.copy_(fitted)
+    if not error() < before:
         return False
-    block.gate = student
+    router: Any = layer.get_submodule(architecture.router)
+    router.weight = routing.router.weight
     return True
 
 
-def _fitted(router: nn.Module, inputs: Tensor, outputs: Tensor, target: Tensor) -> nn.Module:
-    """A copy of the router, in its dtype, whose weight went `STEPS` of Adam down the squared error."""
-    wide: Any = copy.deepcopy(router).float()
-    wide.weight.requires_grad_(True)
-    optimizer = torch.optim.Adam(
-        [wide.weight], lr=RELATIVE_RATE * float(wide.weight.detach().square().mean().sqrt())
-    )
+def _called(routing: Routing, inputs: Tensor) -> RoutedCall:
+    with torch.no_grad():
+        called: RoutedCall = routing(inputs)
+    return called
+
+
+def _fitted(routing: Routing, inputs: Tensor, outputs: Tensor, target: Tensor) -> Tensor:
+    """The router's weight, float32, after `STEPS` of Adam down the squared error."""
+    wide = copy.deepcopy(routing).float()
+    weight: Tensor = wide.router.weight.requires_grad_(True)
+    optimizer = torch.optim.Adam([weight], lr=RELATIVE_RATE * float(weight.detach().square().mean().sqrt()))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     generator = torch.Generator().manual_seed(0)
     power = target.float().square().mean().clamp(min=1e-20)
     for _ in range(STEPS):
         rows = torch.randint(len(inputs), (min(BATCH_TOKENS, len(inputs)),), generator=generator)
         rows = rows.to(inputs.device)
-        given = mixture(wide, inputs[rows].float(), outputs[rows])
+        given = routed_sum_of(wide(inputs[rows].float()), outputs[rows])
         loss = (given - target[rows].float()).square().mean() / power
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    wide.weight.requires_grad_(False)
-    return wide.to(next(router.parameters()).dtype)  # type: ignore[no-any-return]
+    return weight.detach()
 
 
 class DistillRouter(PlainPass):
@@ -96,8 +103,9 @@ class DistillRouter(PlainPass):
         inputs = bounded(seen.rows(), len(context.result.kept_experts))
         base: Any = context.base_layer()
         with torch.no_grad():
-            _, gates, chosen = base.get_submodule(router)(inputs)
-            target = base.get_submodule(self._architecture.experts)(inputs, chosen, gates)
+            call = Routing(base, kind_of(base))(inputs)
+            experts = base.get_submodule(self._architecture.experts)
+            target = experts(call.hidden, call.chosen, call.gates)
         distill_router(layer, self._architecture, inputs, target)
 
 

@@ -5,7 +5,6 @@ super-experts are kept whatever their score. Scores are taken on what the compre
 With `consolidate` those that stay absorb those that go first (merge_experts.py); the checkpoint has the same form.
 """
 
-import copy
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -20,6 +19,13 @@ from lowbit_core.documents import Section
 from lowbit_core.errors import ModelError, RecipeError
 from lowbit_quantize.model.architecture import Architecture
 from lowbit_quantize.model.experts import Experts
+from lowbit_quantize.model.routing import (
+    RoutingGroups,
+    expert_count,
+    experts_used,
+    leave_of,
+    routing_groups,
+)
 from lowbit_quantize.model.visited_experts import VisitedExperts
 from lowbit_quantize.passes.kind import PlainPass
 from lowbit_quantize.passes.merge_experts import Consolidation, absorbers, merge_experts
@@ -73,30 +79,20 @@ def choose(scores: Tensor, protected: Tensor, kept: int, groups: int) -> Tensor:
     return best.flatten().sort().values
 
 
-def pruned_router(router: nn.Module, kept: Tensor) -> nn.Module:
-    """A copy of a router that knows the kept experts only: its rows, and those of its biases and buffers."""
-    pruned: Any = copy.deepcopy(router)
-    before = pruned.num_experts
-    for name, parameter in list(pruned.named_parameters(recurse=False)):
-        if parameter.shape[:1] == (before,):
-            setattr(pruned, name, nn.Parameter(parameter[kept].clone(), requires_grad=False))
-    for name, buffer in list(pruned.named_buffers(recurse=False)):
-        if buffer.shape[:1] == (before,):
-            setattr(pruned, name, buffer[kept].clone())
-    pruned.num_experts = len(kept)
-    return pruned  # type: ignore[no-any-return]
-
-
 def prune_layer(layer: nn.Module, architecture: Architecture, kept: Tensor) -> None:
-    """Remove all other experts from a layer, and their rows from everything its router holds."""
-    block: Any = layer.get_submodule(architecture.moe_block)
+    """Remove all other experts from a layer, and what its block holds for them to route."""
     experts: Any = layer.get_submodule(architecture.experts)
-    block.gate = pruned_router(block.gate, kept)
     numbers = kept.tolist()
+    leave_of(
+        layer.get_submodule(architecture.moe_block),
+        layer.get_submodule(architecture.router),
+        len(experts),
+        kept,
+    )
     if isinstance(experts, VisitedExperts):
-        block.experts = experts.only(numbers)
+        layer.set_submodule(architecture.experts, experts.only(numbers))
     else:
-        block.experts = type(experts)(experts[number] for number in numbers)
+        layer.set_submodule(architecture.experts, type(experts)(experts[number] for number in numbers))
 
 
 @dataclass(frozen=True)
@@ -106,6 +102,7 @@ class PruneExperts(PlainPass):
     experts: int
     kept: int
     groups: int
+    keys: tuple[str, ...]  # of the configuration, which say how many there are
     recipe: PruneExpertsOptions
     architecture: Architecture
 
@@ -154,12 +151,15 @@ class PruneExperts(PlainPass):
         expert = re.search(rf"\.{re.escape(self.architecture.experts)}\.(\d+)\.", name)
         if expert:
             return shape if int(expert[1]) < self.kept else None
-        if f".{self.architecture.router}." in name and shape[:1] == (self.experts,):
-            return (self.kept, *shape[1:])
+        block = name.rpartition(".")[0]
+        routes = f".{self.architecture.router}." in name or block.endswith(f".{self.architecture.moe_block}")
+        if routes and self.experts in shape:
+            place = shape.index(self.experts)
+            return (*shape[:place], self.kept, *shape[place + 1 :])
         return shape
 
     def configuration(self) -> Mapping[str, Any]:
-        return {"num_experts": self.kept}
+        return dict.fromkeys(self.keys, self.kept)
 
 
 class PruneExpertsKind:
@@ -175,37 +175,14 @@ class PruneExpertsKind:
         """Check the counts against a model's configuration; raises RecipeError or ModelError."""
         if not architecture.moe_block:
             raise RecipeError(f"{NAME}: {model} ({architecture.model_type}) has no experts")
-        experts, top_k = int(config.num_experts), int(config.num_experts_per_tok)
+        (experts, keys), top_k = expert_count(config), experts_used(config)
         routing = routing_groups(config)
         groups = routing.groups
         if experts % groups:
             raise ModelError(f"{model}: its {groups} routing groups do not divide its {experts} experts")
         kept = options.keep_experts or round(experts * (1 - (options.prune_ratio or 0.0)))
         _check_count(options, kept, experts, top_k, routing)
-        return PruneExperts(experts, kept, groups, options, architecture)
-
-
-@dataclass(frozen=True)
-class RoutingGroups:
-    """Into how many groups a router divides its experts, how many of them a token's experts lie in, and by how many of
-    its experts a group is chosen.
-    """
-
-    groups: int = 1
-    used: int = 1
-    choosers: int = 1
-
-
-def routing_groups(config: Any) -> RoutingGroups:
-    """As transformers' routers read a configuration.
-
-    DeepSeek-V2's have groups by a method that they name; those of V3 and its kin, which know no other method, wherever
-    there is more than one group, and they choose a group by the sum of its two best experts.
-    """
-    groups, method = getattr(config, "n_group", None) or 1, getattr(config, "topk_method", None)
-    if groups == 1 or method == "greedy":
-        return RoutingGroups()
-    return RoutingGroups(groups, config.topk_group, choosers=1 if method == "group_limited_greedy" else 2)
+        return PruneExperts(experts, kept, groups, keys, options, architecture)
 
 
 def _check_count(

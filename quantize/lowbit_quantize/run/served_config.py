@@ -72,8 +72,10 @@ def _change(data: dict[str, Any], changed: Mapping[str, Any], config: Any) -> No
         data[part] = dict(data[part])
     place = data if part is None else data[part]
     for key, value in changed.items():
-        place.pop(key, None)
-        place[text.attribute_map.get(key, key)] = value
+        stored = text.attribute_map.get(key, key)
+        for other in (key, *(alias for alias, meant in text.attribute_map.items() if meant == stored)):
+            place.pop(other, None)
+        place[stored] = value
 
 
 def _classes(named: Any, config: Any) -> list[str] | None:

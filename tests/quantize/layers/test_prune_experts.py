@@ -26,14 +26,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lowbit_core.errors import NumericsError, RecipeError
 from lowbit_core.manifest import Manifest
 from lowbit_quantize.model.decoder import Decoder
+from lowbit_quantize.model.routing import RoutingGroups, leave_of, routing_groups
 from lowbit_quantize.passes.prune_experts import (
     PruneExperts,
     PruneExpertsKind,
     PruneExpertsOptions,
-    RoutingGroups,
     choose,
-    pruned_router,
-    routing_groups,
 )
 from lowbit_quantize.pipeline import quantize
 from lowbit_quantize.recipe import Recipe
@@ -128,7 +126,7 @@ def test_a_router_that_chooses_groups_by_two_experts_keeps_two_in_each(
     tiny_model: Callable[[str], Path],
 ) -> None:
     architecture = decoder_of(tiny_model("deepseek_v2")).architecture
-    config = SimpleNamespace(num_experts=16, num_experts_per_tok=2, n_group=4, topk_group=2)
+    config = SimpleNamespace(num_local_experts=16, num_experts_per_tok=2, n_group=4, topk_group=2)
 
     def made(kept: int) -> PruneExperts:
         options = PruneExpertsOptions(keep_experts=kept)
@@ -168,17 +166,30 @@ class BiasedRouter(nn.Module):
         self.weight = nn.Parameter(torch.randn(8, 16))
         self.bias = nn.Parameter(torch.randn(8))
         self.scale = nn.Parameter(torch.randn(1))
-        self.register_buffer("e_score_correction_bias", torch.randn(8))
+        self.register_buffer("e_score_correction_bias", torch.randn(1, 8))
 
 
-def test_router_rows_biases_and_buffers_shrink_together() -> None:
-    router, kept = BiasedRouter(), torch.tensor([1, 4, 6])
-    pruned: Any = pruned_router(router, kept)
-    for name in ("weight", "bias", "e_score_correction_bias"):
-        assert torch.equal(getattr(pruned, name), getattr(router, name)[kept])
-    assert torch.equal(pruned.scale, router.scale)
-    assert (pruned.num_experts, router.num_experts, len(router.weight)) == (3, 8, 8)
-    assert "e_score_correction_bias" in dict(pruned.named_buffers())
+class BiasedBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_experts = 8
+        self.router, self.shared = BiasedRouter(), nn.Linear(16, 8)
+        self.expert_bias = nn.Parameter(torch.randn(8))
+
+
+def test_what_has_an_entry_for_each_expert_shrinks_and_nothing_else() -> None:
+    block, kept = BiasedBlock(), torch.tensor([1, 4, 6])
+    before = {name: tensor.clone() for name, tensor in block.state_dict().items()}
+    leave_of(block, block.router, 8, kept)
+    after = block.state_dict()
+    for name in ("router.weight", "router.bias", "expert_bias"):
+        assert torch.equal(after.pop(name), before.pop(name)[kept])
+    name = "router.e_score_correction_bias"
+    assert torch.equal(after.pop(name), before.pop(name)[:, kept])
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert (block.num_experts, block.router.num_experts, block.shared.out_features) == (3, 3, 8)
+    assert "e_score_correction_bias" in dict(block.router.named_buffers())
 
 
 def assert_reloads_pruned(base: Path, out: Path, recipe: Recipe, manifest: Manifest) -> None:

@@ -164,6 +164,7 @@ def test_what_is_exchanged_arrives_as_it_was() -> None:
     large = torch.randn(64, 64)
     sent: dict[str, Any] = {
         "a view": large[3:5, ::2],
+        "whole": torch.randn(256, 256),
         "turned": large.T[:2],
         "types": [torch.arange(3).to(kind) for kind in (torch.int8, torch.bool, torch.float64)],
         "halves": (large[0].bfloat16(), large[0].half(), large[0].to(torch.float8_e4m3fn)),
@@ -171,9 +172,11 @@ def test_what_is_exchanged_arrives_as_it_was() -> None:
         "a number": torch.tensor(2.5),
         "plain": (None, 1.5, "text", {"set"}),
     }
-    data = _packed(sent)
-    assert len(data) < 4096  # of the large tensor no more than what is shown
-    arrived = _unpacked(data, torch.device("cpu"))
+    head, *apart = _packed(sent)
+    assert len(head) < 4096  # of the large tensor no more than what is shown
+    assert [part.data_ptr() for part in apart] == [sent["whole"].data_ptr()]  # is not copied
+    arrived = _unpacked([head, *(part.clone() for part in apart)], torch.device("cpu"))
+    assert torch.equal(arrived["whole"], sent["whole"])
     assert torch.equal(arrived["a view"], sent["a view"])
     assert torch.equal(arrived["turned"], large.T[:2])
     for name in ("types", "halves"):

@@ -10,7 +10,9 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-HIDDEN, MIDDLE, WORDS, EXPERTS, USED, LATENT = 192, 128, 128, 8, 2, 32
+from lowbit_quantize.model.routing import COUNTS, USED
+
+HIDDEN, MIDDLE, WORDS, EXPERTS, TOP_K, LATENT = 192, 128, 128, 8, 2, 32
 KEY_HEADS = 2  # two show what repeats; one stays one
 LEAST_ROWS = 8
 HEAD_SIZES = ("head_dim", "d_head", "d_state", "ssm_state_size")  # how names of sizes of heads end
@@ -21,8 +23,6 @@ SIZES = {
     "n_groups": 1, "mamba_n_groups": 1, "mamba_num_heads": 4, "index_n_heads": 2, "zero_expert_num": 2,
 }  # fmt: skip
 MIDDLES = ("ffn_hidden_size", "block_ff_dim", "block_dim", "dim_feedforward")  # and all …intermediate_size
-COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 QUERIES = {
     "num_attention_heads": ("num_key_value_heads", "num_global_key_value_heads"),
     "swa_num_attention_heads": ("swa_num_key_value_heads",),
@@ -109,7 +109,7 @@ def _expert_counts(text: Any) -> dict[str, int]:
     found = {name: EXPERTS for name in COUNTS if _given(text, name)}
     if not found:
         return {}
-    found |= {name: USED for name in TOP_K if _given(text, name)}
+    found |= {name: TOP_K for name in USED if _given(text, name)}
     groups = _given(text, "n_group") or _given(text, "num_expert_group") or 1
     for name in ("n_group", "num_expert_group"):
         found |= {name: min(2, groups)} if _given(text, name) else {}
