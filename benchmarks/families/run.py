@@ -46,6 +46,7 @@ EQUAL = 2e-3  # nats between the walk's mean KL and the reloaded model's
 LATENT_KEYS = ("kv_lora_rank", "qk_rope_head_dim")
 SIZES: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 8},
+    "gemma4_text": {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0},  # as its larger models have it
     "glm4_moe": {"head_dim": 128},
     "granitemoehybrid": {
         "layer_types": ["mamba", "attention", "mamba", "attention"], "num_hidden_layers": 4,

@@ -68,6 +68,7 @@ FAMILIES: dict[str, Family] = {
     "mixtral": Family(ROUTED),
     "qwen3_moe": Family(ROUTED),
     "deepseek_v3": Family(ROUTED | LATENT),
+    "deepseek_v32": Family(ROUTED | LATENT | {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 64}),
     "glm4_moe": Family(ROUTED),
     "minimax_m2": Family(ROUTED),
     "gpt_oss": Family(ROUTED),
@@ -86,7 +87,8 @@ FAMILIES: dict[str, Family] = {
         embedding="embeddings",
     ),
     "kimi_linear": Family(
-        ROUTED | LATENT | GATED_DELTA | {"num_expert_group": 1, "num_experts_per_token": 2}
+        ROUTED | LATENT | GATED_DELTA
+        | {"num_expert_group": 1, "num_experts_per_token": 2, "linear_num_heads": 4, "linear_head_dim": 16}
     ),
     "deepseek_v4": Family(
         ROUTED | LATENT

@@ -39,6 +39,10 @@ class HookedCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         return self._hook(key_states, value_states)
 
+    def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:
+        """The keys by which sparse attention chooses tokens stay as they are: engines keep them in a cache apart."""
+        return indexer_key_states
+
 
 @contextmanager
 def removed_after(handles: Iterable[RemovableHandle]) -> Iterator[None]:

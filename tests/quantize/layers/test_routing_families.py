@@ -25,6 +25,7 @@ from lowbit_quantize.pipeline import quantize
 COUNTED = {  # by which key of the file
     "mixtral": "num_local_experts",
     "deepseek_v3": "n_routed_experts",
+    "deepseek_v32": "n_routed_experts",
     "glm4_moe": "n_routed_experts",
     "minimax_m2": "num_local_experts",
     "granitemoehybrid": "num_local_experts",

@@ -27,6 +27,7 @@ QUERIES = {
     "num_attention_heads": ("num_key_value_heads", "num_global_key_value_heads"),
     "swa_num_attention_heads": ("swa_num_key_value_heads",),
     "linear_num_value_heads": ("linear_num_key_heads",),
+    "linear_num_heads": (),
 }
 
 
