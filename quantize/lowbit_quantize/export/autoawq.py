@@ -24,6 +24,7 @@ class AutoAwq:
     """The target `autoawq`."""
 
     name = "autoawq"
+    one_file = False
     readers = "vLLM, SGLang, transformers (by GPTQModel), AutoAWQ"
 
     def supports(self, checkpoint: Checkpoint) -> str | None:

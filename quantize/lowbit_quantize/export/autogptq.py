@@ -25,6 +25,7 @@ class AutoGptq:
     """The target `autogptq`; AutoGPTQ itself reads the configuration from a file of its own."""
 
     name = "autogptq"
+    one_file = False
     readers = "vLLM, SGLang, transformers (by GPTQModel), AutoGPTQ, OpenVINO, TensorRT-LLM"
 
     def supports(self, checkpoint: Checkpoint) -> str | None:

@@ -58,6 +58,39 @@ class Checkpoint:
         """Names of the files that are neither weights, nor the index, nor the configuration."""
         return [name for name in self.manifest.files if name not in (*self.shards, INDEX_NAME, "config.json")]
 
+    @cached_property
+    def tensors(self) -> dict[str, str]:
+        """Which shard each linear, by its name, and each other tensor is in."""
+        found: dict[str, str] = {}
+        for shard in self.shards:
+            with safe_open(self.directory / shard, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (not a dict)
+                    module, _, part = name.rpartition(".")
+                    found[module if module in self.modules and part != "bias" else name] = shard
+        return found
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a linear's weight, or of another tensor."""
+        with safe_open(self.directory / self.tensors[name], framework="pt") as file:
+            if name not in self.modules:
+                return tuple(file.get_slice(name).get_shape())
+            if f"{name}.weight_shape" in file.keys():  # noqa: SIM118
+                return tuple(file.get_tensor(f"{name}.weight_shape").tolist())
+            return tuple(file.get_slice(f"{name}.weight").get_shape())
+
+    def linear(self, name: str) -> Quantized:
+        """One linear as it was quantized."""
+        with safe_open(self.directory / self.tensors[name], framework="pt") as file:
+            names = list(file.keys())
+            parts = [key for key in names if key.rpartition(".")[0] == name and not key.endswith(".bias")]
+            return self.schemes[name].read({key.rpartition(".")[2]: file.get_tensor(key) for key in parts})
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Some rows of a tensor that is not quantized."""
+        with safe_open(self.directory / self.tensors[name], framework="pt") as file:
+            found: Tensor = file.get_slice(name)[start:stop]
+            return found
+
     def read(self, shard: str) -> Iterator[tuple[str, Quantized | Tensor]]:
         """Linears as they were quantized, by name, and every other tensor of a shard."""
         with safe_open(self.directory / shard, framework="pt") as file:

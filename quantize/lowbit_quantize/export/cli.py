@@ -5,8 +5,10 @@ import json
 import sys
 
 from lowbit_core.cli import Command, file_path
+from lowbit_core.errors import ConfigError
 
-TARGETS = ("autoawq", "autogptq")
+TARGETS = ("autoawq", "autogptq", "gguf")
+REST = ("f16", "bf16", "q8_0")
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,7 +17,16 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--to", required=True, choices=TARGETS, help="the format")
     parser.add_argument(
-        "--out", required=True, type=file_path, metavar="DIR", help="a directory, new or empty"
+        "--out",
+        required=True,
+        type=file_path,
+        metavar="PATH",
+        help="a directory, new or empty; a new file for gguf",
+    )
+    parser.add_argument(
+        "--rest",
+        choices=REST,
+        help="with --to gguf: what matrices are stored as that are not quantized (default f16)",
     )
 
 
@@ -23,8 +34,13 @@ def _run(arguments: argparse.Namespace) -> int:
     from lowbit_quantize.export.autoawq import AutoAwq  # torch loads only when a checkpoint is exported
     from lowbit_quantize.export.autogptq import AutoGptq
     from lowbit_quantize.export.exporter import Exporter, export
+    from lowbit_quantize.export.gguf.target import Gguf
 
-    exporters: tuple[Exporter, ...] = (AutoAwq(), AutoGptq())
+    if arguments.rest and arguments.to != Gguf.name:
+        raise ConfigError(
+            f"--rest goes with --to {Gguf.name}; {arguments.to} keeps what is not quantized as it is"
+        )
+    exporters: tuple[Exporter, ...] = (AutoAwq(), AutoGptq(), Gguf(arguments.rest or REST[0]))
     exporter = next(one for one in exporters if one.name == arguments.to)
     manifest = export(arguments.checkpoint, exporter, arguments.out)
     assert manifest.export is not None

@@ -16,19 +16,21 @@ log = get_logger("quantize")
 
 
 class Exporter(Protocol):
-    """One target; `readers` says in words what reads it."""
+    """One target; `readers` says in words what reads it, `one_file` that it is no directory."""
 
     @property
     def name(self) -> str: ...
     @property
     def readers(self) -> str: ...
+    @property
+    def one_file(self) -> bool: ...
 
     def supports(self, checkpoint: Checkpoint) -> str | None:
         """Why a checkpoint cannot be written so; None where it can. Reads the manifest and the configuration only."""
         ...
 
     def write(self, checkpoint: Checkpoint, out: Path) -> "Exported":
-        """Write all files but the manifest into an empty directory."""
+        """Write all files but the manifest into an empty directory; or the one file that `out` names."""
         ...
 
 
@@ -44,24 +46,32 @@ def export(directory: Path, exporter: Exporter, out: Path, catalog: Catalog = CA
     checkpoint = Checkpoint(directory, catalog)
     if reason := exporter.supports(checkpoint):
         raise CheckpointError(f"{directory} cannot be exported to {exporter.name}: {reason}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OutputError(f"output {out} is not an empty directory; give one that is new or empty")
+    _refuse_taken(out, one_file=exporter.one_file)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
-            work = Path(temporary) / "checkpoint"
-            work.mkdir()
+            work = Path(temporary) / out.name
+            if not exporter.one_file:
+                work.mkdir()
             exported = exporter.write(checkpoint, work)
             for what in exported.left_out:
                 log.warning("%s holds no %s: left out", exporter.name, what)
             manifest = _manifest(checkpoint.manifest, exporter.name, exported, work)
-            write_manifest(work, manifest)
+            if not exporter.one_file:
+                write_manifest(work, manifest)
             if out.is_dir():
                 out.rmdir()
             shutil.move(work, out)
     except OSError as error:
         raise OutputError(f"output {out}: {error.strerror or error}; nothing is kept") from error
     return manifest
+
+
+def _refuse_taken(out: Path, *, one_file: bool) -> None:
+    if one_file and (out.exists() or out.is_symlink()):
+        raise OutputError(f"output {out} is there already; give the name of a new file")
+    if not one_file and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OutputError(f"output {out} is not an empty directory; give one that is new or empty")
 
 
 def _manifest(before: Manifest, name: str, exported: Exported, out: Path) -> Manifest:
@@ -78,7 +88,7 @@ def _manifest(before: Manifest, name: str, exported: Exported, out: Path) -> Man
                     8 * exported.packed_bytes / max(1, size.quantized_parameters), 4
                 ),
             ),
-            "files": record_files(out, before.base.copied),
+            "files": record_files(out, before.base.copied) if out.is_dir() else {},
             "versions": tool_versions(),
             "export": ExportRecord(to=name, left_out=exported.left_out),
         }

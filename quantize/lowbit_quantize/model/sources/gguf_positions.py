@@ -6,6 +6,7 @@ that gives the very factors of the file is what the original's `config.json` say
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -33,6 +34,14 @@ def llama3_parameters(factors: Tensor, theta: float) -> dict[str, Any] | None:
                 "original_max_position_embeddings": length,
             }
     return None
+
+
+def llama3_factors(parameters: Mapping[str, Any] | None, size: int) -> Tensor | None:
+    """The inverse: factors, (size / 2,), of transformers' parameters for heads of `size` channels."""
+    if parameters is None:
+        return None
+    length = parameters["original_max_position_embeddings"]
+    return _factors(size, float(parameters["rope_theta"]), float(parameters["factor"]), int(length)).float()
 
 
 def _factors(size: int, theta: float, scale: float, length: int) -> Tensor:

@@ -16,6 +16,7 @@ class Dequantized:
     """The target `dequantized`."""
 
     name = "dequantized"
+    one_file = False
     readers = "transformers, and all that converts its checkpoints"
 
     def supports(self, checkpoint: Checkpoint) -> str | None:
