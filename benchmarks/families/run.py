@@ -27,12 +27,13 @@ from benchmarks.families.served import served, words  # noqa: E402
 
 FAMILIES = [
     "llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text", "olmo2", "olmoe", "qwen3_moe",
-    "qwen2_moe", "mixtral", "deepseek_v2", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "qwen3_vl_text",
+    "qwen2_moe", "mixtral", "deepseek_v2", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next",
     "gemma3n_text", "gemma4_text", "glm4", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "deepseek_v3",
     "deepseek_v32", "deepseek_v4", "kimi_linear", "minimax_m2", "ministral3", "nemotron_h", "gpt_oss",
     "granite", "granitemoe", "granitemoehybrid", "lfm2", "lfm2_moe", "cohere", "cohere2", "exaone4", "ernie4_5",
     "ernie4_5_moe", "smollm3", "seed_oss", "olmo3", "hunyuan_v1_dense", "hunyuan_v1_moe", "phi", "phimoe",
     "starcoder2", "falcon_h1", "llama4_text", "mistral4", "qwen4_exp_text", "arcee", "apertus",
+    "qwen3_vl", "qwen3_5_moe", "gemma3", "mistral3",
 ]  # fmt: skip
 RECIPES: dict[str, dict[str, Any]] = {
     "gptq": {"scheme": "W4A16", "group_size": 32, "methods": ["gptq"]},
@@ -44,7 +45,13 @@ LIMIT_S = 1200.0
 STACKS_ONLY = "transformers opens in stacks only"
 EQUAL = 2e-3  # nats between the walk's mean KL and the reloaded model's
 LATENT_KEYS = ("kv_lora_rank", "qk_rope_head_dim")
+NO_AUX = {"topk_method": "noaux_tc"}  # vLLM asks for it, every published file has it
 SIZES: dict[str, dict[str, Any]] = {
+    "deepseek_v3": NO_AUX,
+    "deepseek_v32": NO_AUX,
+    "glm_moe_dsa": NO_AUX,
+    "glm4_moe_lite": {"first_k_dense_replace": 1},  # as before
+    "minimax_m2": {"rotary_dim": 64},  # as before
     "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 8},
     "gemma4_text": {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0},  # as its larger models have it
     "glm4_moe": {"head_dim": 128},
@@ -56,6 +63,12 @@ SIZES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_hidden_layers": 4},
     "nemotron_h": {"layers_block_type": ["mamba", "attention", "mlp", "moe"], "num_hidden_layers": 4},
 }  # fmt: skip
+
+
+AS_WIDE = {
+    "lfm2": ("conv_dim", "block_dim"),
+    "lfm2_moe": ("conv_dim", "block_dim"),
+}  # as hidden states; as before
 
 
 def main() -> int:
@@ -184,14 +197,20 @@ def _family(family: str) -> dict[str, Any]:
 def _write(family: str, directory: Path) -> bool:
     """A tiny model with uneven weights that was taught sentences, and a tokenizer; False where it did not learn."""
     import torch
+    from tests.quantize.tiny_families import TOWER, _sized
     from tests.tiny_models import SENTENCES, VOCABULARY, taught, tiny_tokenizer
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     from lowbit_quantize.model.discovery.narrow import narrowed
+    from lowbit_quantize.model.skeleton import model_class
 
     shallow = _shallow(AutoConfig.for_model(family, **SIZES.get(family, {})))
     config = narrowed(shallow)
     text = config.get_text_config()
+    for name in AS_WIDE.get(family, ()):
+        setattr(text, name, text.hidden_size)
+    if text is not config:
+        config.vision_config = _sized(config.vision_config, TOWER | {"out_hidden_size": text.hidden_size})
     text.vocab_size = VOCABULARY
     if getattr(text, "mamba_num_heads", None):  # its CPU kernel for 4 bits takes outputs in multiples of 32
         text.mamba_num_heads = 32
@@ -199,7 +218,7 @@ def _write(family: str, directory: Path) -> bool:
         if getattr(text, key, None) is not None:
             setattr(text, key, getattr(shallow.get_text_config(), key))
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = model_class(config)._from_config(config, dtype=torch.bfloat16)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() >= 2:
