@@ -369,14 +369,16 @@ def record_files(directory: Path, below: Iterable[str] = ()) -> dict[str, FileRe
     """Size and hash of every file of a checkpoint except its own records, and of those that lie `below`, in folders."""
     names = {path.name for path in directory.iterdir() if path.is_file()} | set(below)
     paths = {name: directory / name for name in sorted(names)}
-    for path in paths.values():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())  # the manifest must not outlive what it vouches for
     return {
-        name: FileRecord(sha256=file_sha256(path), bytes=path.stat().st_size)
-        for name, path in paths.items()
-        if name not in (MANIFEST_NAME, PROGRESS_NAME)
+        name: file_record(path) for name, path in paths.items() if name not in (MANIFEST_NAME, PROGRESS_NAME)
     }
+
+
+def file_record(path: Path) -> FileRecord:
+    """Size and hash of a file that is on the disk: a manifest must not outlive what it vouches for."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return FileRecord(sha256=file_sha256(path), bytes=path.stat().st_size)
 
 
 def verify_files(directory: Path, manifest: Manifest, *, hashes: bool) -> None:

@@ -7,7 +7,8 @@ import torch
 
 from lowbit_core.durable import move
 from lowbit_core.log import get_logger
-from lowbit_core.manifest import Manifest, QualityRecord, write_manifest
+from lowbit_core.manifest import Manifest, QualityRecord, file_record, write_manifest
+from lowbit_quantize.card import write_card
 from lowbit_quantize.catalog import CATALOG, Catalog
 from lowbit_quantize.check.forecast import run_disk_bytes, streams_bytes
 from lowbit_quantize.check.reload import answers_of, check_reload
@@ -22,7 +23,7 @@ from lowbit_quantize.plan import Plan, make_plan
 from lowbit_quantize.quality.dataset import TokenText, load_texts
 from lowbit_quantize.recipe import Recipe
 from lowbit_quantize.record import Clock, manifest_of
-from lowbit_quantize.run.companions import Companions, companions, copy_companions
+from lowbit_quantize.run.companions import CARD, Companions, companions, copy_companions
 from lowbit_quantize.run.directory import (
     RunDirectory,
     check_disk,
@@ -96,6 +97,8 @@ def quantize(
             beside = write_rest(plan, base, walk, run)
             check_reload(out, base.foreign, answers, walk.unopened, trust_remote_code=trust_remote_code)
             manifest = manifest_of(plan, base, beside, walk, texts[0], measured, clock, run)
+            card = write_card(out, manifest, base.weights.files.directory)
+            manifest = manifest.model_copy(update={"files": manifest.files | {card.name: file_record(card)}})
             write_manifest(out, manifest)
             return manifest
 
@@ -160,7 +163,7 @@ def write_rest(plan: Plan, base: Base, walk: Walk, run: RunDirectory) -> Compani
         walk.writer.write_shard({name: base.read_carried(name, decoder.dtype) for name in shard})
     files = base.weights.files
     beside = companions(files.directory, files.files)
-    run.note_copies(beside.copied)
+    run.note_copies([*beside.copied, CARD])
     copy_companions(files.directory, beside.copied, run.out)
     name_known_tokenizer(run.out)
     walk.writer.finish(_configuration(plan, base))

@@ -7,7 +7,8 @@ from typing import Protocol
 
 from lowbit_core.errors import CheckpointError, OutputError
 from lowbit_core.log import get_logger
-from lowbit_core.manifest import ExportRecord, Manifest, SizeRecord, record_files, write_manifest
+from lowbit_core.manifest import ExportRecord, Manifest, SizeRecord, file_record, record_files, write_manifest
+from lowbit_quantize.card import write_card
 from lowbit_quantize.catalog import CATALOG, Catalog
 from lowbit_quantize.export.checkpoint import Checkpoint
 from lowbit_quantize.run.identity import tool_versions
@@ -58,6 +59,9 @@ def export(directory: Path, exporter: Exporter, out: Path, catalog: Catalog = CA
                 log.warning("%s holds no %s: left out", exporter.name, what)
             manifest = _manifest(checkpoint.manifest, exporter.name, exported, work)
             if not exporter.one_file:
+                card = write_card(work, manifest, checkpoint.directory)
+                files = manifest.files | {card.name: file_record(card)}
+                manifest = manifest.model_copy(update={"files": files})
                 write_manifest(work, manifest)
             if out.is_dir():
                 out.rmdir()

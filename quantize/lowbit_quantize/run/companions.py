@@ -26,6 +26,8 @@ OF_WEIGHTS, OF_TRAINING, OF_FORMAT = (
     "state of a training",
     "the model in another format",
 )
+CARD = "README.md"
+OF_CARD = "the base's own card; the checkpoint's has its licence and languages"
 OF_CODE, TOO_LARGE = "code of a class that transformers has itself", "larger than 128 MiB"
 LARGE_BYTES = 128 << 20
 SENTENCE_MODULES = "modules.json"  # of sentence-transformers: its folders hold small weights of their own
@@ -88,6 +90,8 @@ def _useless(path: Path, name: str, modules: tuple[str, ...]) -> str | None:
     top = name.partition("/")[0]
     if name in (MANIFEST_NAME, PROGRESS_NAME):
         return ""
+    if name == CARD:
+        return OF_CARD
     if "/" in name and top.lower() in OTHER_FORMATS:
         return OF_FORMAT
     if any(path.match(pattern) for pattern in TRAINING):
