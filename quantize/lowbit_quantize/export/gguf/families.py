@@ -178,14 +178,14 @@ def _refuse_other_windows(config: Any) -> None:
 
 
 def _refuse_untold(family: GgufFamily, config: Any, told: Mapping[str, Any]) -> None:
-    """What is not told must be what a class has by itself, given what is told."""
+    """What is not told must be what a class has by itself, given what is told; what it does not know changes nothing."""
     plain = {**type(config)(**told).to_dict(), **family.fixed(config)}
     skipped = {*told, *IGNORED, *family.optional}
     for name, value in config.to_dict().items():
-        if name not in skipped and value != plain.get(name):
+        if name in plain and name not in skipped and value != plain[name]:
             raise CheckpointError(
                 f"its configuration has {name} = {value!r}, which a GGUF file of {family.architecture} cannot say "
-                f"(it means {plain.get(name)!r})"
+                f"(it means {plain[name]!r})"
             )
     if _layers(config) != _layers(type(config)(**told)):
         raise CheckpointError("its layers see windows in another order than models of this type")
