@@ -178,7 +178,7 @@ def _refuse_other_windows(config: Any) -> None:
 
 
 def _refuse_untold(family: GgufFamily, config: Any, told: Mapping[str, Any]) -> None:
-    """What is not told must be what a class has by itself, given what is told; what it does not know changes nothing."""
+    """What is not told must be what a class has by itself, given what is told; what it does not know is nothing."""
     plain = {**type(config)(**told).to_dict(), **family.fixed(config)}
     skipped = {*told, *IGNORED, *family.optional}
     for name, value in config.to_dict().items():

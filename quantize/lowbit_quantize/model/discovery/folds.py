@@ -47,7 +47,7 @@ def find_folds(layer: ProbedLayer, inputs: Mapping[str, Sequence[str]]) -> tuple
     """Folds that hold, and a line for each that does not; `inputs` has by name all who read what a module reads."""
     found, refused = [], []
     for name in layer.names:
-        if layer.expert_of(name) not in ("", "0"):
+        if layer.expert_of(name) not in ("", layer.first_expert):
             continue  # experts are alike
         offset = _offset(layer, name)
         if offset is None:

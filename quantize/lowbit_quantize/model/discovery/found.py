@@ -97,8 +97,13 @@ def _found(config: Any, skeleton: nn.Module) -> Architecture:
 
 
 def describe(layer: ProbedLayer, real: nn.Module) -> LayerKind:
-    """How a layer of a twin is made, at the widths of the `real` one, which may have no weights."""
+    """How a layer of a twin is made, at the widths of the `real` one, which may have no weights.
+
+    Raises ModelError where the routed experts of a twin are given no tokens, so that nothing shows of them.
+    """
     attention, router = attention_of(layer), router_of(layer)
+    if layer.experts and len(layer.module.get_submodule(layer.experts)) and not layer.first_expert:  # type: ignore[arg-type]
+        raise ModelError(f"no expert of {layer.experts} was given a token; please report it with its config.json")
     inputs = _inputs(layer)
     folds, dropped = find_folds(layer, inputs)
     names = [
@@ -160,7 +165,7 @@ def _split(
     """The linears to quantize, those of one module together; of experts those of the first."""
     by_parent: dict[str, list[str]] = {}
     for name in readers:
-        if layer.expert_of(name) in ("", "0") and _quantizable(layer, real, name, attention, router):
+        if layer.expert_of(name) in ("", layer.first_expert) and _quantizable(layer, real, name, attention, router):
             by_parent.setdefault(name.rpartition(".")[0], []).append(name)
     yield from map(tuple, by_parent.values())
 
@@ -195,6 +200,6 @@ def _for_all_experts(layer: ProbedLayer, group: LinearGroup) -> LinearGroup:
     """A group of the first expert as one of each."""
     if not layer.expert_of(group.linears[0]):
         return group
-    first, every = f"{layer.experts}.0.", f"{layer.experts}.*."
+    first, every = f"{layer.experts}.{layer.first_expert}.", f"{layer.experts}.*."
     fold = group.fold and replace(group.fold, producer=group.fold.producer.replace(first, every))
     return replace(group, linears=tuple(name.replace(first, every) for name in group.linears), fold=fold)

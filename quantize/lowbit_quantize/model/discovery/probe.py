@@ -54,6 +54,12 @@ class ProbedLayer:
             (name for name, module in self.module.named_modules() if isinstance(module, ExpertList)), ""
         )
 
+    @cached_property
+    def first_expert(self) -> str:
+        """The number of the first expert that is given tokens, which stands for all; empty where there are none."""
+        given = {self.expert_of(name) for name in self.base.inputs} - {""}
+        return min(given, key=int, default="")
+
     def own_weight(self, name: str) -> nn.Parameter | None:
         weight = getattr(self.module.get_submodule(name), "weight", None)
         return weight if isinstance(weight, nn.Parameter) else None
