@@ -6,11 +6,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
+from lowbit_core.errors import ModelError
 from lowbit_quantize.model.architecture import LayerKind
 from lowbit_quantize.model.discovery.found import describe
 from lowbit_quantize.model.discovery.probe import ProbedLayer
 from lowbit_quantize.model.discovery.twin import Call
+from lowbit_quantize.model.experts import unstack_experts
 
 HIDDEN, MIDDLE = 32, 48
 
@@ -95,3 +99,34 @@ def test_groups_are_in_the_order_in_which_they_compute() -> None:
     assert [(group.linears, group.stage) for group in kind.groups] == [(("one", "other"), 0), (("last",), 1)]
     assert kind.groups[1].residual == "before"
     assert (kind.attention, kind.middle, kind.experts) == ("", "", "")
+
+
+class Routed(nn.Module):
+    """A decoder layer whose tokens all go to the same experts."""
+
+    def __init__(self, chosen: tuple[int, ...]) -> None:
+        super().__init__()
+        sizes = {"hidden_size": HIDDEN, "moe_intermediate_size": MIDDLE, "num_experts": 4}
+        self.before, self.chosen = Norm(HIDDEN), chosen
+        self.router, self.experts = nn.Linear(HIDDEN, 4), Qwen3MoeExperts(Qwen3MoeConfig(**sizes))
+        for parameter in self.experts.parameters():
+            nn.init.normal_(parameter, std=0.3)
+        unstack_experts(self)
+
+    def forward(self, hidden_states: Tensor, **_: Any) -> Tensor:
+        read = self.before(hidden_states).view(-1, HIDDEN)
+        chosen = torch.tensor(self.chosen).expand(len(read), -1)
+        gates = self.router(read).softmax(-1).gather(1, chosen)
+        added: Tensor = self.experts(read, chosen, gates)
+        return hidden_states + added.view_as(hidden_states)
+
+
+@pytest.mark.parametrize("chosen", [(0, 1), (1, 3), (3,)])
+def test_whichever_experts_are_used_stand_for_all(chosen: tuple[int, ...]) -> None:
+    found = [group.linears for group in kind_of(Routed(chosen)).groups]
+    assert found == [("experts.*.gate_proj", "experts.*.up_proj"), ("experts.*.down_proj",)]
+
+
+def test_experts_of_which_none_is_used_are_refused() -> None:
+    with pytest.raises(ModelError, match="no expert of experts was given a token"):
+        kind_of(Routed(()))

@@ -103,7 +103,9 @@ def describe(layer: ProbedLayer, real: nn.Module) -> LayerKind:
     """
     attention, router = attention_of(layer), router_of(layer)
     if layer.experts and len(layer.module.get_submodule(layer.experts)) and not layer.first_expert:  # type: ignore[arg-type]
-        raise ModelError(f"no expert of {layer.experts} was given a token; please report it with its config.json")
+        raise ModelError(
+            f"no expert of {layer.experts} was given a token; please report it with its config.json"
+        )
     inputs = _inputs(layer)
     folds, dropped = find_folds(layer, inputs)
     names = [
@@ -165,7 +167,9 @@ def _split(
     """The linears to quantize, those of one module together; of experts those of the first."""
     by_parent: dict[str, list[str]] = {}
     for name in readers:
-        if layer.expert_of(name) in ("", layer.first_expert) and _quantizable(layer, real, name, attention, router):
+        if layer.expert_of(name) in ("", layer.first_expert) and _quantizable(
+            layer, real, name, attention, router
+        ):
             by_parent.setdefault(name.rpartition(".")[0], []).append(name)
     yield from map(tuple, by_parent.values())
 
