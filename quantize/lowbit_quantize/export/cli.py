@@ -7,7 +7,7 @@ import sys
 from lowbit_core.cli import Command, file_path
 from lowbit_core.errors import ConfigError
 
-TARGETS = ("autoawq", "autogptq", "gguf")
+TARGETS = ("autoawq", "autogptq", "gguf", "modelopt")
 REST = ("f16", "bf16", "q8_0")
 
 
@@ -35,12 +35,13 @@ def _run(arguments: argparse.Namespace) -> int:
     from lowbit_quantize.export.autogptq import AutoGptq
     from lowbit_quantize.export.exporter import Exporter, export
     from lowbit_quantize.export.gguf.target import Gguf
+    from lowbit_quantize.export.modelopt import ModelOpt
 
     if arguments.rest and arguments.to != Gguf.name:
         raise ConfigError(
             f"--rest goes with --to {Gguf.name}; {arguments.to} keeps what is not quantized as it is"
         )
-    exporters: tuple[Exporter, ...] = (AutoAwq(), AutoGptq(), Gguf(arguments.rest or REST[0]))
+    exporters: tuple[Exporter, ...] = (AutoAwq(), AutoGptq(), Gguf(arguments.rest or REST[0]), ModelOpt())
     exporter = next(one for one in exporters if one.name == arguments.to)
     manifest = export(arguments.checkpoint, exporter, arguments.out)
     assert manifest.export is not None
