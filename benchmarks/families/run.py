@@ -47,6 +47,7 @@ STACKS_ONLY = "transformers opens in stacks only"
 # transformers does in bfloat16 and the walk as engines do; the latter as a share of the KL.
 EQUAL, EQUAL_SHARE, ROUNDED_SHARE = 2e-3, 0.005, 0.2
 LATENT_KEYS = ("kv_lora_rank", "qk_rope_head_dim")
+PLAIN_POSITIONS = {"head_dim": 128, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
 NO_AUX = {"topk_method": "noaux_tc"}  # vLLM asks for it, every published file has it
 SIZES: dict[str, dict[str, Any]] = {
     "deepseek_v3": NO_AUX,
@@ -56,7 +57,10 @@ SIZES: dict[str, dict[str, Any]] = {
     "minimax_m2": {"rotary_dim": 64},  # as before
     "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 8},
     "gemma4_text": {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0},  # as its larger models have it
+    "falcon_h1": {"mamba_d_ssm": 512, "mamba_d_state": 32, "mamba_chunk_size": 32},  # torch's own loops are slow
     "glm4_moe": {"head_dim": 128},
+    "hunyuan_v1_dense": PLAIN_POSITIONS,
+    "hunyuan_v1_moe": {**PLAIN_POSITIONS, "num_experts": 8, "moe_topk": 2},
     "granitemoehybrid": {
         "layer_types": ["mamba", "attention", "mamba", "attention"], "num_hidden_layers": 4,
         "mamba_d_head": 16, "mamba_n_heads": 512,
