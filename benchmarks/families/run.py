@@ -48,7 +48,10 @@ STACKS_ONLY = "transformers opens in stacks only"
 EQUAL, EQUAL_SHARE, ROUNDED_SHARE = 2e-3, 0.005, 0.2
 LATENT_KEYS = ("kv_lora_rank", "qk_rope_head_dim")
 PLAIN_POSITIONS = {"head_dim": 128, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
-NO_AUX = {"topk_method": "noaux_tc"}  # vLLM asks for it, every published file has it
+NO_AUX = {
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+}  # vLLM asks for these, every published file has them
 SIZES: dict[str, dict[str, Any]] = {
     "deepseek_v3": NO_AUX,
     "deepseek_v32": NO_AUX,
