@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -12,7 +13,7 @@ from tests.tiny_models import write_tiny_model
 from transformers import AutoModelForCausalLM
 
 from lowbit_core.cli import main
-from lowbit_core.errors import CheckpointError, LowbitError
+from lowbit_core.errors import CheckpointError, LowbitError, OutputError
 from lowbit_evaluate.loaded_model import load_model
 from lowbit_quantize.catalog import CATALOG
 from lowbit_quantize.export.exporter import export
@@ -34,7 +35,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama with its own head": ("llama", {"tie_word_embeddings": False}),
     "llama 3": ("llama", {"rope_parameters": LLAMA3}),
     "mistral": ("mistral", {"sliding_window": None}),
-    "qwen2": ("qwen2", WORDS),
+    "qwen2": ("qwen2", {**WORDS, "max_window_layers": 2}),
     "qwen3": ("qwen3", {"head_dim": 128}),  # transformers reads no size of heads from such a file
     "phi3": ("phi3", {}),
     "gemma3_text": (
@@ -108,6 +109,24 @@ def test_the_file_says_what_was_proven_and_how_the_tokenizer_works(tmp_path: Pat
     before, after = (find_model(str(place)).tokenizer() for place in (checkpoint, file))
     for text in ("Hello, world 1234", "  two\n\nlines", "é e\u0301 你好 🙂"):
         assert before(text).input_ids == after(text).input_ids
+
+
+def test_every_token_that_ends_a_turn_is_told(tmp_path: Path) -> None:
+    base = write_tiny_model(tmp_path / "base")
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 0, 9]}))
+    quantize(str(base), recipe_with({"match": "*", **FOUR, "methods": ["rtn"]}), tmp_path / "checkpoint", CPU)
+    file = exported(tmp_path / "checkpoint")
+    fields = {name: field.contents() for name, field in gguf.GGUFReader(file).fields.items()}
+    ends = {fields[f"tokenizer.ggml.{end}_token_id"] for end in ("eos", "eot", "eom")}
+    assert ends >= {7, 9}
+
+
+def test_a_full_disk_ends_it_with_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = checkpoint_of(tmp_path, "llama", FOUR)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(total=1 << 40, used=0, free=1000))
+    with pytest.raises(OutputError, match="free"):
+        exported(checkpoint)
+    assert not list(tmp_path.glob("*.gguf"))
 
 
 def test_a_pruned_mixture(tmp_path: Path) -> None:

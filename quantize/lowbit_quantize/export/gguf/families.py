@@ -38,7 +38,7 @@ IGNORED = (
     "use_cache", "attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "router_aux_loss_coef",
     "output_router_logits", "router_jitter_noise", "_name_or_path", "layer_types", "rope_parameters",
     "rope_theta", "rope_scaling", "head_dim", "partial_rotary_factor",
-    "original_max_position_embeddings",
+    "original_max_position_embeddings", "max_window_layers",
 )  # fmt: skip
 
 

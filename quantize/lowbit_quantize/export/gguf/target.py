@@ -21,6 +21,7 @@ from lowbit_quantize.export.gguf.families import family_of, head_size, sizes, st
 from lowbit_quantize.export.gguf.tensors import Entry, GgufTensors
 from lowbit_quantize.export.gguf.vocabulary import vocabulary_keys
 from lowbit_quantize.model.sources.gguf_positions import ROPE_FREQS, llama3_factors
+from lowbit_quantize.run.directory import check_disk
 
 FILE_TYPES = {
     GGMLQuantizationType.Q4_0: LlamaFileType.MOSTLY_Q4_0,
@@ -58,6 +59,7 @@ class Gguf:
         config = _config(checkpoint)
         family = family_of(config)
         tensors = GgufTensors(checkpoint, family, config, self._rest)
+        check_disk(out, sum(entry.nbytes for entry in tensors.entries))
         writer = GGUFWriter(out, family.architecture)
         for key, value in sizes(family, config).items():
             _add(writer, f"{family.architecture}.{key}", value)

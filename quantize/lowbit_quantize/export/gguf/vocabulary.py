@@ -39,6 +39,7 @@ PROBES = (
     "\n",
     "x=1;\r\n\tif (y) {\n        z();\n}",
 )
+ENDS = ("eot", "eom")  # what else ends a turn
 ROLES = {"bos": "bos_token_id", "eos": "eos_token_id", "unknown": "unk_token_id", "padding": "pad_token_id"}
 TYPES = {"byte-level": "gpt2", "sentencepiece": "llama"}
 
@@ -77,6 +78,10 @@ def _candidates(data: dict[str, Any], opened: Any, config: Any) -> Iterator[dict
     ids = {role: _id(getattr(opened, key), getattr(config, key, None)) for role, key in ROLES.items()}
     said: dict[str, Any] = {"ggml.tokens": tokens, "ggml.token_type": types}
     said |= {f"ggml.{role}_token_id": number for role, number in ids.items() if number is not None}
+    said |= {
+        f"ggml.{end}_token_id": number
+        for end, number in zip(ENDS, _other_ends(opened, ids["eos"]), strict=False)
+    }
     encoded = opened("a").input_ids
     said["ggml.add_bos_token"] = bool(encoded) and encoded[0] == ids["bos"]
     said["ggml.add_eos_token"] = len(encoded) > 1 and encoded[-1] == ids["eos"]
@@ -91,6 +96,15 @@ def _candidates(data: dict[str, Any], opened: Any, config: Any) -> Iterator[dict
         said |= {"ggml.model": "llama", "ggml.pre": "default", "ggml.scores": _scores(tokens, merges)}
         for spaced in (True, False):
             yield {**said, "ggml.add_space_prefix": spaced}
+
+
+def _other_ends(opened: Any, eos: int | None) -> list[int]:
+    """What the generation settings say ends a text, beside the tokenizer's own token."""
+    path = Path(opened.name_or_path) / "generation_config.json"
+    found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+    return [
+        one for one in (found if isinstance(found, list) else [found]) if isinstance(one, int) and one != eos
+    ]
 
 
 def _id(of_tokenizer: int | None, of_model: Any) -> int | None:
