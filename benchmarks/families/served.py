@@ -41,7 +41,8 @@ def words(found: dict[str, Any]) -> str:
     """A cell of the table."""
     if "no" in found:
         return f"no: {found['no']}"
-    return f"{found['equal']} of {found['clear']} ({found['tokens']})"
+    said = f"{found['equal']} of {found['clear']} ({found['tokens']})"
+    return f"{said}; its base {words(found['base'])}" if "base" in found else said
 
 
 def _apart(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
