@@ -6,8 +6,9 @@ Each family is the default configuration of transformers' class, narrow and with
 seeded weights that were taught four sentences. It is found (groups, folds), quantized by each recipe below in a process
 of its own, reloaded by plain transformers, and the reloaded model's mean KL from the base, on the same tokens, held
 against the walk's. Its 4-bit checkpoint (routed experts in bfloat16, which every processor runs) answers in stock vLLM
-and in transformers, and the texts are compared up to near ties; where they differ, so are the base's. What does not work is quoted in the words of whoever
-said no. The tables below give sizes only where the default has none that a model can be built from.
+and in transformers, and the texts are compared up to near ties; where they differ, so are the base's. What does not
+work is quoted in the words of whoever said no. The tables below give sizes only where the default has none that a model
+can be built from.
 """
 
 import argparse
