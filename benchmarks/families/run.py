@@ -58,7 +58,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "deepseek_v32": NO_AUX,
     "glm_moe_dsa": NO_AUX,
     "glm4_moe_lite": {"first_k_dense_replace": 1},  # as before
-    "minimax_m2": {"rotary_dim": 64},  # as before
+    "minimax_m2": {"rotary_dim": 64, "scoring_func": "sigmoid"},  # as before
     "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 8},
     "gemma4_text": {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0},  # as its larger models have it
     "falcon_h1": {"mamba_d_ssm": 512, "mamba_d_state": 32, "mamba_chunk_size": 32},  # torch's own loops are slow
