@@ -368,10 +368,8 @@ def _readable_sha256(path: Path) -> str:
 def record_files(directory: Path, below: Iterable[str] = ()) -> dict[str, FileRecord]:
     """Size and hash of every file of a checkpoint except its own records, and of those that lie `below`, in folders."""
     names = {path.name for path in directory.iterdir() if path.is_file()} | set(below)
-    paths = {name: directory / name for name in sorted(names)}
-    return {
-        name: file_record(path) for name, path in paths.items() if name not in (MANIFEST_NAME, PROGRESS_NAME)
-    }
+    own = {MANIFEST_NAME, PROGRESS_NAME}
+    return {name: file_record(directory / name) for name in sorted(names - own)}
 
 
 def file_record(path: Path) -> FileRecord:

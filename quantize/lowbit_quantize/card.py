@@ -36,7 +36,7 @@ def _carried(base: Path | None) -> dict[str, Any]:
     _, fence, rest = (base / CARD).read_text(encoding="utf-8", errors="replace").partition(f"{FENCE}\n")
     try:
         head = yaml.safe_load(rest.partition(f"\n{FENCE}")[0]) if fence else None
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # the latter of dates that are none
         return {}
     return {key: head[key] for key in CARRIED if key in head} if isinstance(head, dict) else {}
 

@@ -118,9 +118,7 @@ def _prunings(plan: Plan) -> list[PruneExperts]:
         options = PruneExpertsOptions(prune_ratio=share)
         try:
             found.append(
-                PruneExpertsKind().make(
-                    options, plan.reference.config, plan.architecture, plan.reference.name
-                )
+                PruneExpertsKind().make(options, plan.config, plan.architecture, plan.reference.name)
             )
         except RecipeError as error:
             refusal = error

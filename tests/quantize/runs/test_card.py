@@ -67,7 +67,15 @@ def test_what_older_readers_get_has_a_card_of_its_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "card", ["", "# no head", "---\n: [", "---\n- a list\n---\n", "\ufeff---\nlicense: mit\n---"]
+    "card",
+    [
+        "",
+        "# no head",
+        "---\n: [",
+        "---\n- a list\n---\n",
+        "---\nlicense: 2024-99-99\n---\n",
+        "\ufeff---\nlicense: mit\n---",
+    ],
 )
 def test_a_card_that_has_no_head_or_a_wrong_one_is_no_obstacle(card: str, tmp_path: Path) -> None:
     base = write_tiny_model(tmp_path / "base")

@@ -19,6 +19,7 @@ from lowbit_quantize.catalog import CATALOG
 from lowbit_quantize.export.exporter import export
 from lowbit_quantize.export.gguf.blocks import blocks_of
 from lowbit_quantize.export.gguf.target import Gguf
+from lowbit_quantize.export.gguf.vocabulary import vocabulary_keys
 from lowbit_quantize.model.reference import find_model
 from lowbit_quantize.pipeline import quantize
 from lowbit_quantize.schemes.scheme import Quantized
@@ -119,6 +120,22 @@ def test_every_token_that_ends_a_turn_is_told(tmp_path: Path) -> None:
     fields = {name: field.contents() for name, field in gguf.GGUFReader(file).fields.items()}
     ends = {fields[f"tokenizer.ggml.{end}_token_id"] for end in ("eos", "eot", "eom")}
     assert ends >= {7, 9}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("tokenizer.json", "{}"), ("tokenizer.json", "[1"), ("generation_config.json", "[]")]
+)
+def test_odd_files_beside_the_weights_end_in_a_line_or_in_the_file(
+    name: str, text: str, tmp_path: Path
+) -> None:
+    checkpoint = checkpoint_of(tmp_path, "llama", FOUR)
+    (checkpoint / name).write_text(text)
+    config = SimpleNamespace(vocab_size=512)
+    if name == "tokenizer.json":
+        with pytest.raises(CheckpointError, match="cannot be opened"):
+            vocabulary_keys(checkpoint, "llama", config)
+    else:
+        assert "tokenizer.ggml.eot_token_id" not in vocabulary_keys(checkpoint, "llama", config)
 
 
 def test_a_full_disk_ends_it_with_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,6 @@ PROBES = (
 )
 ENDS = ("eot", "eom")  # what else ends a turn
 ROLES = {"bos": "bos_token_id", "eos": "eos_token_id", "unknown": "unk_token_id", "padding": "pad_token_id"}
-TYPES = {"byte-level": "gpt2", "sentencepiece": "llama"}
 
 
 def vocabulary_keys(directory: Path, architecture: str, config: Any) -> dict[str, Any]:
@@ -49,8 +48,11 @@ def vocabulary_keys(directory: Path, architecture: str, config: Any) -> dict[str
     file = directory / FILE
     if not file.exists():
         raise CheckpointError(f"{directory} has no {FILE}, which the tokenizer of a GGUF file is made of")
-    opened = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    tokenizer: Tokenizer = opened.backend_tokenizer
+    try:
+        opened = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        tokenizer: Tokenizer = opened.backend_tokenizer
+    except Exception as error:  # whatever an odd file makes of its code
+        raise CheckpointError(f"the tokenizer of {directory} cannot be opened: {error}") from error
     data = json.loads(tokenizer.to_str())
     for said in _candidates(data, opened, config):
         vocabulary = Vocabulary(directory, said, architecture)
@@ -101,7 +103,11 @@ def _candidates(data: dict[str, Any], opened: Any, config: Any) -> Iterator[dict
 def _other_ends(opened: Any, eos: int | None) -> list[int]:
     """What the generation settings say ends a text, beside the tokenizer's own token."""
     path = Path(opened.name_or_path) / "generation_config.json"
-    found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    found = said.get("eos_token_id") if isinstance(said, dict) else None
     return [
         one for one in (found if isinstance(found, list) else [found]) if isinstance(one, int) and one != eos
     ]
