@@ -338,15 +338,11 @@ def read_manifest(directory: Path) -> Manifest | None:
 
 def _refuse_other_version(path: Path, data: Any) -> None:
     version = data.get("format_version") if isinstance(data, dict) else None
-    if isinstance(version, int) and version > FORMAT_VERSION:
+    if isinstance(version, int) and version != FORMAT_VERSION:
+        newer = f" and this Lowbit reads version {FORMAT_VERSION}; install a newer Lowbit"
+        older = f", of an older Lowbit; quantize the model again (this one reads version {FORMAT_VERSION})"
         raise CheckpointError(
-            f"{path} is a version {version} manifest and this Lowbit reads version {FORMAT_VERSION}; "
-            "install a newer Lowbit"
-        )
-    if isinstance(version, int) and version < FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} is a version {version} manifest, of an older Lowbit; quantize the model again "
-            f"(this one reads version {FORMAT_VERSION})"
+            f"{path} is a version {version} manifest{newer if version > FORMAT_VERSION else older}"
         )
 
 
