@@ -3,19 +3,48 @@
 import argparse
 import json
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
 
 from lowbit_core.cli import Command, file_path
 from lowbit_core.errors import ConfigError
 
-TARGETS = ("autoawq", "autogptq", "gguf", "modelopt")
-REST = ("f16", "bf16", "q8_0")
+
+@dataclass(frozen=True)
+class Target:
+    """A row of the table: the class, as module:name below this package, and the flags that go with it alone.
+
+    A flag maps to what argparse takes of it, and its value goes to the class under its name where it is given.
+    """
+
+    place: str
+    flags: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def load(self) -> Any:
+        """The class; torch loads only now, when a checkpoint is exported."""
+        module, name = self.place.split(":")
+        return getattr(import_module(f"lowbit_quantize.export.{module}"), name)
+
+
+REST = {
+    "choices": ("f16", "bf16", "q8_0"),
+    "help": "what matrices are stored as that are not quantized (default f16)",
+}
+TARGETS = {
+    "autoawq": Target("autoawq:AutoAwq"),
+    "autogptq": Target("autogptq:AutoGptq"),
+    "gguf": Target("gguf.target:Gguf", {"--rest": REST}),
+    "modelopt": Target("modelopt:ModelOpt"),
+}
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint", type=file_path, metavar="DIR", help="a checkpoint that `lowbit quantize` wrote"
     )
-    parser.add_argument("--to", required=True, choices=TARGETS, help="the format")
+    parser.add_argument("--to", required=True, choices=tuple(TARGETS), help="the format")
     parser.add_argument(
         "--out",
         required=True,
@@ -23,26 +52,40 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="a directory, new or empty; a new file for gguf",
     )
-    parser.add_argument(
-        "--rest",
-        choices=REST,
-        help="with --to gguf: what matrices are stored as that are not quantized (default f16)",
-    )
+    for flag, (targets, settings) in _own_flags().items():
+        text = f"with --to {' or '.join(targets)}: {settings['help']}"
+        parser.add_argument(flag, **{**settings, "help": text, "default": None})
+
+
+def _own_flags() -> dict[str, tuple[list[str], Mapping[str, Any]]]:
+    """The targets that each flag goes with, and what argparse takes of it."""
+    found: dict[str, tuple[list[str], Mapping[str, Any]]] = {}
+    for name, target in TARGETS.items():
+        for flag, settings in target.flags.items():
+            found.setdefault(flag, ([], settings))[0].append(name)
+    return found
+
+
+def _given(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The flags that are the target's own, by name; raises ConfigError for one of another target."""
+    found = {}
+    for flag, (targets, _) in _own_flags().items():
+        name = flag.lstrip("-").replace("-", "_")
+        value = getattr(arguments, name)
+        if value is not None and arguments.to not in targets:
+            raise ConfigError(
+                f"{flag} goes with --to {' or '.join(targets)}, not {arguments.to}; leave it out"
+            )
+        if value is not None:
+            found[name] = value
+    return found
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from lowbit_quantize.export.autoawq import AutoAwq  # torch loads only when a checkpoint is exported
-    from lowbit_quantize.export.autogptq import AutoGptq
+    given = _given(arguments)
     from lowbit_quantize.export.exporter import Exporter, export
-    from lowbit_quantize.export.gguf.target import Gguf
-    from lowbit_quantize.export.modelopt import ModelOpt
 
-    if arguments.rest and arguments.to != Gguf.name:
-        raise ConfigError(
-            f"--rest goes with --to {Gguf.name}; {arguments.to} keeps what is not quantized as it is"
-        )
-    exporters: tuple[Exporter, ...] = (AutoAwq(), AutoGptq(), Gguf(arguments.rest or REST[0]), ModelOpt())
-    exporter = next(one for one in exporters if one.name == arguments.to)
+    exporter: Exporter = TARGETS[arguments.to].load()(**given)
     manifest = export(arguments.checkpoint, exporter, arguments.out)
     assert manifest.export is not None
     result = {

@@ -1,0 +1,31 @@
+"""The table of `lowbit export`: each row's class is there, and flags go with the targets that have them."""
+
+import inspect
+from pathlib import Path
+
+import pytest
+
+from lowbit_core.cli import main
+from lowbit_quantize.export.cli import TARGETS
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_row_names_a_class_of_its_name_that_takes_the_rows_flags(name: str) -> None:
+    target = TARGETS[name]
+    exporter = target.load()
+    assert exporter.name == name
+    takes = inspect.signature(exporter).parameters
+    assert {flag[2:].replace("-", "_") for flag in target.flags} == set(takes)
+
+
+@pytest.mark.parametrize("name", [name for name in TARGETS if TARGETS[name].flags])
+def test_a_flag_of_another_target_is_refused_in_one_line(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for flag, settings in TARGETS[name].flags.items():
+        value = () if settings.get("action") == "store_true" else (settings.get("choices", ("x",))[0],)
+        out = tmp_path / "out"
+        assert main(["export", "x", "--to", "modelopt", "--out", str(out), flag, *value]) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert f"{flag} goes with --to {name}" in line
+        assert not out.exists()
