@@ -1,59 +1,18 @@
 """A checkpoint directory that may be served: read and checked before anything expensive starts."""
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lowbit_core.errors import CheckpointError
 from lowbit_core.manifest import MANIFEST_NAME, Manifest, read_manifest, verify_files
-from lowbit_core.model_shape import ModelShape, read_config, shape_from_config
+from lowbit_core.model_shape import read_config, shape_from_config
+from lowbit_core.served_checkpoint import ServedCheckpoint
 from lowbit_server.config import ServeConfig
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A directory that may be served: its config, its shape, and its manifest if it has one."""
-
-    directory: Path
-    config: dict[str, Any]
-    shape: ModelShape
-    manifest: Manifest | None
-
-    @property
-    def name(self) -> str:
-        """The base model's name without its path, else the directory's name."""
-        base = self.manifest.base.name if self.manifest else ""
-        return Path(base).name or self.directory.resolve().name
-
-    @property
-    def quantization(self) -> dict[str, Any]:
-        """`quantization_config` of config.json; empty for an unquantized model."""
-        found = self.config.get("quantization_config", {})
-        return found if isinstance(found, dict) else {}
-
-    @property
-    def declares_fp8_kv(self) -> bool:
-        """Whether the engine will read an FP8 cache and its scales from the checkpoint by itself."""
-        return bool(self.quantization.get("kv_cache_scheme"))
-
-    @property
-    def latent(self) -> bool:
-        """Whether attention caches a latent, for which vLLM 0.32 reads no FP8 scheme and no scales."""
-        return self.shape.latent_dim is not None
-
-    @property
-    def measured_with_fp8_kv(self) -> bool:
-        """Whether the manifest says that the model's quality was measured with an FP8 cache."""
-        kv_cache = self.manifest.kv_cache if self.manifest else None
-        return kv_cache is not None and kv_cache.dtype.startswith(("fp8", "float8"))
-
-    @property
-    def layers_without_fp8_kv(self) -> list[int]:
-        """Layers that keep keys and values in the model's type, where the others' are in FP8."""
-        kv_cache = self.manifest.kv_cache if self.manifest else None
-        return kv_cache.skip_layers if kv_cache else []
+class Checkpoint(ServedCheckpoint):
+    """A directory that has passed the checks of `open_checkpoint`."""
 
 
 def served_names(config: ServeConfig, checkpoint: Checkpoint) -> tuple[str, ...]:

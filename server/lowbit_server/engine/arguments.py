@@ -14,7 +14,6 @@ from lowbit_server.flags import GIB
 
 DEFAULT_CPU_KV_CACHE_BYTES = 2 * GIB  # the host's memory is shared with everything else that runs there
 KV_BLOCK_TOKENS = 128  # the CPU engine's block; a multiple of every GPU block size
-ENGINE_DTYPES = ("bfloat16", "float16")  # a float32 checkpoint is left to the engine, as stock vLLM does
 
 
 def derive_engine_arguments(config: ServeConfig, checkpoint: Checkpoint, device: Device) -> dict[str, Any]:
@@ -24,11 +23,9 @@ def derive_engine_arguments(config: ServeConfig, checkpoint: Checkpoint, device:
     """
     _refuse_what_cannot_be_followed(config, checkpoint, device)
     kv_bytes = _kv_cache_bytes(config, device)
-    arguments: dict[str, Any] = {
+    arguments: dict[str, Any] = checkpoint.engine_arguments(config.kv_cache_dtype) | {
         "model": str(checkpoint.directory),
         "served_model_name": list(served_names(config, checkpoint)),
-        "dtype": checkpoint.shape.dtype if checkpoint.shape.dtype in ENGINE_DTYPES else "auto",
-        "kv_cache_dtype": _kv_cache_dtype(config, checkpoint),
         "max_model_len": _max_model_len(config, checkpoint, kv_bytes),
         "tensor_parallel_size": config.tensor_parallel_size,
         "pipeline_parallel_size": config.pipeline_parallel_size,
@@ -36,12 +33,10 @@ def derive_engine_arguments(config: ServeConfig, checkpoint: Checkpoint, device:
         "max_num_queued_reqs": config.max_num_queued_reqs,
         "allowed_origins": [],  # ours stands before the gateway
         "shutdown_timeout": config.drain_timeout_s,
-        "load_format": "safetensors",  # never a pickle
         "trust_remote_code": config.trust_remote_code,
     }
     optional = {
         "kv_cache_memory_bytes": kv_bytes,
-        "kv_cache_dtype_skip_layers": _skipped_layers(config, checkpoint),
         "gpu_memory_utilization": config.gpu_memory_utilization,
         "max_num_seqs": config.max_num_seqs,
         "max_num_queued_tokens": config.max_num_queued_tokens,
@@ -99,26 +94,7 @@ def _lora_arguments(config: ServeConfig) -> dict[str, Any]:
 
 def effective_kv_dtype(config: ServeConfig, checkpoint: Checkpoint) -> str:
     """The dtype of stored keys and values: fp8, or the model's own."""
-    if config.kv_cache_dtype != "auto":
-        return config.kv_cache_dtype
-    if not checkpoint.latent and (checkpoint.declares_fp8_kv or checkpoint.measured_with_fp8_kv):
-        return "fp8"
-    dtype = checkpoint.shape.dtype
-    return dtype if dtype in ENGINE_DTYPES else "bfloat16"
-
-
-def _kv_cache_dtype(config: ServeConfig, checkpoint: Checkpoint) -> str:
-    # AutoAWQ's and AutoGPTQ's formats cannot declare a KV scheme: ask for what the manifest says.
-    if config.kv_cache_dtype == "auto" and not checkpoint.declares_fp8_kv:
-        return "fp8" if effective_kv_dtype(config, checkpoint) == "fp8" else "auto"
-    return config.kv_cache_dtype
-
-
-def _skipped_layers(config: ServeConfig, checkpoint: Checkpoint) -> list[str] | None:
-    """Layers whose keys and values stay in the model's type, as the checkpoint was measured."""
-    if effective_kv_dtype(config, checkpoint) != "fp8" or not checkpoint.layers_without_fp8_kv:
-        return None
-    return [str(number) for number in checkpoint.layers_without_fp8_kv]
+    return checkpoint.kv_dtype(config.kv_cache_dtype)
 
 
 def _kv_cache_bytes(config: ServeConfig, device: Device) -> int | None:
@@ -174,7 +150,9 @@ def _kv_bytes_per_token_and_device(config: ServeConfig, checkpoint: Checkpoint) 
     """
     shape = checkpoint.shape
     all_layers = shape.kv_bytes_per_token(effective_kv_dtype(config, checkpoint))
-    if skipped := _skipped_layers(config, checkpoint):  # these take two bytes where the others take one
+    if skipped := checkpoint.skipped_layers(
+        config.kv_cache_dtype
+    ):  # these take two bytes where the others take one
         all_layers += len(skipped) * all_layers // shape.layers
     parts = 1 if checkpoint.latent else min(config.tensor_parallel_size, shape.kv_heads)
     stage_layers = math.ceil(shape.layers / config.pipeline_parallel_size)
