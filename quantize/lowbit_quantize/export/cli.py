@@ -32,11 +32,17 @@ REST = {
     "choices": ("f16", "bf16", "q8_0"),
     "help": "what matrices are stored as that are not quantized (default f16)",
 }
+MODEL_NAME = {"metavar": "NAME", "help": "the model's name in the repository (default: the base model's)"}
+MOUNT = {
+    "metavar": "PATH",
+    "help": "the repository's absolute path where Triton runs (default: paths for a server that is started in it)",
+}
 TARGETS = {
     "autoawq": Target("autoawq:AutoAwq"),
     "autogptq": Target("autogptq:AutoGptq"),
     "gguf": Target("gguf.target:Gguf", {"--rest": REST}),
     "modelopt": Target("modelopt:ModelOpt"),
+    "triton": Target("triton:Triton", {"--model-name": MODEL_NAME, "--mount": MOUNT}),
 }
 
 
@@ -82,21 +88,23 @@ def _given(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    given = _given(arguments)
-    from lowbit_quantize.export.exporter import Exporter, export
+    result = _write(arguments, TARGETS[arguments.to].load()(**_given(arguments)))
+    sys.stdout.write(json.dumps(result) + "\n")
+    return 0
 
-    exporter: Exporter = TARGETS[arguments.to].load()(**given)
+
+def _write(arguments: argparse.Namespace, exporter: Any) -> dict[str, Any]:
+    from lowbit_quantize.export.exporter import export
+
     manifest = export(arguments.checkpoint, exporter, arguments.out)
     assert manifest.export is not None
-    result = {
+    return {
         "checkpoint": str(arguments.out),
         **manifest.export.model_dump(),
         "readers": exporter.readers,
         "bytes": manifest.size.bytes,
         "linear_bits_per_weight": manifest.size.linear_bits_per_weight,
     }
-    sys.stdout.write(json.dumps(result) + "\n")
-    return 0
 
 
 command = Command("Write a checkpoint in a format that other tools read.", _add_arguments, _run)

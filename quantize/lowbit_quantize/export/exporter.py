@@ -36,10 +36,16 @@ class Exporter(Protocol):
 
 
 class Exported:
-    """What an exporter has written: bytes of all tensors and of those of quantized linears, and what is left out."""
+    """What an exporter has written: bytes of all tensors and of those of quantized linears, and what is left out.
 
-    def __init__(self, tensor_bytes: int, packed_bytes: int, left_out: list[str]) -> None:
+    `whole`: the checkpoint itself lies in it with its own manifest, so that it gets no other.
+    """
+
+    def __init__(
+        self, tensor_bytes: int, packed_bytes: int, left_out: list[str], *, whole: bool = False
+    ) -> None:
         self.tensor_bytes, self.packed_bytes, self.left_out = tensor_bytes, packed_bytes, left_out
+        self.whole = whole
 
 
 def export(directory: Path, exporter: Exporter, out: Path, catalog: Catalog = CATALOG) -> Manifest:
@@ -58,7 +64,7 @@ def export(directory: Path, exporter: Exporter, out: Path, catalog: Catalog = CA
             for what in exported.left_out:
                 log.warning("%s holds no %s: left out", exporter.name, what)
             manifest = _manifest(checkpoint.manifest, exporter.name, exported, work)
-            if not exporter.one_file:
+            if not exporter.one_file and not exported.whole:
                 card = write_card(work, manifest, checkpoint.directory)
                 files = manifest.files | {card.name: file_record(card)}
                 manifest = manifest.model_copy(update={"files": files})
@@ -80,6 +86,8 @@ def _refuse_taken(out: Path, *, one_file: bool) -> None:
 
 def _manifest(before: Manifest, name: str, exported: Exported, out: Path) -> Manifest:
     size = before.size
+    if exported.whole:
+        return before.model_copy(update={"export": ExportRecord(to=name, left_out=exported.left_out)})
     return before.model_copy(
         update={
             "kv_cache": None,
