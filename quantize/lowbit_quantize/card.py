@@ -18,6 +18,8 @@ from lowbit_quantize.run.companions import CARD
 CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 FENCE = "---"
 TRANSFORMERS = "compressed-tensors"
+LIBRARIES = {"mlx": "mlx"}  # that read an export, where transformers does not
+COMMANDS = {"mlx": "mlx_lm.server --model ./DIRECTORY"}  # that serve an export, where vLLM does not
 
 
 def write_card(directory: Path, manifest: Manifest, base: Path | None = None) -> Path:
@@ -43,11 +45,12 @@ def _carried(base: Path | None) -> dict[str, Any]:
 
 def _tags(manifest: Manifest) -> dict[str, Any]:
     base, schemes = manifest.base, sorted({module.scheme for module in manifest.modules})
+    to = manifest.export.to if manifest.export else TRANSFORMERS
     known = {"base_model": base.name, "base_model_relation": "quantized"} if base.kind == "hub" else {}
     return {
         **known,
-        "library_name": "transformers",
-        "tags": ["lowbit", manifest.export.to if manifest.export else TRANSFORMERS, *schemes],
+        "library_name": LIBRARIES.get(to, "transformers"),
+        "tags": ["lowbit", to, *schemes],
     }
 
 
@@ -134,7 +137,7 @@ def _serving(manifest: Manifest) -> Iterator[str]:
     yield from ("", "## How to serve it", "", "```sh")
     if manifest.export is None:
         yield "lowbit serve ./DIRECTORY  # OpenAI's API, limits, metrics; what was proven is at /lowbit/checkpoint"
-    yield "vllm serve ./DIRECTORY"
+    yield COMMANDS.get(manifest.export.to if manifest.export else "", "vllm serve ./DIRECTORY")
     yield "```"
     if manifest.unopened:
         yield from ("", *(f"Plain transformers {one}." for one in manifest.unopened))

@@ -41,6 +41,7 @@ TARGETS = {
     "autoawq": Target("autoawq:AutoAwq"),
     "autogptq": Target("autogptq:AutoGptq"),
     "gguf": Target("gguf.target:Gguf", {"--rest": REST}),
+    "mlx": Target("mlx:Mlx"),
     "modelopt": Target("modelopt:ModelOpt"),
     "triton": Target("triton:Triton", {"--model-name": MODEL_NAME, "--mount": MOUNT}),
 }
