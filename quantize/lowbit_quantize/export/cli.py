@@ -17,10 +17,12 @@ class Target:
     """A row of the table: the class, as module:name below this package, and the flags that go with it alone.
 
     A flag maps to what argparse takes of it, and its value goes to the class under its name where it is given.
+    `uploads`: it writes nothing here, and so takes no --out.
     """
 
     place: str
     flags: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    uploads: bool = False
 
     def load(self) -> Any:
         """The class; torch loads only now, when a checkpoint is exported."""
@@ -37,10 +39,13 @@ MOUNT = {
     "metavar": "PATH",
     "help": "the repository's absolute path where Triton runs (default: paths for a server that is started in it)",
 }
+REPO = {"metavar": "OWNER/NAME", "help": "the repository on the hub, made where there is none"}
+PRIVATE = {"action": "store_true", "help": "a repository that is made is private"}
 TARGETS = {
     "autoawq": Target("autoawq:AutoAwq"),
     "autogptq": Target("autogptq:AutoGptq"),
     "gguf": Target("gguf.target:Gguf", {"--rest": REST}),
+    "hub": Target("hub:Hub", {"--repo": REPO, "--private": PRIVATE}, uploads=True),
     "mlx": Target("mlx:Mlx"),
     "modelopt": Target("modelopt:ModelOpt"),
     "triton": Target("triton:Triton", {"--model-name": MODEL_NAME, "--mount": MOUNT}),
@@ -54,10 +59,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", required=True, choices=tuple(TARGETS), help="the format")
     parser.add_argument(
         "--out",
-        required=True,
         type=file_path,
         metavar="PATH",
-        help="a directory, new or empty; a new file for gguf",
+        help="a directory, new or empty; a new file for gguf; none for hub",
     )
     for flag, (targets, settings) in _own_flags().items():
         text = f"with --to {' or '.join(targets)}: {settings['help']}"
@@ -89,7 +93,18 @@ def _given(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    result = _write(arguments, TARGETS[arguments.to].load()(**_given(arguments)))
+    target, given = TARGETS[arguments.to], _given(arguments)
+    if target.uploads == (arguments.out is not None):
+        raise ConfigError(
+            f"--out is where files are written, and --to {arguments.to} "
+            + (
+                "writes none; leave it out"
+                if target.uploads
+                else "needs it; give a directory or file that is new"
+            )
+        )
+    made = target.load()(**given)
+    result = made.upload(arguments.checkpoint) if target.uploads else _write(arguments, made)
     sys.stdout.write(json.dumps(result) + "\n")
     return 0
 
