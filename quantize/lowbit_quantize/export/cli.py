@@ -41,9 +41,15 @@ MOUNT = {
 }
 REPO = {"metavar": "OWNER/NAME", "help": "the repository on the hub, made where there is none"}
 PRIVATE = {"action": "store_true", "help": "a repository that is made is private"}
+FORMAT = {"choices": ("nf4", "int8"), "help": "4 bits or 8 (default nf4)"}
+BASE = {
+    "metavar": "MODEL",
+    "help": "where the base model is (default: where it came from, if that is the hub)",
+}
 TARGETS = {
     "autoawq": Target("autoawq:AutoAwq"),
     "autogptq": Target("autogptq:AutoGptq"),
+    "bitsandbytes": Target("bitsandbytes:BitsAndBytes", {"--format": FORMAT, "--base": BASE}),
     "gguf": Target("gguf.target:Gguf", {"--rest": REST}),
     "hub": Target("hub:Hub", {"--repo": REPO, "--private": PRIVATE}, uploads=True),
     "mlx": Target("mlx:Mlx"),

@@ -38,14 +38,14 @@ class Exporter(Protocol):
 class Exported:
     """What an exporter has written: bytes of all tensors and of those of quantized linears, and what is left out.
 
-    `whole`: the checkpoint itself lies in it with its own manifest, so that it gets no other.
+    `with_manifest`: not where the checkpoint itself lies in it with its own, or where nothing of it is proven.
     """
 
     def __init__(
-        self, tensor_bytes: int, packed_bytes: int, left_out: list[str], *, whole: bool = False
+        self, tensor_bytes: int, packed_bytes: int, left_out: list[str], *, with_manifest: bool = True
     ) -> None:
         self.tensor_bytes, self.packed_bytes, self.left_out = tensor_bytes, packed_bytes, left_out
-        self.whole = whole
+        self.with_manifest = with_manifest
 
 
 def export(directory: Path, exporter: Exporter, out: Path, catalog: Catalog = CATALOG) -> Manifest:
@@ -64,7 +64,7 @@ def export(directory: Path, exporter: Exporter, out: Path, catalog: Catalog = CA
             for what in exported.left_out:
                 log.warning("%s holds no %s: left out", exporter.name, what)
             manifest = _manifest(checkpoint.manifest, exporter.name, exported, work)
-            if not exporter.one_file and not exported.whole:
+            if not exporter.one_file and exported.with_manifest:
                 card = write_card(work, manifest, checkpoint.directory)
                 files = manifest.files | {card.name: file_record(card)}
                 manifest = manifest.model_copy(update={"files": files})
@@ -86,8 +86,6 @@ def _refuse_taken(out: Path, *, one_file: bool) -> None:
 
 def _manifest(before: Manifest, name: str, exported: Exported, out: Path) -> Manifest:
     size = before.size
-    if exported.whole:
-        return before.model_copy(update={"export": ExportRecord(to=name, left_out=exported.left_out)})
     return before.model_copy(
         update={
             "kv_cache": None,
@@ -100,7 +98,7 @@ def _manifest(before: Manifest, name: str, exported: Exported, out: Path) -> Man
                     8 * exported.packed_bytes / max(1, size.quantized_parameters), 4
                 ),
             ),
-            "files": record_files(out, before.base.copied) if out.is_dir() else {},
+            "files": record_files(out, before.base.copied) if out.is_dir() and exported.with_manifest else {},
             "versions": tool_versions(),
             "export": ExportRecord(to=name, left_out=exported.left_out),
         }

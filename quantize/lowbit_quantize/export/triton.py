@@ -72,7 +72,9 @@ class Triton:
         (out / name / "config.pbtxt").write_text(CONFIG, encoding="utf-8")
         model = self._root / name / VERSION / FOLDER
         write_json(place.parent / "model.json", engine_arguments(served, model))
-        return Exported(checkpoint.manifest.size.bytes, 0, [], whole=True)
+        size = checkpoint.manifest.size
+        packed = round(size.linear_bits_per_weight * size.quantized_parameters / 8)
+        return Exported(size.bytes, packed, [], with_manifest=False)
 
 
 def engine_arguments(served: ServedCheckpoint, model: PurePosixPath) -> dict[str, Any]:
