@@ -14,6 +14,7 @@ by benchmarks/formats/bitsandbytes_layout.py.
 """
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ SHARD_BYTES = 16 << 30  # of the base
 SMALLEST = 1e-38  # that is divided by
 HEAD = "lm_head"
 LARGEST_CODE = 127
+MATRIX = 2  # dimensions
 QUANTILES = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
@@ -73,6 +75,7 @@ class BitsAndBytes:
             raise CheckpointError(
                 f"the base {reference.path} has no tensor {lacking[0]}.weight, so it is not written"
             )
+        left_alone = _left_alone(checkpoint, weights)
         shards, packed = list(_shards(weights)), 0
         writer = CheckpointWriter(out, len(shards))
         for names in shards:
@@ -86,10 +89,9 @@ class BitsAndBytes:
                 else:
                     shard.add({name: weights.read(name)})
             shard.close()
-        skipped = sorted({HEAD, *checkpoint.manifest.unquantized} - set(checkpoint.modules))
         config = reference.written_config or checkpoint.config
         dtype = shape_from_config(config).dtype or "bfloat16"
-        writer.finish({**config, "quantization_config": quantization_of(self._format, skipped, dtype)})
+        writer.finish({**config, "quantization_config": quantization_of(self._format, left_alone, dtype)})
         beside = [name for name in checkpoint.other_files if name != CARD]  # which tells of the checkpoint
         copy_companions(checkpoint.directory, beside, out)
         return Exported(writer.tensor_bytes, packed, [ANEW], with_manifest=False)
@@ -161,6 +163,22 @@ def quantization_of(kind: str, skipped: list[str], dtype: str) -> dict[str, Any]
         "llm_int8_skip_modules": skipped,
         "llm_int8_threshold": 6.0,
     }
+
+
+def _left_alone(checkpoint: Checkpoint, weights: WeightFiles) -> list[str]:
+    """Modules with a matrix that stays, all by name: transformers quantizes each linear that it is not told of.
+
+    It takes a name for a pattern that others may begin or end with; raises CheckpointError where that matters.
+    """
+    matrices = {name.removesuffix(".weight") for name in weights if len(weights.shape(name)) == MATRIX}
+    names = sorted({HEAD, *checkpoint.manifest.unquantized, *matrices} - set(checkpoint.modules))
+    for name in names:
+        for module in checkpoint.modules:
+            if re.match(name, module) or module.endswith(name):
+                raise CheckpointError(
+                    f"transformers would leave {module} alone because {name} is; it is not written"
+                )
+    return names
 
 
 def _shards(weights: WeightFiles) -> Iterator[list[str]]:

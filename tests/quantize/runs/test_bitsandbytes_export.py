@@ -75,7 +75,9 @@ def test_the_linears_of_the_checkpoint_are_made_of_the_base_and_the_rest_is_the_
     tensors, base = tensors_of(out), tensors_of(tmp_path / "base")
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     assert (config["load_in_4bit"], config["load_in_8bit"]) == (kind == "nf4", kind == "int8")
-    assert {"lm_head", "model.layers.1.mlp.up_proj"} <= set(config["llm_int8_skip_modules"])
+    assert {"lm_head", "model.embed_tokens", "model.layers.1.mlp.up_proj"} <= set(
+        config["llm_int8_skip_modules"]
+    )
     packed = [
         name
         for name, one in tensors.items()
