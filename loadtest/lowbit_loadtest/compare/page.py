@@ -3,12 +3,12 @@
 from dataclasses import replace
 
 from lowbit_core.evals.arithmetic import Estimate
+from lowbit_core.pages.chart import GREY, Chart, Table
+from lowbit_core.pages.html import heading, page, paragraph, verdict
+from lowbit_core.pages.plots import Bar, Member, intervals, stacked_bars
 from lowbit_loadtest.compare.comparison import Comparison
 from lowbit_loadtest.compare.side import At, at_text
 from lowbit_loadtest.compare.text import judged_text, share_text, verdict_text
-from lowbit_loadtest.report.chart import GREY, Chart, Table
-from lowbit_loadtest.report.html import heading, page, paragraph, verdict
-from lowbit_loadtest.report.plots import Bar, Member, intervals, stacked_bars
 
 KINDS = {"better": "good", "same": "good", "undecided": "open"}
 VERDICT_COLORS = {"better": "#2b8a3e", "same": "#0b62a4", "undecided": "#e67700", "worse": "#c92a2a"}

@@ -3,8 +3,8 @@
 from typing import Any
 
 from lowbit_core.evals.arithmetic import Estimate
-from lowbit_loadtest.report.chart import Chart, Mark, Series, lines
-from lowbit_loadtest.report.plots import Bar, Member, intervals, stacked_bars
+from lowbit_core.pages.chart import Chart, Mark, Series, lines
+from lowbit_core.pages.plots import Bar, Member, intervals, stacked_bars
 
 Document = dict[str, Any]
 SETTLED_COLORS = {

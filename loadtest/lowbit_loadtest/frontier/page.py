@@ -4,10 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 from lowbit_core.evals.arithmetic import Estimate, span
+from lowbit_core.pages.chart import COLORS, Chart, Mark, Series, Table, lines
+from lowbit_core.pages.html import heading, page, paragraph, verdict, wide
+from lowbit_core.pages.plots import Bar, Member, Spot, intervals, scatter, stacked_bars
 from lowbit_loadtest.frontier.charts import decision_charts
-from lowbit_loadtest.report.chart import COLORS, Chart, Mark, Series, Table, lines
-from lowbit_loadtest.report.html import heading, page, paragraph, verdict, wide
-from lowbit_loadtest.report.plots import Bar, Member, Spot, intervals, scatter, stacked_bars
 
 Document = dict[str, Any]
 MIB = 1 << 20

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lowbit_loadtest.report.chart import Chart, Mark, Series, lines
+from lowbit_core.pages.chart import Chart, Mark, Series, lines
 
 LATENCIES = {
     "ttft_s": "time to first token",

@@ -4,11 +4,11 @@ from collections import Counter
 from typing import Any
 
 from lowbit_core.evals.arithmetic import Estimate, span
-from lowbit_loadtest.report.chart import Chart, Series, Table, lines
+from lowbit_core.pages.chart import Chart, Series, Table, lines
+from lowbit_core.pages.html import heading, page, paragraph, verdict, wide
+from lowbit_core.pages.plots import dots
 from lowbit_loadtest.report.curves import LATENCIES, curve_charts, latencies_of, latency_mark
-from lowbit_loadtest.report.html import heading, page, paragraph, verdict, wide
 from lowbit_loadtest.report.knee import Knee
-from lowbit_loadtest.report.plots import dots
 from lowbit_loadtest.report.statistics import PERCENTILES
 from lowbit_loadtest.report.text import VERDICTS, highest_rate_text, knee_text, points_text
 

@@ -13,6 +13,7 @@ from tests.loadtest.conftest import FakeServer
 
 from lowbit_core.errors import ConfigError, EngineError
 from lowbit_core.evals.arithmetic import Estimate
+from lowbit_core.pages.html import library
 from lowbit_loadtest.frontier.checkpoint_result import CheckpointResult, Status, mean_over_runs, status
 from lowbit_loadtest.frontier.document import as_document, pareto
 from lowbit_loadtest.frontier.page import as_html, as_markdown
@@ -21,7 +22,6 @@ from lowbit_loadtest.frontier.processes import Served
 from lowbit_loadtest.frontier.recommendation import recommend
 from lowbit_loadtest.frontier.run import OutputDirectory, order_of_runs, run_decision, run_frontier
 from lowbit_loadtest.generate.workers import OnTally
-from lowbit_loadtest.report.html import library
 
 PLAN = """
 description: two fakes

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowbit_core.evals.arithmetic import Estimate, span
-from lowbit_loadtest.report.chart import (
+from lowbit_core.pages.chart import (
     DARK,
     GREY,
     GRID,

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import cache
 from html import escape
 
-from lowbit_loadtest.report.chart import Chart, Table
+from lowbit_core.pages.chart import Chart, Table
 
 STYLE = """
 :root { color-scheme: light }

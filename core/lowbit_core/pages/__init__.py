@@ -1,0 +1,1 @@
+"""Pages in one look: charts as specifications, tables beside them, and the document around both."""
