@@ -19,6 +19,7 @@ from lowbit_quantize.pipeline import write_rest
 from lowbit_quantize.plan import make_plan
 from lowbit_quantize.quality.dataset import TokenText
 from lowbit_quantize.recipe import parse_recipe
+from lowbit_quantize.run.clock import Clock
 from lowbit_quantize.run.directory import RunDirectory
 from lowbit_quantize.run.hidden_states import MEMORY_BYTES
 from lowbit_quantize.run.writer import CheckpointWriter
@@ -47,7 +48,7 @@ def walked(
     run.scratch.mkdir(parents=True)
     shards = decoder.depth + plan.quantizes_head + 1 + len(base.carried_shards)
     writer = CheckpointWriter(out, shards, scratch=run.scratch)
-    walk = Walk(decoder, work, texts, writer, run.journal("walk"), MEMORY_BYTES)
+    walk = Walk(decoder, work, texts, writer, run.journal("walk"), MEMORY_BYTES, Clock())
     walk.run()
     write_rest(plan, base, walk, run)
     return walk

@@ -18,10 +18,10 @@ from lowbit_core.manifest import (
     DivergenceRecord,
     KVCacheRecord,
     Manifest,
-    module_groups,
     read_manifest,
     verify_files,
 )
+from lowbit_core.module_groups import module_groups
 
 ARCHITECTURE_GROUP = "lowbit.architecture"
 MOST_NAMES = 4  # that are shown of linears which are not quantized

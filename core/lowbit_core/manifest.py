@@ -10,9 +10,7 @@ out does not raise it: readers pass over what they do not know.
 import hashlib
 import json
 import os
-from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
@@ -64,7 +62,7 @@ class ModuleRecord(_Record):
     channel; `methods` were applied in this order; `alpha` is the exponent of the scale of its inputs, if it has one
     (1 where SmoothQuant's is the minimum itself, and no power).
     `inputs` says how engines round what it reads ("int8 by token"), `input_scale` is what they divide it by where
-    that was calibrated.
+    that was calibrated. `weights` counts its codes, `bytes` are those of codes, scales and zero points.
     """
 
     name: str
@@ -77,6 +75,8 @@ class ModuleRecord(_Record):
     alpha: float | None
     inputs: str | None = None
     input_scale: float | None = None
+    weights: int | None = None
+    bytes: int | None = None
 
 
 class KVLayerRecord(_Record):
@@ -123,9 +123,10 @@ class TrialRecord(_Record):
 class ExpertsRecord(_Record):
     """Routed experts before and after pruning; `kept_by_layer` holds the base model's numbers of those that stay.
 
-    Those that are `under_calibrated` borrowed the statistics that they lack from their layer. Where experts were
-    merged, `consolidate` and `similarity` say how, and `absorbed_by_layer` which one of those that stay absorbed each
-    that went, both in the base model's numbers.
+    Those that are `under_calibrated` borrowed the statistics that they lack from their layer. Where layers were pruned,
+    `saliency_by_layer` has each of the base's experts' score by `criterion`, `tokens_by_layer` how many calibration
+    tokens it was given. Where experts were merged, `consolidate` and `similarity` say how, and `absorbed_by_layer`
+    which one of those that stay absorbed each that went, both in the base model's numbers.
     """
 
     experts: int
@@ -136,6 +137,8 @@ class ExpertsRecord(_Record):
     consolidate: str | None = None
     similarity: str | None = None
     absorbed_by_layer: dict[int, dict[int, int]] = {}
+    saliency_by_layer: dict[int, list[float]] = {}
+    tokens_by_layer: dict[int, list[int]] = {}
 
 
 class UnopenedRecord(_Record):
@@ -219,10 +222,13 @@ class FileRecord(_Record):
 
 
 class RunRecord(_Record):
+    """What the process has cost that finished the run; `phases_s` are the parts of its wall time, in their order."""
+
     device: str
     seconds: float
     cpu_seconds: float
     peak_rss_bytes: int
+    phases_s: dict[str, float] = {}
 
 
 class ExportRecord(_Record):
@@ -236,7 +242,8 @@ class ExportRecord(_Record):
 
 
 class Manifest(_Record):
-    """The whole manifest; `unquantized` names the decoder's linears that stay as they are.
+    """The whole manifest; `unquantized` names the decoder's linears that stay as they are, `unquantized_because` says
+    why, and why the head, routers and gates do.
 
     `unopened` is empty where plain transformers has opened all of the checkpoint.
 
@@ -250,6 +257,7 @@ class Manifest(_Record):
     size: SizeRecord
     modules: list[ModuleRecord]
     unquantized: list[str] = []
+    unquantized_because: dict[str, str] = {}
     unopened: list[UnopenedRecord] = []
     kv_cache: KVCacheRecord | None
     experts: ExpertsRecord | None = None
@@ -262,42 +270,6 @@ class Manifest(_Record):
     versions: dict[str, str]
     run: RunRecord
     export: ExportRecord | None = None
-
-
-@dataclass(frozen=True)
-class ModuleGroup:
-    """Linears of a checkpoint that are stored and were made alike."""
-
-    scheme: str
-    bits: float
-    group_size: int | None
-    methods: tuple[str, ...]
-    linears: int
-
-    def __str__(self) -> str:
-        size = "channels" if self.group_size is None else f"groups of {self.group_size}"
-        return f"{self.linears} x {self.scheme} in {size} by {', then '.join(self.methods)}"
-
-
-def module_groups(manifest: Manifest) -> list[ModuleGroup]:
-    """The mix of a checkpoint, the most frequent first."""
-    counted = Counter((m.scheme, m.bits, m.group_size, tuple(m.methods)) for m in manifest.modules)
-    return [ModuleGroup(*kind, linears) for kind, linears in counted.most_common()]
-
-
-def weights_summary(manifest: Manifest) -> dict[str, str]:
-    """Schemes, bits, group sizes and methods of the quantized linears; several values are joined by `+`."""
-    groups = module_groups(manifest)
-
-    def joined(values: list[str]) -> str:
-        return "+".join(dict.fromkeys(values))
-
-    return {
-        "scheme": joined([group.scheme for group in groups]) or "none",
-        "bits": joined([f"{group.bits:g}" for group in groups]),
-        "group_size": joined([str(group.group_size or "channel") for group in groups]),
-        "methods": joined([method for group in groups for method in group.methods]),
-    }
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:

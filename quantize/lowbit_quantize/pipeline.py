@@ -22,7 +22,8 @@ from lowbit_quantize.model.weights import WeightFiles
 from lowbit_quantize.plan import Plan, make_plan
 from lowbit_quantize.quality.dataset import TokenText, load_texts
 from lowbit_quantize.recipe import Recipe
-from lowbit_quantize.record import Clock, manifest_of
+from lowbit_quantize.record import manifest_of
+from lowbit_quantize.run.clock import CONCLUDE, Clock
 from lowbit_quantize.run.companions import CARD, Companions, companions, copy_companions
 from lowbit_quantize.run.directory import (
     RunDirectory,
@@ -91,7 +92,8 @@ def quantize(
         assert base is not None
         check_numbers(plan, base)
         say_rest(base.rest)
-        walk, measured = _finished_walk(device, plan, base, texts, run, stream_memory_bytes)
+        walk, measured = _finished_walk(device, plan, base, texts, run, stream_memory_bytes, clock)
+        clock.begin(CONCLUDE)
 
         def conclude() -> Manifest:
             beside = write_rest(plan, base, walk, run)
@@ -119,6 +121,7 @@ def _finished_walk(
     texts: tuple[TokenText, TokenText],
     run: RunDirectory,
     memory_bytes: int,
+    clock: Clock,
 ) -> tuple[Walk, QualityRecord]:
     """The walk whose shards lie in the output, and its quality; passes on trial stay if they lower held-out KL."""
     config, weights = plan.reference.config, base.weights
@@ -129,7 +132,7 @@ def _finished_walk(
         work = Work(plan.modules, passes, plan.paired, plan.fp8_layers, baselines, fold_head=alone)
         shards = decoder.depth + plan.quantizes_head + 1 + len(base.carried_shards)
         writer = CheckpointWriter(directory, shards, scratch=run.scratch)
-        return Walk(decoder, work, texts, writer, run.journal(name), memory_bytes)
+        return Walk(decoder, work, texts, writer, run.journal(name), memory_bytes, clock)
 
     def walked(walk: Walk) -> tuple[Walk, QualityRecord]:
         walk.run()

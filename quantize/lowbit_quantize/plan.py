@@ -6,7 +6,7 @@ rules but this table.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +17,7 @@ from lowbit_core.errors import RecipeError
 from lowbit_core.log import get_logger
 from lowbit_quantize.cache_layers import layers_in_fp8, without_unread_scales
 from lowbit_quantize.catalog import CATALOG, Catalog
+from lowbit_quantize.misfits import check_experts, check_opened, check_width, check_words
 from lowbit_quantize.model.architecture import Architecture, linear_of
 from lowbit_quantize.model.discovery.found import open_model
 from lowbit_quantize.model.files.kept_types import KeptTypes
@@ -39,6 +40,7 @@ EMBEDDING_STAYS = (
     "engines look rows up in: vLLM 0.32 reads quantized rows on GPUs only, and none of a matrix that is the "
     "head too"
 )
+GATES_STAY = "a router or a gate: few weights, on which much hangs"
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Plan:
     modules: Modules
     passes: tuple[Pass, ...]
     floats: PublishedFloats | None = None  # what the base is published in, if not in ordinary floats
+    left_because: Mapping[str, str] = field(default_factory=dict)  # why others have no entry in `modules`
 
     @property
     def tied(self) -> bool:
@@ -165,6 +168,12 @@ class Plan:
         head = () if self.quantizes_head else (published(self.architecture.head),)
         return (*head, *gates, *self.unquantized_linears)
 
+    @cached_property
+    def unquantized_because(self) -> dict[str, str]:
+        """Why each of `unquantized` stays as it is."""
+        known = {self.names.published(name): reason for name, reason in self.left_because.items()}
+        return {name: known.get(name, GATES_STAY) for name in self.unquantized}
+
     def baselines(self, domains: Sequence[str]) -> dict[str, list[int]]:
         """The held-out sequences, of these domains, that walk as baselines; none where the recipe wants none."""
         return baseline_sequences(domains, fp8_cache=self.fp8_cache) if self.recipe.quality.isolate else {}
@@ -189,7 +198,7 @@ def make_plan(reference: ModelReference, recipe: Recipe, catalog: Catalog = CATA
     passes = make_passes(recipe.passes, reference, architecture, catalog)
     recipe = without_unread_scales(recipe, architecture)
     _check_positions(reference, recipe)
-    modules = _table(skeleton, architecture, recipe, catalog)
+    modules, left_because = _table(skeleton, architecture, recipe, catalog)
     if modules and not any(one.name == QUANTIZE for one in passes):
         raise RecipeError(
             f"modules quantize {len(modules)} linears and passes lacks {QUANTIZE}; add it to passes"
@@ -199,7 +208,7 @@ def make_plan(reference: ModelReference, recipe: Recipe, catalog: Catalog = CATA
             f"modules leave no linear to quantize; give a rule with a scheme, or leave {QUANTIZE} out of passes"
         )
     layers_in_fp8(recipe.kv_cache, architecture, text_config(reference.config))
-    return Plan(reference, recipe, architecture, skeleton, modules, passes, floats)
+    return Plan(reference, recipe, architecture, skeleton, modules, passes, floats, left_because)
 
 
 def decoder_layers(skeleton: nn.Module, architecture: Architecture) -> Iterator[tuple[str, nn.Module]]:
@@ -219,8 +228,13 @@ def decoder_linears(skeleton: nn.Module, architecture: Architecture) -> dict[str
     }
 
 
-def _table(skeleton: nn.Module, architecture: Architecture, recipe: Recipe, catalog: Catalog) -> Modules:
-    """The entry of each linear that a rule quantizes, in the order of the layers; raises RecipeError."""
+def _table(
+    skeleton: nn.Module, architecture: Architecture, recipe: Recipe, catalog: Catalog
+) -> tuple[Modules, dict[str, str]]:
+    """The entry of each linear that a rule quantizes, in the order of the layers, and why the others have none.
+
+    Raises RecipeError.
+    """
     linears = decoder_linears(skeleton, architecture)
     others = [name for name, module in skeleton.named_modules() if _has_matrix(module)]
     names = PublishedNames(skeleton)
@@ -233,14 +247,28 @@ def _table(skeleton: nn.Module, architecture: Architecture, recipe: Recipe, cata
         entry = _shared_entry(one, wanted, published)
         modules.update(dict.fromkeys(one, entry) if entry else {})
     modules = {name: modules[name] for name in linears if name in modules}
-    _check_experts(modules, linears, architecture, published)
-    _check_opened(modules, names)
+    check_experts(modules, linears, architecture, published)
+    check_opened(modules, names)
     modules |= {name: entry for name in head if (entry := wanted[name].entry)}
     for name, entry in modules.items():
-        _check_width(published[name], (linears | head)[name].in_features, entry, linears.values())
+        check_width(published[name], (linears | head)[name].in_features, entry, linears.values())
     for name, linear in head.items():
-        _check_words(name, linear.out_features, modules.get(name))
-    return modules
+        check_words(name, linear.out_features, modules.get(name))
+    because = _because(sets, wanted, published) | fixed
+    return modules, {name: reason for name, reason in because.items() if name not in modules}
+
+
+def _because(
+    sets: Sequence[list[str]], wanted: Mapping[str, Wanted], published: Mapping[str, str]
+) -> dict[str, str]:
+    """Why a linear has no entry in the table, if it has none."""
+    reasons = {name: one.left_because for name, one in wanted.items()}
+    for names in sets:
+        plain = next((name for name in names if wanted[name].entry is None), None)
+        if plain is not None:
+            fused = f"engines fuse it with {published[plain]}, which stays as it is"
+            reasons.update((name, fused) for name in names if wanted[name].entry is not None)
+    return reasons
 
 
 def _outside(skeleton: nn.Module, architecture: Architecture) -> tuple[dict[str, nn.Linear], dict[str, str]]:
@@ -294,74 +322,6 @@ def _shared_entry(
             f"or methods ({wanted[first].words}; {wanted[other].words}); give one rule that matches both"
         )
     return entries[first]
-
-
-def _check_experts(
-    modules: Mapping[str, ModulePlan],
-    linears: Mapping[str, nn.Linear],
-    architecture: Architecture,
-    published: Mapping[str, str],
-) -> None:
-    """All layers' routed experts share one entry, because transformers opens no other, that engines run."""
-    if not architecture.moe_block:
-        return
-    experts = [name for name in linears if architecture.in_experts(name)]
-    entries = dict.fromkeys(modules.get(name) for name in experts)
-    if len(entries) > 1:
-        other = next(name for name in experts if modules.get(name) != modules.get(experts[0]))
-        raise RecipeError(
-            f"modules: {published[experts[0]]} and {published[other]} differ, and transformers reads the experts of "
-            "all layers by one scheme; give one rule for all of them: {match: '*.experts.*', …}"
-        )
-    entry = next(iter(entries), None)
-    misfit = None if entry is None else entry.scheme.experts.misfit
-    if entry is not None and misfit is not None:
-        raise RecipeError(
-            f"modules: {entry.scheme.name} does not fit routed experts ({published[experts[0]]}): {misfit}; give them "
-            "W4A16, W8A8 or FP8_DYNAMIC, or leave them as they are: {match: '*.experts.*', scheme: none}"
-        )
-
-
-def _check_opened(modules: Mapping[str, ModulePlan], names: PublishedNames) -> None:
-    """Quantized experts are single ones, and transformers must be able to put them together again."""
-    closed = next((name for name in modules if name in names.closed), None)
-    if closed is not None:
-        raise RecipeError(
-            f"modules: {names.published(closed)} is an expert of a family that transformers opens in stacks only, so "
-            "that no reader proves what was written; leave experts as they are: {match: '*.experts.*', scheme: none}"
-        )
-
-
-def _check_width(name: str, inputs: int, entry: ModulePlan, linears: Any) -> None:
-    reason = entry.scheme.misfit(inputs)
-    if reason is None:
-        return
-    widths = {linear.in_features for linear in linears}
-    fitting = [str(size) for size in (32, 64, 128) if all(width % size == 0 for width in widths)]
-    hint = (
-        f"group sizes that fit all linears: {', '.join(fitting)}"
-        if fitting
-        else "32, 64 and 128 do not fit all either"
-    )
-    raise RecipeError(
-        f"modules: {entry.scheme.name} does not fit the {inputs} inputs of {name}: {reason}; {hint}, "
-        "or leave it as it is with scheme: none"
-    )
-
-
-def _check_words(name: str, words: int, entry: ModulePlan | None) -> None:
-    """What the head reads is not rounded, and vLLM cuts its packed zero points by whole words of 32 bits."""
-    if entry is not None and entry.scheme.input_quantizer is not None:
-        raise RecipeError(
-            f"modules: {entry.scheme.name} rounds what {name} reads, which quality is not measured with; give a scheme "
-            "of weights only (W4A16, W8A16), or leave it as it is"
-        )
-    if entry is None or entry.scheme.symmetric or words * entry.scheme.bits % 32 == 0:
-        return
-    raise RecipeError(
-        f"modules: {entry.scheme.name} does not fit the {words} outputs of {name}: engines read zero points of "
-        f"{32 / entry.scheme.bits:g} outputs at a time; give a symmetric scheme, or leave it as it is"
-    )
 
 
 def _say_found(reference: ModelReference, architecture: Architecture) -> None:

@@ -1,9 +1,6 @@
 """What a finished run says of itself: the manifest, made out of what the walk left behind."""
 
-import resource
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from lowbit_core.manifest import (
@@ -11,8 +8,8 @@ from lowbit_core.manifest import (
     ExpertsRecord,
     KVCacheRecord,
     Manifest,
+    ModuleRecord,
     QualityRecord,
-    RunRecord,
     SizeRecord,
     TrialRecord,
     UnderCalibratedExpert,
@@ -24,31 +21,12 @@ from lowbit_quantize.passes.prune_experts import PruneExperts
 from lowbit_quantize.plan import Plan
 from lowbit_quantize.quality import kl
 from lowbit_quantize.quality.dataset import TokenText
+from lowbit_quantize.run.clock import Clock
 from lowbit_quantize.run.companions import Companions
 from lowbit_quantize.run.directory import RunDirectory
 from lowbit_quantize.run.identity import tool_versions
-from lowbit_quantize.run.journal import HeadRecord, LayerRecord
+from lowbit_quantize.run.journal import LayerRecord
 from lowbit_quantize.walk.forward import Walk
-
-
-@dataclass
-class Clock:
-    """Wall and CPU time since it was made, and the process's peak memory."""
-
-    wall: float = 0.0
-    cpu: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.wall, self.cpu = time.monotonic(), time.process_time()
-
-    def record(self, device: str) -> RunRecord:
-        """What the run has cost so far."""
-        return RunRecord(
-            device=device,
-            seconds=round(time.monotonic() - self.wall, 2),
-            cpu_seconds=round(time.process_time() - self.cpu, 2),
-            peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        )
 
 
 def manifest_of(
@@ -63,6 +41,8 @@ def manifest_of(
 ) -> Manifest:
     """The manifest of the checkpoint in the output directory, whose other files are all written."""
     reference = plan.reference
+    modules = [module for record in walk.layers for module in record.modules]
+    modules += [walk.head.module] if walk.head else []
     return Manifest(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         base=BaseModelRecord(
@@ -79,10 +59,10 @@ def manifest_of(
             left_out=base.rest.left_out | beside.left_out,
         ),
         recipe=plan.recipe.model_dump(mode="json"),
-        size=_size(plan, walk, base.weights.bytes + base.carried_bytes),
-        modules=[module for record in walk.layers for module in record.modules]
-        + ([walk.head.module] if walk.head else []),
+        size=_size(plan, walk, modules, base.weights.bytes + base.carried_bytes),
+        modules=modules,
         unquantized=list(plan.unquantized_linears),
+        unquantized_because=dict(plan.unquantized_because),
         unopened=unopened_records(plan),
         kv_cache=_kv_cache(plan, walk.layers),
         experts=_experts(plan, walk.layers),
@@ -97,10 +77,9 @@ def manifest_of(
     )
 
 
-def _size(plan: Plan, walk: Walk, base_bytes: int) -> SizeRecord:
-    records: list[LayerRecord | HeadRecord] = [*walk.layers, *([walk.head] if walk.head else [])]
-    packed = sum(record.packed_bytes for record in records)
-    quantized = sum(record.quantized_parameters for record in records)
+def _size(plan: Plan, walk: Walk, modules: Sequence[ModuleRecord], base_bytes: int) -> SizeRecord:
+    packed = sum(module.bytes or 0 for module in modules)
+    quantized = sum(module.weights or 0 for module in modules)
     return SizeRecord(
         parameters=plan.parameters,
         base_bytes=base_bytes,
@@ -138,6 +117,8 @@ def _experts(plan: Plan, layers: Sequence[LayerRecord]) -> ExpertsRecord | None:
         consolidate=pruning.recipe.consolidate if pruning else None,
         similarity=pruning.recipe.nearness if pruning and pruning.recipe.consolidate else None,
         absorbed_by_layer={r.layer: r.absorbed_by for r in layers if r.absorbed_by is not None},
+        saliency_by_layer={r.layer: r.saliency for r in layers if r.saliency is not None},
+        tokens_by_layer={r.layer: r.expert_tokens for r in layers if r.expert_tokens is not None},
         kept_by_layer={r.layer: r.kept_experts for r in layers if r.kept_experts is not None},
         under_calibrated=[
             UnderCalibratedExpert(layer=record.layer, expert=expert, tokens=tokens)

@@ -24,6 +24,11 @@ class Wanted:
     by_rule: bool = False
 
     @property
+    def left_because(self) -> str:
+        """Why it has no entry, where it has none."""
+        return "a rule gives it the scheme none" if self.by_rule else "no rule matches it"
+
+    @property
     def words(self) -> str:
         if self.entry is None:
             return NONE

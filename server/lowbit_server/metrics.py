@@ -10,7 +10,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from lowbit_core import __version__
-from lowbit_core.manifest import Manifest, weights_summary
+from lowbit_core.manifest import Manifest
+from lowbit_core.module_groups import weights_summary
 from lowbit_server.engine.memory import DeviceMemory
 from lowbit_server.engine.nvml import GpuMemory
 from lowbit_server.engine.throughput import Throughput

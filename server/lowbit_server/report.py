@@ -10,7 +10,8 @@ from typing import Any
 
 from lowbit_core import __version__
 from lowbit_core.cpu_speeds import KernelSpeed, measured
-from lowbit_core.manifest import Manifest, weights_summary
+from lowbit_core.manifest import Manifest
+from lowbit_core.module_groups import weights_summary
 from lowbit_server.checkpoint import Checkpoint
 from lowbit_server.engine.interface import EngineFacts, LayerKind
 from lowbit_server.engine.kv_scales import KVProof

@@ -89,6 +89,7 @@ def _manifest(before: Manifest, name: str, exported: Exported, out: Path) -> Man
     return before.model_copy(
         update={
             "kv_cache": None,
+            "modules": [module.model_copy(update={"bytes": None}) for module in before.modules],
             "size": SizeRecord(
                 parameters=size.parameters,
                 base_bytes=size.base_bytes,

@@ -123,12 +123,17 @@ class PruneExperts(PlainPass):
             for number, parameters in merged:
                 experts.replace(number, parameters)
         prune_layer(layer, self.architecture, kept)
-        context.result.kept_experts = kept.tolist()
+        result = context.result
+        result.kept_experts, result.expert_tokens = kept.tolist(), seen.tokens.int().tolist()
+        result.saliency = self.scores(seen, context.index).tolist()
+
+    def scores(self, seen: ExpertSaliency, layer: int) -> Tensor:
+        """How much each expert of a layer matters, by the recipe's criterion."""
+        return score(seen, self.recipe.criterion, self.recipe.seed, layer)
 
     def keep(self, seen: ExpertSaliency, layer: int) -> Tensor:
         """The numbers of the experts that a layer keeps, rising."""
-        scores = score(seen, self.recipe.criterion, self.recipe.seed, layer)
-        return choose(scores, seen.super_experts, self.kept, self.groups)
+        return choose(self.scores(seen, layer), seen.super_experts, self.kept, self.groups)
 
     def merge(
         self,

@@ -51,10 +51,10 @@ class LayerRecord(_Record):
     kv_scales: KVLayerRecord | None
     kept_experts: list[int] | None
     absorbed_by: dict[int, int] | None
+    saliency: list[float] | None
+    expert_tokens: list[int] | None
     under_calibrated: dict[int, int]
     figures: dict[str, float]
-    packed_bytes: int
-    quantized_parameters: int
     base_files: list[str]
     streams: FileRecord
     unopened: dict[str, UnopenedLinear] = {}
@@ -65,8 +65,6 @@ class HeadRecord(_Record):
 
     shard: ShardRecord
     module: ModuleRecord
-    packed_bytes: int
-    quantized_parameters: int
 
 
 class Conclusion(_Record):

@@ -25,6 +25,7 @@ from lowbit_quantize.model.discovery.hold import drop_broken_folds
 from lowbit_quantize.model.weights import is_finite
 from lowbit_quantize.quality import kl
 from lowbit_quantize.quality.dataset import TokenText
+from lowbit_quantize.run.clock import BASE, BASELINES, COMPARE, COMPRESSED, EXPERTS, PREPARE, WRITE, Clock
 from lowbit_quantize.run.hidden_states import HiddenStates
 from lowbit_quantize.run.journal import Conclusion, HeadRecord, Journal, LayerRecord, UnopenedLinear
 from lowbit_quantize.run.writer import CheckpointWriter
@@ -76,8 +77,10 @@ class Walk:
         writer: CheckpointWriter,
         journal: Journal,
         stream_memory_bytes: int,
+        clock: Clock,
     ) -> None:
         self.decoder, self.work, self.writer, self.journal = decoder, work, writer, journal
+        self._clock = clock
         self._calibration_text, self._heldout_text = texts
         self._streams = HiddenStates(decoder.device, journal.directory, stream_memory_bytes)
         self._held: set[LayerKind] = set()
@@ -95,6 +98,7 @@ class Walk:
 
     def run(self) -> None:
         """Walk every layer that is not finished and write its shard."""
+        self._clock.begin(PREPARE)
         finished = self._take_up()
         if not finished:
             self._embed()
@@ -137,15 +141,19 @@ class Walk:
 
     def _pass_through(self, index: int) -> None:
         """A layer without routed experts: one copy of it at a time for each stream."""
-        decoder, streams = self.decoder, self._streams
+        decoder, streams, clock = self.decoder, self._streams, self._clock
+        clock.begin(BASELINES)
         for one in self._baselines.in_float32(index):
             decoder.advance(one.layer, index, one.hidden)
+        clock.begin(BASE)
         layer = decoder.load_layer(index)
         decoder.advance(layer, index, streams["heldout_base"])
         self._check_base(index)
         context = self._run_passes(layer, index)
         result = context.result
+        clock.begin(COMPRESSED)
         decoder.advance(layer, index, streams["heldout"], result.hook)
+        clock.begin(BASELINES)
         for one in self._baselines.with_fp8_cache(lambda: decoder.load_layer(index), result.base_hook):
             decoder.advance(one.layer, index, one.hidden, one.hook)
         written = self._layer_writer(index)
@@ -153,9 +161,11 @@ class Walk:
 
     def _visit(self, index: int) -> None:
         """A layer with routed experts: what is around them in as many copies as streams need, the experts once."""
-        decoder, streams = self.decoder, self._streams
+        decoder, streams, clock = self.decoder, self._streams, self._clock
+        clock.begin(BASE)
         layer, base = decoder.load_frame(index), decoder.load_frame(index)
         context, written = self._run_passes(layer, index), self._layer_writer(index)
+        clock.begin(EXPERTS)
         result, prefix, work = context.result, f"{kind_of(layer).experts}.", context.expert_work
         calibration = Traveller(
             context.calibration, layer, result.hook,
@@ -198,6 +208,7 @@ class Walk:
     def _run_passes(self, layer: nn.Module, index: int) -> LayerContext:
         context = self._context(index)
         for number, one in enumerate(self.work.passes, 1):
+            self._clock.begin(one.name)
             context.last = number == len(self.work.passes)
             one.run(layer, context)
         context.finish(layer)
@@ -208,6 +219,7 @@ class Walk:
         kind = self.decoder.architecture.kinds[index]
         if kind in self._held or not any(entry.input_scalers for entry in self.work.modules.values()):
             return
+        self._clock.begin(PREPARE)
         self._held.add(kind)
         for line in drop_broken_folds(self.decoder, index):
             log.warning("a scale does not fold there: %s", line)
@@ -231,12 +243,14 @@ class Walk:
             calibration=self._streams["calibration"],
             calibration_base=self._streams["calibration_base"] if self.work.paired else None,
             fp8_cache=bool(self.work.fp8_layers),
+            clock=self._clock,
             read_on=index + 1 < self.decoder.depth or self._head_entry is not None,
             result=LayerResult(fp8_in_use=index in self.work.fp8_layers),
         )
 
     def quality(self) -> QualityRecord:
         """Compare both streams at the end of the walk."""
+        self._clock.begin(COMPARE)
         if self.journal.conclusion:
             return self.journal.conclusion.quality
         keep_no_freed_memory()  # layers are small and many, logits are large
@@ -279,11 +293,11 @@ class Walk:
         assert entry is not None
         tensors = {f"{architecture.head}.{key}": value for key, value in found.tensors.items()}
         behind = {f"{architecture.final_norm}.{key}": value for key, value in norm.state_dict().items()}
+        packed_bytes = sum(tensor.nbytes for tensor in found.tensors.values())
+        name = names.published(architecture.head)
         return HeadRecord(
             shard=self.writer.write_shard(names.publish(behind | tensors)),
-            module=record_of(names.published(architecture.head), entry, found),
-            packed_bytes=sum(tensor.nbytes for tensor in found.tensors.values()),
-            quantized_parameters=found.weight.numel(),
+            module=record_of(name, entry, found, found.weight.numel(), packed_bytes),
         )
 
     def _layer_writer(self, index: int) -> LayerWriter | None:
@@ -304,6 +318,7 @@ class Walk:
 
     def _finish(self, layer: nn.Module, index: int, result: LayerResult, written: LayerWriter | None) -> None:
         """Write what is left of a layer, and note that it is done."""
+        self._clock.begin(WRITE)
         files = self._base_files
 
         def write() -> LayerRecord:
@@ -318,10 +333,10 @@ class Walk:
                 kv_scales=KVLayerRecord(layer=index, **asdict(scales)) if scales else None,
                 kept_experts=result.kept_experts,
                 absorbed_by=result.absorbed_by,
+                saliency=result.saliency,
+                expert_tokens=result.expert_tokens,
                 under_calibrated=result.under_calibrated,
                 figures=result.figures,
-                packed_bytes=written.packed_bytes,
-                quantized_parameters=written.quantized_parameters,
                 base_files=files,
                 streams=self.journal.save_streams(index, self._streams),
                 unopened=written.unopened,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lowbit_quantize.model.architecture import kind_of
 from lowbit_quantize.model.decoder import Decoder
 from lowbit_quantize.model.visited_experts import RoutedCall
+from lowbit_quantize.run.clock import Clock
 from lowbit_quantize.schemes.kv_cache import KVScales, calibrated_scales
 from lowbit_quantize.schemes.scheme import Quantized
 from lowbit_quantize.statistics.kv_absmax import KVAbsmax
@@ -32,7 +33,8 @@ class LayerResult:
     `base_kv_scales` are those of the same layer as it was; where `fp8_in_use` says no, engines are to keep keys and
     values as they are, and the scales are there for readers that do not know it. `kept_experts` are the base model's
     numbers of those that stay, `absorbed_by` the one of them that absorbed each of the others, where experts were
-    merged, and `under_calibrated` the tokens of each expert, by its number after pruning, that borrowed statistics.
+    merged, `saliency` the base's experts' scores and `expert_tokens` how many tokens each was given, where they were
+    pruned, and `under_calibrated` the tokens of each expert, by its number after pruning, that borrowed statistics.
     `figures` are whatever a pass has measured of the layer, for the manifest.
     """
 
@@ -42,6 +44,8 @@ class LayerResult:
     fp8_in_use: bool = True
     kept_experts: list[int] | None = None
     absorbed_by: dict[int, int] | None = None
+    saliency: list[float] | None = None
+    expert_tokens: list[int] | None = None
     under_calibrated: dict[int, int] = field(default_factory=dict)
     figures: dict[str, float] = field(default_factory=dict)
 
@@ -85,6 +89,7 @@ class LayerContext:
     calibration: Tensor
     calibration_base: Tensor | None
     fp8_cache: bool
+    clock: Clock = field(default_factory=Clock)
     read_on: bool = True
     last: bool = False
     advanced: bool = False

@@ -36,7 +36,6 @@ class LayerWriter:
         self._waiting: dict[str, Tensor] = {}
         self.modules: list[ModuleRecord] = []
         self.unopened: dict[str, UnopenedLinear] = {}
-        self.packed_bytes = self.quantized_parameters = 0
 
     def add(self, tensors: Mapping[str, Tensor], linears: Mapping[str, QuantizedLinear]) -> None:
         """Quantized linears of the layer and tensors beside them, by their names in it."""
@@ -44,8 +43,7 @@ class LayerWriter:
         parts = {f"{linear}.{key}": value for linear, some in packed.items() for key, value in some.items()}
         self._write({f"{self._name}.{key}": value for key, value in (dict(tensors) | parts).items()})
         for linear, one in linears.items():
-            self._note(linear, one)
-        self.packed_bytes += sum(tensor.nbytes for parts in packed.values() for tensor in parts.values())
+            self._note(linear, one, sum(tensor.nbytes for tensor in packed[linear].values()))
 
     def close(self) -> ShardRecord:
         """The shard, whole."""
@@ -61,11 +59,11 @@ class LayerWriter:
         else:
             self._shard.add(self._names.publish(tensors))
 
-    def _note(self, linear: str, one: QuantizedLinear) -> None:
+    def _note(self, linear: str, one: QuantizedLinear, stored_bytes: int) -> None:
         full = f"{self._name}.{linear}"
         published, quantized = self._names.published(full), one.quantized
-        self.modules.append(record_of(published, self._entries[full], one))
-        self.quantized_parameters += quantized.codes.numel()
+        weights = quantized.codes.numel()
+        self.modules.append(record_of(published, self._entries[full], one, weights, stored_bytes))
         if self._architecture.in_experts(linear) and not quantized.scheme.experts.opened:
             self.unopened[published] = _unopened(quantized)
 
@@ -86,8 +84,10 @@ def kv_tensors(attention: str, scales: KVScales | None) -> dict[str, Tensor]:
     }
 
 
-def record_of(name: str, entry: ModulePlan, linear: QuantizedLinear | QuantizedHead) -> ModuleRecord:
-    """What the manifest says of a quantized linear."""
+def record_of(
+    name: str, entry: ModulePlan, linear: QuantizedLinear | QuantizedHead, weights: int, stored_bytes: int
+) -> ModuleRecord:
+    """What the manifest says of a quantized linear of so many weights."""
     return ModuleRecord(
         name=name,
         scheme=entry.scheme.name,
@@ -99,6 +99,8 @@ def record_of(name: str, entry: ModulePlan, linear: QuantizedLinear | QuantizedH
         alpha=linear.alpha,
         inputs=entry.scheme.input_quantizer.words if entry.scheme.input_quantizer else None,
         input_scale=linear.quantized.input_scale if isinstance(linear, QuantizedLinear) else None,
+        weights=weights,
+        bytes=stored_bytes,
     )
 
 

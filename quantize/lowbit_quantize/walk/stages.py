@@ -22,6 +22,8 @@ from lowbit_quantize.methods.method import InputScale
 from lowbit_quantize.model.architecture import Architecture, LinearGroup, kind_of
 from lowbit_quantize.model.decoder import END, BasePass
 from lowbit_quantize.model.hooks import KVCacheHook, without_attention
+from lowbit_quantize.recipe import QUANTIZE
+from lowbit_quantize.run.clock import OBSERVE
 from lowbit_quantize.statistics.attention import attention_seen_by
 from lowbit_quantize.statistics.kv_absmax import KVAbsmax
 from lowbit_quantize.statistics.layer import LayerStatistics, both
@@ -94,7 +96,9 @@ class StagedLayer:
         statistics = self._statistics([*stage.groups, *later], stage.entering)
         advance, kept = self._advance_after(stages, number), Kept(self._hidden)
         hook = context.result.hook if number else self._absmax
+        context.clock.begin(OBSERVE)
         self._observe(statistics, hook, advance, kept)
+        context.clock.begin(QUANTIZE)
         if stage.groups or stage.entering:
             with torch.no_grad():
                 together = [*stage.groups, *stage.entering]
@@ -112,6 +116,7 @@ class StagedLayer:
             self._take_block(statistics, stage.entering, norms)
         if number == 0:
             context.set_kv_scales(self._absmax, self._done.value_divisor)
+        context.clock.begin(OBSERVE)
         if advance:
             kind = self._kind
             context.halfway = advance != END

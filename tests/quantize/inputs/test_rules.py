@@ -62,6 +62,8 @@ def test_the_last_rule_that_matches_a_linear_decides(tiny_model: Callable[[str],
     assert set(untouched).isdisjoint(table)
     assert plan.unquantized_linears == untouched
     assert plan.unquantized == ("lm_head", *untouched)
+    by_rule = dict.fromkeys(untouched, "a rule gives it the scheme none")
+    assert plan.unquantized_because == {"lm_head": "no rule matches it"} | by_rule
 
 
 def test_a_rule_that_gives_no_group_size_has_the_presets(tmp_path: Path) -> None:
@@ -144,6 +146,9 @@ def test_one_linear_left_alone_keeps_its_fused_siblings_alone_with_a_warning(
         plan = plan_of(tiny_model("qwen2"), ALL, {"match": pattern, "scheme": "none"})
     assert len(plan.modules) == 3 * 7 - 1 - others
     assert f"{first} and {others} linears that engines fuse with it stay as they are" in caplog.text
+    reasons = [reason for name, reason in plan.unquantized_because.items() if name != "lm_head"]
+    assert plan.unquantized_because[first] == "a rule gives it the scheme none"
+    assert reasons.count(f"engines fuse it with {first}, which stays as it is") == others
 
 
 def test_what_no_rule_matches_stays_without_a_warning(

@@ -108,7 +108,8 @@ def test_the_exports_manifest_repeats_what_was_measured_and_vouches_for_its_own_
     assert read_manifest(pair[1]) == after
     verify_files(pair[1], after, hashes=True)
     assert after.quality == before.quality
-    assert after.modules == before.modules
+    # What each linear takes is another format's; the sum is in `size`.
+    assert after.modules == [module.model_copy(update={"bytes": None}) for module in before.modules]
     assert after.size.bytes == sum(tensor.nbytes for tensor in tensors_of(pair[1]).values())
     with pytest.raises(CheckpointError, match="was exported to auto"):
         export(pair[1], EXPORTERS["autoawq"], pair[1] / "again")

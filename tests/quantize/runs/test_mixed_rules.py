@@ -10,7 +10,8 @@ import torch
 from tests.quantize.small_runs import CPU, PLAIN_EXPERTS, recipe_with, reloaded_kld, stored_bytes, tensors_of
 from tests.tiny_models import write_tiny_model
 
-from lowbit_core.manifest import Manifest, module_groups, weights_summary
+from lowbit_core.manifest import Manifest
+from lowbit_core.module_groups import module_groups, weights_summary
 from lowbit_quantize.check.preflight import dry_run
 from lowbit_quantize.pipeline import quantize
 from lowbit_quantize.recipe import Recipe
