@@ -1,18 +1,26 @@
 """`lowbit inspect`: the manifest for a person, or as JSON; `--verify` hashes every file.
 
+`--html FILE` writes all of it as a page instead (checkpoint_page/).
+
 `--architecture MODEL` shows what quantize finds of a model: it is another package's, found by its entry point.
 """
 
 import argparse
 import json
+import os
 import sys
 from importlib.metadata import entry_points
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from rich.console import Console
 from rich.table import Table
 
+from lowbit_core.checkpoint_page.page import as_html
 from lowbit_core.cli import Command, file_path
-from lowbit_core.errors import CheckpointError, ConfigError
+from lowbit_core.durable import write_text
+from lowbit_core.errors import CheckpointError, ConfigError, OutputError
+from lowbit_core.log import get_logger
 from lowbit_core.manifest import (
     MANIFEST_NAME,
     DivergenceRecord,
@@ -22,6 +30,8 @@ from lowbit_core.manifest import (
     verify_files,
 )
 from lowbit_core.module_groups import module_groups
+
+log = get_logger("inspect")
 
 ARCHITECTURE_GROUP = "lowbit.architecture"
 MOST_NAMES = 4  # that are shown of linears which are not quantized
@@ -36,11 +46,16 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--verify", action="store_true", help="hash every file and compare with the manifest")
     parser.add_argument("--json", action="store_true", help="print the whole manifest as JSON")
+    parser.add_argument(
+        "--html", metavar="FILE.html", type=file_path, help="write a page with charts instead"
+    )
 
 
 def _run(arguments: argparse.Namespace) -> int:
     if (arguments.checkpoint is None) == (arguments.architecture is None):
         raise ConfigError("give DIR, a checkpoint, or --architecture MODEL: one of the two")
+    if arguments.html is not None:
+        _check_page(arguments)
     if arguments.architecture is not None:
         return _show_architecture(arguments.architecture, as_json=arguments.json)
     manifest = read_manifest(arguments.checkpoint)
@@ -50,6 +65,9 @@ def _run(arguments: argparse.Namespace) -> int:
         )
     if arguments.verify:
         verify_files(arguments.checkpoint, manifest, hashes=True)
+    if arguments.html is not None:
+        _write_page(arguments.html, manifest, arguments.checkpoint, verified=arguments.verify)
+        return 0
     if arguments.json:
         sys.stdout.write(manifest.model_dump_json(indent=2) + "\n")
         return 0
@@ -57,6 +75,30 @@ def _run(arguments: argparse.Namespace) -> int:
     console.print(describe(manifest, verified=arguments.verify))
     console.print(domain_table(manifest))
     return 0
+
+
+def _check_page(arguments: argparse.Namespace) -> None:
+    """Raises ConfigError before anything is read."""
+    file, other = arguments.html, "--json" if arguments.json else "--architecture"
+    if arguments.json or arguments.architecture is not None:
+        raise ConfigError(f"--html writes a page about DIR and {other} prints; give one of the two")
+    if os.path.lexists(file):
+        raise ConfigError(f"--html {file} is there already; give the name of a new file")
+    if not file.parent.is_dir() or not os.access(file.parent, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"--html {file} cannot be written; give a file in a directory that exists and can be written to"
+        )
+
+
+def _write_page(file: Path, manifest: Manifest, checkpoint: Path, *, verified: bool) -> None:
+    """The whole page or nothing; raises OutputError where the disk does not take it."""
+    page = as_html(manifest, checkpoint.resolve().name, verified=verified)
+    try:
+        with TemporaryDirectory(prefix=".lowbit-", dir=file.parent) as scratch:
+            write_text(file, page, Path(scratch))
+    except OSError as error:
+        raise OutputError(f"--html {file}: {error.strerror or error}; give another file") from error
+    log.info("report: %s", file)
 
 
 def _show_architecture(model: str, *, as_json: bool) -> int:

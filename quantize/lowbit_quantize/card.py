@@ -13,13 +13,13 @@ from typing import Any
 import yaml
 
 from lowbit_core.manifest import DivergenceRecord, Manifest
+from lowbit_core.serving import serving_commands
 from lowbit_quantize.run.companions import CARD
 
 CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 FENCE = "---"
 TRANSFORMERS = "compressed-tensors"
-LIBRARIES = {"mlx": "mlx"}  # that read an export, where transformers does not
-COMMANDS = {"mlx": "mlx_lm.server --model ./DIRECTORY"}  # that serve an export, where vLLM does not
+LIBRARIES = {"mlx": "mlx", "onnx": "onnxruntime-genai", "openvino": "openvino"}  # that read an export, where transformers does not
 
 
 def write_card(directory: Path, manifest: Manifest, base: Path | None = None) -> Path:
@@ -135,9 +135,7 @@ def _with_error(figures: Mapping[str, float], value: str, error: str) -> str:
 
 def _serving(manifest: Manifest) -> Iterator[str]:
     yield from ("", "## How to serve it", "", "```sh")
-    if manifest.export is None:
-        yield "lowbit serve ./DIRECTORY  # OpenAI's API, limits, metrics; what was proven is at /lowbit/checkpoint"
-    yield COMMANDS.get(manifest.export.to if manifest.export else "", "vllm serve ./DIRECTORY")
+    yield from serving_commands(manifest, "./DIRECTORY")
     yield "```"
     if manifest.unopened:
         yield from ("", *(f"Plain transformers {one}." for one in manifest.unopened))

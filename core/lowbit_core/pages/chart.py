@@ -80,17 +80,24 @@ def lines(
     series: Sequence[Series],
     limits: Mapping[str, float] | None = None,
     note: str = "",
+    log: bool = False,
 ) -> Chart:
-    """A line for each series, with points and intervals; `limits` are dashed horizontals with a name each."""
+    """A line for each series, with points and intervals; `limits` are dashed horizontals with a name each.
+
+    On a `log` scale what is not positive stands in the table alone.
+    """
     drawn = [one for one in series if one.marks]
     table = by_x(x_name, drawn, y_name)
     if not drawn:
         return Chart(title, None, table, note)
     values = [
-        {"series": one.name, "x": mark.x, "y": mark.y, "low": mark.low, "high": mark.high}
+        {"series": one.name, "x": mark.x, "y": mark.y, **_bounds(mark.low, mark.high, log)}
         for one in drawn
         for mark in one.marks
+        if mark.y > 0 or not log
     ]
+    if not values:
+        return Chart(title, None, table, note)
     in_order = isinstance(drawn[0].marks[0].x, str)
     x = {
         "field": "x",
@@ -100,9 +107,15 @@ def lines(
     if in_order:
         x["axis"] = {"labelAngle": 0}
     names = {one.name: one.color or COLORS[place % len(COLORS)] for place, one in enumerate(drawn)}
-    spec = layered(values, series_layers(x, {"field": "y", **_number(y_name)}, names, y_name))
+    y = {"field": "y", **_number(y_name), **({"scale": {"type": "log", "nice": False}} if log else {})}
+    spec = layered(values, series_layers(x, y, names, y_name))
     spec["layer"] += [layer for name, value in (limits or {}).items() for layer in _limit(name, value)]
     return Chart(title, spec, table, note)
+
+
+def _bounds(low: float | None, high: float | None, log: bool) -> dict[str, float | None]:
+    """Of an interval that can be drawn; on a log scale it has a positive one."""
+    return {"low": None, "high": None} if log and (low or 0.0) <= 0 else {"low": low, "high": high}
 
 
 def _number(name: str) -> Spec:
@@ -167,7 +180,7 @@ def series_layers(x: Spec, y: Spec, names: Mapping[str, str], y_name: str) -> li
             "mark": {"type": "rule", "strokeWidth": 1.4},
             "encoding": {
                 "x": x,
-                "y": {"field": "low", "type": "quantitative"},
+                "y": {**y, "field": "low"},
                 "y2": {"field": "high"},
                 **color,
             },

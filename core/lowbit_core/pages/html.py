@@ -6,7 +6,7 @@ page, and is one wheel without dependencies. The tables stand without scripts.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from html import escape
 
@@ -18,6 +18,8 @@ STYLE = """
 body { font: 16px/1.5 system-ui, "DejaVu Sans", sans-serif; max-width: 1180px; margin: 2rem auto; padding: 0 1.25rem;
   color: #212529; background: #fff; overflow-wrap: anywhere }
 h1 { font-size: 1.65rem; line-height: 1.25; margin: 0 0 .3rem } h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem }
+h3 { font-size: 1rem; margin: 1.2rem 0 .3rem } ul { margin: .3rem 0; padding-left: 1.2rem; font-size: .92rem }
+pre { background: #f6f7f8; padding: .6rem .8rem; font-size: .84rem; white-space: pre-wrap }
 p { margin: .35rem 0 } .quiet { color: #5c636a; font-size: .9rem }
 .verdict { border-left: 5px solid #5c636a; background: #f6f7f8; padding: .7rem 1rem; margin: 1.1rem 0 }
 .verdict.good { border-color: #2b8a3e; background: #f4faf5 }
@@ -124,6 +126,16 @@ def heading(text: str) -> str:
 def paragraph(text: str, kind: str = "") -> str:
     """A sentence, `quiet` or a `warning`."""
     return f"<p{f' class={kind}' if kind else ''}>{escape(text)}</p>"
+
+
+def bullets(sentences: Iterable[str]) -> str:
+    """One below the other."""
+    return "<ul>" + "".join(f"<li>{escape(one)}</li>" for one in sentences) + "</ul>"
+
+
+def code(lines: Iterable[str]) -> str:
+    """Lines for a shell."""
+    return "<pre>" + escape("\n".join(lines)) + "</pre>"
 
 
 def _cell(text: str) -> str:

@@ -1,7 +1,7 @@
 """The charts that are not lines: a scatter with steps, rows of intervals, stacked bars, a dot for each request."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lowbit_core.evals.arithmetic import Estimate, span
@@ -112,10 +112,10 @@ def _axis(
     return {"field": field, "type": "quantitative", "title": name, "scale": scale, **axis}
 
 
-def _bar_of(channel: str, other: Spec, color: Spec) -> Spec:
+def _bar_of(channel: str, other: Spec, color: Spec, scale: Spec | None = None) -> Spec:
     """The interval along one channel."""
     ends = {
-        channel: {"field": f"{channel}_low", "type": "quantitative"},
+        channel: {"field": f"{channel}_low", "type": "quantitative", **({"scale": scale} if scale else {})},
         f"{channel}2": {"field": f"{channel}_high"},
     }
     across = "y" if channel == "x" else "x"
@@ -149,10 +149,15 @@ def intervals(
     zero: float | None = None,
     band: float | None = None,
     note: str = "",
+    log: bool = False,
 ) -> Chart:
-    """A group's name, and under it a dot with its interval for each member; `band` is drawn around `zero`."""
+    """A group's name, and under it a dot with its interval for each member; `band` is drawn around `zero`.
+
+    On a `log` scale what is not positive stands in the table alone.
+    """
     table = _table_of(groups, x_name, form)
-    if not table.rows:
+    groups = _on_log_scale(groups) if log else groups
+    if not any(groups.values()):
         return Chart(title, None, table, note)
     rows, values = _rows_of(groups)
     shown = [one.value for members in groups.values() for one in members]
@@ -162,6 +167,8 @@ def intervals(
     if "%" not in form and min(domain) > 0 and zero is None:
         domain[0] = max(0.0, domain[0])
     x = _axis("x", x_name, domain, _d3(form, domain))
+    if log:
+        x["scale"] = {"type": "log", "nice": False}
     y = {"field": "row", "type": "ordinal", "axis": None, "scale": {"domain": list(range(rows))}}
     names = {one.name: one.color for members in groups.values() for one in members}
     look = series_channels(names)
@@ -176,7 +183,7 @@ def intervals(
     ]
     layers: list[Spec] = [
         *_band(zero, band),
-        _bar_of("x", y, color),
+        _bar_of("x", y, color, x["scale"]),
         {
             "transform": [{"filter": "isValid(datum.x)"}],
             "mark": {"type": "point", "filled": True, "size": 80},
@@ -186,6 +193,19 @@ def intervals(
         *_row_names(y),
     ]
     return Chart(title, layered(_with_text(values, groups, form), layers, {"step": ROW}), table, note)
+
+
+def _on_log_scale(groups: Mapping[str, Sequence[Member]]) -> dict[str, list[Member]]:
+    """Those that are positive, without an interval that is not."""
+
+    def drawn(one: Member) -> Member:
+        value, low = one.value.value, one.value.low
+        return one if low is None or low > 0 else replace(one, value=Estimate(value, None, None))
+
+    positive = {
+        name: [drawn(one) for one in members if one.value.value > 0] for name, members in groups.items()
+    }
+    return {name: members for name, members in positive.items() if members}
 
 
 def _table_of(groups: Mapping[str, Sequence[Member]], x_name: str, form: str) -> Table:

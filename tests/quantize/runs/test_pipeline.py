@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from safetensors import safe_open
+from tests.page_checks import check_page
 from tests.quantize.conftest import KINDS
 from tests.quantize.small_runs import (
     CPU,
@@ -19,6 +20,7 @@ from tests.quantize.small_runs import (
     reloaded_kld,
 )
 
+from lowbit_core.checkpoint_page.page import as_html
 from lowbit_core.cli import main
 from lowbit_core.errors import OutputError
 from lowbit_core.manifest import (
@@ -29,6 +31,7 @@ from lowbit_core.manifest import (
     verify_files,
     write_manifest,
 )
+from lowbit_core.module_groups import module_groups
 from lowbit_quantize.cli import summary
 from lowbit_quantize.pipeline import quantize
 
@@ -114,6 +117,27 @@ def test_the_checkpoint_says_what_it_is(tiny_model: Callable[[str], Path], tmp_p
     assert manifest.size.bytes < manifest.size.base_bytes
     assert manifest.size.base_bytes == 2 * manifest.size.parameters
     assert set(manifest.quality.domains) == {"code", "dialogue", "maths", "prose"}
+
+
+def test_the_manifest_says_where_time_and_bytes_went_and_how_much_experts_mattered(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    passes = [{"prune_experts": {"keep_experts": 4}}, "quantize"]
+    rule = {"match": "*", "scheme": "W4A16", "group_size": 64, "methods": ["gptq"]}
+    manifest = quantize(str(tiny_model("qwen3_moe")), recipe_with(rule, passes=passes), tmp_path / "out", CPU)
+    run, size, experts = manifest.run, manifest.size, manifest.experts
+    assert sum(run.phases_s.values()) == pytest.approx(run.seconds, abs=0.1)
+    assert {"prepare", "prune_experts", "observe", "quantize", "experts", "compare"} <= run.phases_s.keys()
+    assert sum(module.weights or 0 for module in manifest.modules) == size.quantized_parameters
+    assert module_groups(manifest)[0].bits_per_weight == pytest.approx(size.linear_bits_per_weight, abs=1e-4)
+    assert experts is not None
+    for layer, kept in experts.kept_by_layer.items():
+        scores = experts.saliency_by_layer[layer]
+        assert len(scores) == len(experts.tokens_by_layer[layer]) == 8
+        assert min(scores[one] for one in kept) >= max(scores[one] for one in {*range(8)} - {*kept})
+    gates = {name for name, reason in manifest.unquantized_because.items() if "router" in reason}
+    assert gates == {f"model.layers.{layer}.mlp.gate" for layer in experts.kept_by_layer}
+    check_page(as_html(manifest, "out"))
 
 
 @pytest.mark.parametrize("family", ["qwen3", "phi3", "gemma3_text"])

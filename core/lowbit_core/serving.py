@@ -1,0 +1,24 @@
+"""How a checkpoint is served, as its card and its page say it."""
+
+from lowbit_core.manifest import Manifest
+
+# What serves an export where vLLM does not; {} is the directory.
+RUNTIMES = {
+    "mlx": "mlx_lm.server --model {}",
+    "onnx": "python -c 'import onnxruntime_genai as g, sys; g.Model(sys.argv[1])' {}  # from Python: onnxruntime-genai",
+    "openvino": 'python -c \'import openvino_genai as g, sys; print(g.LLMPipeline(sys.argv[1], "CPU").generate("Hello"))\' {}',
+}
+
+
+def serving_commands(manifest: Manifest, directory: str) -> list[str]:
+    """Command lines for a shell, the first the one with limits, metrics and proofs; `directory` is quoted already."""
+    if manifest.export and manifest.export.to in RUNTIMES:
+        return [RUNTIMES[manifest.export.to].format(directory)]
+    kv = manifest.kv_cache
+    skipped = (
+        f" --kv-cache-dtype-skip-layers {' '.join(map(str, kv.skip_layers))}" if kv and kv.skip_layers else ""
+    )
+    ours = (
+        f"lowbit serve {directory}  # OpenAI's API, limits, metrics; what was proven is at /lowbit/checkpoint"
+    )
+    return [*([] if manifest.export else [ours]), f"vllm serve {directory}{skipped}"]
