@@ -183,6 +183,7 @@ def test_saliency_and_coverage_are_of_those_that_stay_and_those_that_go() -> Non
     [
         "model.layers.{0}.mlp.experts.{1}.up_proj",  # 400 layers of 250 experts
         "model.layers.{2}.up_proj",  # 100,000 layers
+        "model.layers.{0}.part.role{1}",  # 400 layers of 250 roles
         "model.layers.{1}.part{0}.role{2}",  # no two roles alike
         "model.layers.0.{2}" + "long" * 100,
         "{2}",

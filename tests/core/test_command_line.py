@@ -71,8 +71,8 @@ def test_no_command_declares_a_path_by_another_type_than_the_one_that_expands_a_
     assert all(kind is not Path for flags in declared.values() for kind in flags.values())
     for name, flag in (
         ("quantize", "--out"), ("quantize", "--experts-report"), ("export", "--out"), ("inspect", "checkpoint"),
-        ("evaluate", "--items"), ("evaluate", "--json"), ("serve", "directory"), ("loadtest", "--records"),
-        ("compare", "a"), ("frontier", "plan"),
+        ("inspect", "--html"), ("evaluate", "--items"), ("evaluate", "--json"), ("serve", "directory"),
+        ("loadtest", "--records"), ("compare", "a"), ("frontier", "plan"),
     ):  # fmt: skip
         assert declared[name][flag] is file_path
 

@@ -20,6 +20,14 @@ def test_names_cannot_end_a_chart_s_data() -> None:
 def test_every_kind_of_chart_is_drawn_and_tells_its_numbers() -> None:
     known, unknown = Estimate(0.5, 0.4, 0.6), Estimate(2.0, None, None)
     charts = [
+        lines(
+            "log",
+            "layer",
+            "error",
+            [Series("a", [Mark(0, 0.0), Mark(1, 0.1, 0.0, 0.2), Mark(2, 0.3)])],
+            log=True,
+        ),
+        intervals("log", {"g": [Member("", "#000", unknown)], "none": []}, "x", log=True),
         lines("ordered", "percentile", "ms", [Series("a", [Mark("p50", 1.0), Mark("p99", 2.0)])]),
         scatter(
             "s", [Spot("a", "#000", known, known), Spot("b", "#111", unknown, unknown)], ["a"], "x", "y", True
@@ -30,9 +38,10 @@ def test_every_kind_of_chart_is_drawn_and_tells_its_numbers() -> None:
         dots("d", "s", "ms", [(0.0, 1.0)], [(1.0, "failed")], Table(["s"], [["0"]])),
     ]
     check_page(html.page("t", charts))
-    assert charts[0].table.rows == [["p50", "1"], ["p99", "2"]]
-    assert charts[1].table.rows[0] == ["a", "0.5 [0.4–0.6]", "50.0% [40.0%–60.0%]"]
-    assert charts[3].table.rows == [["g", "+50.0% [+40.0%–+60.0%]", "worse"]]
+    assert charts[0].table.rows == [["0", "0"], ["1", "0.1 [0–0.2]"], ["2", "0.3"]]
+    assert charts[2].table.rows == [["p50", "1"], ["p99", "2"]]
+    assert charts[3].table.rows[0] == ["a", "0.5 [0.4–0.6]", "50.0% [40.0%–60.0%]"]
+    assert charts[5].table.rows == [["g", "+50.0% [+40.0%–+60.0%]", "worse"]]
 
 
 def test_nothing_to_draw_is_said() -> None:

@@ -13,6 +13,7 @@ from lowbit_core.pages.plots import Bar, stacked_bars
 
 MIB = 1 << 20
 MOST_GROUPS = len(COLORS)  # that a bar tells apart
+MOST_PHASES = 40
 REST, LINEARS, OTHERS = "not quantized", "quantized linears", "other schemes"
 
 
@@ -82,7 +83,8 @@ def time_parts(run: RunRecord) -> list[str | Chart]:
     if not run.phases_s:
         return [paragraph(sentence), paragraph("Its manifest has no time by phase.", "quiet")]
     total = sum(run.phases_s.values()) or 1.0
-    phases = {short(name): seconds for name, seconds in list(run.phases_s.items())[:40]}
+    took = [(short(name), seconds) for name, seconds in run.phases_s.items() if seconds > 0]
+    phases = dict(took[:MOST_PHASES])
     bars = [Bar(name, {"s": seconds}, f"{seconds:,.1f} s") for name, seconds in phases.items()]
     rows = [[name, f"{seconds:,.1f}", f"{seconds / total:.1%}"] for name, seconds in phases.items()]
     chart = stacked_bars("time by phase", bars, {"s": COLORS[0]}, "s")

@@ -106,6 +106,8 @@ def lines(
     }
     if in_order:
         x["axis"] = {"labelAngle": 0}
+    elif all(isinstance(mark.x, int) for one in drawn for mark in one.marks):
+        x["axis"] = {"tickMinStep": 1}
     names = {one.name: one.color or COLORS[place % len(COLORS)] for place, one in enumerate(drawn)}
     y = {"field": "y", **_number(y_name), **({"scale": {"type": "log", "nice": False}} if log else {})}
     spec = layered(values, series_layers(x, y, names, y_name))
