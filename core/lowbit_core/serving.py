@@ -5,8 +5,9 @@ from lowbit_core.manifest import Manifest
 # What serves an export where vLLM does not; {} is the directory.
 RUNTIMES = {
     "mlx": "mlx_lm.server --model {}",
-    "onnx": "python -c 'import onnxruntime_genai as g, sys; g.Model(sys.argv[1])' {}  # from Python: onnxruntime-genai",
-    "openvino": 'python -c \'import openvino_genai as g, sys; print(g.LLMPipeline(sys.argv[1], "CPU").generate("Hello"))\' {}',
+    "onnx": "python -c 'import onnxruntime_genai, sys; onnxruntime_genai.Model(sys.argv[1])' {}",
+    "openvino": "python -c 'import openvino_genai, sys; "
+    'print(openvino_genai.LLMPipeline(sys.argv[1], "CPU").generate("Hello"))\' {}',
 }
 
 

@@ -19,7 +19,11 @@ from lowbit_quantize.run.companions import CARD
 CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 FENCE = "---"
 TRANSFORMERS = "compressed-tensors"
-LIBRARIES = {"mlx": "mlx", "onnx": "onnxruntime-genai", "openvino": "openvino"}  # that read an export, where transformers does not
+LIBRARIES = {
+    "mlx": "mlx",
+    "onnx": "onnxruntime-genai",
+    "openvino": "openvino",
+}  # that read an export, where transformers does not
 
 
 def write_card(directory: Path, manifest: Manifest, base: Path | None = None) -> Path:

@@ -46,6 +46,10 @@ BASE = {
     "metavar": "MODEL",
     "help": "where the base model is (default: where it came from, if that is the hub)",
 }
+ACTIVATIONS = {
+    "choices": ("float32", "int8"),
+    "help": "what products compute with: int8 is faster and not what was proven (default float32)",
+}
 TARGETS = {
     "autoawq": Target("autoawq:AutoAwq"),
     "autogptq": Target("autogptq:AutoGptq"),
@@ -54,6 +58,8 @@ TARGETS = {
     "hub": Target("hub:Hub", {"--repo": REPO, "--private": PRIVATE}, uploads=True),
     "mlx": Target("mlx:Mlx"),
     "modelopt": Target("modelopt:ModelOpt"),
+    "onnx": Target("onnx:Onnx", {"--activations": ACTIVATIONS}),
+    "openvino": Target("openvino:OpenVino"),
     "triton": Target("triton:Triton", {"--model-name": MODEL_NAME, "--mount": MOUNT}),
 }
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.quantize.runs.stand_in_hub import TOKEN, StandInHub, stand_in_hub
+from tests.quantize.exports.stand_in_hub import TOKEN, StandInHub, stand_in_hub
 from tests.quantize.small_runs import CPU, recipe_with
 from tests.tiny_models import write_tiny_model
 
