@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks" / "quantizers")]
@@ -31,7 +31,7 @@ from tests.tiny_models import write_tiny_model  # noqa: E402
 from lowbit_quantize.catalog import CATALOG  # noqa: E402
 from lowbit_quantize.export.checkpoint import Checkpoint  # noqa: E402
 from lowbit_quantize.export.exporter import export  # noqa: E402
-from lowbit_quantize.export.mlx import Mlx  # noqa: E402
+from lowbit_quantize.export.mlx import STACKED, Mlx, stacked  # noqa: E402
 from lowbit_quantize.pipeline import quantize  # noqa: E402
 from lowbit_quantize.schemes.scheme import Quantized  # noqa: E402
 
@@ -58,6 +58,12 @@ CASES: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "phi3": ("phi3", [FOUR]),
     "gemma3_text": ("gemma3_text", [FOUR]),
     "olmo2": ("olmo2", [FOUR]),
+    "qwen2_moe": ("qwen2_moe", [FOUR]),
+    "qwen3_moe": ("qwen3_moe", [FOUR]),
+    "qwen3_moe, experts as they are": ("qwen3_moe", [FOUR, {"match": "*.experts.*", "scheme": "none"}]),
+    "mixtral": ("mixtral", [FOUR]),
+    "olmoe": ("olmoe", [FOUR]),
+    "glm4_moe": ("glm4_moe", [FOUR]),
 }
 
 
@@ -93,8 +99,10 @@ def _case(directory: Path, place: Path, python: str) -> dict[str, Any]:
     export(directory, Mlx(), place / "out")
     checkpoint = Checkpoint(directory, CATALOG)
     weights = dict(_weights(checkpoint))
-    linears = {name: weights[f"{name}.weight"] for name in checkpoint.schemes}
-    save_file({**linears, "logits": _logits(directory, weights), "ids": IDS}, place / "expected.safetensors")
+    linears = {f"{name}.weight": weights[f"{name}.weight"] for name in checkpoint.schemes}
+    expected = stacked(linears, STACKED.get(checkpoint.manifest.base.model_type, {}))
+    logits = _logits(checkpoint, weights, place / "plain")
+    save_file({**expected, "logits": logits, "ids": IDS}, place / "expected.safetensors")
     told = subprocess.run(
         [python, str(UNPACK), str(place / "out"), str(place / "expected.safetensors")],
         stdout=subprocess.PIPE,
@@ -115,12 +123,13 @@ def _weights(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
                 yield name, found.float()
 
 
-def _logits(directory: Path, weights: dict[str, torch.Tensor]) -> torch.Tensor:
-    config = AutoConfig.from_pretrained(directory)
-    del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    missing, _ = model.load_state_dict(weights, strict=False)
-    assert set(missing) <= {"lm_head.weight"}, missing
+def _logits(checkpoint: Checkpoint, weights: dict[str, torch.Tensor], plain: Path) -> torch.Tensor:
+    """By transformers, on a directory of these weights that says nothing of quantization."""
+    plain.mkdir()
+    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    (plain / "config.json").write_text(json.dumps(config))
+    save_file(weights, plain / "model.safetensors", metadata={"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32).eval()
     with torch.inference_mode():
         logits: torch.Tensor = model(IDS).logits
     return logits.contiguous()

@@ -22,7 +22,7 @@ def main(directory: Path, expected: dict[str, mx.array]) -> dict[str, object]:
     logits, ids = expected.pop("logits"), expected.pop("ids")
     different = numbers = 0
     apart = []
-    for name, weight in expected.items():
+    for name, weight in ((key.removesuffix(".weight"), one) for key, one in expected.items()):
         said = config.get(name, config)
         codes, scales, biases = (stored[f"{name}.{part}"] for part in ("weight", "scales", "biases"))
         exact = mx.dequantize(

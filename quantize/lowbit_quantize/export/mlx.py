@@ -3,7 +3,8 @@
 `w = scale · q + bias` with unsigned codes q: ours with their zero points, so that bias = −scale · zero. A linear is
 `weight` (out, in · bits / 32) uint32, lowest bits first, `scales` and `biases` (out, in / group) in the model's type.
 `quantization` of config.json has the group size and bits of most linears, and of the others by their names. MLX has
-groups of 32, 64 and 128; larger ones, and channels, are repeated.
+groups of 32, 64 and 128; larger ones, and channels, are repeated. mlx-lm keeps the experts of a layer in one tensor
+for each projection, and so are they written.
 
 A symmetric zero point is a power of two, so that its biases are exact; of others they need more digits than bfloat16
 has, and are refused. MLX computes in the type of the scales, so all of a model must have one.
@@ -11,7 +12,9 @@ Source: mlx 0.32 (`affine_dequantize` in ops.cpp), mlx-lm 0.32 (`load_model` in 
 benchmarks/formats/mlx_layout.py.
 """
 
+import re
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,15 @@ from lowbit_quantize.schemes.scheme import Quantized, Scheme
 
 GROUP_SIZES = (128, 64, 32)
 BITS = (4, 8)
+# Families whose experts mlx-lm stacks under these names, and how it calls their projections.
+STACKED: dict[str, dict[str, str]] = {
+    "glm4_moe": {},
+    "mixtral": {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"},
+    "olmoe": {},
+    "qwen2_moe": {},
+    "qwen3_moe": {},
+}
+EXPERT = re.compile(r"(?P<before>.+)\.experts\.(?P<number>\d+)\.(?P<projection>\w+)")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -43,8 +55,9 @@ class Mlx:
     def supports(self, checkpoint: Checkpoint) -> str | None:
         if not checkpoint.modules:
             return "it holds quantized linears only, and this checkpoint has none"
-        if checkpoint.manifest.experts is not None:
-            return "mlx-lm stacks experts under other names, and this Lowbit writes dense models for it"
+        family = checkpoint.manifest.base.model_type
+        if checkpoint.manifest.experts is not None and family not in STACKED:
+            return f"mlx-lm stacks experts under other names: this Lowbit knows {', '.join(STACKED)}, not {family}"
         if _dtype(checkpoint) not in DTYPES:
             return f"MLX computes in the model's type, bfloat16 or float16, and this one has {_dtype(checkpoint)}"
         for name, scheme in checkpoint.schemes.items():
@@ -57,6 +70,7 @@ class Mlx:
     def write(self, checkpoint: Checkpoint, out: Path) -> Exported:
         writer, packed, left_out = CheckpointWriter(out, len(checkpoint.shards)), 0, False
         dtype, kinds = DTYPES[_dtype(checkpoint)], dict[str, dict[str, Any]]()
+        projections = STACKED.get(checkpoint.manifest.base.model_type, {})
         for shard in checkpoint.shards:
             tensors: dict[str, Tensor] = {}
             for name, found in checkpoint.read(shard):
@@ -64,12 +78,12 @@ class Mlx:
                     parts = pack(name, found, dtype)
                     packed += sum(part.nbytes for part in parts.values())
                     tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
-                    kinds[name] = _kind(found.scheme, found.codes.shape[1])
+                    kinds[place_of(name, projections)] = _kind(found.scheme, found.codes.shape[1])
                 elif name.endswith(KV_SCALES):
                     left_out = True
                 else:
                     tensors[name] = found
-            writer.write_shard(tensors)
+            writer.write_shard(stacked(tensors, projections))
         quantization = quantization_of(kinds)
         writer.finish(
             {**checkpoint.config, "quantization": quantization, "quantization_config": quantization}
@@ -91,6 +105,33 @@ def pack(name: str, quantized: Quantized, dtype: torch.dtype) -> dict[str, Tenso
         "scales": _exact(name, "scales", scale, dtype, inputs // size),
         "biases": _exact(name, "biases", -scale * zero, dtype, inputs // size),
     }
+
+
+def place_of(name: str, projections: Mapping[str, str]) -> str:
+    """Where mlx-lm has a module: an expert in the stack of its layer, any other under its own name."""
+    if not (expert := EXPERT.fullmatch(name)):
+        return name
+    return f"{expert['before']}.switch_mlp.{projections.get(expert['projection'], expert['projection'])}"
+
+
+def stacked(tensors: Mapping[str, Tensor], projections: Mapping[str, str]) -> dict[str, Tensor]:
+    """The tensors of a shard, those of experts in stacks, (experts, …); a layer's lie in one shard."""
+    found: dict[str, Tensor] = {}
+    experts: dict[str, dict[int, Tensor]] = {}
+    for name, tensor in tensors.items():
+        module, _, part = name.rpartition(".")
+        if expert := EXPERT.fullmatch(module):
+            place = f"{place_of(module, projections)}.{part}"
+            experts.setdefault(place, {})[int(expert["number"])] = tensor
+        else:
+            found[name] = tensor
+    for place, parts in experts.items():
+        rows = [parts[number] for number in range(len(parts))]
+        words = rows[0].dtype == torch.uint32  # which torch stacks as signed ones only
+        found[place] = torch.stack([row.view(torch.int32) if words else row for row in rows])
+        if words:
+            found[place] = found[place].view(torch.uint32)
+    return found
 
 
 def quantization_of(kinds: dict[str, dict[str, Any]]) -> dict[str, Any]:

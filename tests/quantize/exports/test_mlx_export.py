@@ -80,6 +80,27 @@ def test_every_number_is_the_checkpoints(
     verify_files(tmp_path / "out", manifest, hashes=True)
 
 
+@pytest.mark.parametrize(
+    ("family", "layer", "last"), [("qwen3_moe", "mlp", "down_proj"), ("mixtral", "block_sparse_moe", "w2")]
+)
+def test_experts_lie_in_one_tensor_for_each_projection(
+    family: str, layer: str, last: str, tmp_path: Path
+) -> None:
+    checkpoint = Checkpoint(checkpoint_of(tmp_path, FOUR, family=family), CATALOG)
+    export(checkpoint.directory, Mlx(), tmp_path / "out")
+    tensors = tensors_of(tmp_path / "out")
+    said = json.loads((tmp_path / "out" / "config.json").read_text())["quantization"]
+    place = f"model.layers.1.{layer}.switch_mlp.down_proj"
+    weight = tensors[f"{place}.weight"]
+    assert weight.dtype == torch.uint32
+    for expert in range(8):
+        parts = {f"{place}.{part}": tensors[f"{place}.{part}"][expert] for part in ("scales", "biases")}
+        parts[f"{place}.weight"] = weight.view(torch.int32)[expert].view(torch.uint32)
+        before = checkpoint.linear(f"model.layers.1.{layer}.experts.{expert}.{last}").dequantize()
+        assert torch.equal(unpacked(parts, place, said), before)
+    assert not [name for name in tensors if ".experts." in name]
+
+
 def test_what_is_another_than_most_is_named(tmp_path: Path) -> None:
     checkpoint = checkpoint_of(tmp_path, FOUR, {**EIGHT, "match": "*.o_proj"})
     export(checkpoint, Mlx(), tmp_path / "out")
@@ -123,7 +144,7 @@ def test_the_command_says_what_is_left_out_and_the_card_how_to_run_it(
         ({**FOUR, "scheme": "W4A16_ASYM"}, "llama", r"\d+ of \d+ biases of model.* are no bfloat16"),
         ({"match": "*", "scheme": "W8A8"}, "llama", r"\d+ of \d+ scales of model.* are no bfloat16"),
         ({"match": "*", "scheme": "FP8_DYNAMIC"}, "llama", "is stored as FP8_DYNAMIC"),
-        (FOUR, "qwen3_moe", "mlx-lm stacks experts"),
+        ({**FOUR, "group_size": 32}, "deepseek_v2", "knows glm4_moe, mixtral, .*, not deepseek_v2"),
         (PLAIN, "llama", "this checkpoint has none"),
     ],
 )
