@@ -28,6 +28,13 @@ def the_readme_shows_the_table_of_the_schemes() -> None:
     )
 
 
+def the_page_on_deploying_shows_the_table_of_the_runtimes() -> None:
+    runtimes = runpy.run_path(str(BENCHMARKS / "runtimes" / "table.py"))
+    assert runtimes["shown"]() == runtimes["table"](), (
+        "docs/deploy.md differs; run benchmarks/runtimes/table.py --write"
+    )
+
+
 def every_quantizer_had_the_same_model_ids_and_judge() -> None:
     runs: list[dict[str, Any]] = _read("quantizers/results/field.json")["runs"]
     assert {run["case"]["tool"] for run in runs} == {"lowbit", "llmcompressor", "gptqmodel", "autoawq"}
@@ -71,6 +78,19 @@ def every_gguf_tokenizer_that_is_not_refused_encodes_all_published_samples_alike
     assert any(row["transformers"] < row["texts"] for row in built)
 
 
+def every_tokenizer_that_is_written_as_gguf_encodes_all_published_samples_alike_in_llama_cpp() -> None:
+    rows = _read("tokenizers/results/written.json")["vocabularies"]
+    written = [row for row in rows if "refused" not in row]
+    assert len(written) >= 10
+    assert all(row["llama.cpp"] == row["texts"] for row in written)
+
+
+def every_gguf_family_computes_the_same_in_llama_cpp_but_for_its_rounding_of_inputs() -> None:
+    rows = _read("formats/results/llama.json")
+    assert len(rows) >= 26
+    assert all(row["median"] < 0.01 for row in rows.values())
+
+
 def the_picture_of_pruned_experts_is_drawn_from_its_result() -> None:
     committed = BENCHMARKS / "experts" / "results" / "tiny-moe.json"
     with tempfile.TemporaryDirectory() as temporary:
@@ -108,11 +128,14 @@ def dropping_loses_less_than_merging_and_no_more_than_it_did() -> None:
 CHECKS = (
     the_readmes_show_the_tables_of_the_comparison_with_other_quantizers,
     the_readme_shows_the_table_of_the_schemes,
+    the_page_on_deploying_shows_the_table_of_the_runtimes,
     every_quantizer_had_the_same_model_ids_and_judge,
     the_readme_shows_the_table_of_the_large_runs,
     the_large_runs_kept_their_bound_and_their_pace,
     every_killed_run_ended_with_the_same_files,
     every_gguf_tokenizer_that_is_not_refused_encodes_all_published_samples_alike,
+    every_tokenizer_that_is_written_as_gguf_encodes_all_published_samples_alike_in_llama_cpp,
+    every_gguf_family_computes_the_same_in_llama_cpp_but_for_its_rounding_of_inputs,
     the_picture_of_pruned_experts_is_drawn_from_its_result,
     the_readme_shows_the_table_of_merged_experts,
     dropping_loses_less_than_merging_and_no_more_than_it_did,

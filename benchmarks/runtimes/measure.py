@@ -2,10 +2,11 @@
 
     python measure.py RUNTIME PATH --task TASK.json [--exact]
 
-TASK has `prompt` and `question` (token ids), `tokens` (how many to generate), `rows` (a .npy of ids, rows x length, or
-none) and `logits` (the .npy to write, of all rows; float32, rows x length x vocabulary). Times: `first_s` is one token
-behind the prompt; `tokens_per_s` are the others. Every runtime has two threads and decodes greedily. `--exact` switches
-off what the runtime rounds by itself (inputs of linears, cache), where it can be.
+TASK has `prompts` (token ids, of one length, each its own, so that no cache of prefixes helps), `question`, `tokens`
+(how many to generate), `rows` (a .npy of ids, rows x length, or none) and `logits` (the .npy to write, of all rows;
+float32, rows x length x vocabulary). Times: `first_s` is one token behind a prompt; `tokens_per_s` are the others.
+Every runtime has two threads and decodes greedily. `--exact` switches off what the runtime rounds by itself (inputs of
+linears, cache), where it can be.
 """
 
 import argparse
@@ -92,7 +93,7 @@ class OnnxRuntime:
 
 
 class OpenVino:
-    """OpenVINO GenAI on a GGUF file. By default it rounds inputs of linears to 8 bits in groups, and its cache."""
+    """OpenVINO GenAI on the export `openvino`. By itself it rounds inputs of linears and its cache to 8 bits."""
 
     def __init__(self, path: str, *, exact: bool, with_logits: bool) -> None:
         import openvino_genai
@@ -120,13 +121,11 @@ class OpenVino:
         return [int(one) for one in found.tokens[0]]
 
     def logits(self, ids: list[int]) -> Any:
-        """By the graph that GenAI makes of the file, which it keeps beside it."""
+        """By the export's graph, which GenAI does not show."""
         import openvino
 
         if self._compiled is None:
-            graph = Path(self._path).with_name("openvino_model.xml")
-            if not graph.exists():
-                self._genai.LLMPipeline(self._path, "CPU", enable_save_ov_model=True)
+            graph = Path(self._path) / "openvino_model.xml"
             self._compiled = openvino.Core().compile_model(graph, "CPU", self._properties)
         request = self._compiled.create_infer_request()
         positions = np.arange(len(ids), dtype=np.int64)[None]
@@ -192,9 +191,9 @@ def main() -> None:
 def _speeds(runtime: Runtime, task: dict[str, Any]) -> dict[str, Any]:
     answer = runtime.generate(task["question"], task["answer_tokens"])  # also warms up
     first, whole = [], []
-    for _ in range(task["repetitions"]):
-        first.append(_seconds(runtime, task["prompt"], 1))
-        whole.append(_seconds(runtime, task["prompt"], 1 + task["tokens"]))
+    for one, other in zip(task["prompts"][::2], task["prompts"][1::2], strict=True):
+        first.append(_seconds(runtime, one, 1))
+        whole.append(_seconds(runtime, other, 1 + task["tokens"]))
     rates = [task["tokens"] / (long - short) for short, long in zip(first, whole, strict=True)]
     return {"answer": answer, "first_s": first, "tokens_per_s": rates}
 

@@ -1,7 +1,7 @@
 """One checkpoint in every runtime: tokens/s, time to the first token, memory, and KL through the runtime's own logits.
 
     python benchmarks/runtimes/run.py --base DIR --checkpoint DIR --work DIR --runtime vllm=DIR@PYTHON \
-        --runtime openvino=FILE.gguf@PYTHON --runtime onnx=DIR@PYTHON --runtime llama.cpp=FILE.gguf@PYTHON \
+        --runtime openvino=DIR@PYTHON --runtime onnx=DIR@PYTHON --runtime llama.cpp=FILE.gguf@PYTHON \
         --out benchmarks/runtimes/results/NAME.json
 
 Behind `=` stands the checkpoint or an export of it, behind `@` the Python of the runtime's own environment:
@@ -43,6 +43,7 @@ from lowbit_evaluate.heldout_text import load_heldout  # noqa: E402
 MEASURE = Path(__file__).with_name("measure.py")
 QUESTION = "What is the capital of France?"
 ROW = 256
+PROMPTS = 4  # of a round: two for one token, two for more
 MODES = {"by itself": (), "exact": ("--exact",)}
 Report = dict[str, Any]
 Setting = tuple[str, str, str]  # the name as given, the path, the Python
@@ -153,20 +154,19 @@ def _kl_of(work: Path, setting: Setting, mode: str, references: dict[str, Path])
 
 
 def _speeds(arguments: argparse.Namespace, tokenizer: Any, ids: torch.Tensor) -> dict[str, list[Report]]:
-    """Reports of each runtime's rounds; each round has a prompt of its own."""
+    """Reports of each runtime's rounds; each round has prompts of its own."""
     chat = [{"role": "user", "content": QUESTION}]
     question = tokenizer.apply_chat_template(
         chat, add_generation_prompt=True, tokenize=True, return_dict=False
     )
     reports: dict[str, list[Report]] = {name: [] for name, _, _ in arguments.runtime}
     for number in range(arguments.rounds):
-        prompt = ids[number % len(ids), : arguments.prompt].tolist()
+        own = ids.roll(-number * PROMPTS, 0)[:PROMPTS, : arguments.prompt].tolist()
         task = {
-            "prompt": prompt,
+            "prompts": own,
             "question": question,
             "answer_tokens": 12,
             "tokens": arguments.tokens,
-            "repetitions": 2,
         }
         turn = number % len(arguments.runtime)
         for setting in arguments.runtime[turn:] + arguments.runtime[:turn]:

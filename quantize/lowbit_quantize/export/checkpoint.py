@@ -41,6 +41,13 @@ class Checkpoint:
         data: dict[str, Any] = json.loads((self.directory / "config.json").read_text(encoding="utf-8"))
         return data
 
+    @property
+    def stretches(self) -> set[str]:
+        """How positions are stretched, of any layer: transformers' names of it; empty where they are not."""
+        said = self.config.get("rope_parameters") or self.config.get("rope_scaling") or {}
+        kinds = said.values() if all(isinstance(one, dict) for one in said.values()) else [said]
+        return {str(one.get("rope_type") or one.get("type") or "default") for one in kinds} - {"default"}
+
     @cached_property
     def schemes(self) -> dict[str, Scheme]:
         """The scheme of each quantized linear."""

@@ -39,6 +39,7 @@ Activations = Literal["float32", "int8"]
 ACCURACY_LEVELS: dict[Activations, int] = {"float32": 1, "int8": 4}
 BLOCKS = (16, 32, 64, 128, 256)
 BITS = (4, 8)
+STRETCHES = {"llama3"}  # of positions, that the builder's graph was seen to compute right
 PACKAGES = ("onnxruntime_genai", "onnxruntime", "onnx", "onnx_ir")
 MODEL = "model.onnx"
 LEFT_ALONE = ("/lm_head/MatMul", "/model/embed_tokens/Gather")  # what the builder rounds to 4 bits by itself
@@ -75,6 +76,8 @@ class Onnx:
                 return f"MatMulNBits holds integers of 4 or 8 bits in groups of {sizes}, not {name} in {scheme.name}"
             if LINEAR.search(name) is None:
                 return f"the builder knows no linear {name}"
+        if wrong := checkpoint.stretches - STRETCHES:
+            return f"the builder was not seen to compute positions right that are stretched as {min(wrong)!r}"
         if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
             return f"{missing[0]} is not installed: pip install 'lowbit[onnx]'"
         return None

@@ -53,6 +53,9 @@ class OpenVino:
         kind = checkpoint.config.get("model_type")
         if kind not in READS:
             return f"OpenVINO GenAI reads {', '.join(READS)} from GGUF, not {kind}"
+        if checkpoint.stretches:
+            kinds = ", ".join(sorted(checkpoint.stretches))
+            return f"its reader of GGUF computes positions that are stretched ({kinds}) as if they were not"
         for name, scheme in checkpoint.schemes.items():
             if not isinstance(scheme, Integer) or not scheme.symmetric or scheme.bits not in SYMMETRIC_BITS:
                 return (

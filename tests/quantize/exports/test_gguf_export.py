@@ -39,6 +39,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {**WORDS, "max_window_layers": 2}),
     "qwen3": ("qwen3", {"head_dim": 128}),  # transformers reads no size of heads from such a file
     "phi3": ("phi3", {}),
+    "lfm2": ("lfm2", {}),
     "gemma3_text": (
         "gemma3_text",
         {"head_dim": 256, "query_pre_attn_scalar": 256, "num_hidden_layers": 6, "layer_types": WINDOWS},

@@ -20,7 +20,12 @@ from lowbit_quantize.export.onnx import Activations, Onnx
 from lowbit_quantize.pipeline import quantize
 
 genai = pytest.importorskip("onnxruntime_genai")
-IDS = [5, 17, 300, 8, 42, 7, 91, 260]
+IDS = [(37 * number) % 480 + 5 for number in range(96)]  # far enough for stretched positions to show
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 
 
 def exported(checkpoint: Path, activations: Activations = "float32") -> Path:
@@ -43,6 +48,7 @@ def logits_of(directory: Path) -> Any:
     [
         ("llama", {}),
         ("llama", {"tie_word_embeddings": False}),
+        ("llama", {"rope_parameters": LLAMA3}),
         ("mistral", {"sliding_window": None}),
         ("qwen2", {}),
         ("qwen3", {}),
@@ -140,5 +146,13 @@ def test_the_builders_own_refusal_is_its_last_words(tmp_path: Path) -> None:
     """A family whose linears have the names that are known, and whose graph the builder does not have."""
     checkpoint = checkpoint_of(tmp_path, "olmo2", FOUR)
     with pytest.raises(CheckpointError, match=r"builder of ONNX Runtime GenAI ended with status 1: .*Error"):
+        exported(checkpoint)
+    assert not (tmp_path / "onnx").exists()
+
+
+@pytest.mark.parametrize("positions", [LINEAR, LINEAR | {"rope_type": "yarn"}])
+def test_positions_that_its_graph_would_have_wrong_are_refused(positions: Any, tmp_path: Path) -> None:
+    checkpoint = checkpoint_of(tmp_path, "llama", FOUR, sizes={"rope_parameters": positions})
+    with pytest.raises(CheckpointError, match="not seen to compute positions right"):
         exported(checkpoint)
     assert not (tmp_path / "onnx").exists()

@@ -16,7 +16,12 @@ from lowbit_quantize.export.openvino import OpenVino
 
 openvino = pytest.importorskip("openvino")
 pytest.importorskip("openvino_genai")
-IDS = [5, 17, 300, 8, 42, 7, 91, 260]
+IDS = [(37 * number) % 480 + 5 for number in range(96)]  # far enough for stretched positions to show
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 PLAIN = {
     "KV_CACHE_PRECISION": "f32",
     "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
@@ -99,3 +104,11 @@ def test_what_it_cannot_hold_is_one_line_and_nothing_is_written(
     assert main(["export", str(checkpoint), "--to", "openvino", "--out", str(out)]) == 2
     assert said in capsys.readouterr().err.strip().splitlines()[-1]
     assert not out.exists()
+
+
+@pytest.mark.parametrize("positions", [LINEAR, LLAMA3])
+def test_positions_that_its_graph_would_have_wrong_are_refused(positions: Any, tmp_path: Path) -> None:
+    checkpoint = checkpoint_of(tmp_path, "llama", FOUR, sizes={"rope_parameters": positions})
+    with pytest.raises(CheckpointError, match="as if they were not"):
+        exported(checkpoint)
+    assert not (tmp_path / "openvino").exists()

@@ -29,6 +29,7 @@ EXPERTS = {
 }
 HEAD_SIZES = ("attention.key_length", "attention.value_length")
 LOCAL_THETA = 10000.0
+LINEAR = "linear"  # positions divided by a factor: as Gemma 3's above 1B
 # What changes no number that a token's logits depend on, or is told by tensors that are there or not.
 IGNORED = (
     "architectures", "auto_map", "bos_token_id", "cache_implementation", "chunk_size_feed_forward", "dtype",
@@ -49,6 +50,7 @@ class GgufFamily:
     The rows of `rotated` tensors lie in pairs that turn together, where transformers has halves. `norm_offset` is what
     transformers adds to a norm's weight and files have added. `optional` are names whose tensors say themselves
     whether they are there; `fixed` gives those that llama.cpp takes to be so, whatever the class has by itself.
+    `counted` are values of keys that take more than one name; `layers_told` says that the order of layers is in them.
     """
 
     architecture: str
@@ -57,6 +59,8 @@ class GgufFamily:
     norm_offset: float = 0.0
     optional: tuple[str, ...] = ()
     fixed: Callable[[Any], Mapping[str, Any]] = lambda config: {}
+    counted: Callable[[Any], Mapping[str, Any]] = lambda config: {}
+    layers_told: bool = False
     experts: bool = False
     stretched: bool = False  # whether a tensor can say how positions are stretched
 
@@ -65,6 +69,20 @@ def _gemma_scale(config: Any) -> int:
     """By whose root logits of attention are divided: the heads' size, but in the models of 27B."""
     of_27b = {"gemma2": 46, "gemma3_text": 62}[config.model_type] == config.num_hidden_layers
     return config.hidden_size // config.num_attention_heads if of_27b else head_size(config)
+
+
+def _short_convolutions(config: Any) -> dict[str, Any]:
+    """LFM2: layers without attention have no heads of keys; the width of the rest, rounded up where it is to be."""
+    width = getattr(config, "block_ff_dim", None) or config.intermediate_size
+    if config.block_auto_adjust_ff_dim:
+        width = int((config.block_ffn_dim_multiplier or 1.0) * int(2 * width / 3))
+        width = config.block_multiple_of * -(-width // config.block_multiple_of)
+    heads = config.num_key_value_heads
+    kinds = config.layer_types
+    return {
+        "feed_forward_length": width,
+        "attention.head_count_kv": [0 if kind == "conv" else heads for kind in kinds],
+    }
 
 
 LLAMA = GgufFamily(
@@ -81,6 +99,23 @@ FAMILIES = {
     "qwen3": GgufFamily("qwen3"),
     "qwen2_moe": GgufFamily("qwen2moe", experts=True),
     "qwen3_moe": GgufFamily("qwen3moe", experts=True, fixed=lambda _: {"norm_topk_prob": True}),
+    "lfm2": GgufFamily(
+        "lfm2",
+        {"attention.layer_norm_rms_epsilon": "norm_eps", "shortconv.l_cache": "conv_L_cache"},
+        optional=(
+            "conv_bias",
+            "conv_dim",
+            "conv_dim_out",
+            "block_dim",
+            "block_ff_dim",
+            "block_auto_adjust_ff_dim",
+            "block_ffn_dim_multiplier",
+            "block_multiple_of",
+            "full_attn_idxs",
+        ),
+        counted=_short_convolutions,
+        layers_told=True,
+    ),
     "phi3": GgufFamily(
         "phi3",
         {
@@ -132,7 +167,10 @@ def sizes(family: GgufFamily, config: Any) -> dict[str, Any]:
     found["rope.dimension_count"] = int(
         head_size(config) * (_positions(config).get("partial_rotary_factor") or 1.0)
     )
+    found |= family.counted(config)
     found["rope.freq_base"] = float(_positions(config).get("rope_theta", 10000.0))
+    if _stretch(config) == LINEAR:
+        found |= {"rope.scaling.type": LINEAR, "rope.scaling.factor": float(_positions(config)["factor"])}
     _refuse_untold(family, config, dict(told.values()))
     return found
 
@@ -153,16 +191,19 @@ def _positions(config: Any) -> Mapping[str, Any]:
     return found.get("full_attention", found) if isinstance(found, Mapping) else {}
 
 
+def _stretch(config: Any) -> str:
+    return str(_positions(config).get("rope_type", "default"))
+
+
 def stretching(family: GgufFamily, config: Any) -> Mapping[str, Any] | None:
-    """Llama 3's parameters, which a tensor tells; None where positions are not stretched; raises CheckpointError."""
-    positions = _positions(config)
-    kind = positions.get("rope_type", "default")
-    if kind == "default":
+    """Llama 3's parameters, which a tensor tells; None where it takes none; raises CheckpointError."""
+    positions, kind = _positions(config), _stretch(config)
+    if kind in ("default", LINEAR):
         _refuse_other_windows(config)
     usual = positions.get("low_freq_factor") == LOW and positions.get("high_freq_factor") == HIGH
     if kind == "llama3" and family.stretched and usual:
         return positions
-    if kind != "default":
+    if kind not in ("default", LINEAR):
         raise CheckpointError(f"positions are stretched as {kind!r}, which is not written as GGUF")
     return None
 
@@ -187,7 +228,7 @@ def _refuse_untold(family: GgufFamily, config: Any, told: Mapping[str, Any]) -> 
                 f"its configuration has {name} = {value!r}, which a GGUF file of {family.architecture} cannot say "
                 f"(it means {plain[name]!r})"
             )
-    if _layers(config) != _layers(type(config)(**told)):
+    if not family.layers_told and _layers(config) != _layers(type(config)(**told)):
         raise CheckpointError("its layers see windows in another order than models of this type")
 
 

@@ -53,6 +53,9 @@ class Entry:
         return rows * row_bytes(self.kind, self.shape[-1])
 
 
+FLAT = ("ffn_gate_inp_shexp.weight", "shortconv.conv.weight")  # of one row, of one channel each
+
+
 class GgufTensors:
     """What a checkpoint's file will hold; raises CheckpointError where llama.cpp has no place for something."""
 
@@ -95,8 +98,8 @@ class GgufTensors:
         if len(shapes) > 1 or len(kinds) > 1:
             raise CheckpointError(f"the parts of {name} are not alike, and it is one tensor of a GGUF file")
         shape = next(iter(shapes))
-        if name.endswith("ffn_gate_inp_shexp.weight"):
-            shape = shape[1:]  # of one row
+        if name.endswith(FLAT):
+            shape = tuple(size for size in shape if size != 1)
         stacked = EXPERT.fullmatch(sources[0]) is not None
         return Entry(name, tuple(sources), shape, next(iter(kinds)), stacked)
 

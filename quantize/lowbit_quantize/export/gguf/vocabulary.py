@@ -14,23 +14,15 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from lowbit_core.errors import CheckpointError, ModelError
+from lowbit_quantize.export.gguf import published
 from lowbit_quantize.model.sources.gguf_tokenizer import PREFIX, SPACE, Vocabulary, build_tokenizer
 from lowbit_quantize.model.sources.pre_tokenizers import PRE_TOKENIZERS
 from lowbit_quantize.model.sources.tokenizer_files import PROBE
 
 FILE = "tokenizer.json"
-# By what it makes of this text llama.cpp's converter recognizes a tokenizer (convert_hf_to_gguf.py, MIT licence).
-PUBLISHED_PROBE = (
-    "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n\U0001f680 (normal) \U0001f636\u200d\U0001f32b\ufe0f (multiple "
-    "emojis concatenated) \u2705 \U0001f999\U0001f999 3 33 333 3333 33333 333333 3333333 33333333 3.3 3..3 3...3 "
-    "\u1780\u17b6\u1793\u17cb\u178f\u17c2\u1796\u17b7\u179f\u17c1\u179f\u17a2\u17b6\u1785\U0001f601 "
-    "?\u6211\u60f3\u5728apple\u5de5\u4f5c1314151\u5929\uff5e ------======= \u043d\u0435\u0449\u043e \u043d\u0430 "
-    "\u0411\u044a\u043b\u0433\u0430\u0440\u0441\u043a\u0438 ''''''```````\"\"\"\"......!!!!!!?????? I've been 'told "
-    "he's there, 'RE you sure? 'M not sure I'll make it, 'D you like some tea? We'Ve a'lL"
-)
 PROBES = (
     PROBE,
-    PUBLISHED_PROBE,
+    published.PROBE,
     "a",
     " a",
     "  two spaces",
@@ -92,7 +84,8 @@ def _candidates(data: dict[str, Any], opened: Any, config: Any) -> Iterator[dict
     ]
     if _is_byte_level(data):
         said |= {"ggml.model": "gpt2", "ggml.merges": [" ".join(merge) for merge in merges]}
-        for name in PRE_TOKENIZERS:
+        known = published.published_name(opened)
+        for name in sorted(PRE_TOKENIZERS, key=lambda name: name != known):
             yield {**said, "ggml.pre": name}
     else:
         said |= {"ggml.model": "llama", "ggml.pre": "default", "ggml.scores": _scores(tokens, merges)}
