@@ -30,6 +30,7 @@ from lowbit_quantize.export.exporter import Exported
 from lowbit_quantize.model.reference import ModelReference, fetch_weights, find_model
 from lowbit_quantize.model.weights import WeightFiles
 from lowbit_quantize.run.companions import CARD, copy_companions
+from lowbit_quantize.run.directory import check_disk
 from lowbit_quantize.run.writer import CheckpointWriter
 
 BLOCK = 64
@@ -69,6 +70,7 @@ class BitsAndBytes:
         return None
 
     def write(self, checkpoint: Checkpoint, out: Path) -> Exported:
+        check_disk(out, checkpoint.manifest.size.bytes)
         reference = self._find(checkpoint)
         weights = WeightFiles(reference.path)
         if lacking := [name for name in checkpoint.modules if f"{name}.weight" not in weights]:

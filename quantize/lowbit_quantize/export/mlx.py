@@ -28,6 +28,7 @@ from lowbit_quantize.export.exporter import Exported
 from lowbit_quantize.export.older_format import KV_SCALES
 from lowbit_quantize.export.packing import pack_last
 from lowbit_quantize.run.companions import copy_companions
+from lowbit_quantize.run.directory import check_disk
 from lowbit_quantize.run.writer import CheckpointWriter
 from lowbit_quantize.schemes.scheme import Quantized, Scheme
 
@@ -68,6 +69,7 @@ class Mlx:
         return None
 
     def write(self, checkpoint: Checkpoint, out: Path) -> Exported:
+        check_disk(out, checkpoint.manifest.size.bytes)
         writer, packed, left_out = CheckpointWriter(out, len(checkpoint.shards)), 0, False
         dtype, kinds = DTYPES[_dtype(checkpoint)], dict[str, dict[str, Any]]()
         projections = STACKED.get(checkpoint.manifest.base.model_type, {})

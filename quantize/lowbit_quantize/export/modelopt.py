@@ -23,6 +23,7 @@ from lowbit_core.errors import CheckpointError
 from lowbit_quantize.export.checkpoint import Checkpoint
 from lowbit_quantize.export.exporter import Exported
 from lowbit_quantize.run.companions import copy_companions
+from lowbit_quantize.run.directory import check_disk
 from lowbit_quantize.run.writer import CheckpointWriter, write_json
 from lowbit_quantize.schemes.integer import Integer
 from lowbit_quantize.schemes.scheme import Quantized, Scheme
@@ -55,6 +56,7 @@ class ModelOpt:
         return None
 
     def write(self, checkpoint: Checkpoint, out: Path) -> Exported:
+        check_disk(out, checkpoint.manifest.size.bytes)
         writer, packed = CheckpointWriter(out, len(checkpoint.shards)), 0
         for shard in checkpoint.shards:
             tensors: dict[str, Tensor] = {}

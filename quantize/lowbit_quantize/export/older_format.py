@@ -13,6 +13,7 @@ from torch import Tensor
 from lowbit_quantize.export.checkpoint import Checkpoint
 from lowbit_quantize.export.exporter import Exported
 from lowbit_quantize.run.companions import copy_companions
+from lowbit_quantize.run.directory import check_disk
 from lowbit_quantize.run.writer import CheckpointWriter, write_json
 from lowbit_quantize.schemes.integer import Integer
 from lowbit_quantize.schemes.scheme import Quantized
@@ -61,6 +62,7 @@ def repack(
     tool_file: str | None = None,
 ) -> Exported:
     """Write every shard with its linears packed anew, and the configuration; `tool_file` gets a copy of its part."""
+    check_disk(out, checkpoint.manifest.size.bytes)
     writer, packed_bytes, left_out = CheckpointWriter(out, len(checkpoint.shards)), 0, False
     for shard in checkpoint.shards:
         tensors: dict[str, Tensor] = {}

@@ -27,6 +27,7 @@ from lowbit_quantize.export.exporter import Exported
 from lowbit_quantize.export.gguf.target import Gguf
 from lowbit_quantize.export.gguf.tensors import rotated
 from lowbit_quantize.run.companions import copy_companions
+from lowbit_quantize.run.directory import check_disk
 from lowbit_quantize.run.writer import write_json
 from lowbit_quantize.schemes.integer import Integer
 from lowbit_quantize.schemes.scheme import Quantized
@@ -35,6 +36,7 @@ READS = ("llama", "mistral", "qwen2", "qwen3")  # model types whose GGUF the rea
 PACKAGES = ("openvino", "openvino_genai", "openvino_tokenizers")
 GRAPH = "openvino_model.xml"
 BLOCK = 32
+COPIES = 2  # on the disk at once: GGUF and the graph
 SYMMETRIC_BITS = {4: 8, 8: 128}  # what is subtracted from unsigned codes
 CONVERT = (
     "import sys, openvino_genai; "
@@ -68,6 +70,7 @@ class OpenVino:
         return None
 
     def write(self, checkpoint: Checkpoint, out: Path) -> Exported:
+        check_disk(out, COPIES * checkpoint.manifest.size.bytes)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-gguf-") as temporary:
             work = Path(temporary)
             exported = Gguf().write(checkpoint, work / "model.gguf")

@@ -2,8 +2,10 @@
 
 import inspect
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from tests.quantize.exports.checkpoints import FOUR, checkpoint_of
 
 from lowbit_core.cli import main
 from lowbit_quantize.export.cli import TARGETS
@@ -29,3 +31,23 @@ def test_a_flag_of_another_target_is_refused_in_one_line(
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert f"{flag} goes with --to {name}" in line
         assert not out.exists()
+
+
+@pytest.fixture(scope="module")
+def four_bits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoint_of(tmp_path_factory.mktemp("four"), "llama", FOUR)
+
+
+@pytest.mark.parametrize("name", sorted(set(TARGETS) - {"hub", "triton"}))  # one sends, one links
+def test_a_full_disk_is_noticed_before_anything_is_written(
+    name: str,
+    four_bits: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(total=1 << 40, used=0, free=1000))
+    base = ("--base", str(four_bits.with_name("base"))) if "--base" in TARGETS[name].flags else ()
+    assert main(["export", str(four_bits), "--to", name, "--out", str(tmp_path / "out"), *base]) == 2
+    assert "its disk has 0 MiB free" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not list(tmp_path.iterdir())
