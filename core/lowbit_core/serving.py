@@ -4,6 +4,7 @@ from lowbit_core.manifest import Manifest
 
 # What serves an export where vLLM does not; {} is the directory.
 RUNTIMES = {
+    "gguf": "llama-server --model {}/*-00001-of-*.gguf",
     "mlx": "mlx_lm.server --model {}",
     "onnx": "python -c 'import onnxruntime_genai, sys; onnxruntime_genai.Model(sys.argv[1])' {}",
     "openvino": "python -c 'import openvino_genai, sys; "

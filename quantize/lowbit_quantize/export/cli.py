@@ -34,6 +34,11 @@ REST = {
     "choices": ("f16", "bf16", "q8_0"),
     "help": "what matrices are stored as that are not quantized (default f16)",
 }
+SPLIT = {
+    "type": float,
+    "metavar": "GB",
+    "help": "a directory of files that are each no larger (default: one file)",
+}
 MODEL_NAME = {"metavar": "NAME", "help": "the model's name in the repository (default: the base model's)"}
 MOUNT = {
     "metavar": "PATH",
@@ -54,7 +59,7 @@ TARGETS = {
     "autoawq": Target("autoawq:AutoAwq"),
     "autogptq": Target("autogptq:AutoGptq"),
     "bitsandbytes": Target("bitsandbytes:BitsAndBytes", {"--format": FORMAT, "--base": BASE}),
-    "gguf": Target("gguf.target:Gguf", {"--rest": REST}),
+    "gguf": Target("gguf.target:Gguf", {"--rest": REST, "--split-max-size": SPLIT}),
     "hub": Target("hub:Hub", {"--repo": REPO, "--private": PRIVATE}, uploads=True),
     "mlx": Target("mlx:Mlx"),
     "modelopt": Target("modelopt:ModelOpt"),
@@ -73,7 +78,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=file_path,
         metavar="PATH",
-        help="a directory, new or empty; a new file for gguf; none for hub",
+        help="a directory, new or empty; a new file for gguf in one; none for hub",
     )
     for flag, (targets, settings) in _own_flags().items():
         text = f"with --to {' or '.join(targets)}: {settings['help']}"

@@ -25,7 +25,7 @@ def test_a_flag_of_another_target_is_refused_in_one_line(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for flag, settings in TARGETS[name].flags.items():
-        value = () if settings.get("action") == "store_true" else (settings.get("choices", ("x",))[0],)
+        value = () if settings.get("action") == "store_true" else (settings.get("choices", ("1",))[0],)
         out = tmp_path / "out"
         assert main(["export", "x", "--to", "modelopt", "--out", str(out), flag, *value]) == 2
         (line,) = capsys.readouterr().err.strip().splitlines()

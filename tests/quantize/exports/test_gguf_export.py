@@ -228,3 +228,25 @@ def test_the_command_writes_one_file_and_no_second_time(
     assert main([*flags[:3], "autoawq", "--rest", "f16", "--out", str(tmp_path / "b")]) == 2
     assert "--rest goes with --to gguf" in capsys.readouterr().err
     assert AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name) is not None
+
+
+def test_several_files_are_read_by_the_first(tmp_path: Path) -> None:
+    checkpoint, out = checkpoint_of(tmp_path, "llama 3", FOUR), tmp_path / "split"
+    export(checkpoint, Gguf("bf16", 0.0001), out)
+    files = sorted(out.glob("*.gguf"))
+    assert len(files) > 2
+    assert [file.name for file in files][-1] == f"base-{len(files):05d}-of-{len(files):05d}.gguf"
+    readers = [gguf.GGUFReader(file) for file in files]
+    count = sum(len(reader.tensors) for reader in readers)
+    for number, reader in enumerate(readers):
+        said = [reader.fields[f"split.{key}"].contents() for key in ("no", "count", "tensors.count")]
+        assert said == [number, len(files), count]
+    assert all(sum(tensor.n_bytes for tensor in reader.tensors) <= 140_000 for reader in readers)
+    assert_the_same_model(checkpoint, out)
+
+
+def test_a_size_of_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["export", str(tmp_path), "--to", "gguf", "--out", str(tmp_path / "x"), "--split-max-size"]
+    for size in ("0", "-1", "nan"):
+        assert main([*arguments, size]) == 2
+        assert "give a number above 0" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
 from lowbit_core import __version__
-from lowbit_core.errors import CheckpointError
+from lowbit_core.errors import CheckpointError, ConfigError
 from lowbit_core.progress import track
 from lowbit_quantize.export.checkpoint import Checkpoint
 from lowbit_quantize.export.exporter import Exported
@@ -21,6 +21,7 @@ from lowbit_quantize.export.gguf.families import family_of, head_size, sizes, st
 from lowbit_quantize.export.gguf.tensors import Entry, GgufTensors
 from lowbit_quantize.export.gguf.vocabulary import vocabulary_keys
 from lowbit_quantize.model.sources.gguf_positions import ROPE_FREQS, llama3_factors
+from lowbit_quantize.run.companions import copy_companions
 from lowbit_quantize.run.directory import check_disk
 
 FILE_TYPES = {
@@ -31,19 +32,29 @@ FILE_TYPES = {
     GGMLQuantizationType.BF16: LlamaFileType.MOSTLY_BF16,
 }
 QUANTIZATION_VERSION = 2
+GB = 1_000_000_000
 EXACT = {GGMLQuantizationType.F16: torch.float16, GGMLQuantizationType.BF16: torch.bfloat16}
 TURNED = re.compile(r"\.attn_[qk]\.")
 
 
 class Gguf:
-    """The target `gguf`; `rest` is what matrices are stored as that are not quantized: f16, bf16 or q8_0."""
+    """The target `gguf`.
+
+    `rest` is what matrices are stored as that are not quantized: f16, bf16 or q8_0. With `split_max_size`, in GB, it is
+    a directory of files that are each no larger, as llama.cpp's own `gguf-split` names them; it reads all by the first.
+    """
 
     name = "gguf"
     readers = "llama.cpp, Ollama, LM Studio, OpenVINO GenAI (llama, qwen2, qwen3)"
-    one_file = True
 
-    def __init__(self, rest: str = "f16") -> None:
-        self._rest = rest
+    def __init__(self, rest: str = "f16", split_max_size: float | None = None) -> None:
+        if split_max_size is not None and not split_max_size > 0:
+            raise ConfigError(f"--split-max-size {split_max_size:g} GB: give a number above 0, for example 4")
+        self._rest, self._most = rest, split_max_size and int(split_max_size * GB)
+
+    @property
+    def one_file(self) -> bool:
+        return self._most is None
 
     def supports(self, checkpoint: Checkpoint) -> str | None:
         try:
@@ -60,22 +71,52 @@ class Gguf:
         family = family_of(config)
         tensors = GgufTensors(checkpoint, family, config, self._rest)
         check_disk(out, sum(entry.nbytes for entry in tensors.entries))
-        writer = GGUFWriter(out, family.architecture)
-        for key, value in sizes(family, config).items():
-            _add(writer, f"{family.architecture}.{key}", value)
-        for key, value in {
-            **vocabulary_keys(checkpoint.directory, family.architecture, config),
-            **_told(checkpoint),
-        }.items():
-            _add(writer, key, value)
-        writer.add_file_type(_file_type(tensors.entries))
-        writer.add_quantization_version(QUANTIZATION_VERSION)
+        keys = {f"{family.architecture}.{key}": value for key, value in sizes(family, config).items()}
+        keys |= vocabulary_keys(checkpoint.directory, family.architecture, config)
+        keys |= _told(checkpoint)
         factors = llama3_factors(stretching(family, config), head_size(config))
-        _write(writer, tensors, factors)
-        _check(out, tensors, family.architecture, config)
+        parts = _parts(tensors.entries, self._most)
+        files = _files(out, len(parts), checkpoint.manifest.base.name, one=self.one_file)
+        for number, (file, entries) in enumerate(zip(files, parts, strict=True)):
+            writer = GGUFWriter(file, family.architecture)
+            for key, value in keys.items() if number == 0 else ():
+                _add(writer, key, value)
+            if number == 0:
+                writer.add_file_type(_file_type(tensors.entries))
+                writer.add_quantization_version(QUANTIZATION_VERSION)
+            if len(parts) > 1:
+                _say_part(writer, number, len(parts), len(tensors.entries) + (factors is not None))
+            _write(writer, tensors, entries, factors if number == 0 else None)
+            _check(file, tensors, entries, family.architecture, config)
+        if not self.one_file:
+            copy_companions(checkpoint.directory, checkpoint.other_files, out)
         packed = sum(entry.nbytes for entry in tensors.entries if entry.sources[0] in checkpoint.modules)
         total = sum(entry.nbytes for entry in tensors.entries)
         return Exported(total, packed, ["scales of an FP8 KV cache"] if tensors.left_out else [])
+
+
+def _parts(entries: list[Entry], most: int | None) -> list[list[Entry]]:
+    """Tensors by file, in order; a tensor that is larger than a file may be has one of its own."""
+    parts: list[list[Entry]] = [[]]
+    for entry in entries:
+        if most and parts[-1] and sum(one.nbytes for one in (*parts[-1], entry)) > most:
+            parts.append([])
+        parts[-1].append(entry)
+    return parts
+
+
+def _files(out: Path, parts: int, name: str, *, one: bool) -> list[Path]:
+    """As llama.cpp's `llama_split_path` has them."""
+    if one:
+        return [out]
+    stem = Path(name).name
+    return [out / f"{stem}-{number:05d}-of-{parts:05d}.gguf" for number in range(1, parts + 1)]
+
+
+def _say_part(writer: GGUFWriter, number: int, parts: int, tensors: int) -> None:
+    writer.add_uint16(gguf.Keys.Split.LLM_KV_SPLIT_NO, number)
+    writer.add_uint16(gguf.Keys.Split.LLM_KV_SPLIT_COUNT, parts)
+    writer.add_int32(gguf.Keys.Split.LLM_KV_SPLIT_TENSORS_COUNT, tensors)
 
 
 def _config(checkpoint: Checkpoint) -> Any:
@@ -122,8 +163,10 @@ def _add(writer: GGUFWriter, key: str, value: Any) -> None:
         writer.add_string(key, str(value))
 
 
-def _write(writer: GGUFWriter, tensors: GgufTensors, factors: torch.Tensor | None) -> None:
-    for entry in tensors.entries:
+def _write(
+    writer: GGUFWriter, tensors: GgufTensors, entries: list[Entry], factors: torch.Tensor | None
+) -> None:
+    for entry in entries:
         dtype = np.dtype(np.uint8 if entry.kind != GGMLQuantizationType.F32 else np.float32)
         shape = entry.full_shape
         if dtype == np.uint8:
@@ -136,7 +179,7 @@ def _write(writer: GGUFWriter, tensors: GgufTensors, factors: torch.Tensor | Non
     writer.write_ti_data_to_file()
     assert writer.fout is not None
     file = writer.fout[0]
-    for entry in track(tensors.entries, len(tensors.entries), "tensors"):
+    for entry in track(entries, len(entries), "tensors"):
         writer.write_padding(file, file.tell())
         for piece in tensors.pieces(entry):
             file.write(np.ascontiguousarray(piece).data)
@@ -147,11 +190,11 @@ def _write(writer: GGUFWriter, tensors: GgufTensors, factors: torch.Tensor | Non
     writer.close()
 
 
-def _check(path: Path, tensors: GgufTensors, architecture: str, config: Any) -> None:
+def _check(path: Path, tensors: GgufTensors, entries: list[Entry], architecture: str, config: Any) -> None:
     """Hold what readers of the file will compute with against the checkpoint's numbers; raises CheckpointError."""
     stored = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config.to_dict())
-    for entry in track(tensors.entries, len(tensors.entries), "read back"):
+    for entry in track(entries, len(entries), "read back"):
         if tensors.rounds(entry):
             continue
         found, start = _by_rows(stored[entry.name], entry, processor), 0
