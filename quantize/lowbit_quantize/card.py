@@ -20,6 +20,7 @@ CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag"
 FENCE = "---"
 TRANSFORMERS = "compressed-tensors"
 LIBRARIES = {
+    "gguf": "llama.cpp",
     "mlx": "mlx",
     "onnx": "onnxruntime-genai",
     "openvino": "openvino",
