@@ -5,6 +5,7 @@ The base's licence and languages are carried over from its own card. It has no d
 gives the same bytes.
 """
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ import yaml
 
 from lowbit_core.manifest import DivergenceRecord, Manifest
 from lowbit_core.serving import serving_commands
+from lowbit_core.tensorrt_llm import tensorrt_llm_reads
 from lowbit_quantize.run.companions import CARD
 
 CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
@@ -32,8 +34,19 @@ def write_card(directory: Path, manifest: Manifest, base: Path | None = None) ->
     file = directory / CARD
     head = {**_carried(base), **_tags(manifest)}
     text = yaml.safe_dump(head, sort_keys=False, allow_unicode=True)
-    file.write_text(f"{FENCE}\n{text}{FENCE}\n\n" + "\n".join(_lines(manifest)) + "\n", encoding="utf-8")
+    file.write_text(
+        f"{FENCE}\n{text}{FENCE}\n\n" + "\n".join(_lines(manifest, _quantization(directory))) + "\n",
+        encoding="utf-8",
+    )
     return file
+
+
+def _quantization(directory: Path) -> Mapping[str, Any]:
+    """What config.json says of it."""
+    file = directory / "config.json"
+    said = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    found: Mapping[str, Any] = said.get("quantization_config") or {}
+    return found
 
 
 def _carried(base: Path | None) -> dict[str, Any]:
@@ -59,7 +72,7 @@ def _tags(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _lines(manifest: Manifest) -> Iterator[str]:
+def _lines(manifest: Manifest, quantization: Mapping[str, Any]) -> Iterator[str]:
     size = manifest.size
     yield f"# {Path(manifest.base.name).name}, {_words(manifest) or 'not quantized'}"
     yield ""
@@ -70,7 +83,7 @@ def _lines(manifest: Manifest) -> Iterator[str]:
     )
     yield from _modules(manifest)
     yield from _quality(manifest)
-    yield from _serving(manifest)
+    yield from _serving(manifest, quantization)
 
 
 def _words(manifest: Manifest) -> str:
@@ -138,7 +151,7 @@ def _with_error(figures: Mapping[str, float], value: str, error: str) -> str:
     return f"{figures[value]:.4f}" + (f" ± {figures[error]:.4f}" if error in figures else "")
 
 
-def _serving(manifest: Manifest) -> Iterator[str]:
+def _serving(manifest: Manifest, quantization: Mapping[str, Any]) -> Iterator[str]:
     yield from ("", "## How to serve it", "", "```sh")
     yield from serving_commands(manifest, "./DIRECTORY")
     yield "```"
@@ -151,6 +164,11 @@ def _serving(manifest: Manifest) -> Iterator[str]:
         yield "```"
         yield from (
             "",
-            "`lowbit export ./DIRECTORY --to gguf --out model.gguf` writes it for llama.cpp where its scheme fits.",
+            "`lowbit export ./DIRECTORY --to gguf --out model.gguf` writes it for llama.cpp where its scheme fits; "
+            "`--help` has the other runtimes.",
         )
+    if manifest.export is None and manifest.modules:
+        algorithm, reason = tensorrt_llm_reads(quantization)
+        read = f"reads it as it is, as {algorithm}" if algorithm else f"does not read it as it is: {reason}"
+        yield from ("", f"TensorRT-LLM, by its own rules and not run, {read}.")
     yield from ("", "The recipe, every module's error and the hashes of all files are in `lowbit.json`.")

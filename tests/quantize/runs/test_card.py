@@ -82,3 +82,17 @@ def test_a_card_that_has_no_head_or_a_wrong_one_is_no_obstacle(card: str, tmp_pa
     (base / CARD).write_text(card)
     quantize(str(base), recipe_of("awq-g64"), tmp_path / "out", CPU)
     assert head_of(tmp_path / "out" / CARD)["library_name"] == "transformers"
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        ({"scheme": "FP8_DYNAMIC"}, "reads it as it is, as FP8_PER_CHANNEL_PER_TOKEN."),
+        ({"scheme": "W4A16", "group_size": 64}, "does not read it as it is: it takes no 4-bit weights"),
+        ({"scheme": "W8A8"}, "does not read it as it is: it would read 8-bit integers as FP8"),
+    ],
+)
+def test_it_says_what_tensorrt_llm_makes_of_it(rule: dict[str, object], said: str, tmp_path: Path) -> None:
+    base, out = write_tiny_model(tmp_path / "base", "llama"), tmp_path / "out"
+    quantize(str(base), recipe_with({"match": "*", **rule, "methods": ["rtn"]}), out, CPU)
+    assert f"TensorRT-LLM, by its own rules and not run, {said}" in (out / CARD).read_text()

@@ -50,7 +50,8 @@ class Gguf:
     def __init__(self, rest: str = "f16", split_max_size: float | None = None) -> None:
         if split_max_size is not None and not split_max_size > 0:
             raise ConfigError(f"--split-max-size {split_max_size:g} GB: give a number above 0, for example 4")
-        self._rest, self._most = rest, split_max_size and int(split_max_size * GB)
+        self._rest = rest
+        self._most = None if split_max_size is None else int(split_max_size * GB)
 
     @property
     def one_file(self) -> bool:
