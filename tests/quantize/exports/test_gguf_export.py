@@ -247,6 +247,6 @@ def test_several_files_are_read_by_the_first(tmp_path: Path) -> None:
 
 def test_a_size_of_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["export", str(tmp_path), "--to", "gguf", "--out", str(tmp_path / "x"), "--split-max-size"]
-    for size in ("0", "-1", "nan"):
+    for size in ("0", "-1", "nan", "inf"):
         assert main([*arguments, size]) == 2
         assert "give a number above 0" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Writes the file, and reads it back before it is anybody's."""
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -48,10 +49,10 @@ class Gguf:
     readers = "llama.cpp, Ollama, LM Studio, OpenVINO GenAI (llama, qwen2, qwen3)"
 
     def __init__(self, rest: str = "f16", split_max_size: float | None = None) -> None:
-        if split_max_size is not None and not split_max_size > 0:
+        if split_max_size is not None and not 0 < split_max_size < math.inf:
             raise ConfigError(f"--split-max-size {split_max_size:g} GB: give a number above 0, for example 4")
         self._rest = rest
-        self._most = None if split_max_size is None else int(split_max_size * GB)
+        self._most = None if split_max_size is None else max(1, int(split_max_size * GB))
 
     @property
     def one_file(self) -> bool:
