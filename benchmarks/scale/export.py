@@ -89,7 +89,7 @@ def make(checkpoint: Path, small: Path, layers: int) -> None:
         writer.write_shard(tensors | {f"model.layers.{layer}.{norm}.weight": _ones() for norm in norms})
     table = torch.randn(VOCABULARY, HIDDEN, dtype=torch.bfloat16)
     writer.write_shard(
-        {"model.embed_tokens.weight": table, "lm_head.weight": table, "model.norm.weight": _ones()}
+        {"model.embed_tokens.weight": table, "lm_head.weight": table.clone(), "model.norm.weight": _ones()}
     )
     config = LlamaConfig(
         hidden_size=HIDDEN, intermediate_size=MIDDLE, num_hidden_layers=layers, num_attention_heads=32,

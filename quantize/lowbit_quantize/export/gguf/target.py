@@ -1,6 +1,7 @@
 """Writes the file, and reads it back before it is anybody's."""
 
 import math
+import mmap
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -194,7 +195,8 @@ def _write(
 
 def _check(path: Path, tensors: GgufTensors, entries: list[Entry], architecture: str, config: Any) -> None:
     """Hold what readers of the file will compute with against the checkpoint's numbers; raises CheckpointError."""
-    stored = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+    reader = GGUFReader(path)
+    stored = {tensor.name: tensor for tensor in reader.tensors}
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config.to_dict())
     for entry in track(entries, len(entries), "read back"):
         if tensors.rounds(entry):
@@ -209,6 +211,8 @@ def _check(path: Path, tensors: GgufTensors, entries: list[Entry], architecture:
                     "please report it"
                 )
             start += len(rows)
+        # The whole file is mapped: what was read need not stay in memory.
+        reader.data._mmap.madvise(mmap.MADV_DONTNEED)
 
 
 def _by_rows(tensor: Any, entry: Entry, processor: TensorProcessor) -> Callable[[int, int], Any]:
