@@ -93,7 +93,8 @@ def make(checkpoint: Path, small: Path, layers: int) -> None:
     )
     config = LlamaConfig(
         hidden_size=HIDDEN, intermediate_size=MIDDLE, num_hidden_layers=layers, num_attention_heads=32,
-        num_key_value_heads=8, vocab_size=VOCABULARY, tie_word_embeddings=False, architectures=["LlamaForCausalLM"],
+        num_key_value_heads=8, vocab_size=VOCABULARY, tie_word_embeddings=False,
+        architectures=["LlamaForCausalLM"], dtype="bfloat16",
     )  # fmt: skip
     said = json.loads((tiny / "config.json").read_text())["quantization_config"]
     writer.finish({**config.to_dict(), "quantization_config": said})

@@ -99,17 +99,20 @@ class Checkpoint:
             return found
 
     def read(self, shard: str) -> Iterator[tuple[str, Quantized | Tensor]]:
-        """Linears as they were quantized, by name, and every other tensor of a shard."""
+        """Every tensor of a shard that is no linear's, and linears as they were quantized, by name, one at a time."""
+        here = [name for name, place in self.tensors.items() if place == shard]
+        for name in here:
+            if name not in self.modules:
+                yield name, self._tensor(shard, name)
+        for name in here:
+            if name in self.modules:
+                yield name, self.linear(name)
+
+    def _tensor(self, shard: str, name: str) -> Tensor:
+        """A file that is open keeps what was read of it in memory: each tensor opens it anew."""
         with safe_open(self.directory / shard, framework="pt") as file:
-            parts: dict[str, dict[str, Tensor]] = {}
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                module, _, part = name.rpartition(".")
-                if module in self.modules and part != "bias":
-                    parts.setdefault(module, {})[part] = file.get_tensor(name)
-                else:
-                    yield name, file.get_tensor(name)
-        for module, tensors in parts.items():
-            yield module, self.schemes[module].read(tensors)
+            found: Tensor = file.get_tensor(name)
+            return found
 
     def _scheme(self, module: ModuleRecord) -> Scheme:
         if module.scheme not in self._presets:

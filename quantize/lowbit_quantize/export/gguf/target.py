@@ -211,8 +211,7 @@ def _check(path: Path, tensors: GgufTensors, entries: list[Entry], architecture:
                     "please report it"
                 )
             start += len(rows)
-        # The whole file is mapped: what was read need not stay in memory.
-        reader.data._mmap.madvise(mmap.MADV_DONTNEED)
+            reader.data._mmap.madvise(mmap.MADV_DONTNEED)  # all of it is mapped: what was read need not stay
 
 
 def _by_rows(tensor: Any, entry: Entry, processor: TensorProcessor) -> Callable[[int, int], Any]:
