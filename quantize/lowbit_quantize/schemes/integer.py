@@ -36,6 +36,7 @@ with without_compiler():  # the library compiles a function for 4-bit floats, wh
 PRESET_NAMES = ("W4A16", "W4A16_ASYM", "W8A16")
 SMALLEST_GROUP = 32  # what the engines' integer kernels divide rows into
 WORD_BITS = 32
+UNPACKED_AT_ONCE = 1 << 22  # numbers
 TRIAL_CLIPS = (1.0, 0.86)  # that a scale of the inputs is judged by
 MARLIN = ((4, True), (8, True), (4, False))  # bits, symmetric
 MARLIN_GROUPS = (None, 32, 64, 128)
@@ -118,7 +119,7 @@ class Integer(Affine):
         if not self.symmetric:
             shape = torch.Size(scale.shape)
             zero = unpack_from_int32(tensors["weight_zero_point"], self.bits, shape, packed_dim=0).float()
-        codes = unpack_from_int32(tensors["weight_packed"], self.bits, torch.Size((outputs, inputs)))
+        codes = _unpacked(tensors["weight_packed"], self.bits, outputs, inputs)
         return Quantized(codes, {"scale": scale, "zero": zero}, self)
 
     def bytes(self, outputs: int, inputs: int) -> tuple[int, int]:
@@ -182,6 +183,13 @@ class Integer(Affine):
         if self.group_size and inputs % self.group_size:
             return f"groups of {self.group_size} do not divide them"
         return None
+
+
+def _unpacked(packed: Tensor, bits: int, outputs: int, inputs: int) -> Tensor:
+    """Codes (out, in) int8, some rows at a time: what unpacks them takes twelve bytes a number."""
+    rows = max(1, UNPACKED_AT_ONCE // inputs)
+    blocks = packed.split(rows)
+    return torch.cat([unpack_from_int32(one, bits, torch.Size((len(one), inputs))) for one in blocks])
 
 
 def _preset(name: str) -> Preset:

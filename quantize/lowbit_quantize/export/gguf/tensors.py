@@ -17,7 +17,7 @@ from lowbit_quantize.export.gguf.blocks import BLOCK, block_type, blocks_of, row
 from lowbit_quantize.export.gguf.families import GgufFamily
 from lowbit_quantize.schemes.scheme import Quantized
 
-CHUNK_NUMBERS = 1 << 24  # of a matrix that is not quantized, at once
+CHUNK_NUMBERS = 1 << 22  # of a matrix, at once
 REST = {
     "f16": GGMLQuantizationType.F16,
     "bf16": GGMLQuantizationType.BF16,
@@ -129,8 +129,9 @@ class GgufTensors:
         """The bytes of a tensor as arrays, in order."""
         for source in entry.sources:
             if source in self._checkpoint.modules:
-                found = self._checkpoint.linear(source)
-                yield blocks_of(source, self._in_order(entry, found), entry.kind)
+                found = self._in_order(entry, self._checkpoint.linear(source))
+                for start, stop in _blocks(found):
+                    yield blocks_of(source, found.rows(start, stop), entry.kind)
             else:
                 for rows in self._rows(source):
                     yield self._stored(source, self._arranged(entry, rows), entry.kind)
@@ -142,9 +143,8 @@ class GgufTensors:
                 yield from (rows.float().reshape(-1, *entry.shape[1:]) for rows in self._rows(source))
                 continue
             found = self._checkpoint.linear(source)
-            step = max(1, CHUNK_NUMBERS // found.codes.shape[1])
-            for start in range(0, len(found.codes), step):
-                yield found.rows(start, start + step).dequantize()
+            for start, stop in _blocks(found):
+                yield found.rows(start, stop).dequantize()
 
     def _rows(self, source: str) -> Iterator[Tensor]:
         shape = self._checkpoint.shape(source)
@@ -183,6 +183,12 @@ class GgufTensors:
             raise CheckpointError(f"{source} has numbers beyond float16; give --rest bf16")
         stored: Any = quants.quantize(wide.numpy(), kind)
         return stored
+
+
+def _blocks(linear: Quantized) -> Iterator[tuple[int, int]]:
+    """Rows that are taken at once."""
+    step = max(1, CHUNK_NUMBERS // linear.codes.shape[1])
+    yield from ((start, start + step) for start in range(0, len(linear.codes), step))
 
 
 def rotated(rows: Tensor, heads: int) -> Tensor:
