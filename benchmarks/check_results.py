@@ -91,6 +91,12 @@ def every_gguf_family_computes_the_same_in_llama_cpp_but_for_its_rounding_of_inp
     assert all(row["median"] < 0.01 for row in rows.values())
 
 
+def an_export_as_gguf_holds_less_than_a_gigabyte_and_a_half_of_a_checkpoint_of_six() -> None:
+    result = _read("scale/results/export.json")
+    assert result["checkpoint_bytes"] > 5.5e9
+    assert result["exports"]["gguf"]["peak_rss_bytes"] < 1.5e9
+
+
 def the_picture_of_pruned_experts_is_drawn_from_its_result() -> None:
     committed = BENCHMARKS / "experts" / "results" / "tiny-moe.json"
     with tempfile.TemporaryDirectory() as temporary:
@@ -136,6 +142,7 @@ CHECKS = (
     every_gguf_tokenizer_that_is_not_refused_encodes_all_published_samples_alike,
     every_tokenizer_that_is_written_as_gguf_encodes_all_published_samples_alike_in_llama_cpp,
     every_gguf_family_computes_the_same_in_llama_cpp_but_for_its_rounding_of_inputs,
+    an_export_as_gguf_holds_less_than_a_gigabyte_and_a_half_of_a_checkpoint_of_six,
     the_picture_of_pruned_experts_is_drawn_from_its_result,
     the_readme_shows_the_table_of_merged_experts,
     dropping_loses_less_than_merging_and_no_more_than_it_did,
