@@ -92,7 +92,7 @@ def every_gguf_family_computes_the_same_in_llama_cpp_but_for_its_rounding_of_inp
 
 
 def an_export_as_gguf_holds_less_than_a_gigabyte_and_a_half_of_a_checkpoint_of_six() -> None:
-    result = _read("scale/results/export.json")
+    result = _read("formats/results/memory.json")
     assert result["checkpoint_bytes"] > 5.5e9
     assert result["exports"]["gguf"]["peak_rss_bytes"] < 1.5e9
 

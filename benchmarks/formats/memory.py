@@ -1,7 +1,7 @@
 """How much memory `lowbit export` takes of a checkpoint of Llama-3.1-8B's shape (6 GB): the most that it holds.
 
-    python benchmarks/scale/export.py --work DIR [--to gguf mlx modelopt] [--layers 32] \
-        [--json benchmarks/scale/results/export.json]
+    python benchmarks/formats/memory.py --work DIR [--to gguf mlx modelopt] [--layers 32] \
+        [--json benchmarks/formats/results/memory.json]
 
 The checkpoint is made here: random codes and scales, a file for each layer as the walk writes them, a manifest with the
 names. Measured is the largest resident set of the process, files that are mapped included, and its seconds.
