@@ -44,7 +44,8 @@ class Checkpoint:
     @property
     def stretches(self) -> set[str]:
         """How positions are stretched, of any layer: transformers' names of it; empty where they are not."""
-        said = self.config.get("rope_parameters") or self.config.get("rope_scaling") or {}
+        config = self.config.get("text_config") or self.config  # of a wrapper
+        said = config.get("rope_parameters") or config.get("rope_scaling") or {}
         kinds = said.values() if all(isinstance(one, dict) for one in said.values()) else [said]
         return {str(one.get("rope_type") or one.get("type") or "default") for one in kinds} - {"default"}
 

@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,11 +27,10 @@ from lowbit_core.errors import CheckpointError
 from lowbit_core.server_process import last_words
 from lowbit_quantize.export.checkpoint import Checkpoint
 from lowbit_quantize.export.exporter import Exported
-from lowbit_quantize.export.older_format import HEAD, KV_SCALES
+from lowbit_quantize.export.older_format import HEAD, repack
 from lowbit_quantize.export.packing import pack_last
 from lowbit_quantize.run.companions import copy_companions
 from lowbit_quantize.run.directory import check_disk
-from lowbit_quantize.run.writer import CheckpointWriter
 from lowbit_quantize.schemes.integer import Integer
 from lowbit_quantize.schemes.scheme import Quantized
 
@@ -39,6 +38,7 @@ Activations = Literal["float32", "int8"]
 ACCURACY_LEVELS: dict[Activations, int] = {"float32": 1, "int8": 4}
 BLOCKS = (16, 32, 64, 128, 256)
 BITS = (4, 8)
+FAMILIES = ("llama", "mistral", "phi3", "qwen2", "qwen3")  # whose graphs tests have held against the numbers
 STRETCHES = {"llama3"}  # of positions, that the builder's graph was seen to compute right
 PACKAGES = ("onnxruntime_genai", "onnxruntime", "onnx", "onnx_ir")
 MODEL = "model.onnx"
@@ -64,8 +64,12 @@ class Onnx:
         self._activations = activations
 
     def supports(self, checkpoint: Checkpoint) -> str | None:
-        if checkpoint.manifest.experts is not None:
-            return "the builder of ONNX Runtime GenAI reads no quantized experts of such a checkpoint"
+        kind = checkpoint.config.get("model_type")
+        if kind not in FAMILIES:
+            known = ", ".join(FAMILIES)
+            return (
+                f"the builder's graph was held against the checkpoint's own numbers for {known}, not {kind}"
+            )
         if HEAD in checkpoint.modules:
             return f"the head stays as it is there, and this checkpoint quantizes {HEAD}"
         if left := checkpoint.manifest.unquantized:
@@ -76,6 +80,8 @@ class Onnx:
                 return f"MatMulNBits holds integers of 4 or 8 bits in groups of {sizes}, not {name} in {scheme.name}"
             if LINEAR.search(name) is None:
                 return f"the builder knows no linear {name}"
+        if window := _window(checkpoint.config):
+            return f"layers see a window of {window} tokens, and the builder's graph fails on a prompt that is longer"
         if wrong := checkpoint.stretches - STRETCHES:
             return f"the builder was not seen to compute positions right that are stretched as {min(wrong)!r}"
         if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
@@ -85,7 +91,7 @@ class Onnx:
     def write(self, checkpoint: Checkpoint, out: Path) -> Exported:
         check_disk(out, DISK_FACTOR * checkpoint.manifest.size.bytes)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-gptq-") as temporary:
-            left_out = _write_gptq(checkpoint, Path(temporary))
+            left_out = repack(checkpoint, Path(temporary), _gptq, _quantization(checkpoint)).left_out
             _build(Path(temporary), out, ACCURACY_LEVELS[self._activations])
         packed = _check(checkpoint, out)
         _copy_missing(checkpoint, out)
@@ -93,22 +99,11 @@ class Onnx:
         return Exported(total, packed, left_out)
 
 
-def _write_gptq(checkpoint: Checkpoint, out: Path) -> list[str]:
-    """The checkpoint as the builder reads it; returns what it has no place for."""
-    writer, left_out = CheckpointWriter(out, len(checkpoint.shards)), False
-    for shard in checkpoint.shards:
-        tensors: dict[str, Tensor] = {}
-        for name, found in checkpoint.read(shard):
-            if isinstance(found, Quantized):
-                tensors |= {f"{name}.{part}": tensor for part, tensor in _gptq(found).items()}
-            elif name.endswith(KV_SCALES):
-                left_out = True
-            else:
-                tensors[name] = found
-        writer.write_shard(tensors)
-    writer.finish({**checkpoint.config, "quantization_config": _quantization(checkpoint)})
-    copy_companions(checkpoint.directory, checkpoint.other_files, out)
-    return ["scales of an FP8 KV cache"] if left_out else []
+def _window(config: Mapping[str, Any]) -> int | None:
+    """How many tokens a layer sees, where that is fewer than the model takes."""
+    window = int(config.get("sliding_window") or 0)
+    shorter = 0 < window < config.get("max_position_embeddings", 0)
+    return window if shorter and config.get("use_sliding_window", True) else None
 
 
 def _gptq(quantized: Quantized) -> dict[str, Tensor]:

@@ -51,7 +51,9 @@ def logits_of(directory: Path) -> Any:
         ("llama", {"rope_parameters": LLAMA3}),
         ("mistral", {"sliding_window": None}),
         ("qwen2", {}),
-        ("qwen3", {}),
+        ("qwen3", {"attention_bias": True}),
+        ("llama", {"mlp_bias": True, "head_dim": 64}),
+        ("phi3", {"original_max_position_embeddings": 512, "partial_rotary_factor": 0.5}),
         ("phi3", {"original_max_position_embeddings": 512}),
     ],
 )
@@ -126,9 +128,10 @@ def test_what_ends_a_turn_is_in_its_configuration(tmp_path: Path) -> None:
     [
         ("llama", {"scheme": "W8A8"}, "MatMulNBits holds integers of 4 or 8 bits"),
         ("llama", {"scheme": "W4A16", "group_size": "channel"}, "in groups of 16, 32, 64, 128, 256, not"),
-        ("qwen3_moe", FOUR, "experts"),
+        ("qwen3_moe", FOUR, "not qwen3_moe"),
+        ("olmo2", FOUR, "held against the checkpoint's own numbers for llama"),
         ("llama", {"match": "*.mlp.*", **FOUR}, "reads quantized linears only"),
-        ("lfm2", FOUR, "knows no"),
+        ("lfm2", FOUR, "not lfm2"),
     ],
 )
 def test_what_it_cannot_hold_is_one_line_and_nothing_is_written(
@@ -142,10 +145,24 @@ def test_what_it_cannot_hold_is_one_line_and_nothing_is_written(
     assert not out.exists()
 
 
-def test_the_builders_own_refusal_is_its_last_words(tmp_path: Path) -> None:
-    """A family whose linears have the names that are known, and whose graph the builder does not have."""
-    checkpoint = checkpoint_of(tmp_path, "olmo2", FOUR)
+def test_the_builders_own_failure_is_its_last_words(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"builder of ONNX Runtime GenAI ended with status 1: .*Error"):
+        onnx._build(tmp_path, tmp_path / "out", 1)
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [
+        ("mistral", {"sliding_window": 32}),
+        ("phi3", {"original_max_position_embeddings": 512, "sliding_window": 32}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1}),
+    ],
+)
+def test_windows_on_which_its_graph_fails_are_refused(
+    family: str, sizes: dict[str, Any], tmp_path: Path
+) -> None:
+    checkpoint = checkpoint_of(tmp_path, family, FOUR, sizes=sizes)
+    with pytest.raises(CheckpointError, match="see a window of 32 tokens"):
         exported(checkpoint)
     assert not (tmp_path / "onnx").exists()
 
