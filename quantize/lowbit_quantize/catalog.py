@@ -14,7 +14,7 @@ from lowbit_quantize.passes.kind import PassKind
 from lowbit_quantize.passes.prune_experts import PruneExpertsKind
 from lowbit_quantize.passes.quantize import QuantizeKind
 from lowbit_quantize.recipe import NONE
-from lowbit_quantize.schemes import eight_bits, integer
+from lowbit_quantize.schemes import eight_bits, float_blocks, integer, rounded_integers
 from lowbit_quantize.schemes.scheme import Preset
 
 
@@ -28,7 +28,12 @@ class Catalog:
 
 
 CATALOG = Catalog(
-    presets=(*integer.PRESETS, *eight_bits.PRESETS),
+    presets=(
+        *integer.PRESETS,
+        *eight_bits.PRESETS,
+        *float_blocks.PRESETS,
+        *rounded_integers.PRESETS,
+    ),
     methods=(RoundToNearest(), Awq(), SmoothQuant(), Gptq()),
     passes=(PruneExpertsKind(), DistillRouterKind(), QuantizeKind()),
 )
@@ -36,7 +41,8 @@ CATALOG = Catalog(
 
 USUAL_NAMES = {  # what other tools call schemes and methods
     "int4": "W4A16", "int8": "W8A8", "int3": "W3A16", "int2": "W2A16", "4bit": "W4A16", "8bit": "W8A8", "4": "W4A16",
-    "8": "W8A8", "w4": "W4A16", "w8": "W8A8", "fp8": "FP8_DYNAMIC", "bf16": NONE, "bfloat16": NONE, "fp16": NONE,
+    "8": "W8A8", "fp4": "NVFP4", "w4": "W4A16", "w8": "W8A8", "fp8": "FP8_DYNAMIC",
+    "bf16": NONE, "bfloat16": NONE, "fp16": NONE,
     "skip": NONE, "round": "rtn", "optq": "gptq", "sq": "smoothquant",
 }  # fmt: skip
 

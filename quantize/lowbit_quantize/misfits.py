@@ -33,7 +33,7 @@ def check_experts(
     if entry is not None and misfit is not None:
         raise RecipeError(
             f"modules: {entry.scheme.name} does not fit routed experts ({published[experts[0]]}): {misfit}; give them "
-            "W4A16, W8A8 or FP8_DYNAMIC, or leave them as they are: {match: '*.experts.*', scheme: none}"
+            "W4A16, W8A8, FP8_DYNAMIC or NVFP4, or leave them as they are: {match: '*.experts.*', scheme: none}"
         )
 
 

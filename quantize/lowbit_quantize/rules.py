@@ -10,7 +10,7 @@ from lowbit_core.errors import RecipeError
 from lowbit_quantize.catalog import Catalog, unknown_name
 from lowbit_quantize.methods.method import Method
 from lowbit_quantize.recipe import NONE, Rule
-from lowbit_quantize.schemes.scheme import Scheme
+from lowbit_quantize.schemes.scheme import Preset, Scheme
 from lowbit_quantize.walk.module_plan import ModulePlan
 
 DEFAULT_METHODS = ("awq",)
@@ -97,11 +97,17 @@ def _entry(rule: Rule, key: str, catalog: Catalog) -> ModulePlan | None:
     preset = presets[rule.scheme]
     if preset.fixed_size and rule.group_size not in (None, preset.group_size):
         raise RecipeError(
-            f"{key}.group_size = {rule.group_size}: {rule.scheme} has one scale a channel or tensor; "
-            "leave group_size out"
+            f"{key}.group_size = {rule.group_size}: {rule.scheme} has {_scales(preset)}; leave group_size out"
         )
     scheme: Scheme = preset.make(rule.group_size or preset.group_size)
     return ModulePlan(scheme, _methods(rule.methods or DEFAULT_METHODS, f"{key}.methods", catalog))
+
+
+def _scales(preset: Preset) -> str:
+    """What a preset of one group size alone has a scale for."""
+    if preset.group_size == "channel":
+        return "one scale a channel or tensor"
+    return f"one scale for each {preset.group_size} inputs"
 
 
 def _methods(names: Sequence[str], key: str, catalog: Catalog) -> tuple[Method, ...]:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowbit_quantize.schemes.grids import FP8, INT8
-from lowbit_quantize.schemes.inputs import InputQuantizer
+from lowbit_quantize.schemes.grids import FP4, FP8, INT8
+from lowbit_quantize.schemes.inputs import BlockInputs, InputQuantizer
+from lowbit_quantize.schemes.rounded_integers import kept_scales
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
 
@@ -48,3 +49,46 @@ def test_fp8(inputs: Tensor, static: bool) -> None:
     ours, our_scales = InputQuantizer(FP8, static).encode(inputs, 0.037 if static else None)
     assert torch.equal(ours, codes.float())
     assert torch.equal(our_scales, scales.expand(256, 1))
+
+
+@pytest.mark.parametrize("scale", [64.0, 37.3])
+def test_nvfp4_in_blocks_under_one_scale(inputs: Tensor, scale: float) -> None:
+    from vllm.model_executor.layers.quantization.utils.nvfp4_emulation_utils import ref_nvfp4_quant
+
+    codes, scales = ref_nvfp4_quant(inputs, torch.tensor(scale), 16)
+    theirs = codes.unflatten(-1, (-1, 16)) * scales.unsqueeze(-1)
+    ours, after = BlockInputs(FP4, static=True, width=16).encode(inputs, scale)
+    assert torch.equal(ours, theirs.flatten(-2))
+    assert torch.equal(after, torch.full((256, 1), 1 / scale))
+
+
+def test_mxfp8_in_blocks(inputs: Tensor) -> None:
+    from vllm.model_executor.layers.quantization.utils.mxfp8_utils import _mxfp8_e4m3_quantize_torch
+
+    codes, exponents = _mxfp8_e4m3_quantize_torch(inputs)
+    scales = torch.exp2(exponents.float() - 127).unsqueeze(-1)
+    theirs = (codes.float().unflatten(-1, (-1, 32)) * scales).flatten(-2)
+    ours, _ = BlockInputs(FP8, width=32).encode(inputs)
+    assert torch.equal(ours, theirs)
+
+
+def test_hoppers_kernel_leaves_the_scales_of_w4afp8_as_they_are() -> None:
+    """`convert_bf16_scales_to_fp8`, which asks for a GPU: QuantFP8 by row, an eighth of it in FP8, times eight."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
+    from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape
+
+    generator = torch.Generator().manual_seed(1)
+    scale = torch.randn(64, 24, generator=generator) * torch.logspace(-2, 0, 64).unsqueeze(1)
+    with set_current_vllm_config(VllmConfig()):
+        quantize = QuantFP8(static=False, group_shape=GroupShape.PER_TOKEN)
+
+    def served(stored: Tensor) -> Tensor:
+        codes, row = quantize.forward_native(stored.to(torch.bfloat16))
+        found: Tensor = (codes.float() / 8).to(torch.float8_e4m3fn).float() * (row * 8)
+        return found
+
+    kept = kept_scales(scale)
+    torch.testing.assert_close(served(kept), kept, rtol=2**-7, atol=0)
+    assert ((served(scale) - scale).abs() / scale.abs()).max() > 0.05
+    assert ((kept - scale).abs() <= scale.abs() / 15 + kept.abs().amax(1, keepdim=True) / 448 / 64).all()

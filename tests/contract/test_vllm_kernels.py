@@ -1,6 +1,7 @@
 """The conditions that `lowbit quantize --dry-run` states are those of the installed vLLM's kernels."""
 
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -113,4 +114,30 @@ def test_one_scale_serves_the_inputs_of_all_experts_of_a_layer() -> None:
     )
     assert (float(first), float(second)) == (3.0, 2.0)
     presets = {preset.name: preset.make(preset.group_size).experts.misfit for preset in CATALOG.presets}
-    assert {name for name, misfit in presets.items() if misfit} == {"FP8", "W4A16_ASYM"}
+    assert {name for name, misfit in presets.items() if misfit} == {"FP8", "W4A16_ASYM", "W4A8"}
+
+
+def test_the_largest_of_their_global_scales_serves_all_that_is_fused() -> None:
+    """Why q, k and v, and gate and up, share one in NVFP4."""
+    from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
+        compressed_tensors_w4a4_nvfp4 as nvfp4,
+    )
+
+    scheme = object.__new__(nvfp4.CompressedTensorsW4A4Fp4)
+    scheme.use_a16, scheme.kernel = False, SimpleNamespace(process_weights_after_loading=lambda layer: None)
+    layer = SimpleNamespace(
+        weight_packed=torch.zeros(2, 8, dtype=torch.uint8),
+        weight_global_scale=torch.tensor([2.0, 8.0]),
+        input_global_scale=torch.tensor([4.0, 1.0]),
+    )
+    scheme.process_weights_after_loading(layer)
+    assert float(layer.weight_global_scale) == 1 / 8
+    assert float(layer.input_global_scale_inv) == 4
+
+
+def test_experts_of_a_layer_have_the_smallest_global_scale_of_their_inputs() -> None:
+    """Which is why those are powers of two: they round alike, whichever is taken."""
+    from vllm.model_executor.layers.quantization.utils.flashinfer_fp4_moe import amax_for_moe_activation_quant
+
+    reciprocals = 1 / torch.tensor([64.0, 16.0, 128.0])
+    assert float(amax_for_moe_activation_quant(reciprocals, False)) == 1 / 16

@@ -143,20 +143,32 @@ def solve_scales(
 def _solve_rows(rows: tuple[Tensor, ...], hessian: Tensor, affine: Affine) -> Tensor:
     codes, scale, zero, weight = rows
     steps = affine.split(codes).float() - zero.unsqueeze(-1)  # (…, rows, groups, width)
+    quadratic, slope = scale_system(steps, weight, hessian)
+    pull = RIDGE * quadratic.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True) + 1e-20
+    system = quadratic + torch.diag_embed(pull.expand_as(scale))
+    solved = stored(torch.linalg.solve(system, slope + pull * scale))
+    better = relative_error(solved, quadratic, slope) < relative_error(scale, quadratic, slope)
+    better &= torch.isfinite(solved).all(-1)
+    return torch.where(better.unsqueeze(-1), solved, scale)
+
+
+def scale_system(steps: Tensor, weight: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """A_gh = q_g H q_hᵀ, (…, rows, groups, groups), and b_g = q_g H wᵀ, (…, rows, groups).
+
+    Of what each scale multiplies, (…, rows, groups, width), and weights (…, rows, in).
+    """
     count, width = steps.shape[-2:]
-    quadratic = torch.zeros(*steps.shape[:-1], count, device=steps.device)  # (…, rows, groups, groups)
+    quadratic = torch.zeros(*steps.shape[:-1], count, device=steps.device)
     for g in range(count):  # the matrix is symmetric
         rest, tile = steps[..., g:, :], hessian[..., g * width : (g + 1) * width, g * width :]
         reach = (steps[..., g, :] @ tile).view_as(rest)
         quadratic[..., g, g:] = quadratic[..., g:, g] = reach.mul_(rest).sum(-1)
-    slope = ((weight @ hessian).view_as(steps) * steps).sum(-1)  # (…, rows, groups)
-    pull = RIDGE * quadratic.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True) + 1e-20
-    system = quadratic + torch.diag_embed(pull.expand_as(scale))
-    solved = stored(torch.linalg.solve(system, slope + pull * scale))
+    return quadratic, ((weight @ hessian).view_as(steps) * steps).sum(-1)
 
-    def relative_error(s: Tensor) -> Tensor:  # up to the constant w H wᵀ
-        error: Tensor = torch.einsum("...g,...gh,...h->...", s, quadratic, s) - 2 * (s * slope).sum(-1)
-        return error
 
-    better = (relative_error(solved) < relative_error(scale)) & torch.isfinite(solved).all(-1)
-    return torch.where(better.unsqueeze(-1), solved, scale)
+def relative_error(scale: Tensor, quadratic: Tensor, slope: Tensor) -> Tensor:
+    """What each row errs under its scales, (…, rows), up to the constant w H wᵀ."""
+    error: Tensor = torch.einsum("...g,...gh,...h->...", scale, quadratic, scale) - 2 * (scale * slope).sum(
+        -1
+    )
+    return error

@@ -98,6 +98,9 @@ class EightBits:
     def dequantize(self, codes: Tensor, params: Params) -> Tensor:
         return codes.float() * params["scale"]
 
+    def factors(self, codes: Tensor, params: Params) -> tuple[Tensor, Tensor]:
+        return codes.to(torch.bfloat16), params["scale"]
+
     def columns(self, params: Params, groups: Tensor) -> Callable[[slice], Sequence[QuantizeColumn]]:
         scale = params["scale"].squeeze(-1)  # (n, rows)
 

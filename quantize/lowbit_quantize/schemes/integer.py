@@ -1,7 +1,7 @@
 """Affine integers as a scheme: W4A16, W4A16_ASYM and W8A16 of compressed-tensors, stored as `pack-quantized`."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from lowbit_quantize.schemes.affine_search import (
     solve_scales,
     split_groups,
 )
+from lowbit_quantize.schemes.inputs import InputQuantizer
 from lowbit_quantize.schemes.scheme import (
     ExpertSupport,
     GroupSize,
@@ -50,10 +51,10 @@ class Integer(Affine):
     """`w = scale · (code − zero)`, codes int8 in memory; parameters `scale` and `zero`, (out, groups) each."""
 
     name: str
+    input_quantizer: InputQuantizer | None = field(default=None, kw_only=True)
 
     format = "pack-quantized"
     code_dtype = torch.int8
-    input_quantizer = None
 
     def search(self, weight: Tensor, hessian: Tensor | None) -> Params:
         if hessian is None:
@@ -70,6 +71,10 @@ class Integer(Affine):
         groups = self.split(codes).float()  # (…, out, groups, width)
         weight: Tensor = (groups - params["zero"].unsqueeze(-1)) * params["scale"].unsqueeze(-1)
         return weight.flatten(-2)
+
+    def factors(self, codes: Tensor, params: Params) -> tuple[Tensor, Tensor]:
+        weight = self.dequantize(codes, params)
+        return weight, torch.ones(len(weight), 1, device=weight.device)
 
     def columns(self, params: Params, groups: Tensor) -> Callable[[slice], Sequence[QuantizeColumn]]:
         scale = take_rows(params["scale"].mT, groups)  # (n, columns, rows)

@@ -1,4 +1,4 @@
-"""A linear that computes what an engine with 8-bit kernels does: inputs rounded, codes times codes, scales after."""
+"""A linear that computes what engines do whose kernels round inputs: small numbers times small ones, scales after."""
 
 import torch
 from torch import Tensor, nn
@@ -8,27 +8,31 @@ from lowbit_quantize.schemes.inputs import InputQuantizer
 
 
 class RoundingLinear(nn.Linear):
-    """Stands where a linear was; `weight` holds the codes, which bfloat16 and float16 hold exactly.
+    """Stands where a linear was; `weight` holds what kernels multiply, as `Scheme.factors` gives it.
 
-    Sums of int8 are exact where the processor multiplies it, as in vLLM's CPU kernel, and else float32, which may
+    Sums of int8 codes are exact where the processor multiplies it, as in vLLM's CPU kernel, and else float32, which may
     differ in the last digit.
     """
 
     def __init__(
         self,
         linear: nn.Linear,
-        codes: Tensor,
+        weight: Tensor,
         scale: Tensor,
         quantizer: InputQuantizer,
         input_scale: float | None,
     ) -> None:
-        """`codes` (out, in) and their `scale` (out, 1) take the place of the linear's weight; its bias stays."""
+        """`weight` (out, in) and its `scale` (out, 1) take the place of the linear's weight; its bias stays.
+
+        A weight in bfloat16 or float16 is exact, and of codes where inputs are int8; one in float32 has more digits.
+        """
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
-        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = linear.bias
         self._scale, self._quantizer, self._input_scale = scale.T, quantizer, input_scale
-        integers = quantizer.grid.name == "int8" and multiplies_int8(codes.device)
-        self._integers = codes.to(torch.int8) if integers else None
+        integers = quantizer.grid.name == "int8" and weight.dtype != torch.float32
+        multiplied = integers and multiplies_int8(weight.device)
+        self._integers = weight.to(torch.int8) if multiplied else None
 
     def forward(self, inputs: Tensor) -> Tensor:
         rows = inputs.reshape(-1, inputs.shape[-1])

@@ -32,8 +32,8 @@ class Scheme(Protocol):
     (n, out, in), with parameters (n, out, groups) and Hessians (n, in, in).
 
     `format` is compressed-tensors' name of how codes lie in the file, `code_dtype` how they lie in memory;
-    `input_quantizer` says how engines round the inputs before they multiply, None where they do not; with one, sums of
-    codes are multiplied by the parameter `scale`, (out, 1).
+    `input_quantizer` says how engines round the inputs before they multiply, None where they do not; what they then
+    multiply, `factors` gives.
     """
 
     @property
@@ -68,6 +68,13 @@ class Scheme(Protocol):
 
     def dequantize(self, codes: Tensor, params: Params) -> Tensor:
         """What engines compute with, (out, in) float32."""
+        ...
+
+    def factors(self, codes: Tensor, params: Params) -> tuple[Tensor, Tensor]:
+        """What kernels that round inputs multiply: numbers (out, in), and what sums are multiplied by, (out, 1).
+
+        The numbers are bfloat16 where it holds them exactly, and float32 elsewhere. Not asked of weights only.
+        """
         ...
 
     def columns(self, params: Params, groups: Tensor) -> Callable[[slice], Sequence[QuantizeColumn]]:
@@ -180,17 +187,21 @@ class Quantized:
 
     def tensors(self) -> dict[str, Tensor]:
         """What the file holds."""
-        tensors = self.scheme.tensors(self.codes, self.params)
-        if self.input_scale is not None:
-            tensors["input_scale"] = torch.tensor([self.input_scale], dtype=torch.float32)
+        tensors, quantizer = self.scheme.tensors(self.codes, self.params), self.scheme.input_quantizer
+        if self.input_scale is not None and quantizer is not None:
+            tensors[quantizer.stored_as] = torch.tensor([self.input_scale], dtype=torch.float32)
         return tensors
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """What kernels that round inputs multiply (`Scheme.factors`)."""
+        return self.scheme.factors(self.codes, self.params)
 
 
 @dataclass(frozen=True)
 class Preset:
     """A row of the table of schemes: its name, the scheme it makes for a group size, and the size it has by itself.
 
-    `fixed_size`: it has no other.
+    `fixed_size`: it has no other, because it is stored so.
     """
 
     name: str

@@ -389,5 +389,4 @@ def _serve(layer: nn.Module, name: str, linear: nn.Linear, part: Quantized, serv
     if quantizer is None:
         linear.weight = nn.Parameter(served.to(linear.weight.dtype), requires_grad=False)
     else:
-        codes, scale = part.codes.to(linear.weight.dtype), part.params["scale"]
-        layer.set_submodule(name, RoundingLinear(linear, codes, scale, quantizer, part.input_scale))
+        layer.set_submodule(name, RoundingLinear(linear, *part.factors(), quantizer, part.input_scale))

@@ -77,6 +77,9 @@ class PowersOfTwo:
         weight: Tensor = (self._groups(codes).float() * params["scale"].unsqueeze(-1)).flatten(-2)
         return weight
 
+    def factors(self, codes: Tensor, params: Params) -> tuple[Tensor, Tensor]:
+        return self.dequantize(codes, params), torch.ones(len(codes), 1)
+
     def columns(self, params: Params, groups: Tensor) -> Callable[[slice], Sequence[QuantizeColumn]]:
         scales = take_rows(params["scale"].mT, groups)  # (n, columns, rows)
 
