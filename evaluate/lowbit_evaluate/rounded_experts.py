@@ -1,8 +1,9 @@
 """Routed experts whose inputs engines round, in a model that transformers loads: they compute what engines compute.
 
-transformers opens int8 experts not at all, and FP8 ones without rounding what they read. So it is given them as plain
-weights, unpacked by compressed-tensors, and then a list of single experts with the codes takes their place. Static
-scales of inputs, which engines share between experts, are left to transformers.
+transformers opens int8 experts and 4-bit floats not at all, and FP8 ones without rounding what they read. So it is
+given them as plain weights, unpacked by compressed-tensors, and then a list of single experts with the codes takes
+their place, where inputs are rounded. Static scales of inputs in FP8, which engines share between experts, are left to
+transformers.
 """
 
 import re
@@ -15,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit_evaluate.rounded_inputs import is_known, rounding_linear
+from lowbit_evaluate.rounded_inputs import known_scheme, rounding_linear
 from lowbit_quantize.model.architecture import Architecture
 from lowbit_quantize.model.experts import unstack_experts
 from lowbit_quantize.model.files.published_names import PublishedNames
 from lowbit_quantize.model.files.unopened_experts import (
     READER,
+    is_opened,
     parts_of,
     schemes_of,
     unpacked,
@@ -28,12 +30,15 @@ from lowbit_quantize.model.files.unopened_experts import (
 )
 from lowbit_quantize.model.weights import WeightFiles
 
-EXPERT = re.compile(r"(?P<linear>.*\.experts\.\d+\.\w+)\.weight")
+EXPERT = re.compile(r"(?P<linear>.*\.experts\.\d+\.\w+)\.weight(_packed)?")
 
 
 @dataclass(frozen=True)
 class RoundedExperts:
-    """Linears of a checkpoint's routed experts that round what they read, by published name, with their group."""
+    """Linears of a checkpoint's routed experts that transformers does not open as they are served, by published name.
+
+    With each its group of compressed-tensors' configuration.
+    """
 
     files: WeightFiles
     quantization: Mapping[str, Any]
@@ -56,7 +61,8 @@ class RoundedExperts:
         """Take the place of a loaded model's stacked experts."""
         unstack_experts(model.get_submodule(architecture.layers))
         for name, linear in list(model.named_modules()):
-            scheme = self.linears.get(names.published(name)) if architecture.in_experts(name) else None
+            group = self.linears.get(names.published(name)) if architecture.in_experts(name) else None
+            scheme = None if group is None else known_scheme(group)
             if isinstance(linear, nn.Linear) and scheme is not None:
                 parts = self._parts(names.published(name))
                 here = {part: tensor.to(model.device) for part, tensor in parts.items()}
@@ -67,13 +73,16 @@ class RoundedExperts:
 
 
 def rounded_experts(directory: Path, quantization: Mapping[str, Any]) -> RoundedExperts | None:
-    """The routed experts of a directory that round what they read; None where there are none."""
+    """The routed experts of a directory that transformers does not open as they are served; None without any."""
     if quantization.get("quant_method") != READER:
         return None
     files = WeightFiles(directory)
     names = [found["linear"] for name in files if (found := EXPERT.fullmatch(name))]
     schemes = schemes_of(quantization, names).items()
-    linears = {
-        name: scheme for name, scheme in schemes if is_known(scheme) and scheme.input_activations.dynamic
-    }
+    linears = {name: scheme for name, scheme in schemes if not is_opened(scheme) or _is_rounded(scheme)}
     return RoundedExperts(files, quantization, linears) if linears else None
+
+
+def _is_rounded(group: Any) -> bool:
+    """Whether experts of a group read what is rounded by scales that are found then and there."""
+    return known_scheme(group) is not None and bool(group.input_activations.dynamic)

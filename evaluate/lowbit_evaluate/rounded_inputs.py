@@ -2,22 +2,26 @@
 
 compressed-tensors would do it otherwise: it unpacks the codes to bfloat16, and its dynamic int8 scale is absmax / 127.5
 where vLLM's is absmax / 127. So each such linear is replaced before it is unpacked, of any tool's checkpoint. What
-rounds in another way (FP8 in blocks, 4-bit floats, zero points) is left to compressed-tensors, with a warning.
+rounds in another way (FP8 in blocks, zero points) is left to compressed-tensors, with a warning.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lowbit_core.log import get_logger
+from lowbit_quantize.schemes import float_blocks, rounded_integers
+from lowbit_quantize.schemes.eight_bits import EightBits
 from lowbit_quantize.schemes.grids import FP8, INT8
 from lowbit_quantize.schemes.inputs import InputQuantizer
 from lowbit_quantize.schemes.rounding_linear import RoundingLinear
+from lowbit_quantize.schemes.scheme import Scheme
 
 GRIDS = {"int": INT8, "float": FP8}
 EIGHT = 8
+PRESETS = (*float_blocks.PRESETS, *rounded_integers.PRESETS)
+ARGUMENTS = ("num_bits", "type", "strategy", "group_size", "symmetric", "dynamic")
 
 log = get_logger("evaluate")
 
@@ -30,9 +34,10 @@ def round_inputs(model: Any) -> int:
         if isinstance(module, nn.Linear)  # attention has a scheme of its own, for the cache
         and getattr(getattr(module, "quantization_scheme", None), "input_activations", None)
     ]
-    known = [(name, module) for name, module in found if is_known(module.quantization_scheme)]
-    for name, module in known:
-        model.set_submodule(name, _rounding(module))
+    schemes = [(name, module, known_scheme(module.quantization_scheme)) for name, module in found]
+    known = [(name, module, scheme) for name, module, scheme in schemes if scheme is not None]
+    for name, module, scheme in known:
+        model.set_submodule(name, _rounding(module, scheme))
     if len(known) < len(found):
         log.warning(
             "%d linears round what they read in a way that is left to compressed-tensors; engines may differ",
@@ -41,30 +46,48 @@ def round_inputs(model: Any) -> int:
     return len(known)
 
 
-def is_known(scheme: Any) -> bool:
-    """Whether a scheme of compressed-tensors rounds inputs in a way that is computed here."""
-    weights, inputs = scheme.weights, scheme.input_activations
-    if (
-        inputs is None
-        or not inputs.symmetric
-        or inputs.type != weights.type
-        or not inputs.num_bits == weights.num_bits == EIGHT
-    ):
-        return False
-    return weights.strategy in ("channel", "tensor") and inputs.strategy == (
-        "token" if inputs.dynamic else "tensor"
+def known_scheme(found: Any) -> Scheme | None:
+    """Ours that rounds weights and inputs as one of compressed-tensors does; None of one that is not computed here."""
+    if found.input_activations is None or found.weights is None:
+        return None
+    for preset in PRESETS:
+        size = preset.group_size if preset.fixed_size else found.weights.group_size or "channel"
+        scheme = preset.make(size)
+        arguments = scheme.quantization_args()
+        if "input_activations" in arguments and all(
+            _same(getattr(found, part), arguments[part]) for part in ("weights", "input_activations")
+        ):
+            return scheme
+    return _eight_bits(found)
+
+
+def rounding_linear(linear: nn.Linear, scheme: Scheme, parts: Mapping[str, Tensor]) -> RoundingLinear:
+    """What takes the place of a linear that is stored in a scheme whose inputs are rounded, as `parts`."""
+    quantizer, stored = scheme.input_quantizer, scheme.read(parts)
+    assert quantizer is not None, f"{scheme.name} leaves inputs as they are"
+    return RoundingLinear(linear, *stored.factors(), quantizer, stored.input_scale)
+
+
+def _same(one: Any, other: Any) -> bool:
+    return all(getattr(one, name) == getattr(other, name) for name in ARGUMENTS)
+
+
+def _eight_bits(found: Any) -> Scheme | None:
+    """Codes of eight bits on both sides: weights by channel or as a whole, inputs by token or under one scale."""
+    weights, inputs = found.weights, found.input_activations
+    eight = inputs.num_bits == weights.num_bits == EIGHT and inputs.type == weights.type
+    kinds = (
+        weights.strategy in ("channel", "tensor"),
+        inputs.strategy == ("token" if inputs.dynamic else "tensor"),
     )
+    if not inputs.symmetric or not eight or not all(kinds):
+        return None
+    grid = GRIDS[weights.type]
+    quantizer = InputQuantizer(grid, static=not inputs.dynamic)
+    return EightBits("of another tool", grid, weights.strategy == "channel", quantizer)
 
 
-def rounding_linear(linear: nn.Linear, scheme: Any, parts: Mapping[str, Tensor]) -> RoundingLinear:
-    """What takes the place of a linear that is stored in such a scheme, as `parts`."""
-    inputs = scheme.input_activations
-    scale: Tensor = parts["weight_scale"].float().view(-1, 1).expand(linear.out_features, 1)
-    static = None if inputs.dynamic else float(parts["input_scale"])
-    quantizer = InputQuantizer(GRIDS[inputs.type], not inputs.dynamic)
-    return RoundingLinear(linear, parts["weight"].to(torch.bfloat16), scale, quantizer, static)
-
-
-def _rounding(linear: Any) -> RoundingLinear:
-    parts = {name: tensor.detach() for name, tensor in linear.state_dict().items()}
-    return rounding_linear(linear, linear.quantization_scheme, parts)
+def _rounding(linear: Any, scheme: Scheme) -> RoundingLinear:
+    return rounding_linear(
+        linear, scheme, {name: part.detach() for name, part in linear.state_dict().items()}
+    )

@@ -1,14 +1,15 @@
-"""What plain transformers does not open (int8 experts), opened linear by linear with compressed-tensors' own codec.
+"""What plain transformers does not open (experts in int8 or in blocks of floats), opened by compressed-tensors' codec.
 
 The codec knows the format from `config.json` and the files alone, and nothing of what wrote them. Each linear must be
 there as its group says, whole, in its shape, and give the numbers that were measured (a sample of them).
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -64,15 +65,20 @@ def _parts(names: Iterable[str], expected: Mapping[str, UnopenedLinear]) -> dict
 def _problem(linear: str, tensors: Mapping[str, Tensor], scheme: Any, expected: UnopenedLinear) -> str | None:
     if tensors.keys() != parts_of(scheme):
         return f"{linear} is stored as {', '.join(sorted(tensors))}, not as {', '.join(sorted(parts_of(scheme)))}"
-    wanted = scheme.weights.pytorch_dtype()
-    if tensors["weight"].dtype != wanted:
-        return f"{linear}.weight is {tensors['weight'].dtype}, its group says {wanted}"
+    codes = tensors.get("weight")  # packed ones are words of any number
+    if codes is not None and codes.dtype != scheme.weights.pytorch_dtype():
+        return f"{linear}.weight is {codes.dtype}, its group says {scheme.weights.pytorch_dtype()}"
     try:
         weight = unpacked(tensors, scheme)
     except Exception as error:  # whatever odd tensors make of the library's code
         return f"{READER} does not unpack {linear} ({' '.join(str(error).split())[:300]})"
     if tuple(weight.shape) != expected.shape:
         return f"{linear} has the shape {tuple(weight.shape)}, {expected.shape} were measured"
-    if sample_of(weight.float()) != expected.sample:
+    if sample_of(weight.float()) != _rounded(expected.sample, weight.dtype):
         return f"{READER} unpacks {linear} to other numbers than were measured"
     return None
+
+
+def _rounded(numbers: Sequence[float], dtype: torch.dtype) -> list[float]:
+    """Numbers as a reader has them that unpacks to `dtype`."""
+    return [float(number) for number in torch.tensor(numbers, dtype=torch.float32).to(dtype)]

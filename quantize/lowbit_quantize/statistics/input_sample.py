@@ -24,3 +24,11 @@ class InputSample:
     def rows(self) -> Tensor:
         """The sample, (tokens, features), float32; no tokens where none were seen."""
         return self._sample.rows().float().view(-1, len(self.absmax))
+
+    def with_more(self, inputs: Tensor) -> "InputSample":
+        """Another sample of the same linear, of these (tokens, features) too."""
+        together = InputSample(len(self.absmax), self.absmax.device)
+        for rows in (inputs.float(), self.rows()):
+            together.add(rows)
+        torch.maximum(together.absmax, self.absmax, out=together.absmax)
+        return together

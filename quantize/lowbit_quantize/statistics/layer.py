@@ -154,8 +154,11 @@ class LayerStatistics:
         return own * seen.matrix() + (1 - own) * self._borrowed(group)
 
     def sample(self, group: LinearGroup) -> InputSample | None:
-        """Some of a group's inputs, where they are kept."""
-        return self._samples.get(self._place(group))
+        """Some of a group's inputs, where they are kept; an expert that borrows for its Hessian does for them too."""
+        kept, seen = self._samples.get(self._place(group)), self._hessians[self._place(group)]
+        if kept is None or not self._architecture.is_expert(group) or seen.tokens >= seen.features:
+            return kept
+        return kept.with_more(self._block_rows(group))
 
     def joint_sample(self, groups: Sequence[LinearGroup]) -> InputSample | None:
         """Some of what all these groups read, where it is kept."""
@@ -172,11 +175,19 @@ class LayerStatistics:
     def _borrowed(self, group: LinearGroup) -> Tensor:
         if group.other_readers:
             return self._hessians[self._architecture.router].matrix()
-        expert = self._layer.get_submodule(group.linears[0].rpartition(".")[0])
         seen = Hessian(linear_of(self._layer, group.linears[0]).in_features, self._block_inputs.device)
-        with torch.no_grad():
-            seen.add(expert.middle(self._block_inputs.rows()))  # type: ignore[operator]
+        seen.add(self._block_rows(group))
         return seen.matrix()
+
+    def _block_rows(self, group: LinearGroup) -> Tensor:
+        """What an expert's linears would read of the block's tokens that are kept, (tokens, features)."""
+        rows = self._block_inputs.rows()
+        if group.other_readers:
+            return rows
+        expert = self._layer.get_submodule(group.linears[0].rpartition(".")[0])
+        with torch.no_grad():
+            found: Tensor = expert.middle(rows)  # type: ignore[operator]
+        return found
 
     def _place(self, group: LinearGroup) -> str:
         """Whose input is observed for a group: its first linear's, or the router's where that is the same."""

@@ -1,7 +1,8 @@
 """Routed experts in numbers that plain transformers does not open, or opens without rounding what they read.
 
 transformers (5.19) stacks a layer's experts and unpacks them itself, from FP8 and packed integers only; int8 experts
-(`int-quantized`) end in an error. Each is an ordinary linear of compressed-tensors' though, whose own codec unpacks it,
+(`int-quantized`) and floats in blocks (`nvfp4-pack-quantized`, `mxfp4-pack-quantized`, `mxfp8-quantized`) end in an
+error. Each is an ordinary linear of compressed-tensors' though, whose own codec unpacks it,
 and the rest of the checkpoint is transformers' under a configuration that says these experts are not quantized.
 """
 
@@ -20,6 +21,7 @@ with without_compiler():  # the library compiles a function for 4-bit floats, wh
     from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 
 READER = "compressed-tensors"
+OPENED_FORMATS = ("pack-quantized", "float-quantized", "naive-quantized")  # by transformers, of experts
 PATTERN, EVERY_LINEAR = "re:", "Linear"
 NO_EXPERTS = "re:^no_module_has_this_name[.]experts$"
 
@@ -69,8 +71,18 @@ def schemes_of(quantization: Mapping[str, Any], linears: Iterable[str]) -> dict[
 
 
 def parts_of(scheme: QuantizationScheme) -> set[str]:
-    """The last parts of the names of what a linear is stored as."""
-    return set(_codec(scheme).compression_param_names(scheme))
+    """The last parts of the names of what a linear is stored as.
+
+    MXFP4's codec is NVFP4's and names a global scale, which only NVFP4 has.
+    """
+    names = set(_codec(scheme).compression_param_names(scheme))
+    two_levels = scheme.weights is not None and scheme.weights.strategy == "tensor_group"
+    return names if two_levels else names - {"weight_global_scale"}
+
+
+def is_opened(scheme: QuantizationScheme) -> bool:
+    """Whether plain transformers opens experts in a group of this format."""
+    return scheme.format is None or str(scheme.format) in OPENED_FORMATS
 
 
 def unpacked(parts: Mapping[str, Tensor], scheme: QuantizationScheme) -> Tensor:
