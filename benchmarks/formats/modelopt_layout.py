@@ -30,12 +30,18 @@ from lowbit_quantize.export.exporter import export  # noqa: E402
 from lowbit_quantize.export.modelopt import FILE, ModelOpt  # noqa: E402
 from lowbit_quantize.pipeline import quantize  # noqa: E402
 
-FORMATS = {"W4A16": "int4_awq", "FP8": "fp8", "FP8_DYNAMIC": "fp8_pc_pt"}
+FORMATS = {
+    "W4A16": "int4_awq", "FP8": "fp8", "FP8_DYNAMIC": "fp8_pc_pt", "NVFP4": "nvfp4", "NVFP4A16": "w4a16_nvfp4",
+    "MXFP8": "mxfp8",
+}  # fmt: skip
 GROUPED = {"scheme": "W4A16", "group_size": 64, "methods": ["rtn"]}
 CASES: dict[str, list[dict[str, Any]]] = {
     "W4A16_AWQ": [{"match": "*", **GROUPED}],
     "FP8": [{"match": "*", "scheme": "FP8"}],
     "FP8_PER_CHANNEL_PER_TOKEN": [{"match": "*", "scheme": "FP8_DYNAMIC"}],
+    "NVFP4": [{"match": "*", "scheme": "NVFP4", "methods": ["gptq"]}],
+    "W4A16_NVFP4": [{"match": "*", "scheme": "NVFP4A16", "methods": ["gptq"]}],
+    "MXFP8": [{"match": "*", "scheme": "MXFP8", "methods": ["gptq"]}],
     "MIXED_PRECISION": [{"match": "*", **GROUPED}, {"match": "*.down_proj", "scheme": "FP8"}],
 }
 
@@ -75,7 +81,8 @@ def _case(name: str, rules: list[dict[str, Any]]) -> dict[str, Any]:
         for linear, scheme in checkpoint.schemes.items():
             ours, scale = tensors[f"{linear}.weight"], tensors[f"{linear}.weight_scale"]
             weight = checkpoint.linear(linear).dequantize()
-            theirs = to_quantized_weight(weight, scale, FORMATS[scheme.name], block_size=scheme.group_size)
+            second = tensors.get(f"{linear}.weight_scale_2")
+            theirs = to_quantized_weight(weight, scale, FORMATS[scheme.name], second, scheme.group_size)
             different += int((ours.view(torch.uint8) != theirs.view(torch.uint8)).sum())
             numbers += weight.numel()
         said = json.loads((place / "out" / FILE).read_text())

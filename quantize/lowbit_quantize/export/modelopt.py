@@ -5,9 +5,13 @@
 | W4A16 | W4A16_AWQ | `weight` uint8 (out / 2, in), row 2i in the low bits; `weight_scale` (out, groups) |
 | FP8 | FP8 | `weight` float8 (out, in); `weight_scale`, `input_scale` one number each |
 | FP8_DYNAMIC | FP8_PER_CHANNEL_PER_TOKEN | `weight` float8 (out, in); `weight_scale` (out,) |
+| NVFP4 | NVFP4 | `weight` uint8 (out, in / 2), first in the low bits; `weight_scale` float8 (out, in / 16) |
+| NVFP4A16 | W4A16_NVFP4 | the same |
+| MXFP8 | MXFP8 | `weight` float8 (out, in); `weight_scale` uint8 (out, in / 32), exponents |
 
-Scales are float32. Scales of an FP8 cache lie at `k_proj.k_scale` and `v_proj.v_scale`. AWQ's scales of inputs are
-folded, so there is no `pre_quant_scale`. Source: ModelOpt 0.47, `torch/export/quant_utils.py` and
+NVFP4 has `weight_scale_2` and, where inputs are rounded, `input_scale` beside it: one number each, the reciprocals of
+our global scales. Other scales are float32. Scales of an FP8 cache lie at `k_proj.k_scale` and `v_proj.v_scale`. AWQ's
+scales of inputs are folded, so there is no `pre_quant_scale`. Source: ModelOpt 0.47, `torch/export/quant_utils.py` and
 `convert_hf_config.py`; held against them by benchmarks/formats/modelopt_layout.py. No GPU has run it: the layout is
 proven.
 """
@@ -25,6 +29,7 @@ from lowbit_quantize.export.exporter import Exported
 from lowbit_quantize.run.companions import copy_companions
 from lowbit_quantize.run.directory import check_disk
 from lowbit_quantize.run.writer import CheckpointWriter, write_json
+from lowbit_quantize.schemes.float_blocks import FloatBlocks
 from lowbit_quantize.schemes.integer import Integer
 from lowbit_quantize.schemes.scheme import Quantized, Scheme
 
@@ -32,6 +37,8 @@ FILE = "hf_quant_config.json"
 # The version whose layout this is; readers look at it.
 PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 ALGORITHMS = {"FP8": "FP8", "FP8_DYNAMIC": "FP8_PER_CHANNEL_PER_TOKEN"}
+BLOCKS = {"NVFP4": "NVFP4", "NVFP4A16": "W4A16_NVFP4", "MXFP8": "MXFP8"}
+WITH_GROUPS = ("FP8", "NVFP4", "W4A16_NVFP4")  # that `config.json` has a group of, where there is no other
 W4A16 = "W4A16_AWQ"
 CACHE_PLACES = {"k_scale": "k_proj.k_scale", "v_scale": "v_proj.v_scale"}
 FP8_CACHE = {"dynamic": False, "num_bits": 8, "type": "float"}
@@ -50,7 +57,8 @@ class ModelOpt:
             return "it holds quantized linears only, and this checkpoint has none"
         for name, scheme in checkpoint.schemes.items():
             if algorithm_of(scheme) is None:
-                return f"it has no place for {name} in {scheme.name}: it holds W4A16 in groups, FP8 and FP8_DYNAMIC"
+                held = ", ".join(("W4A16 in groups", *ALGORITHMS, *BLOCKS))
+                return f"it has no place for {name} in {scheme.name}: it holds {held}"
         if checkpoint.manifest.kv_cache and checkpoint.manifest.kv_cache.skip_layers:
             return "it holds an FP8 cache of all layers or of none"
         return None
@@ -86,11 +94,15 @@ def algorithm_of(scheme: Scheme) -> dict[str, Any] | None:
             "has_zero_point": False,
             "pre_quant_scale": False,
         }
+    if scheme.name in BLOCKS:
+        return {"quant_algo": BLOCKS[scheme.name], "group_size": scheme.group_size}
     return {"quant_algo": ALGORITHMS[scheme.name]} if scheme.name in ALGORITHMS else None
 
 
 def pack(name: str, quantized: Quantized) -> dict[str, Tensor]:
     """A linear's tensors, by the last part of each name; raises CheckpointError where rows cannot be paired."""
+    if isinstance(quantized.scheme, FloatBlocks):
+        return _pack_blocks(quantized)
     scale = quantized.params["scale"].float()
     if isinstance(quantized.scheme, Integer):
         if len(quantized.codes) % 2:
@@ -101,6 +113,19 @@ def pack(name: str, quantized: Quantized) -> dict[str, Tensor]:
     if quantized.input_scale is None:
         return {**weight, "weight_scale": scale.squeeze(-1)}
     return {**weight, "weight_scale": scale[0, 0].clone(), "input_scale": torch.tensor(quantized.input_scale)}
+
+
+def _pack_blocks(quantized: Quantized) -> dict[str, Tensor]:
+    """Floats in blocks lie as in our files; the numbers that all of a tensor shares are factors here, not divisors."""
+    stored = quantized.tensors()
+    packed = {
+        "weight": stored.get("weight_packed", stored.get("weight")),
+        "weight_scale": stored["weight_scale"],
+    }
+    for name, ours in (("weight_scale_2", "weight_global_scale"), ("input_scale", "input_global_scale")):
+        if ours in stored:
+            packed[name] = 1 / stored[ours].squeeze()
+    return {name: tensor for name, tensor in packed.items() if tensor is not None}
 
 
 def quantization_of(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -121,8 +146,8 @@ def in_config(quantization: Mapping[str, Any]) -> dict[str, Any]:
     if algorithm == MIXED:
         found["config_groups"] = dict(_groups(quantization["quantized_layers"]))
         found["quantized_layers"] = quantization["quantized_layers"]
-    elif algorithm == "FP8":
-        found["config_groups"] = {"group_0": {**_arguments({"quant_algo": "FP8"}), "targets": ["Linear"]}}
+    elif algorithm in WITH_GROUPS:
+        found["config_groups"] = {"group_0": {**_arguments(quantization), "targets": ["Linear"]}}
     found |= {"ignore": quantization.get("exclude_modules", []), "quant_algo": algorithm}
     if quantization["kv_cache_quant_algo"]:
         found["kv_cache_scheme"] = FP8_CACHE
@@ -141,6 +166,12 @@ def _arguments(said: Mapping[str, Any]) -> dict[str, Any]:
     """How ModelOpt describes an algorithm in `config.json`."""
     if said["quant_algo"] == W4A16:
         return {"weights": {"dynamic": False, "num_bits": 4, "type": "int", "group_size": said["group_size"]}}
+    if said["quant_algo"] in BLOCKS.values():
+        bits = 8 if said["quant_algo"] == "MXFP8" else 4
+        numbers = {"dynamic": False, "num_bits": bits, "type": "float", "group_size": said["group_size"]}
+        return {"weights": numbers} | (
+            {} if "A16" in said["quant_algo"] else {"input_activations": dict(numbers)}
+        )
     by_channel = {"strategy": "channel"} if said["quant_algo"] != "FP8" else {}
     return {"input_activations": dict(FP8_CACHE), "weights": {**FP8_CACHE, **by_channel}}
 

@@ -16,6 +16,7 @@ from lowbit_quantize.export.checkpoint import Checkpoint
 from lowbit_quantize.export.exporter import export
 from lowbit_quantize.export.modelopt import FILE, ModelOpt
 from lowbit_quantize.pipeline import quantize
+from lowbit_quantize.schemes.packed_fp4 import unpacked_fp4
 
 GROUPED: dict[str, Any] = {"scheme": "W4A16", "group_size": 64, "methods": ["rtn"]}
 
@@ -30,6 +31,12 @@ def exported(place: Path, *rules: dict[str, Any], family: str = "llama", cache: 
 def unpacked(parts: dict[str, Tensor]) -> Tensor:
     """The weight of a linear, float32, (out, in)."""
     weight, scale = parts["weight"], parts["weight_scale"]
+    if scale.dtype in (torch.float8_e4m3fn, torch.uint8):  # of blocks
+        numbers = unpacked_fp4(weight, torch.float32) if weight.dtype == torch.uint8 else weight.float()
+        exponents = scale.dtype == torch.uint8
+        factors = torch.exp2(scale.float() - 127) if exponents else scale.float() * parts["weight_scale_2"]
+        blocks: Tensor = numbers.unflatten(1, (scale.shape[1], -1)) * factors.unsqueeze(-1)
+        return blocks.flatten(1)
     if weight.dtype == torch.float8_e4m3fn:
         return weight.float() * (scale.unsqueeze(-1) if scale.dim() else scale)
     rows = torch.stack((weight & 15, weight >> 4), dim=1).flatten(0, 1).int()
@@ -44,16 +51,25 @@ def unpacked(parts: dict[str, Tensor]) -> Tensor:
         [{"match": "*", "scheme": "FP8"}],
         [{"match": "*", "scheme": "FP8_DYNAMIC"}],
         [{"match": "*", **GROUPED}, {"match": "*.down_proj", "scheme": "FP8"}],
+        [{"match": "*", "scheme": "NVFP4", "methods": ["gptq"]}],
+        [
+            {"match": "*", "scheme": "NVFP4A16", "methods": ["gptq"]},
+            {"match": "*.down_proj", "scheme": "MXFP8"},
+        ],
     ],
 )
 def test_every_number_is_the_checkpoints(rules: list[dict[str, Any]], tmp_path: Path) -> None:
     checkpoint, tensors = exported(tmp_path, *rules), tensors_of(tmp_path / "out")
     assert len(checkpoint.schemes) == 21
     for name in checkpoint.schemes:
-        parts = {part: tensors[f"{name}.{part}"] for part in ("weight", "weight_scale")}
+        of_linear = (key for key in tensors if key.rpartition(".")[0] == name)
+        parts = {key.rpartition(".")[2]: tensors[key] for key in of_linear}
         found = checkpoint.linear(name)
         assert torch.equal(unpacked(parts), found.dequantize())
-        assert (f"{name}.input_scale" in tensors) == (found.input_scale is not None)
+        assert ("input_scale" in parts) == (found.input_scale is not None)
+        assert all(parts[part].dim() == 0 for part in ("weight_scale_2", "input_scale") if part in parts)
+        if "weight_scale_2" in parts and found.input_scale is not None:
+            assert float(parts["input_scale"]) == 1 / found.input_scale
     before = tensors_of(checkpoint.directory)
     for number in range(3):
         for letter in "kv":
