@@ -54,6 +54,7 @@ def refuse_unfit_machine(
 ) -> None:
     """Raise CheckpointError when the engine on this machine cannot run the checkpoint as it was measured."""
     if device == "cpu":
+        _refuse_blocks_of_floats(checkpoint)
         _refuse_quantized_experts(checkpoint, runs_experts)
         _refuse_plain_positions(checkpoint)
         _refuse_static_fp8(checkpoint)
@@ -143,6 +144,22 @@ def _refuse_static_fp8(checkpoint: Checkpoint) -> None:
             raise CheckpointError(
                 f"{checkpoint.directory} rounds inputs to FP8 by a static scale, which this engine does not run on a "
                 "CPU; serve it on a GPU, or quantize with FP8_DYNAMIC or W8A8"
+            )
+
+
+def _refuse_blocks_of_floats(checkpoint: Checkpoint) -> None:
+    """vLLM 0.32 has no CPU kernel for NVFP4, MXFP4 and MXFP8, nor for 4-bit integers with FP8 inputs (Hopper's)."""
+    for group in checkpoint.quantization.get("config_groups", {}).values():
+        weights, inputs = group.get("weights") or {}, group.get("input_activations") or {}
+        in_blocks = weights.get("type") == "float" and weights.get("strategy") in ("group", "tensor_group")
+        fp8_inputs = weights.get("type") == "int" and inputs.get("type") == "float"
+        if in_blocks or fp8_inputs:
+            what = (
+                f"{weights.get('num_bits')}-bit floats in blocks" if in_blocks else "integers with FP8 inputs"
+            )
+            raise CheckpointError(
+                f"{checkpoint.directory} holds {what}, for which this engine has no CPU kernel; serve it on a GPU, or "
+                "quantize with W4A16 or W8A8"
             )
 
 

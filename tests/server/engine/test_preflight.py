@@ -180,13 +180,49 @@ def test_latent_attention_with_plain_positions_is_refused_on_a_cpu(open_with: Op
 def test_static_fp8_is_refused_on_a_cpu(
     open_with: OpenWith, inputs: dict[str, Any] | None, runs: bool
 ) -> None:
-    groups = {"group_0": {**GROUP, "input_activations": inputs}, "group_1": GROUP}
+    weights = {"num_bits": 8, "type": inputs["type"] if inputs else "int", "strategy": "channel"}
+    groups = {"group_0": {**GROUP, "weights": weights, "input_activations": inputs}, "group_1": GROUP}
     checkpoint = open_with({"quantization_config": PACKED | {"config_groups": groups}})
     config = ServeConfig(checkpoint.directory)
     if runs:
         refuse_unfit_machine(config, checkpoint, "cpu", able)
     else:
         with pytest.raises(CheckpointError, match="or quantize with FP8_DYNAMIC or W8A8"):
+            refuse_unfit_machine(config, checkpoint, "cpu", able)
+    refuse_unfit_machine(config, checkpoint, "gpu", able)
+
+
+FLOAT = {"num_bits": 4, "type": "float", "symmetric": True}
+INTEGER = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}
+FP8_BY_TOKEN = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
+
+
+@pytest.mark.parametrize(
+    ("weights", "inputs", "words"),
+    [
+        (FLOAT | {"strategy": "tensor_group", "group_size": 16}, None, "4-bit floats in blocks"),
+        (
+            FLOAT | {"strategy": "group", "group_size": 32},
+            FLOAT | {"dynamic": True},
+            "4-bit floats in blocks",
+        ),
+        (FLOAT | {"num_bits": 8, "strategy": "group", "group_size": 32}, None, "8-bit floats in blocks"),
+        (INTEGER, FP8_BY_TOKEN, "integers with FP8 inputs"),
+        (INTEGER, FP8_BY_TOKEN | {"type": "int"}, None),
+        (FLOAT | {"num_bits": 8, "strategy": "channel"}, FP8_BY_TOKEN, None),
+    ],
+    ids=["NVFP4A16", "MXFP4", "MXFP8", "W4AFP8", "W4A8", "FP8_DYNAMIC"],
+)
+def test_floats_in_blocks_and_hoppers_integers_are_refused_on_a_cpu(
+    open_with: OpenWith, weights: dict[str, Any], inputs: dict[str, Any] | None, words: str | None
+) -> None:
+    group = {**GROUP, "weights": weights, "input_activations": inputs}
+    checkpoint = open_with({"quantization_config": PACKED | {"config_groups": {"group_0": group}}})
+    config = ServeConfig(checkpoint.directory)
+    if words is None:
+        refuse_unfit_machine(config, checkpoint, "cpu", able)
+    else:
+        with pytest.raises(CheckpointError, match=f"holds {words}, for which this engine has no CPU kernel"):
             refuse_unfit_machine(config, checkpoint, "cpu", able)
     refuse_unfit_machine(config, checkpoint, "gpu", able)
 
