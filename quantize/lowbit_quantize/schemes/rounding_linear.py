@@ -45,4 +45,4 @@ class RoundingLinear(nn.Linear):
         output.mul_(scales).mul_(self._scale)
         if self.bias is not None:
             output += self.bias.float()
-        return output.to(inputs.dtype).view(*inputs.shape[:-1], -1)
+        return output.to(inputs.dtype).view(*inputs.shape[:-1], self.out_features)

@@ -124,6 +124,7 @@ def test_codes_times_codes_is_what_rounded_inputs_and_the_served_weight_give(sch
     rounded = scheme.input_quantizer.round(inputs.view(-1, 96), static).view(2, 7, 96)
     expected = torch.nn.functional.linear(rounded, scheme.dequantize(codes, params), linear.bias)
     torch.testing.assert_close(module(inputs), expected, rtol=1e-4, atol=1e-4)
+    assert module(inputs[:, :0]).shape == (2, 0, 48)  # an expert that no token is routed to
 
 
 def test_a_cpu_takes_all_but_static_inputs() -> None:
