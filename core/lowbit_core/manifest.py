@@ -62,7 +62,8 @@ class ModuleRecord(_Record):
     channel; `methods` were applied in this order; `alpha` is the exponent of the scale of its inputs, if it has one
     (1 where SmoothQuant's is the minimum itself, and no power).
     `inputs` says how engines round what it reads ("int8 by token"), `input_scale` is what they divide it by where
-    that was calibrated. `weights` counts its codes, `bytes` are those of codes, scales and zero points.
+    that was calibrated (in NVFP4 its reciprocal, the global scale that is stored). `weights` counts its codes, `bytes`
+    are those of codes, scales and zero points.
     """
 
     name: str

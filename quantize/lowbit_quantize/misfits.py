@@ -10,6 +10,8 @@ from lowbit_quantize.model.architecture import Architecture
 from lowbit_quantize.model.files.published_names import PublishedNames
 from lowbit_quantize.walk.module_plan import ModulePlan
 
+OF_WHOLE_TENSORS = ("nvfp4-pack-quantized",)  # formats with a scale that all of a tensor shares
+
 
 def check_experts(
     modules: Mapping[str, ModulePlan],
@@ -71,6 +73,11 @@ def check_words(name: str, words: int, entry: ModulePlan | None) -> None:
         raise RecipeError(
             f"modules: {entry.scheme.name} rounds what {name} reads, which quality is not measured with; give a scheme "
             "of weights only (W4A16, W8A16), or leave it as it is"
+        )
+    if entry is not None and entry.scheme.format in OF_WHOLE_TENSORS:
+        raise RecipeError(
+            f"modules: {entry.scheme.name} has one scale for all of {name}, which is quantized some rows at a time; "
+            "give W4A16, W8A16 or MXFP4A16, or leave it as it is"
         )
     if entry is None or entry.scheme.symmetric or words * entry.scheme.bits % 32 == 0:
         return
