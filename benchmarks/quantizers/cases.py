@@ -35,7 +35,7 @@ class Case:
     settings: dict[str, Any] = field(default_factory=dict)
     recipe_settings: tuple[str, ...] = ()
     once: bool = False
-    scheme: str | None = None  # compressed-tensors' preset with rounded inputs, in place of bits and groups
+    scheme: str | None = None  # compressed-tensors' preset, in place of bits and groups
 
     @property
     def family(self) -> str:
@@ -54,13 +54,13 @@ def lowbit(method: str, symmetric: bool = True, bare: bool = False) -> Case:
     return Case(name, "lowbit", f"Lowbit {label}", method, symmetric, recipe_settings=BARE if bare else ())
 
 
-def eight_bits(scheme: str, method: str) -> Case:
-    """Lowbit's, with inputs rounded."""
+def of_preset(scheme: str, method: str) -> Case:
+    """Lowbit's, in a preset of compressed-tensors."""
     name = f"lowbit-{scheme.lower().replace('_', '-')}-{method}"
     return Case(name, "lowbit", f"Lowbit {LABELS[method]}", method, recipe_settings=BARE, scheme=scheme)
 
 
-def compressor_eight_bits(scheme: str, method: str) -> Case:
+def compressor_of_preset(scheme: str, method: str) -> Case:
     name = f"llmcompressor-{scheme.lower().replace('_', '-')}-{method}"
     return Case(name, "llmcompressor", f"llm-compressor {LABELS[method]}", method, scheme=scheme)
 
@@ -95,15 +95,22 @@ CASES = (
     Case("llmcompressor-awq", "llmcompressor", "llm-compressor AWQ", "awq", once=True),
     Case("llmcompressor-awq-asymmetric", "llmcompressor", "llm-compressor AWQ", "awq", False, once=True),
     Case("gptqmodel-awq", "gptqmodel", "GPTQModel AWQ", "awq", False, once=True),
-    eight_bits("W8A8", "rtn"),
-    eight_bits("W8A8", "smoothquant+gptq"),
-    compressor_eight_bits("W8A8", "smoothquant+gptq"),
-    eight_bits("FP8_DYNAMIC", "rtn"),
-    eight_bits("FP8_DYNAMIC", "gptq"),
-    compressor_eight_bits("FP8_DYNAMIC", "rtn"),
-    eight_bits("FP8", "rtn"),
-    eight_bits("FP8", "gptq"),
-    compressor_eight_bits("FP8", "rtn"),
+    of_preset("W8A8", "rtn"),
+    of_preset("W8A8", "smoothquant+gptq"),
+    compressor_of_preset("W8A8", "smoothquant+gptq"),
+    of_preset("FP8_DYNAMIC", "rtn"),
+    of_preset("FP8_DYNAMIC", "gptq"),
+    compressor_of_preset("FP8_DYNAMIC", "rtn"),
+    of_preset("FP8", "rtn"),
+    of_preset("FP8", "gptq"),
+    compressor_of_preset("FP8", "rtn"),
+    *(
+        case(scheme, method)
+        for scheme in ("NVFP4", "MXFP4")
+        for case in (of_preset, compressor_of_preset)
+        for method in ("rtn", "awq", "gptq", "awq+gptq")
+    ),
+    *(of_preset(scheme, "gptq") for scheme in ("NVFP4A16", "MXFP4A16", "MXFP8")),
 )
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 Tensors = dict[str, torch.Tensor]
 AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # the column that each nibble of AutoAWQ's words holds
 PACKED = ("weight_packed", "qweight")
+FOUR_BIT_FLOATS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 def dequantized(checkpoint: Path) -> Tensors:
@@ -32,8 +33,10 @@ def dequantized(checkpoint: Path) -> Tensors:
     for owner, parts in linears.items():
         if any(part in parts for part in PACKED):
             weights[f"{owner}.weight"] = unpacked(parts, quantization)
-        elif "weight_scale" in parts:  # eight bits: codes as they are, a scale a channel or one for all
-            weights[f"{owner}.weight"] = parts["weight"].float() * parts["weight_scale"].float()
+        elif (
+            "weight_scale" in parts
+        ):  # eight bits: codes as they are, a scale a channel, a block or one for all
+            weights[f"{owner}.weight"] = in_blocks(parts["weight"].float(), scales_of(parts))
         elif "weight" in parts:
             weights[f"{owner}.weight"] = parts["weight"].float()
         if "bias" in parts:
@@ -43,6 +46,8 @@ def dequantized(checkpoint: Path) -> Tensors:
 
 def unpacked(parts: Tensors, quantization: dict[str, Any]) -> torch.Tensor:
     """(out, in) float32"""
+    if "weight_packed" in parts and parts["weight_packed"].dtype == torch.uint8:
+        return from_four_bit_floats(parts)
     if "weight_packed" in parts:
         return from_compressed_tensors(parts)
     if quantization["quant_method"] == "awq":
@@ -71,6 +76,28 @@ def from_compressed_tensors(parts: Tensors) -> torch.Tensor:
     if "weight_g_idx" in parts:
         group = parts["weight_g_idx"].long()
     return (codes - zeros[:, group]) * scales[:, group]
+
+
+def scales_of(parts: Tensors) -> torch.Tensor:
+    """Of channels, blocks or all, float32; bytes are powers of two, and FP8 ones are divided by the tensor's own."""
+    scales = parts["weight_scale"]
+    if scales.dtype == torch.uint8:
+        return torch.exp2(scales.float() - 127)
+    return scales.float() / parts.get("weight_global_scale", torch.ones(1)).float()
+
+
+def in_blocks(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Codes (out, in) times scales (out, blocks), (out, 1) or (1,)."""
+    if scales.dim() < 2:
+        return codes * scales
+    return (codes.unflatten(1, (scales.shape[1], -1)) * scales.unsqueeze(-1)).flatten(1)
+
+
+def from_four_bit_floats(parts: Tensors) -> torch.Tensor:
+    """Two in a byte, the first in its low bits; three bits name a magnitude, the fourth is the sign."""
+    halves = torch.stack((parts["weight_packed"] & 15, parts["weight_packed"] >> 4), -1).flatten(1).long()
+    numbers = torch.tensor(FOUR_BIT_FLOATS)[halves & 7] * (1 - 2 * (halves >> 3))
+    return in_blocks(numbers, scales_of(parts))
 
 
 def from_gptq(parts: Tensors, bits: int, zeros_less_one: bool) -> torch.Tensor:

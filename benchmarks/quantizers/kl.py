@@ -5,7 +5,7 @@
 Runs both models with transformers in float32, the checkpoint unpacked by `dequantize.py`, so that kernels play no
 part and every tool is judged by the same arithmetic; inputs are rounded where it says so (`rounded_inputs.py`). The KV
 cache is not quantized here. The last line of stdout is a JSON object: mean KL in nats, its standard error over rows,
-top-1 agreement, perplexities. `--rows` takes the first rows only.
+each row's, top-1 agreement, perplexities. `--rows` takes the first rows only.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from dequantize import dequantized
@@ -74,7 +75,7 @@ def compare(base_log: torch.Tensor, other_log: torch.Tensor, targets: torch.Tens
     )
 
 
-def summarized(rows: list[Row], predictions: int) -> dict[str, float]:
+def summarized(rows: list[Row], predictions: int) -> dict[str, Any]:
     values = {
         name: torch.tensor([asdict(row)[name] for row in rows], dtype=torch.float64)
         for name in asdict(rows[0])
@@ -87,6 +88,7 @@ def summarized(rows: list[Row], predictions: int) -> dict[str, float]:
         "top1_agreement": values["top1"].mean().item(),
         "base_perplexity": values["base_nll"].mean().exp().item(),
         "perplexity": values["nll"].mean().exp().item(),
+        "kl_by_row": [round(row.kl, 6) for row in rows],
     }
 
 

@@ -23,17 +23,23 @@ def keep_unpinned(*_: object, **__: object) -> None:
     """Stands in for `IntermediatesCache.pin_memory`, which fails without an accelerator (0.14.0.1)."""
 
 
-def eight_bits(task: Task) -> list[Modifier]:
-    """The recipes of its examples for weights and inputs of eight bits."""
-    if task.method == "rtn":
-        return [QuantizationModifier(targets="Linear", scheme=task.scheme, ignore=["lm_head"])]
-    smooth = SmoothQuantModifier(smoothing_strength=0.8)
-    return [smooth, GPTQModifier(targets="Linear", scheme=task.scheme, ignore=["lm_head"], **task.settings)]
+def of_preset(task: Task) -> list[Modifier]:
+    """The recipes of its examples for a preset: what scales inputs, in order, and what rounds."""
+    options = {"targets": "Linear", "scheme": task.scheme, "ignore": ["lm_head"]}
+    before: list[Modifier] = []
+    methods = task.method.split("+")
+    if "smoothquant" in methods:
+        before.append(SmoothQuantModifier(smoothing_strength=0.8))
+    if "awq" in methods:
+        before.append(AWQModifier())
+    if "gptq" in methods:
+        return [*before, GPTQModifier(**options, **task.settings)]
+    return [*before, QuantizationModifier(**options)]
 
 
 def recipe(task: Task) -> list[Modifier]:
     if task.scheme:
-        return eight_bits(task)
+        return of_preset(task)
     settings = dict(task.settings)
     observer = {"observer": settings.pop("observer")} if "observer" in settings else {}
     weights = QuantizationArgs(

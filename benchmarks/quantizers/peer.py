@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+METHODS = ("awq", "gptq", "rtn", "awq+gptq", "smoothquant+gptq")
+
 
 @dataclass(frozen=True)
 class Task:
@@ -31,11 +33,11 @@ def performed(program: Callable[[Task], None]) -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--token-ids", type=Path, required=True)
     parser.add_argument("--out", required=True)
-    parser.add_argument("--method", choices=("awq", "gptq", "rtn", "smoothquant+gptq"), required=True)
+    parser.add_argument("--method", choices=METHODS, required=True)
     parser.add_argument("--bits", type=int, required=True)
     parser.add_argument("--group-size", type=int, required=True)
     parser.add_argument("--asymmetric", action="store_true")
-    parser.add_argument("--scheme", help="a preset with rounded inputs, in place of bits and groups")
+    parser.add_argument("--scheme", help="a preset, in place of bits and groups")
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--settings", type=json.loads, default={}, help="the peer's options as JSON")
     given = parser.parse_args()

@@ -1,7 +1,9 @@
 """A model whose linears round what they read as vLLM's kernels do, by what a checkpoint's configuration says.
 
-compressed-tensors' schemes with `input_activations` of eight bits: by token, with the scale of its largest number
-(dynamic), or by one stored scale (static). Rounded is in float32, so that kernels play no part.
+compressed-tensors' schemes with `input_activations` of eight bits, by token, with the scale of its largest number
+(dynamic), or by one stored scale (static); and of floats in blocks: sixteen 4-bit ones under an FP8 scale and one
+stored scale (NVFP4), thirty-two under a power of two (MXFP4, MXFP8). Rounded is in float32, so that kernels play no
+part.
 """
 
 import json
@@ -42,8 +44,8 @@ def stored_scales(checkpoint: Path) -> dict[str, float]:
     found = {}
     for path in sorted(checkpoint.glob("*.safetensors")):
         for name, tensor in load_file(path).items():
-            if name.endswith(".input_scale"):
-                found[name.removesuffix(".input_scale")] = float(tensor)
+            if name.endswith((".input_scale", ".input_global_scale")):
+                found[name.rpartition(".")[0]] = float(tensor)
     return found
 
 
@@ -57,6 +59,8 @@ def targeted(name: str, targets: list[str]) -> bool:
 
 def rounded(inputs: dict[str, Any], static: float | None) -> Round:
     """What is computed with in place of inputs (..., features)."""
+    if inputs["type"] == "float" and inputs["strategy"] in ("group", "tensor_group"):
+        return rounded_in_blocks(inputs, static)
     kind, largest = inputs["type"], LARGEST[inputs["type"]]
     if inputs["num_bits"] != 8 or not inputs["symmetric"] or (static is None) != bool(inputs["dynamic"]):
         raise SystemExit(f"inputs rounded so are not known here: {inputs}")
@@ -72,3 +76,39 @@ def rounded(inputs: dict[str, Any], static: float | None) -> Round:
         return codes * scale
 
     return apply
+
+
+def rounded_in_blocks(inputs: dict[str, Any], global_scale: float | None) -> Round:
+    """The same where a block of channels of a token has a scale: FP8 under a global one, or a power of two."""
+    largest, top = (6.0, 2) if inputs["num_bits"] == 4 else (448.0, 8)
+
+    def apply(x: torch.Tensor) -> torch.Tensor:
+        blocks = x.unflatten(-1, (-1, inputs["group_size"]))
+        absmax = blocks.abs().amax(-1, keepdim=True)
+        if inputs["strategy"] == "tensor_group":
+            assert global_scale is not None, "no input_global_scale is stored"
+            scale = (absmax / largest * global_scale).clamp_max(448.0).to(
+                torch.float8_e4m3fn
+            ).float() / global_scale
+        else:
+            exponent = torch.log2(
+                absmax.clamp_min(2.0**-120) * 8 / 7
+            ).floor()  # 7/8 of a power counts as the power
+            fits = absmax <= largest * torch.exp2(exponent - 1 - top)
+            scale = torch.exp2(exponent - fits.float() - top)
+        codes = blocks / torch.where(scale == 0, 1.0, scale)
+        codes = (
+            four_bit_float(codes)
+            if largest == 6.0
+            else codes.clamp(-448, 448).to(torch.float8_e4m3fn).float()
+        )
+        return (codes * scale).flatten(-2)
+
+    return apply
+
+
+def four_bit_float(values: torch.Tensor) -> torch.Tensor:
+    """The nearest of 0, 0.5, 1, 1.5, 2, 3, 4 and 6, of either sign; ties go to the even place."""
+    magnitude = values.abs()
+    steps = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
+    return ((magnitude / steps).round() * steps).clamp_max(6.0) * values.sign()

@@ -98,7 +98,7 @@ def due(runs: list[Run], cases: list[Case], repeats: int) -> Iterator[Case]:
 
 def judged(
     python: Path, scenario: Scenario, checkpoint: Path, digest: str, runs: list[Run]
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Divergence and agreement of `checkpoint` with its base, by `kl.py`; equal weights are judged once."""
     for run in runs:
         if run["weights_sha256"] == digest:
@@ -114,7 +114,8 @@ def judged(
         text=True,
         env=thread_limits(scenario.threads),
     )
-    return numbers(done.stdout.splitlines()[-1])
+    line = done.stdout.splitlines()[-1]
+    return {**numbers(line), "kl_by_row": json.loads(line)["kl_by_row"]}
 
 
 def one_run(case: Case, pythons: dict[str, Path], scenario: Scenario, work: Path, runs: list[Run]) -> Run:
