@@ -26,6 +26,7 @@ from lowbit_core.manifest import (
     DivergenceRecord,
     KVCacheRecord,
     Manifest,
+    QualityRecord,
     read_manifest,
     verify_files,
 )
@@ -126,6 +127,7 @@ def describe(manifest: Manifest, *, verified: bool) -> Table:
         "KV cache": _kv_cache(kv) if kv else "not quantized",
         "size": f"{size.base_bytes / 2**20:.1f} MiB to {size.bytes / 2**20:.1f} MiB",
         "mean KL": f"{quality.mean_kld:.4f} ± {quality.kld_stderr:.4f} nats on {quality.predictions:,} predictions",
+        "on calibration text": _overfitting(quality),
         "KL, 99th percentile": _with_error(quality.kld_p99, quality.kld_p99_stderr, ".3f"),
         "KL, maximum": _with_error(quality.kld_max, quality.kld_max_stderr, ".3f"),
         "FP8 cache alone": _alone(quality.kv_cache_alone),
@@ -162,6 +164,12 @@ def _unquantized(names: list[str]) -> str:
 def _with_error(value: float, stderr: float | None, digits: str) -> str:
     """A figure and its standard error, which manifests of older versions lack."""
     return f"{value:{digits}}" if stderr is None else f"{value:{digits}} ± {stderr:{digits}}"
+
+
+def _overfitting(quality: QualityRecord) -> str:
+    if quality.calibration is None or quality.overfitting is None:
+        return _alone(None)
+    return f"{_alone(quality.calibration)}; held-out text loses {quality.overfitting:.2f} times as much"
 
 
 def _alone(measured: DivergenceRecord | None) -> str:

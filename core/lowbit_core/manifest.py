@@ -188,7 +188,9 @@ class QualityRecord(_Record):
     """The compressed model against its base on held-out text; KL in nats per token, errors clustered by sequence.
 
     `noise_floor` is the base model in the serving dtype against itself in float32, `kv_cache_alone` the base model
-    with nothing but the FP8 cache against itself. What is null was not measured, or is of an older version.
+    with nothing but the FP8 cache against itself, `calibration` the compressed model on text that it was calibrated
+    with (where a method lets the base model's calibration text walk too): what it loses less there is fitted to that.
+    What is null was not measured, or is of an older version.
     """
 
     heldout: TextRecord
@@ -209,6 +211,14 @@ class QualityRecord(_Record):
     kv_cache_included: bool
     noise_floor: DivergenceRecord | None = None
     kv_cache_alone: DivergenceRecord | None = None
+    calibration: DivergenceRecord | None = None
+
+    @property
+    def overfitting(self) -> float | None:
+        """Mean KL on the held-out text, times that on the calibration text."""
+        if self.calibration is None or not self.calibration.mean_kld > 0:
+            return None
+        return self.mean_kld / self.calibration.mean_kld
 
 
 class GateRecord(_Record):

@@ -130,6 +130,7 @@ def _quality(manifest: Manifest) -> Iterator[str]:
     for name, one in (
         ("the base in its own type, beside float32", quality.noise_floor),
         ("the FP8 cache alone", quality.kv_cache_alone),
+        ("this checkpoint on its calibration text", quality.calibration),
     ):
         if one is not None:
             yield _row(name, one)

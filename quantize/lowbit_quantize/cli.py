@@ -245,10 +245,15 @@ def summary(manifest: Manifest, out: Path) -> dict[str, Any]:
     """The result of a run in one flat object."""
     quality = manifest.quality
     measured = quality.model_dump(
-        exclude={"heldout", "domains", "kv_cache_included", "noise_floor", "kv_cache_alone"}
+        exclude={
+            "heldout",
+            "domains",
+            "kv_cache_included",
+            *(alone := ("noise_floor", "kv_cache_alone", "calibration")),
+        }
     )
-    for name, beside in (("noise_floor", quality.noise_floor), ("kv_cache_alone", quality.kv_cache_alone)):
-        if beside:
+    for name in alone:
+        if beside := getattr(quality, name):
             measured.update({f"{name}_kld": beside.mean_kld, f"{name}_kld_stderr": beside.kld_stderr})
     return {
         "checkpoint": str(out),

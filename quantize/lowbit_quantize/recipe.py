@@ -148,6 +148,7 @@ class Quality(Text):
     max_mean_kld: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     min_top1_agreement: float | None = Field(default=None, gt=0, le=1)
     max_perplexity_ratio: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    max_overfitting: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
 
 class Recipe(Section):

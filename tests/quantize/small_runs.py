@@ -54,6 +54,12 @@ def heldout_ids(base: Path, recipe: Recipe) -> Tensor:
     return load_texts(recipe.calibration, recipe.quality, tokenizer, 512)[1].ids
 
 
+def calibration_ids(base: Path, recipe: Recipe) -> Tensor:
+    """As many sequences as judge, by which the walk measures what it loses on its calibration text."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    return load_texts(recipe.calibration, recipe.quality, tokenizer, 512)[0].ids[: recipe.quality.num_samples]
+
+
 def mean_kld(base: Any, other: Any, ids: Tensor) -> float:
     """Of two models of transformers, in nats."""
     with torch.inference_mode():
@@ -61,12 +67,12 @@ def mean_kld(base: Any, other: Any, ids: Tensor) -> float:
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
-def reloaded_kld(base: Path, checkpoint: Path, recipe: Recipe) -> float:
-    """Mean KL on the recipe's held-out text, measured by plain transformers on both directories."""
+def reloaded_kld(base: Path, checkpoint: Path, recipe: Recipe, ids: Tensor | None = None) -> float:
+    """Mean KL on `ids`, by default the recipe's held-out text, by plain transformers on both directories."""
     before, after = (
         AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16) for path in (base, checkpoint)
     )
-    return mean_kld(before, after, heldout_ids(base, recipe))
+    return mean_kld(before, after, heldout_ids(base, recipe) if ids is None else ids)
 
 
 def tensors_of(checkpoint: Path) -> dict[str, Tensor]:

@@ -12,7 +12,11 @@ from lowbit_core.pages.plots import Member, intervals
 
 MOST_DOMAINS = 40
 WHOLE = "all held-out text"
-ALONE = {"noise_floor": "base model, serving dtype", "kv_cache_alone": "FP8 cache alone"}
+ALONE = {
+    "noise_floor": "base model, serving dtype",
+    "kv_cache_alone": "FP8 cache alone",
+    "calibration": "on its calibration text",
+}
 # Column or chart, the field, that of its error, how it is written.
 FIGURES = (
     ("mean KL, nats", "mean_kld", "kld_stderr", "{:.4f}"),

@@ -218,6 +218,7 @@ def summarize(
     kv_cache_included: bool,
     noise_floor: DivergenceRecord | None = None,
     kv_cache_alone: DivergenceRecord | None = None,
+    calibration: DivergenceRecord | None = None,
 ) -> QualityRecord:
     """The quality section of the manifest."""
     return QualityRecord(
@@ -228,6 +229,7 @@ def summarize(
         kv_cache_included=kv_cache_included,
         noise_floor=noise_floor,
         kv_cache_alone=kv_cache_alone,
+        calibration=calibration,
     )
 
 
@@ -246,11 +248,15 @@ def _by_domain(predictions: Predictions, domains: Sequence[str]) -> dict[str, di
 
 
 def judge(quality: QualityRecord, limits: Quality) -> GateRecord:
-    """Hold the measured quality against the recipe's limits; not finite is never accepted."""
+    """Hold the measured quality against the recipe's limits; not finite is never accepted.
+
+    Overfitting is told only of methods that let the base model's calibration text walk: a limit on it refuses others.
+    """
     checks = {
         "max_mean_kld": (quality.mean_kld, limits.max_mean_kld, 1),
         "min_top1_agreement": (quality.top1_agreement, limits.min_top1_agreement, -1),
         "max_perplexity_ratio": (quality.perplexity_ratio, limits.max_perplexity_ratio, 1),
+        "max_overfitting": (quality.overfitting or math.inf, limits.max_overfitting, 1),
     }
     reasons = [
         f"{name}: measured {value:.4g}, limit {limit:.4g}"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lowbit_core.errors import NumericsError
 from lowbit_core.log import get_logger
-from lowbit_core.manifest import KVLayerRecord, QualityRecord
+from lowbit_core.manifest import DivergenceRecord, KVLayerRecord, QualityRecord
 from lowbit_core.progress import track
 from lowbit_quantize.device import ranks
 from lowbit_quantize.device.memory import keep_freed_memory, keep_no_freed_memory, return_freed_memory
@@ -244,7 +244,7 @@ class Walk:
             calibration_base=self._streams["calibration_base"] if self.work.paired else None,
             fp8_cache=bool(self.work.fp8_layers),
             clock=self._clock,
-            read_on=index + 1 < self.decoder.depth or self._head_entry is not None,
+            read_on=index + 1 < self.decoder.depth or self._head_entry is not None or self.work.paired,
             result=LayerResult(fp8_in_use=index in self.work.fp8_layers),
         )
 
@@ -264,12 +264,24 @@ class Walk:
             predictions,
             self._heldout_text,
             kv_cache_included=any(record.kv_scales for record in self.layers),
+            calibration=self._on_calibration(norm, our_norm, head, our_head),
             **self._baselines.measure(base, norm, head),
         )
         files = self._base_files
         record = ranks.by_first(lambda: self._write_head(our_norm, found) if found else None)
         self.journal.conclude(Conclusion(quality=measured, base_files=files, head=record))
         return measured
+
+    def _on_calibration(
+        self, norm: nn.Module, our_norm: nn.Module, head: Tensor, our_head: Tensor | None
+    ) -> DivergenceRecord | None:
+        """The same comparison on as many sequences of the calibration text, where the base model's walked too."""
+        if not self.work.paired:
+            return None
+        some, form = slice(None, len(self._heldout_text.ids)), self.decoder.architecture.logits
+        base, ours = self._streams["calibration_base"][some], self._streams["calibration"][some]
+        ids = self._calibration_text.ids[some]
+        return kl.divergence(kl.compare(base, ours, norm, our_norm, head, ids, our_head, form))
 
     @property
     def head(self) -> HeadRecord | None:

@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 import torch
 
-from lowbit_core.manifest import QualityRecord, TextRecord
+from lowbit_core.manifest import DivergenceRecord, QualityRecord, TextRecord
 from lowbit_quantize.quality.dataset import TokenText
 from lowbit_quantize.quality.kl import (
     BLOCK_WORDS,
@@ -30,6 +30,7 @@ def record(**values: float) -> QualityRecord:
         "kv_cache_included": True,
         "noise_floor": None,
         "kv_cache_alone": None,
+        "calibration": None,
     }
     return QualityRecord.model_validate({**base, "heldout": text, **values})
 
@@ -157,3 +158,15 @@ def test_the_gate_rejects_past_any_limit_and_anything_not_finite() -> None:
         assert not gate.accepted
         assert len(gate.reasons) == 1
     assert not judge(record(mean_kld=math.nan), Quality()).accepted
+
+
+def test_the_gate_bounds_how_much_more_held_out_text_loses_than_the_calibration_text() -> None:
+    seen = DivergenceRecord(sequences=2, predictions=6, **figures(clustered_predictions(3, 0)))
+    measured = record(mean_kld=0.06, top1_agreement=0.9).model_copy(
+        update={"calibration": seen.model_copy(update={"mean_kld": 0.02})}
+    )
+    assert measured.overfitting == pytest.approx(3)
+    assert judge(measured, Quality(max_overfitting=3.1)).accepted
+    gate = judge(measured, Quality(max_overfitting=2.9))
+    assert gate.reasons == ["max_overfitting: measured 3, limit 2.9"]
+    assert not judge(record(mean_kld=0.06), Quality(max_overfitting=9)).accepted  # it was not measured

@@ -15,6 +15,7 @@ from tests.quantize.small_runs import (
     PLAIN_CACHE,
     PLAIN_WEIGHTS,
     SMALL_FLAGS,
+    calibration_ids,
     recipe_of,
     recipe_with,
     reloaded_kld,
@@ -56,6 +57,14 @@ def test_quality_of_the_walk_is_what_a_reload_measures(
         manifest.quality.mean_kld, abs=1e-3
     )
     assert manifest.quality.mean_kld > 1e-4
+    seen = manifest.quality.calibration
+    assert (seen is not None) == ("gptq" in RUNS[kind]["methods"])  # the base model's text walks for it
+    if seen:
+        ids = calibration_ids(tiny_model(kind), recipe)
+        assert reloaded_kld(tiny_model(kind), tmp_path / "out", recipe, ids) == pytest.approx(
+            seen.mean_kld, abs=1e-3
+        )
+        assert manifest.quality.overfitting == manifest.quality.mean_kld / seen.mean_kld
     assert manifest.kv_cache is None
     assert {module.scheme for module in manifest.modules} == {RUNS[kind]["scheme"]}
 
