@@ -18,6 +18,7 @@ from lowbit_quantize.model.architecture import LayerKind, LinearGroup, linear_of
 from lowbit_quantize.model.routing import USED
 from lowbit_quantize.plan import Plan
 from lowbit_quantize.quality.dataset import TokenText
+from lowbit_quantize.statistics.error_compensation import COMPONENT_BLOCK
 from lowbit_quantize.walk.baselines import FLOAT32
 from lowbit_quantize.walk.module_plan import ModulePlan
 
@@ -104,7 +105,9 @@ def _quantizing(entry: ModulePlan, group: LinearGroup, inputs: int, outputs: int
     total += inputs * square / 3 + outputs * square
     if not group.other_readers:
         rows = outputs if group.residual or 2 * outputs <= inputs else inputs
-        total += 2 * tokens * inputs * rows + inputs * square / 3 + 2 * outputs * square
+        together = min(inputs, COMPONENT_BLOCK)
+        total += 2 * tokens * inputs * rows + inputs * square / 3 + 3 * outputs * square
+        total += inputs * together * (9 * together + 6 * outputs)  # principal components, and turning to them
     return total
 
 

@@ -30,6 +30,7 @@ from lowbit_quantize.device.blocks import column_rows
 from lowbit_quantize.methods.method import InputScale, Need, Site
 from lowbit_quantize.schemes.scheme import Params, QuantizeColumn, Quantized, Scheme, take_rows
 
+SHRINKAGE = 0.1  # of H towards its diagonal
 DAMPING = (0.01, 0.03, 0.1, 0.3, 1.0)  # of the mean of diag H; the next is taken when a factor fails
 BLOCK_COLUMNS = 32
 
@@ -88,9 +89,11 @@ def _remaining_variance(order: Tensor, factor: Tensor) -> Tensor:
 
 
 def ordered_factor(hessian: Tensor) -> tuple[Tensor, Tensor]:
-    """How columns lie, (n, in), the first to be quantized last, and the lower L of L Lᵀ = H + λI in this order.
+    """How columns lie, (n, in), the first to be quantized last, and the lower L of L Lᵀ = H' + λI in this order.
 
-    Of Hessians (n, in, in); λ is raised until all of them can be factored; raises NumericsError.
+    Of Hessians (n, in, in). H' is H with a tenth less between inputs (shrunk towards its diagonal, as by Ledoit and
+    Wolf 2004): what inputs have in common on one text they have less on another. λ is raised until all of them can be
+    factored; raises NumericsError.
     """
     order = hessian.diagonal(dim1=1, dim2=2).argsort(descending=True, stable=True).flip(1)
     for damping in DAMPING:  # one name for all steps: few of these large matrices are held
@@ -98,7 +101,9 @@ def ordered_factor(hessian: Tensor) -> tuple[Tensor, Tensor]:
         for one, matrix, rank in zip(factor, hessian, order, strict=True):
             one.copy_(matrix[rank.unsqueeze(1), rank])
         diagonal = factor.diagonal(dim1=1, dim2=2)
-        diagonal.add_(damping * diagonal.mean(1, keepdim=True).clamp(min=1e-12))
+        damped = diagonal + damping * diagonal.mean(1, keepdim=True).clamp(min=1e-12)
+        factor.mul_(1 - SHRINKAGE)
+        diagonal.copy_(damped)
         factor, failed = torch.linalg.cholesky_ex(factor)
         # Ends as they lie in memory: aminmax copies anything else.
         if not failed.any() and torch.isfinite(torch.stack(torch.aminmax(factor.mT))).all():

@@ -7,8 +7,14 @@ GPTQ at what the base model's inputs give is GPTAQ's idea (Li et al. 2025, arXiv
 own error is added here. R is there only where a linear's output is added to the stream as it is
 (`LinearGroup.residual`).
 
-Two things hold it back, because H⁻¹ also fits what is peculiar to the calibration text: a ridge, and half a step
-(docs/log.md has what each gave). Tokens count as they do in H, by the attention they receive where that matters.
+H⁻¹ also fits what is peculiar to the calibration text. So the tokens are summed in two halves. Along the principal
+components u of the inputs, of one size each, either half tells by itself what every output wants of them. What the
+halves say of u_k agrees to a share r_k (their inner product over the mean of their squares, over all outputs). Of what
+both say together, 2 r_k / (1 + r_k) is to be expected again on other text (Spearman 1910, Brown 1910); that share is
+taken, as James and Stein (1961) shrink means, times a step. A small ridge keeps the smallest components defined. Of
+many inputs the components are found block by block, the largest inputs first, of what the blocks before leave: of the
+blocks on the diagonal of L, H = L Lᵀ. docs/log.md has what each gave. Tokens count as they do in H, by the attention
+they receive where that matters.
 """
 
 from collections.abc import Sequence
@@ -18,11 +24,13 @@ from torch import Tensor, nn
 
 from lowbit_core.errors import NumericsError
 from lowbit_quantize.device import ranks
-from lowbit_quantize.device.precision import exact_products
 
-STEP = 0.5
-RIDGE = 0.05  # of the mean of diag H
+STEP = 0.7
+RIDGE = 0.01  # of the mean of diag H
+COMPONENT_BLOCK = 2048  # inputs whose principal components are found together
 DEALT_ROWS = 1024  # that are worked on at once, by one rank
+
+Halves = tuple[Tensor, Tensor]
 
 
 class Drift:
@@ -50,7 +58,11 @@ class Drift:
             weight = torch.cat(tuple(weights)) if len(weights) > 1 else weights[0]
             self._weight = weight if divisor is None else (weight * divisor).to(weight.dtype)
         rows = features if self._weight is None else outputs
-        self._sum: Tensor | None = torch.zeros(rows, features, device=weights[0].device)
+        device = weights[0].device
+        self._sums: Halves | None = (
+            torch.zeros(rows, features, device=device),
+            torch.zeros(rows, features, device=device),
+        )
         self._tokens = 0
         self._expected: Tensor | None = None
         self._residual_off: Tensor | None = None
@@ -62,8 +74,8 @@ class Drift:
 
     @property
     def _blocks(self) -> list[slice]:
-        assert self._sum is not None
-        return _row_blocks(len(self._sum))
+        assert self._sums is not None
+        return _row_blocks(len(self._sums[0]))
 
     def expect(self, inputs: Tensor) -> None:
         """Take the base model's inputs, (tokens, features)."""
@@ -94,19 +106,19 @@ class Drift:
         Differences are rounded as inputs are, which is enough for a mean.
         """
         inputs, self._waiting = self._waiting, None
-        if inputs is None or self._expected is None or self._sum is None:
+        if inputs is None or self._expected is None or self._sums is None:
             return
         off = (self._expected - inputs).to(inputs.dtype)
         if self._weight is not None:
             off = nn.functional.linear(off, self._weight)
             if self._residual_off is not None:
                 off += self._residual_off
-        wide = off.float()
         if received is not None:
-            wide *= ((1 + received) / 2).unsqueeze(1)
-        with exact_products(inputs.dtype):
+            off = (off * ((1 + received) / 2).unsqueeze(1)).to(inputs.dtype)
+        middle = len(inputs) // 2
+        for total, half in zip(self._sums, (slice(None, middle), slice(middle, None)), strict=True):
             for rows in ranks.own(self._blocks):
-                self._sum[rows].addmm_(wide[:, rows].T, inputs.float())
+                total[rows] += _products(off[half, rows], inputs[half])
         self._tokens += len(inputs)
         self._expected = self._residual_off = None
 
@@ -116,24 +128,78 @@ class Drift:
         What was gathered goes here, before the factor of the Hessian needs as much memory.
         """
         self.weigh(None)
-        assert self._sum is not None, "a drift gives one target"
-        mine = [self._sum[rows] for rows in ranks.own(self._blocks)]
-        for rows, block in zip(self._blocks, ranks.in_order(mine, self._sum.device), strict=True):
-            self._sum[rows] = block
-        off, inside = self._sum.div_(max(1, self._tokens)), self._weight is None
-        self._sum = self._weight = None
-        lower = hessian.clone()
-        lower.diagonal().add_(RIDGE * hessian.diagonal().mean().clamp(min=1e-12))
-        lower, failed = torch.linalg.cholesky_ex(lower)
-        if failed:
-            raise NumericsError(f"an input Hessian cannot be factored with a ridge of {RIDGE} of its mean")
+        assert self._sums is not None, "a drift gives one target"
+        for total in self._sums:
+            mine = [total[rows] for rows in ranks.own(self._blocks)]
+            for rows, block in zip(self._blocks, ranks.in_order(mine, total.device), strict=True):
+                total[rows] = block
+            total.div_(max(1, self._tokens))
+        halves, inside = self._sums, self._weight is None
+        self._sums = self._weight = None
+        order, lower = _ordered_factor(hessian)
+        turns = _principal(lower)
 
-        def aimed(rows: slice) -> Tensor:
-            wanted = weight[rows] @ off if inside else off[rows]
-            found: Tensor = weight[rows] + STEP * torch.cholesky_solve(wanted.T, lower).T
+        def told(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+            """What both halves say of some outputs, and how far they agree: their products and squares."""
+            wanted = ((weight[rows] @ half if inside else half[rows])[:, order].T for half in halves)
+            first, second = (
+                _turned(turns, torch.linalg.solve_triangular(lower, half, upper=False)) for half in wanted
+            )
+            squares = first.square().sum(1) + second.square().sum(1)
+            return first + second, (first * second).sum(1), squares
+
+        blocks = _row_blocks(len(weight))
+        said, products, squares = zip(*ranks.spread(told, blocks, weight.device), strict=True)
+        share = _expected_again(torch.stack(products).sum(0), torch.stack(squares).sum(0)) * STEP
+
+        def aimed(number: int) -> Tensor:
+            found = weight[blocks[number]].clone()
+            taken = _turned([turn.T for turn in turns], said[number] * share.unsqueeze(1))
+            wanted = torch.linalg.solve_triangular(lower.T, taken, upper=True)
+            found[:, order] += wanted.T
             return found
 
-        return torch.cat(ranks.spread(aimed, _row_blocks(len(weight)), weight.device))
+        return torch.cat(ranks.spread(aimed, range(len(blocks)), weight.device))
+
+
+def _products(off: Tensor, inputs: Tensor) -> Tensor:
+    """Σ off inputsᵀ over tokens; of bfloat16 numbers rounded as they are, half the time where there is no AMX."""
+    if inputs.dtype != torch.bfloat16:
+        off, inputs = off.float(), inputs.float()
+    return off.T @ inputs
+
+
+def _ordered_factor(hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs by falling H_jj, and the lower L of L Lᵀ = H + ridge in this order; raises NumericsError."""
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    lower = hessian[order.unsqueeze(1), order]
+    lower.diagonal().add_(RIDGE * hessian.diagonal().mean().clamp(min=1e-12))
+    lower, failed = torch.linalg.cholesky_ex(lower)
+    if failed:
+        raise NumericsError(f"an input Hessian cannot be factored with a ridge of {RIDGE} of its mean")
+    return order, lower
+
+
+def _principal(lower: Tensor) -> list[Tensor]:
+    """What turns L⁻¹ x into principal components, each of variance one: a rotation of each block of inputs."""
+    turns = []
+    for start in range(0, len(lower), COMPONENT_BLOCK):
+        block = lower[start : start + COMPONENT_BLOCK, start : start + COMPONENT_BLOCK].tril()
+        variances, vectors = torch.linalg.eigh(block @ block.T)
+        turns.append(vectors.T @ block / variances.clamp(min=1e-30).sqrt().unsqueeze(1))
+    return turns
+
+
+def _turned(turns: list[Tensor], numbers: Tensor) -> Tensor:
+    """(features, outputs), block by block."""
+    parts = numbers.split([len(turn) for turn in turns])
+    return torch.cat([turn @ part for turn, part in zip(turns, parts, strict=True)])
+
+
+def _expected_again(products: Tensor, squares: Tensor) -> Tensor:
+    """The share of what two halves say together that other text will say too, of their products and squares."""
+    agreement = (2 * products / squares.clamp(min=1e-30)).clamp(0, 1)
+    return 2 * agreement / (1 + agreement)
 
 
 def _row_blocks(count: int) -> list[slice]:

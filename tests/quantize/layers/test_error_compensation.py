@@ -9,6 +9,7 @@ from tests.quantize.layers.test_decoder import decoder_of, token_ids
 
 from lowbit_quantize.model.architecture import linear_of
 from lowbit_quantize.model.decoder import END, BasePass
+from lowbit_quantize.statistics import error_compensation
 from lowbit_quantize.statistics.error_compensation import RIDGE, STEP, Drift
 from lowbit_quantize.statistics.kv_absmax import KVAbsmax
 from lowbit_quantize.statistics.layer import LayerStatistics
@@ -30,13 +31,16 @@ def least_squares(weight: torch.Tensor, x: torch.Tensor, wanted: torch.Tensor) -
 
 
 @pytest.mark.parametrize(("outputs", "residual"), [(OUTPUTS, False), (OUTPUTS, True), (INPUTS // 2, False)])
-def test_a_target_is_a_step_towards_least_squares(outputs: int, residual: bool) -> None:
+def test_where_both_halves_say_the_same_it_is_a_step_towards_least_squares(
+    outputs: int, residual: bool
+) -> None:
     """Whether D is summed, as for the first, or W D + R, as for a residual stream and for few outputs."""
-    weight, base = drawn(outputs, INPUTS, seed=1), drawn(TOKENS, INPUTS, seed=2)
-    inputs = base + 0.3 * drawn(TOKENS, INPUTS, seed=3)
-    stream, base_stream = drawn(TOKENS, outputs, seed=4), drawn(TOKENS, outputs, seed=5)
+    part = torch.arange(TOKENS // 4).repeat(2)  # the second half of a batch repeats the first
+    weight, base = drawn(outputs, INPUTS, seed=1), drawn(TOKENS // 4, INPUTS, seed=2)
+    inputs = base + 0.3 * drawn(TOKENS // 4, INPUTS, seed=3)
+    stream, base_stream = drawn(TOKENS // 4, outputs, seed=4), drawn(TOKENS // 4, outputs, seed=5)
     drift = Drift(weight.split(4), residual=residual)
-    for part in torch.arange(TOKENS).split(128):
+    for _ in range(2):
         if residual:
             drift.expect_residual(base_stream[part])
             drift.see_residual(stream[part])
@@ -44,9 +48,54 @@ def test_a_target_is_a_step_towards_least_squares(outputs: int, residual: bool) 
         drift.add(inputs[part])
     wanted = base @ weight.T + (base_stream - stream if residual else 0)
     expected = weight + STEP * (least_squares(weight, inputs, wanted) - weight)
-    found = drift.target(weight, inputs.T @ inputs / TOKENS)
+    found = drift.target(weight, inputs.T @ inputs / len(inputs))
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
     assert (wanted - inputs @ found.T).square().sum() < (wanted - inputs @ weight.T).square().sum()
+
+
+@pytest.mark.parametrize("signal", [0.0, 1.0])
+@pytest.mark.parametrize("together", [INPUTS, 7])
+def test_what_the_halves_do_not_agree_on_is_left_out(
+    signal: float, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stream that is off by noise, and by something that four inputs predict: judged on tokens that were not seen."""
+    monkeypatch.setattr(error_compensation, "COMPONENT_BLOCK", together)
+    weight, truth = drawn(OUTPUTS, INPUTS, seed=1), torch.zeros(OUTPUTS, INPUTS)
+    truth[:, ::6] = signal * drawn(OUTPUTS, 4, seed=2)
+    inputs, noise = drawn(2 * TOKENS, INPUTS, seed=3), 4 * drawn(2 * TOKENS, OUTPUTS, seed=4)
+    inputs[:, ::6] *= 3
+    seen, unseen = slice(None, TOKENS), slice(TOKENS, None)
+    off = inputs @ truth.T + noise
+    drift = Drift([weight], residual=True)
+    for part in torch.arange(TOKENS).split(100):
+        drift.expect_residual(off[part])
+        drift.see_residual(torch.zeros_like(off[part]))
+        drift.expect(inputs[part])
+        drift.add(inputs[part])
+    found = drift.target(weight, inputs[seen].T @ inputs[seen] / TOKENS) - weight
+    plain = STEP * (least_squares(weight, inputs[seen], inputs[seen] @ weight.T + off[seen]) - weight)
+
+    def left(step: torch.Tensor) -> torch.Tensor:
+        return (inputs[unseen] @ (STEP * truth - step).T).square().mean()
+
+    assert left(found) < 0.8 * left(plain)
+    assert found.norm() < plain.norm()
+    if signal:
+        assert left(found) < 0.6 * left(torch.zeros_like(found))
+    else:
+        assert found.norm() < 0.5 * plain.norm()
+
+
+def test_products_of_bfloat16_are_rounded_and_others_are_not() -> None:
+    """Float16 sums of large inputs would be infinite."""
+    large = 300 * drawn(TOKENS, INPUTS, seed=12)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        weight = drawn(OUTPUTS, INPUTS, seed=13)
+        drift = Drift([weight.to(dtype)])
+        drift.expect((1.1 * large).to(dtype))
+        drift.add(large.to(dtype))
+        found = drift.target(weight, large.T @ large / TOKENS)
+        torch.testing.assert_close(found, (1 + 0.1 * STEP) * weight, rtol=0.02, atol=0.02)
 
 
 def test_base_inputs_are_divided_by_what_was_folded() -> None:
@@ -67,8 +116,8 @@ def test_attended_tokens_count_as_they_do_in_the_hessian() -> None:
     weighed.expect(base)
     weighed.add(inputs)
     assert weighed.waiting
-    weighed.weigh(torch.cat([torch.full((TOKENS // 2,), 3.0), torch.full((TOKENS // 2,), 1.0)]))
-    twice = torch.cat([torch.arange(TOKENS // 2).repeat(2), torch.arange(TOKENS // 2, TOKENS)])
+    weighed.weigh(torch.tensor([3.0, 1.0]).repeat(TOKENS // 2))
+    twice = torch.arange(TOKENS).repeat_interleave(torch.tensor([2, 1]).repeat(TOKENS // 2))
     repeated.expect(base[twice])
     repeated.add(inputs[twice])
     hessian = inputs[twice].T @ inputs[twice] / TOKENS
