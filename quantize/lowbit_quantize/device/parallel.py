@@ -4,8 +4,9 @@ The pieces of a search fit a core's cache, and splitting one such piece over thr
 (on 2 cores, 1.7 times the CPU seconds for no less time). On a GPU there is one stream and nothing to split.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -25,5 +26,20 @@ def parallel_map(
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             return list(pool.map(function, items))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch's CPU operations use one thread while the block runs.
+
+    For decompositions: on two threads those of a thousand inputs take no less time, and beside other work a hundred
+    times as much CPU time, spent on waiting for each other.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
     finally:
         torch.set_num_threads(threads)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from lowbit_core.errors import NumericsError
 from lowbit_quantize.device import ranks
+from lowbit_quantize.device.parallel import one_thread
 
 STEP = 0.7
 RIDGE = 0.01  # of the mean of diag H
@@ -185,7 +186,9 @@ def _principal(lower: Tensor) -> list[Tensor]:
     turns = []
     for start in range(0, len(lower), COMPONENT_BLOCK):
         block = lower[start : start + COMPONENT_BLOCK, start : start + COMPONENT_BLOCK].tril()
-        variances, vectors = torch.linalg.eigh(block @ block.T)
+        covariance = block @ block.T
+        with one_thread():
+            variances, vectors = torch.linalg.eigh(covariance)
         turns.append(vectors.T @ block / variances.clamp(min=1e-30).sqrt().unsqueeze(1))
     return turns
 
