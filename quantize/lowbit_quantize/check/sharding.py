@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from lowbit_quantize.model.architecture import LinearGroup, linear_of
+from lowbit_quantize.model.skeleton import given
 from lowbit_quantize.plan import Plan, decoder_layers
 from lowbit_quantize.schemes.scheme import Kernel, Scheme
 
@@ -46,7 +47,7 @@ def parts(name: str, config: Any, size: int) -> int:
 
 
 def key_value_heads(config: Any) -> int:
-    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    return int(given(config, "num_key_value_heads") or config.num_attention_heads)
 
 
 def obstacles(plan: Plan, kernel: Kernel, size: int, *, expert_parallel: bool = False) -> list[str]:

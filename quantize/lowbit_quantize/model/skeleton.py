@@ -25,6 +25,14 @@ def text_config(config: Any) -> Any:
     return config.get_text_config(decoder=True)
 
 
+def given(config: Any, name: str) -> Any:
+    """A value of a configuration; None where there is none, or one for each layer."""
+    try:
+        return getattr(config, name, None)
+    except Exception:  # what transformers raises where layers differ
+        return None
+
+
 def is_wrapper(config: Any) -> bool:
     """Whether a model reads more than text."""
     return text_config(config) is not config

@@ -16,7 +16,7 @@ import transformers
 
 from lowbit_quantize.device.memory import without_compiler
 from lowbit_quantize.model.files.unopened_experts import read_plain_experts
-from lowbit_quantize.model.skeleton import text_config
+from lowbit_quantize.model.skeleton import given, text_config
 from lowbit_quantize.run.older_readers import with_older_keys
 from lowbit_quantize.schemes.scheme import Scheme
 
@@ -61,13 +61,14 @@ def served_config(
 def _heads(config: Any) -> dict[str, Any]:
     """What compressed-tensors asks the configuration as a whole about a cache, of a wrapper's decoder."""
     text = text_config(config)
-    return {} if text is config else {key: getattr(text, key) for key in HEADS if hasattr(text, key)}
+    found = {} if text is config else {key: given(text, key) for key in HEADS}
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def _change(data: dict[str, Any], changed: Mapping[str, Any], config: Any) -> None:
     """Set keys of the decoder's configuration, which is a part of a wrapper's."""
     text = text_config(config)
-    part = next((key for key in data if getattr(config, key, None) is text), None)
+    part = next((key for key in data if given(config, key) is text), None)
     if part is not None:
         data[part] = dict(data[part])
     place = data if part is None else data[part]

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from lowbit_quantize.model.routing import COUNTS, USED
+from lowbit_quantize.model.skeleton import given
 
 HIDDEN, MIDDLE, WORDS, EXPERTS, TOP_K, LATENT = 192, 128, 128, 8, 2, 32
 KEY_HEADS = 2  # two show what repeats; one stays one
@@ -39,19 +40,19 @@ def narrowed(config: Any, *, of_heads: bool = False) -> Any:
     twin = copy.deepcopy(config)
     text = twin.get_text_config()
     hidden = HIDDEN
-    own_head_size = (_given(text, "head_dim") or _given(text, "qk_nope_head_dim")) and not of_heads
-    real_heads, real_hidden = _given(text, "num_attention_heads"), text.hidden_size
+    own_head_size = (given(text, "head_dim") or given(text, "qk_nope_head_dim")) and not of_heads
+    real_heads, real_hidden = given(text, "num_attention_heads"), text.hidden_size
     values = dict(_head_counts(text))
     if not own_head_size and isinstance(real_heads, int) and "num_attention_heads" in values:
         hidden = real_hidden // real_heads * values["num_attention_heads"]
     values |= {"hidden_size": hidden} | _mamba_heads(text, hidden)
     values |= {
-        name: size for name, size in SIZES.items() if _given(text, name)
+        name: size for name, size in SIZES.items() if given(text, name)
     }  # 0 is a part that is not there
     values |= {name: MIDDLE for name in _names(text) if name.endswith("intermediate_size") or name in MIDDLES}
     values |= _expert_counts(text)
     for name, value in values.items():
-        before = _given(text, name)
+        before = given(text, name)
         setattr(
             text, name, type(before)(value for _ in before) if isinstance(before, list | tuple) else value
         )
@@ -75,20 +76,12 @@ def _names(text: Any) -> Iterator[str]:
     return (name for name, value in vars(text).items() if value is not None and not isinstance(value, bool))
 
 
-def _given(text: Any, name: str) -> Any:
-    """A value; None where there is none, or one for each layer."""
-    try:
-        return getattr(text, name, None)
-    except Exception:  # what transformers raises where layers differ
-        return None
-
-
 def _head_counts(text: Any) -> Iterator[tuple[str, int]]:
     for queries, keys in QUERIES.items():
-        count = _given(text, queries)
+        count = given(text, queries)
         if not isinstance(count, int):
             continue
-        shared = {name: count // keys_of for name in keys if (keys_of := _given(text, name))}
+        shared = {name: count // keys_of for name in keys if (keys_of := given(text, name))}
         repeats = max(shared.values(), default=1)
         heads = repeats * min(KEY_HEADS, count // repeats)
         yield queries, heads
@@ -98,20 +91,20 @@ def _head_counts(text: Any) -> Iterator[tuple[str, int]]:
 
 def _mamba_heads(text: Any, hidden: int) -> dict[str, int]:
     """Heads of Mamba 2, where a configuration has them beside their size."""
-    size = _given(text, "mamba_d_head")
+    size = given(text, "mamba_d_head")
     if not size:
         return {}
-    inner = int((_given(text, "mamba_expand") or 2) * hidden)
+    inner = int((given(text, "mamba_expand") or 2) * hidden)
     heads = max(1, inner // size)
-    return {"mamba_n_heads": heads} | ({"mamba_d_ssm": heads * size} if _given(text, "mamba_d_ssm") else {})
+    return {"mamba_n_heads": heads} | ({"mamba_d_ssm": heads * size} if given(text, "mamba_d_ssm") else {})
 
 
 def _expert_counts(text: Any) -> dict[str, int]:
-    found = {name: EXPERTS for name in COUNTS if _given(text, name)}
+    found = {name: EXPERTS for name in COUNTS if given(text, name)}
     if not found:
         return {}
-    found |= {name: TOP_K for name in USED if _given(text, name)}
-    groups = _given(text, "n_group") or _given(text, "num_expert_group") or 1
+    found |= {name: TOP_K for name in USED if given(text, name)}
+    groups = given(text, "n_group") or given(text, "num_expert_group") or 1
     for name in ("n_group", "num_expert_group"):
-        found |= {name: min(2, groups)} if _given(text, name) else {}
-    return found | ({"topk_group": 1} if _given(text, "topk_group") else {})
+        found |= {name: min(2, groups)} if given(text, name) else {}
+    return found | ({"topk_group": 1} if given(text, "topk_group") else {})
