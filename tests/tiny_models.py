@@ -10,8 +10,12 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import (
+    BloomConfig,
     DeepseekV2Config,
+    DeepseekV4Config,
+    Gemma3nTextConfig,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     Glm4MoeConfig,
     GraniteMoeHybridConfig,
     Lfm2Config,
@@ -157,6 +161,48 @@ FOUND: dict[str, Any] = {
         conv_dim=128,
     ),
 }
+LATE_SHARED = {  # the last two layers read the keys and values of the last before them of their kind
+    "num_hidden_layers": 5,
+    "layer_types": [
+        "sliding_attention", "sliding_attention", "full_attention", "sliding_attention", "full_attention"
+    ],
+    "num_kv_shared_layers": 2,
+    "sliding_window": 32,
+    "hidden_size_per_layer_input": 64,
+    "vocab_size_per_layer_input": VOCABULARY,
+}  # fmt: skip
+# Layers that are called with more than one stream of hidden states: something of the tokens, copies, others' keys.
+TOLD: dict[str, Any] = {
+    "gemma3n_text": Gemma3nTextConfig(  # four copies, inputs of each layer for each token, low ranks beside attention
+        **(SIZES | LATE_SHARED), laurel_rank=64, activation_sparsity_pattern=[0.5, 0.0, 0.0, 0.0, 0.0]
+    ),
+    "gemma4_text": Gemma4TextConfig(  # heads of two sizes
+        **(SIZES | LATE_SHARED), global_head_dim=64
+    ),
+    "deepseek_v4": DeepseekV4Config(  # three copies, a router that looks its experts up by token
+        **{key: value for key, value in SIZES.items() if key not in ("head_dim", "num_key_value_heads")},
+        num_key_value_heads=1,
+        head_dim=64,
+        qk_rope_head_dim=32,
+        q_lora_rank=64,
+        o_groups=2,
+        o_lora_rank=32,
+        index_n_heads=2,
+        index_head_dim=32,
+        index_topk=4,
+        hc_mult=3,
+        layer_types=["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"],
+        compress_rates={"compressed_sparse_attention": 4, "heavily_compressed_attention": 16},
+        mlp_layer_types=["hash_moe", "moe", "moe"],
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        sliding_window=32,
+    ),
+    "bloom": BloomConfig(
+        vocab_size=VOCABULARY, hidden_size=128, n_layer=3, n_head=4
+    ),  # a norm behind the embedding
+}
 # Four sentences of 40 out of 32 tokens, so that what follows depends on more than the token before it.
 SENTENCES = torch.randint(4, 36, (4, 40), generator=torch.Generator().manual_seed(7))
 CONTEXT = 12  # tokens that a prompt gives
@@ -172,7 +218,7 @@ def write_tiny_model(
     `sizes` replace configuration fields. A random model's choices are near ties, which rounding decides; one that
     was taught `sentences` (rows, tokens) says them by a clear margin.
     """
-    config = copy.deepcopy((CONFIGS | FOUND)[family])
+    config = copy.deepcopy((CONFIGS | FOUND | TOLD)[family])
     config.update(sizes)
     model = seeded_model(config, seed)
     if sentences is not None:
@@ -196,6 +242,9 @@ def seeded_model(config: Any, seed: int = 0) -> Any:
             else:  # biases
                 parameter.copy_(0.1 * torch.randn_like(parameter))
         for name, buffer in model.named_buffers():
+            if buffer.dtype == torch.int64 and buffer.dim() == 2:  # a router's table of tokens
+                experts = torch.rand(len(buffer), config.n_routed_experts).argsort(-1)
+                buffer.copy_(experts[:, : buffer.shape[1]])
             if "correction_bias" in name:
                 buffer.copy_(0.1 * torch.randn_like(buffer))
     return model

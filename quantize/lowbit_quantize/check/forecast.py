@@ -11,9 +11,10 @@ import torch
 
 from lowbit_core.model_shape import BYTES_PER_VALUE, shape_from_config
 from lowbit_quantize.check.sharding import key_value_heads, parts
-from lowbit_quantize.model.architecture import Architecture
+from lowbit_quantize.model.architecture import Architecture, kind_of, linear_of
 from lowbit_quantize.model.skeleton import text_tensors
-from lowbit_quantize.plan import Plan
+from lowbit_quantize.model.stream_form import DIGITS
+from lowbit_quantize.plan import Plan, decoder_layers
 from lowbit_quantize.quality.dataset import TokenText
 from lowbit_quantize.walk.baselines import FLOAT32
 
@@ -77,7 +78,18 @@ def streams_bytes(plan: Plan, calibration: TokenText, heldout: TokenText) -> int
     tokens = (2 if plan.paired else 1) * calibration.ids.numel() + 2 * heldout.ids.numel()
     for name, rows in plan.baselines(heldout.domains).items():
         tokens += (2 if name == FLOAT32 else 1) * len(rows) * heldout.ids.shape[1]
-    return tokens * int(plan.config.hidden_size) * BASE_BYTES
+    return tokens * stream_width(plan) * BASE_BYTES
+
+
+def stream_width(plan: Plan) -> int:
+    """Numbers that walk for each token, at most."""
+    stream = plan.architecture.stream
+    left: int = sum(
+        linear_of(layer, name).out_features
+        for _, layer in decoder_layers(plan.skeleton, plan.architecture)
+        for name in kind_of(layer).leaves
+    )
+    return stream.copies * int(plan.config.hidden_size) + left + (0 if stream.plain else DIGITS)
 
 
 def run_disk_bytes(plan: Plan, streams: int, stream_memory_bytes: int, carried: int = 0) -> int:
@@ -94,16 +106,27 @@ def run_disk_bytes(plan: Plan, streams: int, stream_memory_bytes: int, carried: 
 def memory_bound_bytes(plan: Plan, streams: int) -> int:
     """What a walk stays below: 1.25 x (embedding + head + 2 x largest layer + streams) + 1.5 GB.
 
+    Where the model's own code around its layers is run, all that this holds counts as well as the embedding.
     Of layers that route, twice what is around the experts counts, and four experts; of their streams, four times as
     much: what experts are called with, and what they have given so far.
     """
     config = plan.config
     embedding = config.vocab_size * config.hidden_size * BASE_BYTES
-    outside = embedding if plan.tied else 2 * embedding
+    outside = (embedding if plan.tied else 2 * embedding) + _around_bytes(plan)
     layers: Any = plan.skeleton.get_submodule(plan.architecture.layers)
     largest = max(_at_once(layer, plan.architecture) for layer in layers) * BASE_BYTES
     kept = streams * (4 if plan.architecture.experts else 1)
     return int(BOUND_FACTOR * (outside + 2 * largest + kept)) + BOUND_REST_BYTES
+
+
+def _around_bytes(plan: Plan) -> int:
+    """Bytes of the module that holds the decoder layers, without them, where its code is run."""
+    if plan.architecture.stream.plain:
+        return 0
+    parent, _, layers = plan.architecture.layers.rpartition(".")
+    tensors = plan.skeleton.get_submodule(parent).state_dict().items()
+    numbers: int = sum(one.numel() for name, one in tensors if not name.startswith(f"{layers}."))
+    return numbers * BASE_BYTES
 
 
 def _at_once(layer: Any, architecture: Architecture) -> int:

@@ -11,6 +11,7 @@ from torch import nn
 
 from lowbit_quantize.model.logits import PLAIN, LogitsForm
 from lowbit_quantize.model.spread import Spread
+from lowbit_quantize.model.stream_form import PLAIN_STREAM, StreamForm
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ class LayerKind:
     `attention` computes attention and gives a tuple of `attention_outputs` (0: no tuple); `attention_end` is the linear
     that reads what attention gives. `middle` is the module that reads the residual stream between attention and the
     rest of the layer. `router` reads what the `experts` of the `moe_block` read. `outputs`: as `attention_outputs`, of
-    the layer itself. `dropped`: folds that were found and do not hold.
+    the layer itself. `leaves` are linears whose outputs reach tensors that it leaves for later layers. `routes_alone`:
+    whether the block routes by what it reads and nothing else. `dropped`: folds that were found and do not hold.
     """
 
     groups: tuple[LinearGroup, ...]
@@ -75,6 +77,8 @@ class LayerKind:
     experts: str = ""
     router: str = ""
     outputs: int = 0
+    leaves: tuple[str, ...] = ()
+    routes_alone: bool = True
     dropped: tuple[str, ...] = ()
 
     def is_expert(self, group: LinearGroup) -> bool:
@@ -86,11 +90,11 @@ class LayerKind:
 class Architecture:
     """A model's own; names are relative to the model.
 
-    `kinds` has an entry for each decoder layer. `final_norm_offset` is what the norm adds to its weight; rows of the
-    embedding are multiplied by `embedding_factor`, and `logits` made of what the head gives. `latent_cache`: attention
-    caches a normed latent and one rotary key (DeepSeek-AI 2024, arXiv 2405.04434) instead of keys and values. `renamed`
-    are parts of names that are others in vLLM 0.32 without its own tables saying so, as (part, vLLM's);
-    `kv_scales`: whether it loads scales of an FP8 cache.
+    `kinds` has an entry for each decoder layer, `stream` says what layers are called with. `final_norm_offset` is what
+    the norm adds to its weight; rows of the embedding are multiplied by `embedding_factor`, and `logits` made of what
+    the head gives. `latent_cache`: attention caches a normed latent and one rotary key (DeepSeek-AI 2024, arXiv
+    2405.04434) instead of keys and values. `renamed` are parts of names that are others in vLLM 0.32 without its own
+    tables saying so, as (part, vLLM's); `kv_scales`: whether it loads scales of an FP8 cache.
     `tested`: whether tests of ours run the family from end to end.
     """
 
@@ -103,6 +107,7 @@ class Architecture:
     final_norm_offset: float = 0.0
     embedding_factor: float = 1.0
     logits: LogitsForm = PLAIN
+    stream: StreamForm = PLAIN_STREAM
     latent_cache: bool = False
     renamed: tuple[tuple[str, str], ...] = ()
     kv_scales: bool = True

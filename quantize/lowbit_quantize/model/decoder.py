@@ -1,13 +1,15 @@
 """A causal language model that is run layer by layer; only one layer's weights are in memory.
 
 The model exists as a skeleton without weights; what every layer is called with (mask, positions, rotary embeddings) is
-captured once for each sequence length by running the skeleton with recorders in place of its layers.
+captured once for each sequence length by running the skeleton with recorders in place of its layers. Where layers are
+called with more than that, hidden states share their rows with it (carried.py).
 """
 
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -16,20 +18,23 @@ from torch import Tensor, nn
 from lowbit_core.errors import NumericsError
 from lowbit_quantize.device import ranks
 from lowbit_quantize.model.architecture import Architecture, kind_of
+from lowbit_quantize.model.carried import Call, Carried
 from lowbit_quantize.model.files.kept_types import KeptTypes
 from lowbit_quantize.model.files.published_names import PublishedNames
 from lowbit_quantize.model.hooks import HookedCache, InputObservers, KVCacheHook, SeenAll, inputs_of
 from lowbit_quantize.model.skeleton import is_tied, text_config
-from lowbit_quantize.model.stand_in import StandIn
+from lowbit_quantize.model.stand_in import Arguments, StandIn
+from lowbit_quantize.model.stream_form import LeftTensor, left_tensors
+from lowbit_quantize.model.surroundings import Surroundings
 from lowbit_quantize.model.tape import Tape, tell
 from lowbit_quantize.model.visited_experts import VisitedExperts
 from lowbit_quantize.model.weights import is_finite
 
 BATCH_TOKENS = 2048  # tokens in a forward pass: enough for efficient products, few enough for the caches
 
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # positional ones, and keywords
 CACHE = "past_key_values"
 OURS, BASE = "ours", "base"  # whose observers are told
+LENGTHS = 7, 9  # of two texts that show what layers leave for others
 END = ""  # of a layer, where the name of a module says how far hidden states go
 
 
@@ -85,11 +90,20 @@ class Decoder:
         self.names = PublishedNames(skeleton)
         self.kept_types = KeptTypes(skeleton, self.names)
         self._layers: nn.ModuleList = self.skeleton.get_submodule(architecture.layers)  # type: ignore[assignment]
-        self._arguments: dict[tuple[int, torch.dtype], list[Arguments]] = {}
+        self._arguments: dict[tuple[int, int, torch.dtype], list[Arguments]] = {}
+        self._plain = architecture.stream.plain
+        self._carried = Carried(
+            architecture.stream, self.config.hidden_size, self._surroundings, self._left_tensors
+        )
 
     @property
     def depth(self) -> int:
         return len(self._layers)
+
+    @cached_property
+    def width(self) -> int:
+        """Numbers of each token that walk: the last size of a stream."""
+        return self._carried.rows.width
 
     def layer_name(self, index: int) -> str:
         return f"{self.architecture.layers}.{index}"
@@ -123,17 +137,25 @@ class Decoder:
         return self._load_named(f"{self.layer_name(index)}.{name}")
 
     def embed(self, token_ids: Tensor, hidden: Tensor | None = None) -> Tensor:
-        """Hidden states before the first layer, (sequences, tokens, hidden), into `hidden` where it is given."""
-        embedding = self._load_named(self.architecture.embedding)
+        """A stream before the first layer, (sequences, tokens, width), in `hidden` where it is given."""
         if hidden is None:
-            hidden = torch.empty(
-                *token_ids.shape, self.config.hidden_size, dtype=self.dtype, device=self.device
-            )
-        factor = self.architecture.embedding_factor
+            hidden = torch.empty(*token_ids.shape, self.width, dtype=self.dtype, device=self.device)
+        if not self._plain:
+            for batch in batches_of(hidden):
+                hidden[batch] = self._carried.first(token_ids[batch].to(self.device), hidden.dtype)
+            return hidden
+        embedding, factor = self._load_named(self.architecture.embedding), self.architecture.embedding_factor
         for row, ids in zip(hidden, token_ids.to(self.device), strict=True):
             embedded = embedding(ids)
             row.copy_(embedded if factor == 1 else embedded * factor)
         return hidden
+
+    def finished(self, stream: Tensor) -> Tensor:
+        """What the final norm reads, (sequences, tokens, hidden), of a stream behind the last layer."""
+        if self._plain:
+            return stream
+        parts = [self._carried.finished(stream[batch].to(self.device)) for batch in batches_of(stream)]
+        return torch.cat(parts)
 
     def head(self) -> tuple[nn.Module, Tensor]:
         """The final norm and the output matrix, (vocabulary, hidden): the embedding's where they are tied."""
@@ -145,11 +167,11 @@ class Decoder:
         self, layer: nn.Module, index: int, hidden: Tensor, hook: KVCacheHook | None = None
     ) -> Iterator[Tensor]:
         """Run one layer over (sequences, tokens, hidden) in batches; yields each batch's output in order."""
-        args, kwargs = self.arguments(index, hidden)
         for batch in batches_of(hidden):
+            given, args, kwargs = self.call(index, hidden[batch])
             with torch.no_grad():
-                output = layer(hidden[batch].to(self.device), *args, **kwargs, **_cache(layer, hook))
-            yield output[0] if isinstance(output, tuple) else output
+                output = layer(given, *args, **kwargs, **_cache(layer, hook))
+            yield self._behind(hidden[batch], output[0] if isinstance(output, tuple) else output, kwargs)
 
     def observe(
         self,
@@ -201,16 +223,17 @@ class Decoder:
         base: BasePass | None,
         tape: Tape | None = None,
     ) -> None:
-        (args, kwargs), moved = self.arguments(index, hidden), None
+        moved = None
         with ranks.alone():
             if base is not None and base.advance:
                 self.advance_to(base.advance, base.layer, index, base.hidden[batch], None, base.observers)
             elif base is not None:
                 with inputs_of(base.layer, base.observers, stop=base.advance is None), suppress(SeenAll):
                     moved = next(self.run_layer(base.layer, index, base.hidden[batch]))
+        given, args, kwargs = self.call(index, hidden[batch])
         watched = tape.attention() if tape else nullcontext()
         with inputs_of(layer, observers, stop=stop), torch.no_grad(), suppress(SeenAll), watched:
-            layer(hidden[batch].to(self.device), *args, **kwargs, **_cache(layer, hook))
+            layer(given, *args, **kwargs, **_cache(layer, hook))
         if base is not None and moved is not None:  # only now: observers may hold what the layer was given
             base.hidden[batch] = moved
 
@@ -249,26 +272,36 @@ class Decoder:
 
         def output(batch: slice) -> Tensor:
             read: list[Tensor] = []
-            with inputs_of(layer, {**(observers or {}), module: read.append}, stop=True), suppress(SeenAll):
-                next(self.run_layer(layer, index, hidden[batch], hook))
-            return read[0].view_as(hidden[batch])
+            given, args, kwargs = self.call(index, hidden[batch])
+            seen = inputs_of(layer, {**(observers or {}), module: read.append}, stop=True)
+            with seen, suppress(SeenAll), torch.no_grad():
+                layer(given, *args, **kwargs, **_cache(layer, hook))
+            return self._behind(hidden[batch], read[0].view_as(given), kwargs)
 
         self.replace_dealt(hidden, output)
 
-    def arguments(self, index: int, hidden: Tensor) -> Arguments:
-        """What a layer is called with beside these hidden states."""
-        key = hidden.shape[1], hidden.dtype
+    def call(self, index: int, rows: Tensor) -> Call:
+        """What a layer is called with for these rows of a stream."""
+        key = 1 if self._plain else len(rows), rows.shape[1], rows.dtype
         if key not in self._arguments:
             self._arguments[key] = self._capture(*key)
-        return self._arguments[key][index]
+        rows, arguments = rows.to(self.device), self._arguments[key][index]
+        return (rows, *arguments) if self._plain else self._carried.call(index, rows, arguments)
 
-    def _capture(self, tokens: int, dtype: torch.dtype) -> list[Arguments]:
-        """What each layer is called with, beside hidden states, on a text of so many tokens."""
+    def _behind(self, rows: Tensor, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """The same rows of a stream with other hidden states."""
+        return hidden if self._plain else self._carried.after(rows, hidden, kwargs)
+
+    def _capture(self, sequences: int, tokens: int, dtype: torch.dtype) -> list[Arguments]:
+        """What each layer is called with, beside hidden states, on texts of so many tokens."""
+        if not self._plain:
+            ids = torch.zeros(sequences, tokens, dtype=torch.int64, device=self.device)
+            return [_without_cache(called) for called in self._carried.around(dtype).calls(ids)[1]]
         recorders = nn.ModuleList(StandIn(layer, kind_of(layer).outputs) for layer in self._layers)
         parent_name, _, leaf = self.architecture.layers.rpartition(".")
         parent = self.skeleton.get_submodule(parent_name)
         embeds = torch.zeros(
-            1, tokens, self.config.get_text_config().hidden_size, dtype=dtype, device=self.device
+            sequences, tokens, self.config.get_text_config().hidden_size, dtype=dtype, device=self.device
         )
         setattr(parent, leaf, recorders)
         norm = self.skeleton.get_submodule(self.architecture.final_norm)
@@ -281,6 +314,29 @@ class Decoder:
             setattr(parent, leaf, self._layers)
             self._replace(self.architecture.final_norm, norm)
         return [_without_cache(recorder.called) for recorder in recorders]  # type: ignore[arg-type]
+
+    def _surroundings(self, dtype: torch.dtype) -> Surroundings:
+        outputs = [kind_of(layer).outputs for layer in self._layers]
+        names = self.architecture.layers, self.architecture.final_norm
+        return Surroundings(self.skeleton, *names, outputs, self.read, dtype)
+
+    def _left_tensors(self) -> list[LeftTensor]:
+        """What layers leave for later ones, seen by running those that do on two short texts."""
+        name, found = self.architecture.stream.left, []
+        for index, kind in enumerate(self.architecture.kinds):
+            if not kind.leaves:
+                continue
+            layer, seen = self.load_frame(index), []
+            for tokens in LENGTHS:
+                ids = torch.zeros(1, tokens, dtype=torch.int64, device=self.device)
+                hidden, calls = self._carried.around(self.dtype).calls(ids)
+                args, kwargs = _without_cache(calls[index])
+                left = type(kwargs[name])()
+                with torch.no_grad():
+                    layer(hidden, *args, **(kwargs | {name: left}), **_cache(layer, None))
+                seen.append(left)
+            found += [one for key in seen[0] for one in left_tensors(key, seen[0][key], seen[1][key])]
+        return found
 
     def _replace(self, name: str, module: nn.Module) -> None:
         parent, _, leaf = name.rpartition(".")

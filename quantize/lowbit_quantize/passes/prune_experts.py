@@ -180,6 +180,11 @@ class PruneExpertsKind:
         """Check the counts against a model's configuration; raises RecipeError or ModelError."""
         if not architecture.moe_block:
             raise RecipeError(f"{NAME}: {model} ({architecture.model_type}) has no experts")
+        if not all(kind.routes_alone for kind in architecture.kinds):
+            raise RecipeError(
+                f"{NAME}: {model} ({architecture.model_type}) has layers that choose experts by more than what their "
+                "router reads (a table of tokens, say), which must stay whole; leave the pass out"
+            )
         (experts, keys), top_k = expert_count(config), experts_used(config)
         routing = routing_groups(config)
         groups = routing.groups

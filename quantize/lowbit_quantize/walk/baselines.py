@@ -49,7 +49,7 @@ class Baselines:
         """Make the streams."""
         for name, rows in self._rows.items():
             dtype = torch.float32 if name == FLOAT32 else self._decoder.dtype
-            shape = len(rows), self._ids.shape[1], self._decoder.config.hidden_size
+            shape = len(rows), self._ids.shape[1], self._decoder.width
             self._decoder.embed(self._ids[rows], self._streams.new(name, shape, dtype))
 
     def in_float32(self, index: int) -> list[Traveller]:
@@ -63,13 +63,13 @@ class Baselines:
         return [Traveller(self._streams[FP8_CACHE], base(), scales)] if FP8_CACHE in self._rows else []
 
     def measure(self, base: Tensor, norm: nn.Module, head: Tensor) -> dict[str, DivergenceRecord]:
-        """Noise floor and FP8 cache alone, by their names in the manifest; `base` is the whole stream."""
+        """Noise floor and FP8 cache alone, by their names in the manifest; `base` is what the final norm reads."""
         found, form = {}, self._decoder.architecture.logits
         if rows := self._rows.get(FLOAT32):
-            exact, wide = self._streams[FLOAT32], copy.deepcopy(norm).float()
+            exact, wide = self._decoder.finished(self._streams[FLOAT32]), copy.deepcopy(norm).float()
             found["noise_floor"] = compare(exact, base[rows], wide, norm, head, self._ids[rows], form=form)
         if rows := self._rows.get(FP8_CACHE):
-            rounded = self._streams[FP8_CACHE]
+            rounded = self._decoder.finished(self._streams[FP8_CACHE])
             found["kv_cache_alone"] = compare(
                 base[rows], rounded, norm, norm, head, self._ids[rows], form=form
             )

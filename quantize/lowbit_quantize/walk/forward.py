@@ -119,7 +119,7 @@ class Walk:
         if self.work.paired:
             texts["calibration_base"] = self._calibration_text
         for name, text in texts.items():
-            shape = (*text.ids.shape, self.decoder.config.hidden_size)
+            shape = (*text.ids.shape, self.decoder.width)
             self.decoder.embed(text.ids, self._streams.new(name, shape, self.decoder.dtype))
         self._baselines.embed()
 
@@ -255,7 +255,7 @@ class Walk:
             return self.journal.conclusion.quality
         keep_no_freed_memory()  # layers are small and many, logits are large
         norm, head = self.decoder.head()
-        base, ours = self._streams["heldout_base"], self._streams["heldout"]
+        base, ours = (self.decoder.finished(self._streams[name]) for name in ("heldout_base", "heldout"))
         our_norm, found = self._quantized_head(copy.deepcopy(norm), head)
         our_head = found.weight if found else None
         form = self.decoder.architecture.logits
@@ -297,7 +297,7 @@ class Walk:
         entry, offset = self._head_entry, self.decoder.architecture.final_norm_offset
         if entry is None:
             return norm, None
-        states = self._streams["calibration"]
+        states = self.decoder.finished(self._streams["calibration"])
         return norm, quantize_head(norm, head, entry, states, offset, fold=self.work.fold_head)
 
     def _write_head(self, norm: nn.Module, found: QuantizedHead) -> HeadRecord:

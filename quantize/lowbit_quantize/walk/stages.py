@@ -36,10 +36,13 @@ KEPT_BYTES = 256 << 20
 
 
 class Kept:
-    """What attention's last linear reads, batch by batch, if it is about as large as `hidden` and that is not much."""
+    """What attention's last linear reads, batch by batch, if it is about as large as `hidden` and that is not much.
 
-    def __init__(self, hidden: Tensor) -> None:
-        self.fits = hidden.nbytes <= KEPT_BYTES
+    Nothing is kept where attention must run again: it `leaves` tensors for later layers.
+    """
+
+    def __init__(self, hidden: Tensor, *, leaves: bool) -> None:
+        self.fits = hidden.nbytes <= KEPT_BYTES and not leaves
         self.read: list[Tensor] = []
 
 
@@ -94,7 +97,8 @@ class StagedLayer:
         context, layer, stage = self._context, self._layer, stages[number]
         later = folded_later(self._groups, stage.groups, self._modules)
         statistics = self._statistics([*stage.groups, *later], stage.entering)
-        advance, kept = self._advance_after(stages, number), Kept(self._hidden)
+        advance = self._advance_after(stages, number)
+        kept = Kept(self._hidden, leaves=bool(self._kind.leaves))
         hook = context.result.hook if number else self._absmax
         context.clock.begin(OBSERVE)
         self._observe(statistics, hook, advance, kept)

@@ -58,7 +58,8 @@ def test_a_directory_without_weights(refused: Callable[..., str], tmp_path: Path
 @pytest.mark.parametrize(
     ("model_type", "words"),
     [
-        ("gpt2", "adds something to its embedding before the first layer"),
+        ("gpt2", "has no linear layers in its decoder"),
+        ("deepseek_v4", "does not run in torch.bfloat16 beside the tensors that it keeps in float32"),
         ("made_up", "made_up"),
         ("t5", "no model can be built"),
         ("bert", "its head reads something else"),

@@ -5,13 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from tests.tiny_models import LATE_SHARED, TOLD
 from transformers import AutoConfig
 
-from lowbit_core.errors import ModelError
+from lowbit_core.errors import ModelError, RecipeError
 from lowbit_quantize.model.architecture import Architecture, LayerKind
 from lowbit_quantize.model.discovery.found import find_architecture, open_model
 from lowbit_quantize.model.reference import find_model
 from lowbit_quantize.model.skeleton import build_skeleton
+from lowbit_quantize.model.stream_form import StreamForm
+from lowbit_quantize.passes.prune_experts import PruneExpertsKind, PruneExpertsOptions
 
 QKV = "self_attn.q_proj self_attn.k_proj self_attn.v_proj <- input_layernorm"
 O_PROJ = "self_attn.o_proj <- self_attn.v_proj"
@@ -140,9 +144,39 @@ def test_attention_beside_the_network_has_no_middle() -> None:
     assert groups(kind) == {QKV, O_PROJ, "mlp.gate_proj mlp.up_proj <- input_layernorm", DOWN}
 
 
-def test_a_model_whose_layers_read_the_tokens_again_is_refused() -> None:
-    with pytest.raises(ModelError, match="reads something of the tokens beside hidden states"):
-        found("gemma4_text", num_hidden_layers=2)
+def test_layers_that_are_told_of_tokens_and_read_what_others_left_are_found() -> None:
+    told = found("gemma4_text", **LATE_SHARED | {"hidden_size_per_layer_input": 256})
+    assert told.stream == StreamForm(told=(0,), left="shared_kv_states")
+    key_value = ("self_attn.k_proj", "self_attn.v_proj")
+    assert [kind.leaves for kind in told.kinds] == [(), key_value, key_value, (), ()]
+    own, shared = told.kinds[0], told.kinds[3]
+    assert groups(own) - groups(shared) == {QKV}
+    assert groups(shared) == {
+        "self_attn.q_proj <- input_layernorm", "self_attn.o_proj <-", DOWN,
+        "mlp.gate_proj mlp.up_proj <- pre_feedforward_layernorm", "per_layer_input_gate <-", "per_layer_projection <-",
+    }  # fmt: skip
+
+
+def test_copies_of_hidden_states_are_found_wherever_they_stand() -> None:
+    before = found("gemma3n_text", **LATE_SHARED)
+    assert (before.stream.copies, before.stream.copies_first, before.stream.around) == (4, True, True)
+    assert any(
+        "input_layernorm to self_attn.q_proj" in line for line in before.kinds[0].dropped
+    )  # laurel reads it
+    config = TOLD["deepseek_v4"]
+    behind = find_architecture(config, build_skeleton(config), torch.float32)
+    assert (behind.stream.copies, behind.stream.copies_first, behind.stream.told) == (
+        3,
+        False,
+        ("input_ids",),
+    )
+    assert [kind.routes_alone for kind in behind.kinds] == [
+        False,
+        True,
+        True,
+    ]  # the first looks experts up by token
+    with pytest.raises(RecipeError, match="choose experts by more than what their router reads"):
+        PruneExpertsKind().make(PruneExpertsOptions(keep_experts=4), config, behind, "a model")
 
 
 GEMMA4 = {

@@ -130,3 +130,25 @@ def test_whichever_experts_are_used_stand_for_all(chosen: tuple[int, ...]) -> No
 def test_experts_of_which_none_is_used_are_refused() -> None:
     with pytest.raises(ModelError, match="no expert of experts was given a token"):
         kind_of(Routed(()))
+
+
+class Leaves(nn.Module):
+    """A decoder layer that leaves what it calls values for later ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value, self.output = nn.Linear(HIDDEN, HIDDEN), nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, hidden: Tensor, left: dict[str, tuple[Tensor]]) -> Tensor:
+        left["values"] = (self.value(hidden),)
+        added: Tensor = self.output(left["values"][0])
+        return hidden + added
+
+
+@pytest.mark.parametrize("left", ["", "left"])
+def test_a_scale_does_not_fold_into_what_later_layers_read(left: str) -> None:
+    layer = Leaves().requires_grad_(False)
+    call = Call(layer, torch.zeros(2, 24, HIDDEN), (), {"left": {}}, 0, left)
+    kind = describe(ProbedLayer(call, block_rows=8), layer)
+    assert folds_of(kind) == ({} if left else {"output": ("value", 0.0, 1)})
+    assert [line.partition(":")[0] for line in kind.dropped] == (["value to output"] if left else [])

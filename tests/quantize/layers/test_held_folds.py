@@ -5,7 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.quantize.layers.test_decoder import decoder_of
+from tests.quantize.layers.test_decoder import computed_in, decoder_of
+from tests.tiny_models import CONFIGS, TOLD
 
 from lowbit_core.errors import ModelError
 from lowbit_quantize.model.architecture import LayerKind, kind_of, set_kind
@@ -31,8 +32,9 @@ def with_wrong_fold(decoder: Decoder, last: str, producer: str) -> LayerKind:
     return wrong
 
 
-def test_every_fold_that_was_found_holds(tiny_model: Callable[[str], Path], any_family: str) -> None:
-    decoder = decoder_of(tiny_model(any_family))
+@pytest.mark.parametrize("family", [*CONFIGS, *TOLD])
+def test_every_fold_that_was_found_holds(tiny_model: Callable[[str], Path], family: str) -> None:
+    decoder = decoder_of(tiny_model(family), computed_in(family))
     assert [drop_broken_folds(decoder, index) for index in range(decoder.depth)] == [[]] * decoder.depth
 
 

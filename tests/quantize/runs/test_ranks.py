@@ -52,6 +52,7 @@ def made(arguments: Sequence[str], log: Path, ranks: int) -> None:
         ("gemma3_text", {}, "gptq-g64", 3),
         ("qwen3_moe", {}, "gptq-g64", 2),
         ("deepseek_v2", {}, "awq-g64", 2),
+        ("gemma3n_text", {}, "gptq-g64", 2),
     ],
 )
 def test_ranks_write_the_files_of_one(

@@ -135,8 +135,11 @@ def test_finished_layers_are_not_done_again(tiny_model: Callable[[str], Path], t
     assert first.stat().st_mtime_ns == written
 
 
-def test_streams_in_files_change_nothing(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
-    model, out, log = tiny_model("llama"), tmp_path / "out", tmp_path / "log"
+@pytest.mark.parametrize("family", ["llama", "gemma3n_text"])
+def test_streams_in_files_change_nothing(
+    tiny_model: Callable[[str], Path], family: str, tmp_path: Path
+) -> None:
+    model, out, log = tiny_model(family), tmp_path / "out", tmp_path / "log"
     assert run(command(model, tmp_path / "straight"), log)[0] == 0
     spilled = command(model, out, "--stream-memory-gib", "0")
     assert run(spilled, log, kill_at=IN_THE_MIDDLE)[0] == -9

@@ -17,7 +17,7 @@ EXACT = 1e-4
 @dataclass(frozen=True)
 class Ends:
     """Names, what the final norm adds to its weight, what rows of the embedding are multiplied by, and how logits are
-    made of what the head gives.
+    made of what the head gives. `around`: more than that happens before the first layer, or before the final norm.
     """
 
     embedding: str
@@ -26,6 +26,7 @@ class Ends:
     final_norm_offset: float = 0.0
     embedding_factor: float = 1.0
     logits: LogitsForm = PLAIN
+    around: bool = False
 
 
 def ends_of(twin: Twin) -> Ends:
@@ -38,23 +39,34 @@ def ends_of(twin: Twin) -> Ends:
         raise ModelError(
             f"{twin.config.model_type} has no head that gives logits; give a model that generates text"
         )
-    last, first = twin.last_output, twin.first_input
-    norm = next((name for name, (read, _) in calls.items() if read is not None and _same(read, last)), None)
-    if norm is None:
-        raise ModelError(f"{twin.config.model_type}: no norm reads what the last decoder layer gives")
-    _, normed = calls[norm]
-    read, gave = calls[names[id(head)]]
-    if not _same(read, normed):
-        raise ModelError(f"{twin.config.model_type}: its head reads something else than what {norm} gives")
-    factor = _factor(calls[names[id(embedding)]][1], first, twin.config)
-    if factor is None:
-        raise ModelError(
-            f"{twin.config.model_type} adds something to its embedding before the first layer, which is not supported"
-        )
+    own, (read, gave) = names[id(embedding)], calls[names[id(head)]]
+    norm = next(
+        (name for name, call in calls.items() if _is_norm(model, name) and _same(read, call[1])), None
+    )
+    refusal = ModelError(
+        f"{twin.config.model_type}: its head reads something else than what a norm behind its decoder layers gives"
+    )
+    if norm is None or calls[norm][0] is None:
+        raise refusal
+    normed, factor = calls[norm][0], _factor(calls[own][1], twin.first_input, twin.config)
+    around = factor is None or not _same(normed, twin.last_output)
+    if around and not (_is_beside(norm, twin.layers) and _is_beside(own, twin.layers)):
+        raise refusal  # no code of the model around its layers leads from the one to the other
     return Ends(
-        names[id(embedding)], norm, names[id(head)], _norm_offset(model.get_submodule(norm), last),
-        factor, _form(gave, twin.logits, twin.config),
+        own, norm, names[id(head)], _norm_offset(model.get_submodule(norm), normed),
+        1.0 if factor is None else factor, _form(gave, twin.logits, twin.config), around,
     )  # fmt: skip
+
+
+def _is_beside(name: str, layers: str) -> bool:
+    """Whether a module is in the one that holds the decoder layers."""
+    parent = layers.rpartition(".")[0]
+    return not parent or name.startswith(f"{parent}.")
+
+
+def _is_norm(model: nn.Module, name: str) -> bool:
+    weight = getattr(model.get_submodule(name), "weight", None)
+    return isinstance(weight, Tensor) and weight.dim() == 1
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

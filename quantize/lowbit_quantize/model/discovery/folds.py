@@ -206,6 +206,8 @@ def moved(layer: ProbedLayer, folds: Sequence[FoundFold]) -> float:
     if added.shape == layer.hidden.shape and not torch.equal(added, layer.hidden):
         added = added - layer.hidden
     error = float((after.output - layer.base.output).norm() / added.norm().clamp(min=1e-12))
+    for left, other in zip(layer.base.left, after.left, strict=True):  # what later layers will read
+        error = max(error, float((other - left).norm() / left.norm().clamp(min=1e-12)))
     if layer.experts and not len(layer.module.get_submodule(layer.experts)):  # type: ignore[arg-type]
         error = max(error, _routed_error(layer, folds, after, factors))
     return error

@@ -11,11 +11,13 @@ from lowbit_core.errors import ModelError
 from lowbit_quantize.model.architecture import Architecture, Fold, LayerKind, LinearGroup, set_kind
 from lowbit_quantize.model.discovery.ends import ends_of
 from lowbit_quantize.model.discovery.folds import FoundFold, find_folds
+from lowbit_quantize.model.discovery.half import check_half
 from lowbit_quantize.model.discovery.narrow import block_rows
 from lowbit_quantize.model.discovery.probe import ProbedLayer, same_tensor
 from lowbit_quantize.model.discovery.roles import (
     Attention,
     attention_of,
+    leaving,
     middle_of,
     reaches_others,
     residual_of,
@@ -25,6 +27,7 @@ from lowbit_quantize.model.discovery.roles import (
 from lowbit_quantize.model.discovery.twin import make_twin
 from lowbit_quantize.model.families import FACTS, OTHERS, EngineFacts
 from lowbit_quantize.model.reference import ModelReference
+from lowbit_quantize.model.routing import Routing
 from lowbit_quantize.model.skeleton import build_skeleton
 
 SMALL = 128, 32  # a linear with at most so many outputs, each from so many inputs as well, is left as it is
@@ -55,11 +58,14 @@ def open_model(reference: ModelReference) -> tuple[Architecture, nn.Module]:
         ) from error
 
 
-def find_architecture(config: Any, skeleton: nn.Module) -> Architecture:
-    """The architecture of a configuration, whose `skeleton` has the real widths; its layers are told their kinds."""
-    key = f"{type(skeleton).__name__} {config.to_json_string(use_diff=False)}"
+def find_architecture(config: Any, skeleton: nn.Module, dtype: torch.dtype = torch.bfloat16) -> Architecture:
+    """The architecture of a configuration, whose `skeleton` has the real widths; its layers are told their kinds.
+
+    Raises ModelError where it cannot be walked, or does not run in `dtype`.
+    """
+    key = f"{type(skeleton).__name__} {dtype} {config.to_json_string(use_diff=False)}"
     if key not in _known:
-        _known[key] = _found(config, skeleton)
+        _known[key] = _found(config, skeleton, dtype)
     architecture = _known[key]
     layers: Any = skeleton.get_submodule(architecture.layers)
     for layer, kind in zip(layers, architecture.kinds, strict=True):
@@ -67,15 +73,19 @@ def find_architecture(config: Any, skeleton: nn.Module) -> Architecture:
     return architecture
 
 
-def _found(config: Any, skeleton: nn.Module) -> Architecture:
+def _found(config: Any, skeleton: nn.Module, dtype: torch.dtype) -> Architecture:
     with torch.random.fork_rng(devices=[]):
         twin = make_twin(config)
         ends = ends_of(twin)
         layers: Any = skeleton.get_submodule(twin.layers)
+        if not any(isinstance(one, nn.Linear) for number in twin.calls for one in layers[number].modules()):
+            raise ModelError(
+                f"{config.model_type} has no linear layers in its decoder that could be quantized"
+            )
         rows = block_rows(twin.config)
-        first = {
-            number: describe(ProbedLayer(call, rows), layers[number]) for number, call in twin.calls.items()
-        }
+        probed = {number: ProbedLayer(call, rows) for number, call in twin.calls.items()}
+        check_half(probed, skeleton, twin.layers, dtype)
+        first = {number: describe(layer, layers[number]) for number, layer in probed.items()}
     hidden = next((number for number, kind in first.items() if kind.experts and not kind.router), None)
     if hidden is not None:
         raise ModelError(
@@ -88,11 +98,12 @@ def _found(config: Any, skeleton: nn.Module) -> Architecture:
         model_type=text.model_type,
         kinds=tuple(first[number] for number in twin.kinds),
         layers=twin.layers,
+        stream=replace(twin.form, around=ends.around),
         latent_cache=getattr(text, "kv_lora_rank", None) is not None,
         renamed=facts.renamed,
         kv_scales=facts.kv_scales,
         tested=text.model_type in FACTS,
-        **{one.name: getattr(ends, one.name) for one in fields(ends)},
+        **{one.name: getattr(ends, one.name) for one in fields(ends) if one.name != "around"},
     )
 
 
@@ -124,27 +135,40 @@ def describe(layer: ProbedLayer, real: nn.Module) -> LayerKind:
         others = tuple(
             name for name in inputs[place] if not _quantizable(layer, real, name, attention, router)
         )
-        inside = linears[0].startswith(f"{attention.module}.") if attention.module else False
-        fold = _fold_of(folds, linears, real)
-        groups.append(
-            _for_all_experts(
-                layer,
-                LinearGroup(
-                    linears,
-                    fold,
-                    others,
-                    attended=inside and reaches_others(layer, linears),
-                    residual="" if layer.expert_of(linears[0]) else residual_of(layer, linears[0]),
-                    stage=stage,
-                    cached=fold is not None and not fold.norm and linears[0] == attention.end,
-                ),
-            )
-        )
+        group = LinearGroup(linears, _fold_of(folds, linears, real), others, stage=stage)
+        groups.append(_for_all_experts(layer, _with_roles(layer, group, attention)))
     block = layer.experts.rpartition(".")[0]
     return LayerKind(
         tuple(groups), attention.module, attention.end, attention.outputs, middle_of(layer, attention),
-        block, layer.experts, router, layer.outputs, tuple(dropped),
+        block, layer.experts, router, layer.outputs, leaving(layer), _routes_alone(layer, block, router),
+        tuple(dropped),
     )  # fmt: skip
+
+
+def _with_roles(layer: ProbedLayer, group: LinearGroup, attention: Attention) -> LinearGroup:
+    """A group and what its linears are for in the layer."""
+    first, fold = group.linears[0], group.fold
+    inside = bool(attention.module) and first.startswith(f"{attention.module}.")
+    return replace(
+        group,
+        attended=inside and reaches_others(layer, group.linears),
+        residual="" if layer.expert_of(first) else residual_of(layer, first),
+        cached=fold is not None and not fold.norm and first == attention.end,
+    )
+
+
+def _routes_alone(layer: ProbedLayer, block: str, router: str) -> bool:
+    """Whether the block, called with nothing but what it reads, calls its experts as it does in the layer."""
+    if not block or not router:
+        return True
+    parts = LayerKind((), moe_block=block, experts=layer.experts, router=router)
+    read = layer.base.inputs[block]
+    try:
+        with torch.no_grad():
+            Routing(layer.module, parts)(read.reshape(-1, read.shape[-1]))
+    except Exception:  # whatever a block does that misses what it is told
+        return False
+    return True
 
 
 def _inputs(layer: ProbedLayer) -> dict[str, list[str]]:
@@ -184,7 +208,7 @@ def _quantizable(layer: ProbedLayer, real: nn.Module, name: str, attention: Atte
     most, each = SMALL
     few = module.out_features <= most and module.out_features * each <= module.in_features
     few = few or module.out_features < LEAST_OUTPUTS
-    adds = layer.base.outputs[name].numel() == layer.hidden.numel() if name in layer.base.outputs else False
+    adds = layer.base.outputs[name].numel() == layer.one_copy if name in layer.base.outputs else False
     return not few or adds or name.rpartition(".")[0] == attention.module
 
 

@@ -5,6 +5,7 @@ they are called. So a mixture needs no more memory than its attention, its route
 """
 
 import copy
+from collections import UserDict
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -50,20 +51,19 @@ def _without(group: LinearGroup, broken: dict[str, float]) -> LinearGroup:
 
 def _errors(decoder: Decoder, index: int, kind: LayerKind) -> Iterator[tuple[str, float]]:
     """By producer, how far the output moves when its folds are made over three decades."""
-    hidden = (
-        decoder.embed(_some_ids(decoder)).float().cpu()
-    )  # first: the embedding is gone before the layer comes
-    layer = _load(decoder, index)
-    args, kwargs = _on_cpu(decoder.arguments(index, hidden))
-    yield from _held(ProbedLayer(Call(layer, hidden, args, kwargs, kind.outputs), 1, hidden), kind.groups, "")
+    rows = decoder.embed(_some_ids(decoder)).float()  # first: the embedding is gone before the layer comes
+    layer, stream = _load(decoder, index), decoder.architecture.stream
+    hidden, args, kwargs = _on_cpu(decoder.call(index, rows))
+    call = Call(layer, hidden, args, kwargs, kind.outputs, stream.left if kind.leaves else "", stream)
+    probed = ProbedLayer(call, 1, hidden)
+    yield from _held(probed, kind.groups, "")
     if not kind.experts:
         return
+    given = probed.base.inputs[kind.experts]
     for number in range(EXPERTS):
         expert = decoder.load_part(index, f"{kind.experts}.{number}").float().cpu()
         groups = [group for group in kind.groups if kind.is_expert(group)]
-        yield from _held(
-            ProbedLayer(Call(expert, hidden, (), {}, 0), 1, hidden), groups, f"{kind.experts}.*."
-        )
+        yield from _held(ProbedLayer(Call(expert, given, (), {}, 0), 1, given), groups, f"{kind.experts}.*.")
 
 
 def _load(decoder: Decoder, index: int) -> nn.Module:
@@ -75,12 +75,18 @@ def _load(decoder: Decoder, index: int) -> nn.Module:
 
 
 def _on_cpu(value: Any) -> Any:
-    """Arguments of a layer, wherever they were made."""
+    """Arguments of a layer, wherever they were made; in the place of what earlier layers leave, seeded numbers."""
     if isinstance(value, torch.Tensor):
         return value.cpu()
     if isinstance(value, dict):
         return {key: _on_cpu(one) for key, one in value.items()}
+    if isinstance(value, UserDict):
+        return UserDict({key: tuple(map(_seeded, left)) for key, left in value.items()})
     return type(value)(map(_on_cpu, value)) if isinstance(value, tuple | list) else value
+
+
+def _seeded(like: torch.Tensor) -> torch.Tensor:
+    return torch.randn(like.shape, generator=torch.Generator().manual_seed(13))
 
 
 def _some_ids(decoder: Decoder) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """One decoder layer of a twin that is run again and again, and what its modules read and give each time."""
 
+from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -18,9 +19,12 @@ Change = Callable[[Tensor], Tensor]
 
 @dataclass
 class Seen:
-    """One run: the layer's output; by name what modules read, where they read the first tensor, and what they gave."""
+    """One run: the layer's output and what it left for others; by name what modules read, where they read the first
+    tensor, and what they gave.
+    """
 
     output: Tensor
+    left: list[Tensor] = field(default_factory=list)
     inputs: dict[str, Tensor] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
     order: list[str] = field(default_factory=list)  # of modules, as they were called
@@ -35,12 +39,21 @@ class ProbedLayer:
     def __init__(self, call: Call, block_rows: int, hidden: Tensor | None = None) -> None:
         """`block_rows` of a projection are surely of one part of it; `hidden` is by default normal and seeded."""
         self.module, self.block_rows = call.layer, block_rows
-        self._args, self.outputs = call.args, call.outputs
+        self._args, self.outputs, self._left, self.form = call.args, call.outputs, call.left, call.form
         self._kwargs = {name: value for name, value in call.kwargs.items() if name != "past_key_values"}
         if hidden is None:
             hidden = torch.randn(call.hidden.shape, generator=torch.Generator().manual_seed(7))
         self.hidden = hidden
         self.names = [name for name, _ in self.module.named_modules() if name]
+
+    @property
+    def one_copy(self) -> int:
+        """Numbers in one copy of the hidden states."""
+        return self.hidden.numel() // self.form.copies
+
+    def by_token(self, output: Tensor) -> Tensor:
+        """What the layer gave, (sequences, tokens, …)."""
+        return output.movedim(0, 2) if self.form.copies_first else output
 
     @cached_property
     def base(self) -> Seen:
@@ -87,10 +100,20 @@ class ProbedLayer:
             watched.enter_context(attention_observed_by(observed))
             for name in self.names:
                 watched.enter_context(_watched(self.module, name, seen, stack, (changes or {}).get(name)))
-            arguments = {name: _copied(value) for name, value in self._kwargs.items()}
-            output = self.module(given.clone(), *map(_copied, self._args), **arguments)
-        seen.output = _first(output)
+            output, left = self.call(self.module, None, given)
+        seen.output, seen.left = _first(output), left
         return seen
+
+    def call(
+        self, module: nn.Module, dtype: torch.dtype | None = None, hidden: Tensor | None = None
+    ) -> tuple[Any, list[Tensor]]:
+        """Call a layer as this one is, with all floats in `dtype` where one is given; also what is left then."""
+        given, args, kwargs = _copied(
+            (self.hidden if hidden is None else hidden, self._args, self._kwargs), dtype
+        )
+        output = module(given, *args, **kwargs)
+        left = kwargs[self._left].values() if self._left else ()
+        return output, [tensor for tensors in left for tensor in tensors]
 
 
 def same_tensor(one: Tensor, other: Tensor) -> bool:
@@ -102,8 +125,14 @@ def same_tensor(one: Tensor, other: Tensor) -> bool:
     )
 
 
-def _copied(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
+def _copied(value: Any, dtype: torch.dtype | None) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(dtype, copy=True) if dtype and value.is_floating_point() else value.clone()
+    if isinstance(value, dict | UserDict):
+        return type(value)({key: _copied(one, dtype) for key, one in value.items()})
+    if type(value) in (tuple, list):
+        return type(value)(_copied(one, dtype) for one in value)
+    return value
 
 
 def _first(output: Any) -> Any:

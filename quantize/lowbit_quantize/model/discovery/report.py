@@ -12,6 +12,7 @@ from rich.table import Table
 from lowbit_quantize.model.architecture import Architecture, Fold, LayerKind
 from lowbit_quantize.model.discovery.found import open_model
 from lowbit_quantize.model.reference import find_model
+from lowbit_quantize.model.stream_form import StreamForm
 
 
 def report(model: str) -> tuple[dict[str, Any], RenderableType]:
@@ -37,6 +38,7 @@ def _summary(name: str, architecture: Architecture, cost: dict[str, float]) -> T
         "known by": "tests of ours" if architecture.tested else "running it: found so, not among our tests",
         "layers": f"{len(architecture.kinds)} at {architecture.layers}",
         "embedding, norm, head": f"{architecture.embedding}, {architecture.final_norm}, {architecture.head}",
+        "layers are called with": _stream_words(architecture.stream),
         "embedding times": f"{architecture.embedding_factor:g}",
         "logits": f"times {form.factor:g}" + (f", capped at {form.cap:g}" if form.cap else ""),
         "cache": "a latent" if architecture.latent_cache else "keys and values",
@@ -45,6 +47,12 @@ def _summary(name: str, architecture: Architecture, cost: dict[str, float]) -> T
     for row in rows.items():
         table.add_row(*row)
     return table
+
+
+def _stream_words(stream: StreamForm) -> str:
+    words = ["hidden states" if stream.copies == 1 else f"{stream.copies} copies of hidden states"]
+    words += ["something of the tokens"] * bool(stream.told) + ["what others left"] * bool(stream.left)
+    return ", ".join(words) + (", by the model's own code" if stream.around else "")
 
 
 def _table(kind: LayerKind, layers: int) -> Table:

@@ -54,10 +54,23 @@ def stages_of(layer: ProbedLayer, groups: Sequence[Sequence[str]]) -> list[int]:
 
 def reaches_others(layer: ProbedLayer, group: Sequence[str]) -> bool:
     """Whether what linears give at one token changes the layer's output at others."""
-    after = layer.run(changes=_noise(layer, group, TOKEN)).output
-    others = torch.ones(after.shape[1], dtype=torch.bool)
+    moved = layer.by_token(layer.run(changes=_noise(layer, group, TOKEN)).output - layer.base.output)
+    others = torch.ones(moved.shape[1], dtype=torch.bool)
     others[TOKEN] = False
-    return bool((after - layer.base.output)[0, others].abs().max() > 1e-4 * layer.base.output.abs().mean())
+    return bool(moved[0, others].abs().max() > 1e-4 * layer.base.output.abs().mean())
+
+
+def leaving(layer: ProbedLayer) -> tuple[str, ...]:
+    """The linears whose outputs reach what the layer leaves for later ones."""
+    if not layer.base.left:
+        return ()
+    linears = (name for name in layer.base.order if isinstance(layer.module.get_submodule(name), nn.Linear))
+    return tuple(name for name in linears if _reaches_left(layer, name))
+
+
+def _reaches_left(layer: ProbedLayer, linear: str) -> bool:
+    left = layer.run(changes=_noise(layer, (linear,))).left
+    return any(not _alike(one, other) for one, other in zip(layer.base.left, left, strict=True))
 
 
 def residual_of(layer: ProbedLayer, linear: str) -> str:

@@ -5,7 +5,7 @@ layers as the model, with its pattern, and costs what a few narrow ones cost.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +19,7 @@ from lowbit_quantize.model.discovery.narrow import narrowed
 from lowbit_quantize.model.hooks import removed_after
 from lowbit_quantize.model.skeleton import build_skeleton
 from lowbit_quantize.model.stand_in import StandIn, apart
+from lowbit_quantize.model.stream_form import PLAIN_STREAM, StreamForm
 
 SEQUENCES, TOKENS = 2, 24
 OTHER_PARTS = ("vision", "visual", "audio")  # of a model that reads pictures or sounds too
@@ -27,13 +28,19 @@ EXPERT_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 @dataclass
 class Call:
-    """One call of a decoder layer, and how long the tuple was that it gave (0: no tuple)."""
+    """One call of a decoder layer, and how long the tuple was that it gave (0: no tuple).
+
+    `left`: the keyword of the mapping in which it leaves tensors for later layers, if it does; `form`: how hidden
+    states lie.
+    """
 
     layer: nn.Module
     hidden: Tensor
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     outputs: int
+    left: str = ""
+    form: StreamForm = PLAIN_STREAM
 
 
 @dataclass
@@ -51,6 +58,7 @@ class Twin:
     first_input: Any = None  # of the first layer
     last_output: Any = None  # of the last layer
     logits: Any = None
+    form: StreamForm = PLAIN_STREAM  # as far as layers' calls show it
 
 
 def make_twin(config: Any) -> Twin:
@@ -98,11 +106,44 @@ def _run(model: nn.Module, config: Any, name: str) -> Twin:
     missing = [number for number in set(kinds) if number not in twin.calls]
     if missing:
         raise ModelError(f"layer {missing[0]} is not called")
+    twin.form = _form(twin, again)
+    for call in twin.calls.values():
+        call.form = twin.form
+    return twin
+
+
+def _form(twin: Twin, again: Twin) -> StreamForm:
+    """How hidden states lie, and what depends on the tokens beside them, from two runs on unlike tokens."""
+    shape = tuple(twin.first_input.shape)
+    before = next((at for at in range(len(shape)) if shape[at : at + 2] == (SEQUENCES, TOKENS)), None)
+    rest = None if before is None else shape[:before] + shape[before + 2 : -1]
+    if before is None or before > 1 or rest is None or len(rest) > 1:
+        raise ModelError(
+            f"its layers are given hidden states of the shape {shape}, of which nothing is known"
+        )
+    told: dict[int | str, None] = {}
     for number, call in twin.calls.items():
         other = again.calls[number]
-        if not _equal((call.args, call.kwargs), (other.args, other.kwargs)):
-            raise ModelError(f"layer {number} reads something of the tokens beside hidden states")
-    return twin
+        others = _by_place(other)
+        told |= dict.fromkeys(
+            place for place, value in _by_place(call).items() if not _equal(value, others.get(place))
+        )
+    left = {call.left for call in twin.calls.values()} - {""}
+    if len(left) > 1:
+        raise ModelError(
+            f"its layers leave tensors for later ones in several places ({', '.join(sorted(left))})"
+        )
+    return StreamForm(
+        copies=rest[0] if rest else 1,
+        copies_first=before == 1,
+        told=tuple(told),
+        left=next(iter(left), ""),
+    )
+
+
+def _by_place(call: Call) -> dict[int | str, Any]:
+    places: dict[int | str, Any] = dict(enumerate(call.args))
+    return places | dict(call.kwargs.items())
 
 
 def _equal(one: Any, other: Any) -> bool:
@@ -157,17 +198,32 @@ def _ends(twin: Twin) -> Iterator[None]:
 
 @contextmanager
 def _calls(twin: Twin, layers: nn.ModuleList) -> Iterator[None]:
-    handles = []
+    handles: list[Any] = []
     for number in dict.fromkeys(twin.kinds):
+        before: dict[str, set[Any]] = {}
 
-        def hook(layer: nn.Module, args: Any, kwargs: Any, output: Any, number: int = number) -> None:
+        def look(_: nn.Module, args: Any, kwargs: Any, before: dict[str, set[Any]] = before) -> None:
+            before.update((name, set(value)) for name, value in _mappings(kwargs))
+
+        def hook(
+            layer: nn.Module,
+            args: Any,
+            kwargs: Any,
+            output: Any,
+            number: int = number,
+            before: dict[str, set[Any]] = before,
+        ) -> None:
             hidden, rest = apart(args, kwargs)
-            call = Call(layer, hidden, *rest, outputs=len(output) if isinstance(output, tuple) else 0)
+            left = next((name for name, value in _mappings(kwargs) if set(value) > before[name]), "")
+            call = Call(
+                layer, hidden, *rest, outputs=len(output) if isinstance(output, tuple) else 0, left=left
+            )
             for other, kind in zip(layers, twin.kinds, strict=True):
                 if kind == number and isinstance(other, StandIn):
                     other.outputs = call.outputs
             twin.calls.setdefault(number, call)
 
+        handles.append(layers[number].register_forward_pre_hook(look, with_kwargs=True))
         handles.append(layers[number].register_forward_hook(hook, with_kwargs=True))
 
     def first(_: nn.Module, args: Any, kwargs: Any) -> None:
@@ -180,6 +236,10 @@ def _calls(twin: Twin, layers: nn.ModuleList) -> Iterator[None]:
     handles.append(layers[-1].register_forward_hook(last))
     with removed_after(handles):
         yield
+
+
+def _mappings(kwargs: dict[str, Any]) -> list[tuple[str, Any]]:
+    return [(name, value) for name, value in kwargs.items() if isinstance(value, MutableMapping)]
 
 
 @contextmanager
