@@ -103,7 +103,7 @@ def _quantizing(entry: ModulePlan, group: LinearGroup, inputs: int, outputs: int
     if not entry.compensates:
         return total
     total += inputs * square / 3 + outputs * square
-    if not group.other_readers:
+    if not (group.other_readers or group.enters):
         rows = outputs if group.residual or 2 * outputs <= inputs else inputs
         together = min(inputs, COMPONENT_BLOCK)
         total += 2 * tokens * inputs * rows + inputs * square / 3 + 3 * outputs * square

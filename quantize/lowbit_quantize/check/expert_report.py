@@ -156,7 +156,7 @@ class _BlockSample:
         block = layer.get_submodule(kind.moe_block)
         with torch.no_grad():
             call = self._routing(inputs)
-            self._called_with = call.hidden
+            self.called_with = call.hidden
             self._outputs = expert_outputs(self.experts, call.hidden)  # (tokens, experts, hidden)
             self._routed = routed_sum_of(call, self._outputs)
             given = block(inputs.unsqueeze(0))
@@ -170,7 +170,7 @@ class _BlockSample:
         with torch.no_grad():
             outputs = self._outputs[:, kept]
             for number, parameters in merged:
-                given = functional_call(self.experts[number], parameters, (self._called_with,))
+                given = functional_call(self.experts[number], parameters, (self.called_with,))
                 outputs[:, kept == number] = given.unsqueeze(1)
             call = copy.deepcopy(self._routing).leave(kept)(self.inputs)
             given = routed_sum_of(call, outputs)
@@ -191,7 +191,9 @@ def _layer_report(
     def merging(pruning: PruneExperts, options: Mapping[str, str]) -> dict[str, Any]:
         merging = dataclasses.replace(pruning, recipe=pruning.recipe.model_copy(update=options))
         stay = merging.keep(seen, index)
-        absorbed_by, merged = merging.merge(sample.router, sample.experts, stay, seen, sample.inputs)
+        absorbed_by, merged = merging.merge(
+            sample.router, sample.experts, stay, seen, sample.inputs, sample.called_with
+        )
         return {
             "absorbed_by": {str(gone): by for gone, by in absorbed_by.items()},
             "error": sample.error(stay, merged),

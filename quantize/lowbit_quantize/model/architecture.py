@@ -36,7 +36,8 @@ class LinearGroup:
     activation and are not quantized. `attended` groups make keys or values: their errors reach other tokens through
     attention (attention.py). `residual` names the norm that reads the residual stream which the linear's output is
     added to, if it is added as it is (error_compensation.py). `stage` orders the groups: what a group reads depends on
-    the groups of lower stages only. `cached`: the fold divides values that a cache keeps.
+    the groups of lower stages only. `cached`: the fold divides values that a cache keeps. `enters`: they read what all
+    routed experts are called with.
     """
 
     linears: tuple[str, ...]
@@ -46,6 +47,7 @@ class LinearGroup:
     residual: str = ""
     stage: int = 0
     cached: bool = False
+    enters: bool = False
 
     def of_expert(self, number: int) -> "LinearGroup":
         """The group of one expert, if it is one of experts."""
@@ -63,9 +65,11 @@ class LayerKind:
 
     `attention` computes attention and gives a tuple of `attention_outputs` (0: no tuple); `attention_end` is the linear
     that reads what attention gives. `middle` is the module that reads the residual stream between attention and the
-    rest of the layer. `router` reads what the `experts` of the `moe_block` read. `outputs`: as `attention_outputs`, of
-    the layer itself. `leaves` are linears whose outputs reach tensors that it leaves for later layers. `routes_alone`:
-    whether the block routes by what it reads and nothing else. `dropped`: folds that were found and do not hold.
+    rest of the layer. `router` chooses among the `experts` of the `moe_block`; `entrance` reads what these are called
+    with: the router, or the experts themselves where they are given something else. `outputs`: as `attention_outputs`,
+    of the layer itself. `leaves` are linears whose outputs reach tensors that it leaves for later layers.
+    `routes_alone`: whether the block routes by what it reads and nothing else. `dropped`: folds that were found and do
+    not hold.
     """
 
     groups: tuple[LinearGroup, ...]
@@ -76,6 +80,7 @@ class LayerKind:
     moe_block: str = ""
     experts: str = ""
     router: str = ""
+    entrance: str = ""
     outputs: int = 0
     leaves: tuple[str, ...] = ()
     routes_alone: bool = True
@@ -129,7 +134,7 @@ class Architecture:
 
     @property
     def router(self) -> str:
-        """The router's name within a decoder layer that has one; its input is every expert's."""
+        """The router's name within a decoder layer that has one."""
         return self._routed.router if self._routed else ""
 
     def is_expert(self, group: LinearGroup) -> bool:

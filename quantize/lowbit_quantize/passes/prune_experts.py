@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from lowbit_core.documents import Section
 from lowbit_core.errors import ModelError, RecipeError
-from lowbit_quantize.model.architecture import Architecture
+from lowbit_quantize.model.architecture import Architecture, kind_of
 from lowbit_quantize.model.experts import Experts
 from lowbit_quantize.model.routing import (
+    Routing,
     RoutingGroups,
     expert_count,
     experts_used,
@@ -119,7 +120,8 @@ class PruneExperts(PlainPass):
         if self.recipe.consolidate:
             experts: Any = layer.get_submodule(self.architecture.experts)
             router = layer.get_submodule(self.architecture.router)
-            context.result.absorbed_by, merged = self.merge(router, experts, kept, seen, inputs.rows())
+            given = Routing(layer, kind_of(layer))(inputs.rows()).hidden
+            context.result.absorbed_by, merged = self.merge(router, experts, kept, seen, inputs.rows(), given)
             for number, parameters in merged:
                 experts.replace(number, parameters)
         prune_layer(layer, self.architecture, kept)
@@ -142,14 +144,16 @@ class PruneExperts(PlainPass):
         kept: Tensor,
         seen: ExpertSaliency,
         inputs: Tensor,
+        given: Tensor,
     ) -> tuple[dict[int, int], Iterator[tuple[int, dict[str, Tensor]]]]:
         """Who of the `kept` experts absorbs each of the others, and what parameters that gives them, by number.
 
-        `inputs` (tokens, hidden) are a sample of what the router reads; nothing is changed.
+        `inputs` (tokens, hidden) are a sample of what the router reads, `given` (tokens, width) what its block calls
+        experts with then; nothing is changed.
         """
-        nearness = NEARNESS[self.recipe.nearness](router, experts, inputs)
+        nearness = NEARNESS[self.recipe.nearness](router, experts, inputs, given)
         absorbed_by = absorbers(nearness, kept, seen.super_experts, self.groups)
-        aligned_on = inputs if self.recipe.consolidate == "permute" else None
+        aligned_on = given if self.recipe.consolidate == "permute" else None
         return absorbed_by, merge_experts(experts, absorbed_by, seen.gated_norms, aligned_on)
 
     def shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:

@@ -1,7 +1,6 @@
 """Statistics of one layer, gathered in one pass: Hessians, and how far its inputs are from the base model's."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,8 +39,8 @@ class LayerStatistics:
 
         `paired` names the first linears of groups whose inputs are observed in the base model too, and what the
         compressed model's inputs of each are divided by, (features,), if by anything; `sampled` those whose inputs are
-        kept in part, as they are. `entering` are experts' groups that read what the router reads: that is observed for
-        all of them; `block` has observed it before, where `groups` are one expert's.
+        kept in part, as they are. `entering` are experts' groups that read what all are called with: that is observed
+        for all of them; `block` has observed it before, where `groups` are one expert's.
         """
         self._layer, self._architecture = layer, architecture
         self._hessians: dict[str, Hessian] = {}
@@ -55,10 +54,10 @@ class LayerStatistics:
             self._routes = self._routes or self._architecture.is_expert(group)
             features = linear_of(layer, group.linears[0]).in_features
             kind = AttendedHessian if group.attended else Hessian
-            for name in dict.fromkeys((self._place(group), *group.other_readers[:1])):
+            for name in self._places(group):
                 self._hessians[name] = self._block_seen.get(name) or kind(features, device)
             if group.linears[0] in sampled:
-                for name in dict.fromkeys((self._place(group), *group.other_readers[:1])):
+                for name in self._places(group):
                     self._samples.setdefault(name, InputSample(features, device))
             if paired and group.linears[0] in paired:
                 weights = [linear_of(layer, name).weight for name in group.linears]
@@ -72,21 +71,19 @@ class LayerStatistics:
     def _observe_block(
         self, entering: Sequence[LinearGroup], sampled: Collection[str], device: torch.device
     ) -> None:
-        router, self._routes = self._architecture.router, True
-        module: Any = self._layer.get_submodule(router)
-        features = int(module.weight.shape[-1])
-        self._hessians.setdefault(router, Hessian(features, device))
+        self._routes = True
+        features = linear_of(self._layer, entering[0].linears[0]).in_features
+        self._hessians.setdefault(self._entrance, Hessian(features, device))
         if any(group.linears[0] in sampled for group in entering):
-            self._samples.setdefault(router, InputSample(features, device))
+            self._samples.setdefault(self._entrance, InputSample(features, device))
 
     def finish_block(self) -> None:
         """What all experts read has been seen: each of them may ask for it by itself now."""
-        self._hessians[self._architecture.router].matrix()
+        self._hessians[self._entrance].matrix()
 
     def divide_block(self, scale: Tensor) -> None:
         """Take a scale that was folded into what the routed experts read since it was observed, (features,)."""
-        router = self._architecture.router
-        self._hessians[router].divide(scale)
+        self._hessians[self._entrance].divide(scale)
         self._block_inputs.divide(scale)
 
     @property
@@ -99,8 +96,8 @@ class LayerStatistics:
         for name, drift in self._drifts.items():
             observers[name] = both(observers[name], drift.add)
         if self._routes:
-            router, take = self._architecture.router, self._block_inputs.add
-            observers[router] = both(observers[router], take) if router in observers else take
+            entrance, take = self._entrance, self._block_inputs.add
+            observers[entrance] = both(observers[entrance], take) if entrance in observers else take
         elif self.attended:  # the attention is known before this is reached
             observers.setdefault(kind_of(self._layer).attention_end, _ignore)
         return observers
@@ -163,18 +160,18 @@ class LayerStatistics:
     def joint_sample(self, groups: Sequence[LinearGroup]) -> InputSample | None:
         """Some of what all these groups read, where it is kept."""
         if self._architecture.is_expert(groups[0]):
-            return self._samples.get(self._architecture.router)
+            return self._samples.get(self._entrance)
         return self.sample(groups[0])
 
     def joint_hessian(self, groups: Sequence[LinearGroup]) -> Tensor:
         """H of the activation that all these groups read: for experts, every token of the block."""
         if self._architecture.is_expert(groups[0]):
-            return self._hessians[self._architecture.router].matrix()
+            return self._hessians[self._entrance].matrix()
         return self.hessian(groups[0])
 
     def _borrowed(self, group: LinearGroup) -> Tensor:
-        if group.other_readers:
-            return self._hessians[self._architecture.router].matrix()
+        if group.enters:
+            return self._hessians[self._entrance].matrix()
         seen = Hessian(linear_of(self._layer, group.linears[0]).in_features, self._block_inputs.device)
         seen.add(self._block_rows(group))
         return seen.matrix()
@@ -182,12 +179,21 @@ class LayerStatistics:
     def _block_rows(self, group: LinearGroup) -> Tensor:
         """What an expert's linears would read of the block's tokens that are kept, (tokens, features)."""
         rows = self._block_inputs.rows()
-        if group.other_readers:
+        if group.enters:
             return rows
         expert = self._layer.get_submodule(group.linears[0].rpartition(".")[0])
         with torch.no_grad():
             found: Tensor = expert.middle(rows)  # type: ignore[operator]
         return found
+
+    @property
+    def _entrance(self) -> str:
+        """Whose input is what all routed experts are called with."""
+        return kind_of(self._layer).entrance
+
+    def _places(self, group: LinearGroup) -> list[str]:
+        """Whose inputs are observed for a group; for experts, what all are called with as well."""
+        return list(dict.fromkeys([self._place(group), *[self._entrance] * group.enters]))
 
     def _place(self, group: LinearGroup) -> str:
         """Whose input is observed for a group: its first linear's, or the router's where that is the same."""

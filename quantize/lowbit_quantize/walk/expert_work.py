@@ -112,6 +112,6 @@ class ExpertQuantizer:
             for rows in tokens.split(ROWS):
                 inputs = calibration.hidden[rows]
                 for group in groups:
-                    read = inputs if group.other_readers else expert.middle(inputs)  # type: ignore[operator]
+                    read = inputs if group.enters else expert.middle(inputs)  # type: ignore[operator]
                     observers[group.linears[0]](read)
         return statistics

@@ -64,8 +64,7 @@ class StagedLayer:
         quantized = [group for group in self._all if group.linears[0] in self._modules]
         self._groups = [group for group in quantized if not architecture.is_expert(group)]
         self._expert_groups = [group for group in quantized if architecture.is_expert(group)]
-        # Those that read what the router reads: their first linears.
-        self._entering = [group for group in self._expert_groups if group.other_readers]
+        self._entering = [group for group in self._expert_groups if group.enters]
         self._block: LayerStatistics | None = None
         self._done = QuantizedLayer()
         self._absmax = KVAbsmax()

@@ -105,7 +105,7 @@ def test_nearness_equals_its_formula_and_is_greatest_of_an_expert_to_itself(
 ) -> None:
     decoder, layer, _, inputs = observed(tiny_model(moe_family))
     block: Any = layer.get_submodule(decoder.architecture.moe_block)
-    found = NEARNESS[similarity](block.gate, block.experts, inputs[:40])
+    found = NEARNESS[similarity](block.gate, block.experts, inputs[:40], inputs[:40])
     with torch.no_grad():
         outputs = [expert(inputs[:40]).double() for expert in block.experts]
         logits = inputs[:40].double() @ block.gate.weight.double().T

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.quantize.small_runs import CPU, PLAIN_CACHE, heldout_ids, mean_kld, recipe_of
+from tests.quantize.small_runs import CPU, PLAIN_CACHE, heldout_ids, mean_kld, recipe_of, recipe_with
 from tests.quantize.tiny_families import config_of
 from tests.tiny_models import VOCABULARY, seeded_model, tiny_tokenizer
 
@@ -45,19 +45,20 @@ def routed(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Directories of tiny models by family, made once."""
     made: dict[str, Path] = {}
 
-    def of(family: str) -> Path:
-        if family not in made:
+    def of(family: str, **sizes: int) -> Path:
+        key = f"{family} {sizes}"
+        if key not in made:
             config = config_of(family)
-            config.vocab_size = VOCABULARY
-            made[family] = tmp_path_factory.mktemp(family)
+            config.update({"vocab_size": VOCABULARY, **sizes})
+            made[key] = tmp_path_factory.mktemp(family)
             model = seeded_model(config)
             with torch.no_grad():
                 for parameter in model.parameters():
                     if not parameter.any():  # routers and their biases that begin with zeros tie
                         parameter.normal_(std=0.2)
-            model.save_pretrained(made[family])
-            tiny_tokenizer().save_pretrained(made[family])
-        return made[family]
+            model.save_pretrained(made[key])
+            tiny_tokenizer().save_pretrained(made[key])
+        return made[key]
 
     return of
 
@@ -117,3 +118,28 @@ def test_how_many_a_token_uses_must_be_said() -> None:
     assert experts_used(SimpleNamespace(moe_k=3)) == 3
     with pytest.raises(ModelError, match="how many experts a token uses"):
         experts_used(SimpleNamespace(num_experts=4))
+
+
+@pytest.mark.parametrize("similarity", ["output", "router"])
+def test_experts_that_read_a_latent_are_compared_and_aligned_on_it(
+    similarity: str, routed: Any, tmp_path: Path
+) -> None:
+    merging = {"keep_experts": 2, "consolidate": "permute", "similarity": similarity}
+    manifest = run(routed("nemotron_h", moe_latent_size=32), tmp_path / "out", {"prune_experts": merging})
+    assert manifest.experts is not None
+    assert {len(absorbed) for absorbed in manifest.experts.absorbed_by_layer.values()} == {2}
+
+
+@pytest.mark.parametrize("methods", [["gptq"], ["awq", "gptq"]])
+def test_experts_that_read_a_latent_are_quantized_on_it(
+    methods: list[str], routed: Any, tmp_path: Path
+) -> None:
+    wide = {"moe_intermediate_size": 64, "moe_shared_expert_intermediate_size": 64}
+    base, out = routed("nemotron_h", moe_latent_size=32, **wide), tmp_path / "out"
+    recipe = recipe_with({"match": "*", "scheme": "W4A16", "group_size": 32, "methods": methods})
+    manifest = quantize(str(base), recipe, out, CPU)
+    assert sum(".experts." in one.name for one in manifest.modules) == 8
+    before, after = (load_model(find_model(str(place)), CPU).model for place in (base, out))
+    assert mean_kld(before, after, heldout_ids(base, recipe)) == pytest.approx(
+        manifest.quality.mean_kld, abs=2e-3
+    )

@@ -112,7 +112,7 @@ def describe(layer: ProbedLayer, real: nn.Module) -> LayerKind:
 
     Raises ModelError where the routed experts of a twin are given no tokens, so that nothing shows of them.
     """
-    attention, router = attention_of(layer), router_of(layer)
+    attention, (router, entrance) = attention_of(layer), router_of(layer)
     if layer.experts and len(layer.module.get_submodule(layer.experts)) and not layer.first_expert:  # type: ignore[arg-type]
         raise ModelError(
             f"no expert of {layer.experts} was given a token; please report it with its config.json"
@@ -140,20 +140,28 @@ def describe(layer: ProbedLayer, real: nn.Module) -> LayerKind:
     block = layer.experts.rpartition(".")[0]
     return LayerKind(
         tuple(groups), attention.module, attention.end, attention.outputs, middle_of(layer, attention),
-        block, layer.experts, router, layer.outputs, leaving(layer), _routes_alone(layer, block, router),
+        block, layer.experts, router, entrance, layer.outputs, leaving(layer), _routes_alone(layer, block, router),
         tuple(dropped),
     )  # fmt: skip
 
 
 def _with_roles(layer: ProbedLayer, group: LinearGroup, attention: Attention) -> LinearGroup:
-    """A group and what its linears are for in the layer."""
+    """A group and what its linears are for in the layer.
+
+    A linear whose output all experts read is no fold: each expert would divide it by a scale of its own.
+    """
     first, fold = group.linears[0], group.fold
     inside = bool(attention.module) and first.startswith(f"{attention.module}.")
+    enters = bool(layer.expert_of(first)) and layer.reads(first) == layer.experts
+    if enters and fold is not None and not fold.norm:
+        fold = None
     return replace(
         group,
+        fold=fold,
         attended=inside and reaches_others(layer, group.linears),
         residual="" if layer.expert_of(first) else residual_of(layer, first),
         cached=fold is not None and not fold.norm and first == attention.end,
+        enters=enters,
     )
 
 

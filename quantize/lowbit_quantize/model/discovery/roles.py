@@ -107,19 +107,23 @@ def middle_of(layer: ProbedLayer, attention: Attention) -> str:
     return ""
 
 
-def router_of(layer: ProbedLayer) -> str:
-    """The module with a row of weights for each expert that reads what the experts read; empty where there is none."""
+def router_of(layer: ProbedLayer) -> tuple[str, str]:
+    """The module that has a row of weights for each expert, and the one that reads what experts are called with: the
+    same, or the experts where the block makes something else of its input for them. Empty where there is none.
+    """
     if not layer.experts:
-        return ""
+        return "", ""
     count = len(layer.module.get_submodule(layer.experts))  # type: ignore[arg-type]
-    read = layer.base.inputs[layer.experts]
-    for name in layer.base.order:
-        weight = layer.own_weight(name)
-        if weight is None or weight.dim() != 2 or len(weight) != count or layer.expert_of(name):
-            continue
-        if same_tensor(layer.base.inputs[name], read):
-            return name
-    return ""
+    rows = [name for name in layer.base.order if not layer.expert_of(name) and _rows(layer, name) == count]
+    read, block = layer.base.inputs[layer.experts], layer.experts.rpartition(".")[0]
+    entrance = next((name for name in rows if same_tensor(layer.base.inputs[name], read)), "")
+    inside = [name for name in rows if block and name.startswith(f"{block}.")]
+    return (entrance, entrance) if entrance or len(inside) != 1 else (inside[0], layer.experts)
+
+
+def _rows(layer: ProbedLayer, name: str) -> int:
+    weight = layer.own_weight(name)
+    return len(weight) if weight is not None and weight.dim() == 2 else 0
 
 
 def _is_norm(layer: ProbedLayer, name: str) -> bool:
