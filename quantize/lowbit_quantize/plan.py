@@ -248,7 +248,7 @@ def _table(
         modules.update(dict.fromkeys(one, entry) if entry else {})
     modules = {name: modules[name] for name in linears if name in modules}
     check_experts(modules, linears, architecture, published)
-    check_opened(modules, names)
+    check_opened(modules, names, skeleton)
     modules |= {name: entry for name in head if (entry := wanted[name].entry)}
     for name, entry in modules.items():
         check_width(published[name], (linears | head)[name].in_features, entry, linears.values())

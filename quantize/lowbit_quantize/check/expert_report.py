@@ -159,7 +159,7 @@ class _BlockSample:
             self.called_with = call.hidden
             self._outputs = expert_outputs(self.experts, call.hidden)  # (tokens, experts, hidden)
             self._routed = routed_sum_of(call, self._outputs)
-            given = block(inputs.unsqueeze(0))
+            given = block(self._routing.typed(inputs).unsqueeze(0))
             self._power = (given[0] if isinstance(given, tuple) else given).float().square().sum()
 
     def error(self, kept: Tensor, merged: Iterable[tuple[int, dict[str, Tensor]]] = ()) -> float:

@@ -81,22 +81,32 @@ class _Experts(nn.Module):
 
 
 class Routing(nn.Module):
-    """A copy of a layer's block without its experts: gives for tokens (tokens, hidden) what experts are called with."""
+    """A copy of a layer's block without its experts: gives for tokens (tokens, hidden) what experts are called with.
+
+    The tokens may be what the router reads, which some blocks give it in float32.
+    """
 
     def __init__(self, layer: nn.Module, kind: LayerKind) -> None:
         super().__init__()
         block, experts = layer.get_submodule(kind.moe_block), layer.get_submodule(kind.experts)
         self.block = copy.deepcopy(block, {id(experts): _Experts()})
         self._router = kind.router.removeprefix(f"{kind.moe_block}.")
+        largest = max(layer.parameters(), key=nn.Parameter.numel)
+        self.register_buffer("_typed", torch.empty(0, dtype=largest.dtype), persistent=False)
 
     @property
     def router(self) -> Any:
         """The module that has a row for each expert."""
         return self.block.get_submodule(self._router)
 
+    def typed(self, inputs: Tensor) -> Tensor:
+        """Tokens in the type that the block computes in."""
+        typed: Any = self._typed
+        return inputs.to(typed.dtype)
+
     def forward(self, inputs: Tensor) -> RoutedCall:
         try:
-            self.block(inputs.unsqueeze(0))
+            self.block(self.typed(inputs).unsqueeze(0))
         except _Called as called:
             found: RoutedCall = called.args[0]
             return found

@@ -182,8 +182,9 @@ class LayerStatistics:
         if group.enters:
             return rows
         expert = self._layer.get_submodule(group.linears[0].rpartition(".")[0])
+        dtype = linear_of(self._layer, group.linears[0]).weight.dtype  # a router may read them in float32
         with torch.no_grad():
-            found: Tensor = expert.middle(rows)  # type: ignore[operator]
+            found: Tensor = expert.middle(rows.to(dtype))  # type: ignore[operator]
         return found
 
     @property
