@@ -47,7 +47,13 @@ STACKS_ONLY = "transformers opens in stacks only"
 # Nats between the walk's mean KL and the reloaded model's: of weights alone, and where inputs are rounded, which
 # transformers does in bfloat16 and the walk as engines do; the latter as a share of the KL.
 EQUAL, EQUAL_SHARE, ROUNDED_SHARE = 2e-3, 0.005, 0.2
-LATENT_KEYS = ("kv_lora_rank", "qk_rope_head_dim")
+# As wide as in the default: vLLM's latent attention on a CPU has kernels for one size, and groups of 32 need 32 inputs.
+KEPT_WIDE = ("kv_lora_rank", "qk_rope_head_dim", "hidden_size_per_layer_input", "laurel_rank")
+LATE_SHARED = {  # as gemma's E-models have it: the last layers read the keys and values of earlier ones
+    "num_hidden_layers": 5,
+    "layer_types": ["sliding_attention"] * 2 + ["full_attention", "sliding_attention", "full_attention"],
+    "num_kv_shared_layers": 2,
+}
 PLAIN_POSITIONS = {"head_dim": 128, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
 NO_AUX = {
     "topk_method": "noaux_tc",
@@ -58,9 +64,10 @@ SIZES: dict[str, dict[str, Any]] = {
     "deepseek_v32": NO_AUX,
     "glm_moe_dsa": NO_AUX,
     "glm4_moe_lite": {"first_k_dense_replace": 1},  # as before
-    "minimax_m2": {"rotary_dim": 64, "scoring_func": "sigmoid"},  # as before
+    "minimax_m2": {"rotary_dim": 64, "scoring_func": "sigmoid", "use_routing_bias": True},  # as before
     "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 8},
-    "gemma4_text": {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0},  # as its larger models have it
+    "gemma3n_text": LATE_SHARED,
+    "gemma4_text": LATE_SHARED,
     "falcon_h1": {"mamba_d_ssm": 512, "mamba_d_state": 32, "mamba_chunk_size": 32},  # torch's own loops are slow
     "glm4_moe": {"head_dim": 128},
     "hunyuan_v1_dense": PLAIN_POSITIONS,
@@ -226,7 +233,9 @@ def _write(family: str, directory: Path) -> bool:
     text.vocab_size = VOCABULARY
     if getattr(text, "mamba_num_heads", None):  # its CPU kernel for 4 bits takes outputs in multiples of 32
         text.mamba_num_heads = 32
-    for key in LATENT_KEYS:  # vLLM's latent attention on a CPU has kernels for one size
+    if getattr(text, "vocab_size_per_layer_input", None):
+        text.vocab_size_per_layer_input = VOCABULARY
+    for key in KEPT_WIDE:
         if getattr(text, key, None) is not None:
             setattr(text, key, getattr(shallow.get_text_config(), key))
     torch.manual_seed(0)
