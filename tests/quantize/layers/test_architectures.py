@@ -12,6 +12,7 @@ from transformers import AutoConfig
 from lowbit_core.errors import ModelError, RecipeError
 from lowbit_quantize.model.architecture import Architecture, LayerKind
 from lowbit_quantize.model.discovery.found import find_architecture, open_model
+from lowbit_quantize.model.discovery.twin import make_twin
 from lowbit_quantize.model.reference import find_model
 from lowbit_quantize.model.skeleton import build_skeleton
 from lowbit_quantize.model.stream_form import StreamForm
@@ -204,3 +205,10 @@ def test_experts_whose_router_does_not_show_are_refused() -> None:
 def test_a_model_that_adds_positions_to_its_embedding_is_refused() -> None:
     with pytest.raises(ModelError, match="gpt2"):
         found("gpt2")
+
+
+def test_a_model_that_moves_tokens_to_its_embedding_is_given_those_tokens() -> None:
+    """Llama 4 does; an embedding without weights is nowhere."""
+    config = AutoConfig.for_model("llama4_text", **HYBRID, num_local_experts=4, intermediate_size_mlp=192)
+    twin = make_twin(config)
+    assert float(twin.first_input.abs().max()) < 10

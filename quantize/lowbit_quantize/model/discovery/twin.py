@@ -259,8 +259,13 @@ def said_to_be_on_the_cpu() -> Iterator[None]:
 
 @contextmanager
 def made_when_called(model: nn.Module, layers: nn.ModuleList) -> Iterator[None]:
-    """Give every module its weights when it is called; a decoder layer and all in it at once."""
+    """Give every module its weights when it is called; a decoder layer and all in it at once.
+
+    The embedding has them before: some models move the tokens to where its weights are, and on the meta device tokens
+    are whatever lay in memory.
+    """
     generator = torch.Generator().manual_seed(3)
+    make_weights(model.get_input_embeddings(), generator)  # type: ignore[operator]
     whole = {id(layer) for layer in layers}
 
     def hook(module: nn.Module, _: Any) -> None:
