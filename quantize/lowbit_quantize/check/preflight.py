@@ -23,7 +23,8 @@ from lowbit_quantize.plan import Plan, make_plan
 from lowbit_quantize.quality.dataset import load_texts
 from lowbit_quantize.recipe import Recipe
 from lowbit_quantize.run.directory import check_disk, refuse_foreign
-from lowbit_quantize.schemes.scheme import KERNELS
+from lowbit_quantize.schemes.processors import PROCESSORS
+from lowbit_quantize.schemes.scheme import KERNELS, Scheme
 
 GIB = 1 << 30
 UNITS = ((86400, "days"), (3600, "h"), (60, "min"), (1, "s"))
@@ -102,6 +103,8 @@ def _schemes(plan: Plan) -> list[dict[str, Any]]:
             "linears": count,
             "gpus": scheme.gpus,
             "cpu": not scheme.obstacles("cpu"),
+            "cpus": _cpus(scheme),
+            "vllm": _vllm(scheme),
             "experts": scheme.experts.processors if scheme in of_experts else None,
             "measured_here": [asdict(row) for row in of_kernels(scheme.cpu_kernels, here)],
         }
@@ -109,10 +112,26 @@ def _schemes(plan: Plan) -> list[dict[str, Any]]:
     ]
 
 
+def _cpus(scheme: Scheme) -> str:
+    row = PROCESSORS.get(scheme.name)
+    return row.cpus if row else "no CPU" if scheme.obstacles("cpu") else "CPUs"
+
+
+def _vllm(scheme: Scheme) -> dict[str, Any] | None:
+    """vLLM's class for a scheme and its kernels by platform, in its order; None of a scheme that has no row."""
+    row = PROCESSORS.get(scheme.name)
+    if row is None:
+        return None
+    kernels: dict[str, list[str]] = {}
+    for kernel in row.kernels:
+        kernels.setdefault(kernel.platform, []).append(kernel.name)
+    return {"class": row.scheme_class, "lowest_compute_capability": row.lowest / 10, "kernels": kernels}
+
+
 def _scheme_rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for found in report["schemes"]:
-        cpus = "CPUs; " if found["cpu"] else "no CPU; "
-        yield found["scheme"], f"{found['linears']} linears; runs on {cpus}GPUs: {found['gpus']}"
+        where = f"{found['cpus']}; GPUs: {found['gpus']}"
+        yield found["scheme"], f"{found['linears']} linears; runs on {where}"
         if found["experts"]:
             yield f"{found['scheme']} experts", f"run on {found['experts']}"
         for row in found["measured_here"] if found["cpu"] else ():

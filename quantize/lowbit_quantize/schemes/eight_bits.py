@@ -15,6 +15,7 @@ from torch import Tensor
 from lowbit_quantize.device.memory import without_compiler
 from lowbit_quantize.schemes.grids import FP8, INT8, Grid
 from lowbit_quantize.schemes.inputs import InputQuantizer
+from lowbit_quantize.schemes.processors import PROCESSORS
 from lowbit_quantize.schemes.scheme import (
     ExpertSupport,
     GroupSize,
@@ -30,14 +31,6 @@ with without_compiler():  # the library compiles a function for 4-bit floats, wh
 
 INT8_CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8)
 FP8_CLIPS = tuple(2 ** (-step / 8) for step in range(9))  # an octave: a float grid repeats after it
-CPU_KERNELS = {
-    "int8": ("CPUInt8ScaledMMLinearKernel", "ZentorchInt8ScaledMMLinearKernel"),
-    "fp8": ("ChannelWiseTorchFP8ScaledMMLinearKernel",),
-}
-GPUS = {
-    "int8": "NVIDIA's from 7.5 (Turing) to 9.0 (Hopper), not Blackwell; AMD's",
-    "fp8": "NVIDIA's from 8.9 (Ada) on, from 7.5 with inputs as they are; AMD's from MI300 on",
-}
 FORMATS = {"int8": "int-quantized", "fp8": "float-quantized"}
 # vLLM 0.32's `oracle/int8.py` and `oracle/fp8.py`; transformers 5.19 unpacks experts in FP8 and packed integers only.
 EXPERTS = {
@@ -155,11 +148,11 @@ class EightBits:
 
     @property
     def cpu_kernels(self) -> Sequence[str]:
-        return () if self.input_quantizer.static else CPU_KERNELS[self.grid.name]
+        return PROCESSORS[self.name].cpu_kernels
 
     @property
     def gpus(self) -> str:
-        return GPUS[self.grid.name]
+        return PROCESSORS[self.name].gpus
 
     @property
     def experts(self) -> ExpertSupport:

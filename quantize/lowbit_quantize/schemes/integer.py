@@ -18,6 +18,7 @@ from lowbit_quantize.schemes.affine_search import (
     split_groups,
 )
 from lowbit_quantize.schemes.inputs import InputQuantizer
+from lowbit_quantize.schemes.processors import PROCESSORS
 from lowbit_quantize.schemes.scheme import (
     ExpertSupport,
     GroupSize,
@@ -159,11 +160,11 @@ class Integer(Affine):
 
     @property
     def cpu_kernels(self) -> Sequence[str]:
-        return ("CPUWNA16LinearKernel", "ZentorchWNA16LinearKernel") if self.bits in CPU_BITS else ()
+        return PROCESSORS[self.name].cpu_kernels
 
     @property
     def gpus(self) -> str:
-        return "NVIDIA's from 7.5 (Turing) on, AMD's (4 bits)"
+        return PROCESSORS[self.name].gpus
 
     @property
     def experts(self) -> ExpertSupport:
