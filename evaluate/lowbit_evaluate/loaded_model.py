@@ -20,8 +20,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from lowbit_core.errors import ModelError
 from lowbit_core.manifest import Manifest, read_manifest, verify_files
-from lowbit_evaluate.rounded_experts import RoundedExperts, rounded_experts
 from lowbit_evaluate.rounded_inputs import round_inputs
+from lowbit_evaluate.unopened_linears import UnopenedLinears, unopened_linears
 from lowbit_quantize.model.architecture import Architecture
 from lowbit_quantize.model.discovery.found import open_model
 from lowbit_quantize.model.files.published_names import PublishedNames
@@ -86,14 +86,14 @@ def load_model(
     architecture, manifest = check_loadable(reference), checkpoint_manifest(reference)
     fetch_weights(reference)
     scales = _scales(reference, architecture, manifest) if fp8_cache else {}
-    experts = None
-    if reference.kind == "directory" and architecture.moe_block:
-        experts = rounded_experts(reference.path, quantization_of(reference))
-    model = _load(reference, dtype or _served_dtype(reference), experts).to(device).eval()
+    unopened = None
+    if reference.kind == "directory":
+        unopened = unopened_linears(reference.path, quantization_of(reference))
+    model = _load(reference, dtype or _served_dtype(reference), unopened).to(device).eval()
     _round_caches(model, architecture, scales)
     round_inputs(model)
-    if experts:
-        experts.put_into(model, architecture, PublishedNames(build_skeleton(reference.config)))
+    if unopened:
+        unopened.put_into(model, architecture, PublishedNames(build_skeleton(reference.config)))
     with torch.no_grad():  # compressed-tensors unpacks when the model as a whole is first called
         model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=False)
     return LoadedModel(reference.name, model, reference.tokenizer(), scales, architecture.logits)
@@ -139,7 +139,7 @@ def quantization_of(reference: ModelReference) -> dict[str, Any]:
     return found if isinstance(found, dict) else dict(found.to_dict())
 
 
-def _load(reference: ModelReference, dtype: torch.dtype, experts: RoundedExperts | None) -> Any:
+def _load(reference: ModelReference, dtype: torch.dtype, unopened: UnopenedLinears | None) -> Any:
     disable_progress_bar()  # ours is enough
     if reference.kind == "gguf" and _only_we_read(reference):
         return _load_parts(reference, dtype)
@@ -154,8 +154,8 @@ def _load(reference: ModelReference, dtype: torch.dtype, experts: RoundedExperts
             "local_files_only": True,
             "attn_implementation": "sdpa" if found._supports_sdpa else "eager",
         }
-    if experts:
-        place, options = None, _with_experts(reference, dtype, experts, options)
+    if unopened:
+        place, options = None, _with_linears(reference, dtype, unopened, options)
     try:
         model, info = found.from_pretrained(place, **options)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
@@ -165,15 +165,17 @@ def _load(reference: ModelReference, dtype: torch.dtype, experts: RoundedExperts
     return model
 
 
-def _with_experts(
-    reference: ModelReference, dtype: torch.dtype, experts: RoundedExperts, options: dict[str, Any]
+def _with_linears(
+    reference: ModelReference, dtype: torch.dtype, unopened: UnopenedLinears, options: dict[str, Any]
 ) -> dict[str, Any]:
     """What a class is given that opens tensors which were read already."""
     config = copy.deepcopy(reference.config)
-    config.quantization_config = experts.plain
+    config.quantization_config = unopened.plain
+    if config.quantization_config is None:
+        del config.quantization_config
     unused = ("trust_remote_code", "local_files_only")
     options = {key: value for key, value in options.items() if key not in unused}
-    return options | {"config": config, "state_dict": experts.state(dtype)}
+    return options | {"config": config, "state_dict": unopened.state(dtype)}
 
 
 def _only_we_read(reference: ModelReference) -> bool:

@@ -30,6 +30,7 @@ from lowbit_quantize.pass_list import make_passes
 from lowbit_quantize.recipe import QUANTIZE, Recipe
 from lowbit_quantize.rules import Wanted, resolve
 from lowbit_quantize.schemes.scheme import Scheme
+from lowbit_quantize.schemes.stored_linears import reader_of
 from lowbit_quantize.walk.baselines import baseline_sequences
 from lowbit_quantize.walk.layer import Pass
 from lowbit_quantize.walk.module_plan import ModulePlan, Modules
@@ -140,12 +141,17 @@ class Plan:
         return sum(p.numel() for name, p in self.skeleton.named_parameters() if name != tied)
 
     @cached_property
-    def unopened(self) -> dict[str, Scheme]:
-        """Published names of the linears that plain transformers does not open, with what they are stored in."""
-        return {
-            self.names.published(name): entry.scheme
+    def unopened(self) -> dict[str, tuple[Scheme, str]]:
+        """Published names of the linears that plain transformers does not open: their scheme, and who opens them."""
+        readers = {
+            name: reader_of(entry.scheme, expert=self.architecture.in_experts(name))
             for name, entry in self.modules.items()
-            if self.architecture.in_experts(name) and not entry.scheme.experts.opened and self.stays(name)
+            if self.stays(name)
+        }
+        return {
+            self.names.published(name): (self.modules[name].scheme, reader)
+            for name, reader in readers.items()
+            if reader is not None
         }
 
     @cached_property

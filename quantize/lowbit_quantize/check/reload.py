@@ -2,8 +2,8 @@
 
 transformers loads a model whose tensors are on the meta device: it makes the model of the configuration, renames,
 unpacks and stacks as it would for a reader, and says which names are missing, too many or of another shape. Nothing is
-read but headers. What it does not open (int8 experts) is opened by another reader (unopened.py); transformers is then
-given the same linears unquantized. The tokenizer must answer as the base's does.
+read but headers. What it does not open (int8 experts, integers across words) is opened by another reader
+(unopened.py); transformers is then given the same linears unquantized. The tokenizer must answer as the base's does.
 """
 
 import io
@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from lowbit_core.errors import NumericsError
 from lowbit_quantize.check.unopened import unpacking_problem
-from lowbit_quantize.model.files.unopened_experts import without_linears
+from lowbit_quantize.model.files.unopened_linears import without_linears
 from lowbit_quantize.model.skeleton import model_class
 from lowbit_quantize.model.weights import INDEX_NAME
 from lowbit_quantize.quality.dataset import TokenText
@@ -79,6 +79,8 @@ def _names_problem(out: Path, carried: Collection[str], unopened: Mapping[str, U
     tensors = {name: tensor for name, tensor in _headers(out) if name not in carried}
     if unopened:
         config.quantization_config = without_linears(config.quantization_config, unopened.keys())
+        if config.quantization_config is None:
+            del config.quantization_config
         tensors = _unquantized(tensors, unopened, config.dtype)
     try:
         model, found = model_class(config).from_pretrained(
@@ -108,7 +110,10 @@ def _unquantized(
         f"{name}.weight": torch.empty(linear.shape, dtype=dtype, device="meta")
         for name, linear in linears.items()
     }
-    return {n: tensor for n, tensor in tensors.items() if n.rpartition(".")[0] not in linears} | plain
+    others = {
+        n: one for n, one in tensors.items() if n.rpartition(".")[0] not in linears or n.endswith(".bias")
+    }
+    return others | plain
 
 
 def _headers(out: Path) -> Iterator[tuple[str, Tensor]]:

@@ -1,6 +1,6 @@
-"""What plain transformers does not open (experts in int8 or in blocks of floats), opened by compressed-tensors' codec.
+"""What plain transformers does not open (experts in int8 or in blocks of floats, integers across words), one by one.
 
-The codec knows the format from `config.json` and the files alone, and nothing of what wrote them. Each linear must be
+Its reader knows the format from `config.json` and the files alone, and nothing of what wrote them. Each linear must be
 there as its group says, whole, in its shape, and give the numbers that were measured (a sample of them).
 """
 
@@ -15,20 +15,21 @@ from torch import Tensor
 
 from lowbit_core.errors import ModelError
 from lowbit_core.manifest import UnopenedRecord
-from lowbit_quantize.model.files.unopened_experts import READER, parts_of, schemes_of, unpacked
+from lowbit_quantize.model.files.unopened_linears import schemes_of
 from lowbit_quantize.plan import Plan
 from lowbit_quantize.run.journal import UnopenedLinear
 from lowbit_quantize.schemes.scheme import sample_of
+from lowbit_quantize.schemes.stored_linears import parts_of, stored_codes, unpacked
 
 
 def unopened_records(plan: Plan) -> list[UnopenedRecord]:
     """What another reader than plain transformers opens, by scheme."""
-    names: dict[str, list[str]] = {}
-    for name, scheme in plan.unopened.items():
-        names.setdefault(scheme.name, []).append(name)
+    names: dict[tuple[str, str], list[str]] = {}
+    for name, (scheme, reader) in plan.unopened.items():
+        names.setdefault((scheme.name, reader), []).append(name)
     return [
-        UnopenedRecord(scheme=scheme, linears=len(found), example=found[0], reader=READER)
-        for scheme, found in names.items()
+        UnopenedRecord(scheme=scheme, linears=len(found), example=found[0], reader=reader)
+        for (scheme, reader), found in names.items()
     ]
 
 
@@ -57,7 +58,7 @@ def _parts(names: Iterable[str], expected: Mapping[str, UnopenedLinear]) -> dict
     found: dict[str, list[str]] = {}
     for name in names:
         linear, _, part = name.rpartition(".")
-        if linear in expected:
+        if linear in expected and part != "bias":
             found.setdefault(linear, []).append(part)
     return found
 
@@ -65,17 +66,17 @@ def _parts(names: Iterable[str], expected: Mapping[str, UnopenedLinear]) -> dict
 def _problem(linear: str, tensors: Mapping[str, Tensor], scheme: Any, expected: UnopenedLinear) -> str | None:
     if tensors.keys() != parts_of(scheme):
         return f"{linear} is stored as {', '.join(sorted(tensors))}, not as {', '.join(sorted(parts_of(scheme)))}"
-    codes = tensors.get("weight")  # packed ones are words of any number
-    if codes is not None and codes.dtype != scheme.weights.pytorch_dtype():
-        return f"{linear}.weight is {codes.dtype}, its group says {scheme.weights.pytorch_dtype()}"
+    codes, wanted = stored_codes(scheme)
+    if tensors[codes].dtype != wanted:
+        return f"{linear}.{codes} is {tensors[codes].dtype}, its group says {wanted}"
     try:
         weight = unpacked(tensors, scheme)
     except Exception as error:  # whatever odd tensors make of the library's code
-        return f"{READER} does not unpack {linear} ({' '.join(str(error).split())[:300]})"
+        return f"{linear} cannot be unpacked ({' '.join(str(error).split())[:300]})"
     if tuple(weight.shape) != expected.shape:
         return f"{linear} has the shape {tuple(weight.shape)}, {expected.shape} were measured"
     if sample_of(weight.float()) != _rounded(expected.sample, weight.dtype):
-        return f"{READER} unpacks {linear} to other numbers than were measured"
+        return f"{linear} is unpacked to other numbers than were measured"
     return None
 
 

@@ -65,6 +65,7 @@ class HeadRecord(_Record):
 
     shard: ShardRecord
     module: ModuleRecord
+    unopened: UnopenedLinear | None = None
 
 
 class Conclusion(_Record):

@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from lowbit_quantize.device.memory import without_compiler
-from lowbit_quantize.model.files.unopened_experts import read_plain_experts
+from lowbit_quantize.model.files.unopened_linears import read_plain_experts
 from lowbit_quantize.model.skeleton import given, text_config
 from lowbit_quantize.run.older_readers import with_older_keys
 from lowbit_quantize.schemes.scheme import Scheme

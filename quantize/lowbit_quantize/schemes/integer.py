@@ -1,4 +1,7 @@
-"""Affine integers as a scheme: W4A16, W4A16_ASYM and W8A16 of compressed-tensors, stored as `pack-quantized`."""
+"""Affine integers of weights alone as a scheme, W2A16 to W8A16: stored as compressed-tensors' `pack-quantized`.
+
+Codes lie as vLLM reads them (`packed_words.py`).
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +21,8 @@ from lowbit_quantize.schemes.affine_search import (
     split_groups,
 )
 from lowbit_quantize.schemes.inputs import InputQuantizer
-from lowbit_quantize.schemes.processors import PROCESSORS
+from lowbit_quantize.schemes.packed_words import pack, unpack, words_of
+from lowbit_quantize.schemes.processors import HUMMING, PROCESSORS
 from lowbit_quantize.schemes.scheme import (
     ExpertSupport,
     GroupSize,
@@ -31,16 +35,14 @@ from lowbit_quantize.schemes.scheme import (
 )
 
 with without_compiler():  # the library compiles a function for 4-bit floats, which is not called here
-    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
     from compressed_tensors.quantization import QuantizationArgs
     from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 
-PRESET_NAMES = ("W4A16", "W4A16_ASYM", "W8A16")
+BITS = {"W4A16": 4, "W4A16_ASYM": 4, "W8A16": 8, "W2A16": 2, "W3A16": 3, "W5A16": 5, "W6A16": 6}
+PATTERN = "W4A16"  # whose arguments in compressed-tensors those of the bits are, that it has no preset for
 SMALLEST_GROUP = 32  # what the engines' integer kernels divide rows into
-WORD_BITS = 32
-UNPACKED_AT_ONCE = 1 << 22  # numbers
 TRIAL_CLIPS = (1.0, 0.86)  # that a scale of the inputs is judged by
-MARLIN = ((4, True), (8, True), (4, False))  # bits, symmetric
+MARLIN = ((4, True), (8, True), (4, False))  # bits, symmetric; Humming's kernel takes all
 MARLIN_GROUPS = (None, 32, 64, 128)
 CPU_BITS = (4,)
 CPU_MULTIPLE = 32  # of inputs and outputs (`CPUWNA16LinearKernel`)
@@ -109,13 +111,13 @@ class Integer(Affine):
 
     def tensors(self, codes: Tensor, params: Params) -> dict[str, Tensor]:
         tensors = {
-            "weight_packed": pack_to_int32(codes, self.bits),
+            "weight_packed": pack(codes, self.bits),
             "weight_scale": params["scale"].to(SCALE_DTYPE),
             "weight_shape": torch.tensor(codes.shape, dtype=torch.int64),
         }
         if not self.symmetric:
             zero = params["zero"].to(torch.int8)
-            tensors["weight_zero_point"] = pack_to_int32(zero, self.bits, packed_dim=0)
+            tensors["weight_zero_point"] = pack(zero.T, self.bits).T.contiguous()
         return tensors
 
     def read(self, tensors: Mapping[str, Tensor]) -> Quantized:
@@ -123,24 +125,23 @@ class Integer(Affine):
         scale = tensors["weight_scale"].float()
         zero = torch.zeros_like(scale)
         if not self.symmetric:
-            shape = torch.Size(scale.shape)
-            zero = unpack_from_int32(tensors["weight_zero_point"], self.bits, shape, packed_dim=0).float()
-        codes = _unpacked(tensors["weight_packed"], self.bits, outputs, inputs)
+            zero = unpack(tensors["weight_zero_point"].T, self.bits, outputs).T.float()
+        codes = unpack(tensors["weight_packed"], self.bits, inputs)
         return Quantized(codes, {"scale": scale, "zero": zero}, self)
 
     def bytes(self, outputs: int, inputs: int) -> tuple[int, int]:
         groups = inputs // self.width(inputs)
-        codes = outputs * -(-inputs * self.bits // WORD_BITS) * 4
+        codes = outputs * words_of(inputs, self.bits) * 4
         scales = outputs * groups * SCALE_DTYPE.itemsize
-        zeros = 0 if self.symmetric else -(-outputs * self.bits // WORD_BITS) * groups * 4
+        zeros = 0 if self.symmetric else words_of(outputs, self.bits) * groups * 4
         return codes + scales + zeros + 2 * 8, 3 if self.symmetric else 4
 
     def quantization_args(self) -> Mapping[str, Any]:
-        preset = PRESET_SCHEMES[self.name]["weights"]
+        ours = {"num_bits": self.bits, "group_size": self.group_size}
         strategy = "group" if self.group_size else "channel"
         return {
             "weights": QuantizationArgs(
-                **{**preset.model_dump(), "strategy": strategy, "group_size": self.group_size}
+                **{**_preset_of(self.name).model_dump(), **ours, "strategy": strategy}
             )
         }
 
@@ -149,9 +150,7 @@ class Integer(Affine):
         found = []
         if kernel == "cpu" and self.bits not in CPU_BITS:
             found.append(f"the CPU's kernel takes 4 bits, not {kind}")
-        if kernel == "gpu" and (self.bits, self.symmetric) not in MARLIN:
-            found.append(f"Marlin does not take {kind}")
-        if kernel == "gpu" and self.group_size not in MARLIN_GROUPS:
+        if kernel == "gpu" and self._by_marlin and self.group_size not in MARLIN_GROUPS:
             found.append(f"Marlin takes groups of 32, 64, 128 or channels, not {self.group_size}")
         return found
 
@@ -168,13 +167,23 @@ class Integer(Affine):
 
     @property
     def experts(self) -> ExpertSupport:
+        if not self.symmetric:
+            return ExpertSupport("nothing", misfit="engines run quantized experts in symmetric schemes only")
+        if not self._by_marlin and self.group_size is None:
+            misfit = f"engines take experts of {self.bits} bits in groups only; give a group_size"
+            return ExpertSupport("nothing", misfit=misfit)
+        if not self._by_marlin:
+            return ExpertSupport(f"NVIDIA's GPUs from 7.5 (Turing) on with {HUMMING}, no CPU")
         cpus = "CPUs with AMX, AMD's with zentorch" if self.bits in CPU_BITS else "no CPU"
-        if self.symmetric:
-            return ExpertSupport(f"GPUs (Marlin), {cpus}")
-        return ExpertSupport("nothing", misfit="engines run quantized experts in symmetric schemes only")
+        return ExpertSupport(f"GPUs (Marlin), {cpus}")
+
+    @property
+    def _by_marlin(self) -> bool:
+        """Whether Marlin's kernel takes such integers; else Humming's does, in all shapes."""
+        return (self.bits, self.symmetric) in MARLIN
 
     def expert_obstacles(self, kernel: Kernel, hidden: int, middle: int) -> list[str]:
-        if kernel == "cpu":
+        if kernel == "cpu" or not self._by_marlin:
             return []
         found, multiple = [], max(EXPERTS_MIDDLE_MULTIPLE, self.group_size or 0)
         if hidden % EXPERTS_HIDDEN_MULTIPLE:
@@ -191,21 +200,19 @@ class Integer(Affine):
         return None
 
 
-def _unpacked(packed: Tensor, bits: int, outputs: int, inputs: int) -> Tensor:
-    """Codes (out, in) int8, some rows at a time: what unpacks them takes twelve bytes a number."""
-    rows = max(1, UNPACKED_AT_ONCE // inputs)
-    blocks = packed.split(rows)
-    return torch.cat([unpack_from_int32(one, bits, torch.Size((len(one), inputs))) for one in blocks])
+def _preset_of(name: str) -> QuantizationArgs:
+    preset: QuantizationArgs = PRESET_SCHEMES.get(name, PRESET_SCHEMES[PATTERN])["weights"]
+    return preset
 
 
-def _preset(name: str) -> Preset:
-    weights: QuantizationArgs = PRESET_SCHEMES[name]["weights"]
+def _preset(name: str, bits: int) -> Preset:
+    weights = _preset_of(name)
 
     def make(group_size: GroupSize) -> Integer:
         size = None if group_size == "channel" else group_size
-        return Integer(weights.num_bits, size, weights.symmetric, name)
+        return Integer(bits, size, weights.symmetric, name)
 
     return Preset(name, make, weights.group_size or "channel")
 
 
-PRESETS = tuple(map(_preset, PRESET_NAMES))
+PRESETS = tuple(_preset(name, bits) for name, bits in BITS.items())

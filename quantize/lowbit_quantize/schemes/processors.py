@@ -293,6 +293,7 @@ def _fp8(table: str, kernels: tuple[LinearKernel, ...]) -> Processors:
 _CUTLASS_W4A8 = _cuda("CutlassW4A8LinearKernel", HOPPER, HOPPER)
 
 PROCESSORS: dict[str, Processors] = {
+    **{f"W{bits}A16": Processors(*_WNA16, kernels=(_HUMMING,)) for bits in (2, 3, 5, 6)},
     "W4A16": Processors(*_WNA16, kernels=_FOUR_BITS),
     "W4A16_ASYM": Processors(*_WNA16, kernels=tuple(k for k in _FOUR_BITS if k.name not in _WITHOUT_ZEROS)),
     "W8A16": Processors(*_WNA16, kernels=_EIGHT_BITS),

@@ -185,6 +185,12 @@ class Quantized:
         params = {name: values[start:stop] for name, values in self.params.items()}
         return Quantized(self.codes[start:stop], params, self.scheme, self.input_scale)
 
+    def sample(self) -> list[float]:
+        """`sample_of` its weight, of which no more than some rows are dequantized."""
+        width = self.codes.shape[1]
+        places = range(self.codes.numel())[:: sample_step(self.codes.numel())][:SAMPLE_NUMBERS]
+        return [float(self.rows(p // width, p // width + 1).dequantize()[0, p % width]) for p in places]
+
     def tensors(self) -> dict[str, Tensor]:
         """What the file holds."""
         tensors, quantizer = self.scheme.tensors(self.codes, self.params), self.scheme.input_quantizer
@@ -213,8 +219,12 @@ class Preset:
 def sample_of(weight: Tensor) -> list[float]:
     """Some numbers of a weight, spread over it, by which what is read back is held against what was measured."""
     flat = weight.flatten()
-    step = max(1, len(flat) // SAMPLE_NUMBERS) | 1  # odd, so that they are not all of one column
-    return [float(number) for number in flat[::step][:SAMPLE_NUMBERS]]
+    return [float(number) for number in flat[:: sample_step(len(flat))][:SAMPLE_NUMBERS]]
+
+
+def sample_step(numbers: int) -> int:
+    """Of every how many numbers one is in the sample: odd, so that they are not all of one column."""
+    return max(1, numbers // SAMPLE_NUMBERS) | 1
 
 
 def diagonal_blocks(hessian: Tensor, width: int) -> Tensor:

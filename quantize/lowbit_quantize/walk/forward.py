@@ -29,6 +29,7 @@ from lowbit_quantize.run.clock import BASE, BASELINES, COMPARE, COMPRESSED, EXPE
 from lowbit_quantize.run.hidden_states import HiddenStates
 from lowbit_quantize.run.journal import Conclusion, HeadRecord, Journal, LayerRecord, UnopenedLinear
 from lowbit_quantize.run.writer import CheckpointWriter
+from lowbit_quantize.schemes.stored_linears import reader_of
 from lowbit_quantize.walk.baselines import Baselines
 from lowbit_quantize.walk.head import QuantizedHead, quantize_head
 from lowbit_quantize.walk.layer import LayerContext, LayerResult, Pass, QuantizedLinear
@@ -94,7 +95,10 @@ class Walk:
     @property
     def unopened(self) -> dict[str, UnopenedLinear]:
         """What was noted of each linear that plain transformers does not open."""
-        return {name: one for record in self.layers for name, one in record.unopened.items()}
+        found = {name: one for record in self.layers for name, one in record.unopened.items()}
+        if self.head is not None and self.head.unopened is not None:
+            found[self.head.module.name] = self.head.unopened
+        return found
 
     def run(self) -> None:
         """Walk every layer that is not finished and write its shard."""
@@ -306,10 +310,12 @@ class Walk:
         tensors = {f"{architecture.head}.{key}": value for key, value in found.tensors.items()}
         behind = {f"{architecture.final_norm}.{key}": value for key, value in norm.state_dict().items()}
         packed_bytes = sum(tensor.nbytes for tensor in found.tensors.values())
-        name = names.published(architecture.head)
+        name, (words, hidden) = names.published(architecture.head), found.weight.shape
+        unopened = UnopenedLinear(shape=(words, hidden), sample=found.sample)
         return HeadRecord(
             shard=self.writer.write_shard(names.publish(behind | tensors)),
             module=record_of(name, entry, found, found.weight.numel(), packed_bytes),
+            unopened=unopened if reader_of(entry.scheme, expert=False) else None,
         )
 
     def _layer_writer(self, index: int) -> LayerWriter | None:

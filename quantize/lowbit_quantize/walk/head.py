@@ -28,12 +28,16 @@ SCALED_ROWS = 4096  # that the scale of the inputs is searched on
 
 @dataclass(frozen=True)
 class QuantizedHead:
-    """What is stored of the head, by the last parts of names, and what engines compute with, (vocabulary, hidden)."""
+    """What is stored of the head, by the last parts of names, and what engines compute with, (vocabulary, hidden).
+
+    `sample` has some numbers of the weight as they are in float32.
+    """
 
     tensors: dict[str, Tensor]
     weight: Tensor
     alpha: float | None
     error: float
+    sample: list[float]
 
 
 def quantize_head(
@@ -65,7 +69,8 @@ def quantize_head(
         served[rows] = wide.to(weight.dtype)
         codes.append(found)
     alpha = folded.alpha if folded else None
-    return QuantizedHead(_joined(codes).tensors(), served, alpha, errors / max(powers, 1e-30))
+    whole = _joined(codes)
+    return QuantizedHead(whole.tensors(), served, alpha, errors / max(powers, 1e-30), whole.sample())
 
 
 def _hessian(norm: nn.Module, states: Tensor, weight: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ from lowbit_quantize.model.files.published_names import PublishedNames
 from lowbit_quantize.run.journal import ShardRecord, UnopenedLinear
 from lowbit_quantize.run.writer import CheckpointWriter
 from lowbit_quantize.schemes.kv_cache import KVScales
-from lowbit_quantize.schemes.scheme import Quantized, sample_of
+from lowbit_quantize.schemes.scheme import Quantized
+from lowbit_quantize.schemes.stored_linears import reader_of
 from lowbit_quantize.walk.head import QuantizedHead
 from lowbit_quantize.walk.layer import QuantizedLinear
 from lowbit_quantize.walk.module_plan import ModulePlan, Modules
@@ -64,7 +65,7 @@ class LayerWriter:
         published, quantized = self._names.published(full), one.quantized
         weights = quantized.codes.numel()
         self.modules.append(record_of(published, self._entries[full], one, weights, stored_bytes))
-        if self._architecture.in_experts(linear) and not quantized.scheme.experts.opened:
+        if reader_of(quantized.scheme, expert=self._architecture.in_experts(linear)):
             self.unopened[published] = _unopened(quantized)
 
 
@@ -106,4 +107,4 @@ def record_of(
 
 def _unopened(quantized: Quantized) -> UnopenedLinear:
     outputs, inputs = quantized.codes.shape
-    return UnopenedLinear(shape=(outputs, inputs), sample=sample_of(quantized.dequantize()))
+    return UnopenedLinear(shape=(outputs, inputs), sample=quantized.sample())

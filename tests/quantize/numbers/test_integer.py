@@ -2,17 +2,17 @@
 
 import pytest
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from compressed_tensors.quantization.lifecycle.forward import dequantize
 
 from lowbit_quantize.schemes.affine import range_params, stored
 from lowbit_quantize.schemes.integer import PRESETS, Integer
+from lowbit_quantize.schemes.packed_words import unpack
 from lowbit_quantize.schemes.scheme import Quantized
 from lowbit_quantize.statistics.hessian import output_error
 
 SCHEMES = [
     Integer(bits, size, symmetric, "a test's")
-    for bits in (4, 8)
+    for bits in (2, 3, 4, 5, 6, 8)
     for size in (32, 64, None)
     for symmetric in (True, False)
 ]
@@ -47,13 +47,11 @@ def test_a_scale_may_be_negative_and_packing_keeps_every_value(scheme: Integer) 
     params = {"scale": scale, "zero": zero}
     quantized = Quantized(scheme.quantize(weight, params), params, scheme)
     tensors = quantized.tensors()
-    codes = unpack_from_int32(tensors["weight_packed"], scheme.bits, torch.Size(weight.shape))
+    codes = unpack(tensors["weight_packed"], scheme.bits, weight.shape[1])
     assert torch.equal(codes, quantized.codes)
     zeros = None
     if not scheme.symmetric:
-        zeros = unpack_from_int32(
-            tensors["weight_zero_point"], scheme.bits, torch.Size(scale.shape), packed_dim=0
-        )
+        zeros = unpack(tensors["weight_zero_point"].T, scheme.bits, len(weight)).T
     again = dequantize(codes, tensors["weight_scale"].float(), zeros)
     assert torch.equal(again, quantized.dequantize())
     read = scheme.read(tensors)
