@@ -2,7 +2,7 @@
 
 compressed-tensors would do it otherwise: it unpacks the codes to bfloat16, and its dynamic int8 scale is absmax / 127.5
 where vLLM's is absmax / 127. So each such linear is replaced before it is unpacked, of any tool's checkpoint. What
-rounds in another way (FP8 in blocks, zero points) is left to compressed-tensors, with a warning.
+rounds in another way (FP8 in blocks of other sizes, zero points) is left to compressed-tensors, with a warning.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lowbit_core.log import get_logger
-from lowbit_quantize.schemes import float_blocks, rounded_integers
+from lowbit_quantize.schemes import block_fp8, float_blocks, rounded_integers
 from lowbit_quantize.schemes.eight_bits import EightBits
 from lowbit_quantize.schemes.grids import FP8, INT8
 from lowbit_quantize.schemes.inputs import InputQuantizer
@@ -20,8 +20,8 @@ from lowbit_quantize.schemes.scheme import Scheme
 
 GRIDS = {"int": INT8, "float": FP8}
 EIGHT = 8
-PRESETS = (*float_blocks.PRESETS, *rounded_integers.PRESETS)
-ARGUMENTS = ("num_bits", "type", "strategy", "group_size", "symmetric", "dynamic")
+PRESETS = (*block_fp8.PRESETS, *float_blocks.PRESETS, *rounded_integers.PRESETS)
+ARGUMENTS = ("num_bits", "type", "strategy", "group_size", "block_structure", "symmetric", "dynamic")
 
 log = get_logger("evaluate")
 

@@ -14,7 +14,7 @@ from lowbit_quantize.passes.kind import PassKind
 from lowbit_quantize.passes.prune_experts import PruneExpertsKind
 from lowbit_quantize.passes.quantize import QuantizeKind
 from lowbit_quantize.recipe import NONE
-from lowbit_quantize.schemes import eight_bits, float_blocks, integer, rounded_integers
+from lowbit_quantize.schemes import block_fp8, eight_bits, float_blocks, integer, rounded_integers
 from lowbit_quantize.schemes.scheme import Preset
 
 
@@ -30,6 +30,7 @@ class Catalog:
 CATALOG = Catalog(
     presets=(
         *integer.PRESETS,
+        *block_fp8.PRESETS,
         *eight_bits.PRESETS,
         *float_blocks.PRESETS,
         *rounded_integers.PRESETS,

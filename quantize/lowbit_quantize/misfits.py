@@ -1,6 +1,6 @@
 """What of a table no engine or reader takes: refused in one line, from shapes and names alone."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -57,11 +57,16 @@ def check_opened(modules: Mapping[str, ModulePlan], names: PublishedNames, skele
         )
 
 
-def check_width(name: str, inputs: int, entry: ModulePlan, linears: Any) -> None:
-    """A linear's inputs must fill whole groups."""
+def check_width(name: str, inputs: int, entry: ModulePlan, linears: Any, *, fixed_size: bool) -> None:
+    """A linear's inputs must fill whole groups, of which a scheme with a `fixed_size` has no others."""
     reason = entry.scheme.misfit(inputs)
     if reason is None:
         return
+    if fixed_size:
+        raise RecipeError(
+            f"modules: {entry.scheme.name} does not fit the {inputs} inputs of {name}: {reason}; give a rule for "
+            "it with another scheme (FP8_DYNAMIC), or leave it as it is with scheme: none"
+        )
     widths = {linear.in_features for linear in linears}
     fitting = [str(size) for size in (32, 64, 128) if all(width % size == 0 for width in widths)]
     hint = (
@@ -73,6 +78,17 @@ def check_width(name: str, inputs: int, entry: ModulePlan, linears: Any) -> None
         f"modules: {entry.scheme.name} does not fit the {inputs} inputs of {name}: {reason}; {hint}, "
         "or leave it as it is with scheme: none"
     )
+
+
+def check_outputs(names: Sequence[str], outputs: Sequence[int], entry: ModulePlan) -> None:
+    """Linears that engines make one matrix of must fit each other."""
+    reason = entry.scheme.outputs_misfit(outputs, split=False)
+    if reason is not None:
+        raise RecipeError(
+            f"modules: {entry.scheme.name} does not fit {names[0]}, which engines make one matrix of with "
+            f"{', '.join(name.rpartition('.')[2] for name in names[1:])}: {reason}; give a rule for them with another "
+            "scheme (FP8_DYNAMIC), or leave them as they are with scheme: none"
+        )
 
 
 def check_words(name: str, words: int, entry: ModulePlan | None) -> None:

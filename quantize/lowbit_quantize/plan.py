@@ -17,7 +17,7 @@ from lowbit_core.errors import RecipeError
 from lowbit_core.log import get_logger
 from lowbit_quantize.cache_layers import layers_in_fp8, without_unread_scales
 from lowbit_quantize.catalog import CATALOG, Catalog
-from lowbit_quantize.misfits import check_experts, check_opened, check_width, check_words
+from lowbit_quantize.misfits import check_experts, check_opened, check_outputs, check_width, check_words
 from lowbit_quantize.model.architecture import Architecture, linear_of
 from lowbit_quantize.model.discovery.found import open_model
 from lowbit_quantize.model.files.kept_types import KeptTypes
@@ -143,8 +143,13 @@ class Plan:
     @cached_property
     def unopened(self) -> dict[str, tuple[Scheme, str]]:
         """Published names of the linears that plain transformers does not open: their scheme, and who opens them."""
+        linears = decoder_linears(self.skeleton, self.architecture)
+        if self.quantizes_head:
+            linears[self.architecture.head] = linear_of(self.skeleton, self.architecture.head)
         readers = {
-            name: reader_of(entry.scheme, expert=self.architecture.in_experts(name))
+            name: reader_of(
+                entry.scheme, linears[name].weight.shape, expert=self.architecture.in_experts(name)
+            )
             for name, entry in self.modules.items()
             if self.stays(name)
         }
@@ -256,8 +261,20 @@ def _table(
     check_experts(modules, linears, architecture, published)
     check_opened(modules, names, skeleton)
     modules |= {name: entry for name in head if (entry := wanted[name].entry)}
+    fixed_sizes = {preset.name for preset in catalog.presets if preset.fixed_size}
     for name, entry in modules.items():
-        check_width(published[name], (linears | head)[name].in_features, entry, linears.values())
+        has_no_other = entry.scheme.name in fixed_sizes
+        check_width(
+            published[name],
+            (linears | head)[name].in_features,
+            entry,
+            linears.values(),
+            fixed_size=has_no_other,
+        )
+    for one in _one_matrix(skeleton, architecture):
+        if one[0] in modules:
+            outputs = [linears[name].out_features for name in one]
+            check_outputs([published[name] for name in one], outputs, modules[one[0]])
     for name, linear in head.items():
         check_words(name, linear.out_features, modules.get(name))
     because = _because(sets, wanted, published) | fixed
@@ -290,6 +307,13 @@ def _has_matrix(module: nn.Module) -> bool:
     """Whether rules may name a module: linears, and what stays as it is anyway, such as embeddings and routers."""
     weight = getattr(module, "weight", None)
     return isinstance(weight, nn.Parameter) and weight.dim() > 1
+
+
+def _one_matrix(skeleton: nn.Module, architecture: Architecture) -> Iterator[list[str]]:
+    """Linears of which engines lay the outputs one after the other: those of a group, of each expert by itself."""
+    for prefix, layer in decoder_layers(skeleton, architecture):
+        for group in architecture.groups_of(layer):
+            yield [f"{prefix}.{name}" for name in group.linears]
 
 
 def _fused_sets(skeleton: nn.Module, architecture: Architecture) -> Iterator[list[str]]:

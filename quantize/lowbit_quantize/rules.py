@@ -104,10 +104,10 @@ def _entry(rule: Rule, key: str, catalog: Catalog) -> ModulePlan | None:
 
 
 def _scales(preset: Preset) -> str:
-    """What a preset of one group size alone has a scale for."""
+    """What a preset of one group size alone has."""
     if preset.group_size == "channel":
         return "one scale a channel or tensor"
-    return f"one scale for each {preset.group_size} inputs"
+    return f"groups of {preset.group_size} inputs and no others"
 
 
 def _methods(names: Sequence[str], key: str, catalog: Catalog) -> tuple[Method, ...]:

@@ -52,7 +52,13 @@ def test_the_kernels_named_for_cpus_are_vllms() -> None:
     from vllm.model_executor.kernels import linear
     from vllm.platforms.interface import PlatformEnum
 
-    tables = (linear._POSSIBLE_KERNELS, linear._POSSIBLE_INT8_KERNELS, linear._POSSIBLE_FP8_KERNELS)
+    names = (
+        "_POSSIBLE_KERNELS",
+        "_POSSIBLE_INT8_KERNELS",
+        "_POSSIBLE_FP8_KERNELS",
+        "_POSSIBLE_FP8_BLOCK_KERNELS",
+    )
+    tables = [vars(linear)[name] for name in names]
     known = {kernel.__name__ for table in tables for kernel in table[PlatformEnum.CPU]}
     for preset in CATALOG.presets:
         scheme = preset.make(preset.group_size)

@@ -1,16 +1,13 @@
 """vLLM's loader asks for the words that we write, of every number of bits."""
 
 import inspect
-from collections.abc import Iterator
 from fractions import Fraction
 from importlib.util import find_spec
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from tests.tiny_models import write_tiny_model
 
 from lowbit_quantize.schemes.integer import Integer
 
@@ -26,60 +23,31 @@ def stored(bits: int, *, symmetric: bool) -> dict[str, torch.Tensor]:
     return scheme.tensors(torch.zeros(OUTPUTS, INPUTS, dtype=torch.int8), params)
 
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    from vllm.config import ModelConfig, VllmConfig
-
-    model: Path = write_tiny_model(tmp_path_factory.mktemp("model"), "llama")
-    return VllmConfig(model_config=ModelConfig(model=str(model)))
-
-
-@pytest.fixture
-def one_rank(config: Any, tmp_path: Path) -> Iterator[None]:
-    """vLLM's groups of ranks, of this process alone."""
-    from vllm.config import set_current_vllm_config
-    from vllm.distributed import (
-        destroy_distributed_environment,
-        destroy_model_parallel,
-        init_distributed_environment,
-        initialize_model_parallel,
-    )
-
-    with set_current_vllm_config(config):
-        init_distributed_environment(1, 0, f"file://{tmp_path / 'ranks'}", 0, "gloo")
-        initialize_model_parallel(1)
-    yield
-    destroy_model_parallel()
-    destroy_distributed_environment()
-
-
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_the_parameters_that_it_makes_have_our_shapes(config: Any, one_rank: None, symmetric: bool) -> None:
+def test_the_parameters_that_it_makes_have_our_shapes(one_rank: Any, symmetric: bool) -> None:
     """Of 4 bits, for which this processor has a kernel; other numbers of bits take the same lines."""
-    from vllm.config import set_current_vllm_config
     from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsWNA16
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
         pytest.skip("this is vLLM's build for another device")
     layer = torch.nn.Module()
-    with set_current_vllm_config(config):
-        scheme = CompressedTensorsWNA16("group", 4, GROUP, symmetric)
-        scheme.create_weights(layer, OUTPUTS, INPUTS, [OUTPUTS], INPUTS, torch.bfloat16, lambda *_: None)
+    scheme = CompressedTensorsWNA16("group", 4, GROUP, symmetric)
+    scheme.create_weights(layer, OUTPUTS, INPUTS, [OUTPUTS], INPUTS, torch.bfloat16, lambda *_: None)
     made = {name: tuple(one.shape) for name, one in layer.named_parameters()}
     ours = {name: tuple(one.shape) for name, one in stored(4, symmetric=symmetric).items()}
     assert made == ours
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_words_are_counted_by_the_same_lines_for_every_number_of_bits(config: Any, bits: int) -> None:
+def test_words_are_counted_by_the_same_lines_for_every_number_of_bits(vllm_config: Any, bits: int) -> None:
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
         compressed_tensors_moe_wna16 as moe,
     )
     from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsWNA16
 
-    with set_current_vllm_config(config):
+    with set_current_vllm_config(vllm_config):
         assert CompressedTensorsWNA16("group", bits, GROUP, True).pack_factor == Fraction(32, bits)
     lines = inspect.getsource(CompressedTensorsWNA16.create_weights)
     assert "packed_input_dim = math.ceil(input_size_per_partition * self.num_bits / 32)" in lines

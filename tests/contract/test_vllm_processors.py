@@ -3,11 +3,9 @@
 import inspect
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.tiny_models import write_tiny_model
 
 from lowbit_quantize.catalog import CATALOG
 from lowbit_quantize.schemes.processors import (
@@ -57,16 +55,16 @@ def format_of(name: str) -> str:
     return str(infer_module_format(Linear, scheme).value)
 
 
-def dispatched(name: str, model: Path) -> str:
+def dispatched(name: str, vllm_config: Any) -> str:
     """The class that vLLM makes for a scheme, or begins to make: some of them find no kernel on this processor."""
-    from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
+    from vllm.config import set_current_vllm_config
     from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
         CompressedTensorsConfig,
     )
 
     config = CompressedTensorsConfig({}, [], format_of(name), config={})
     parts = arguments_of(name)
-    with set_current_vllm_config(VllmConfig(model_config=ModelConfig(model=str(model)))):
+    with set_current_vllm_config(vllm_config):
         try:
             made = config._get_scheme_from_parts(
                 parts["weights"], parts.get("input_activations"), format=format_of(name), layer_name="any"
@@ -78,16 +76,10 @@ def dispatched(name: str, model: Path) -> str:
     return type(made).__name__
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Any model: vLLM's classes ask for its type."""
-    return write_tiny_model(tmp_path_factory.mktemp("model"), "llama")
-
-
 @pytest.mark.parametrize("name", PROCESSORS)
-def test_vllm_takes_the_class_that_the_row_names(name: str, model: Path) -> None:
+def test_vllm_takes_the_class_that_the_row_names(name: str, vllm_config: Any) -> None:
     row = PROCESSORS[name]
-    found = dispatched(name, model)
+    found = dispatched(name, vllm_config)
     if name == "W4AFP8":  # a compute capability of 9.0 exactly; no other processor has a class for it
         from vllm.model_executor.layers.quantization.compressed_tensors import compressed_tensors
 

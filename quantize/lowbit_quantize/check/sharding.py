@@ -34,6 +34,8 @@ class Shard:
     all_inputs: int
     expert: bool
     scheme: Scheme
+    members: tuple[int, ...] = ()  # outputs of each linear of it
+    split: bool = False  # over ranks, by its outputs
 
 
 def parts(name: str, config: Any, size: int) -> int:
@@ -104,9 +106,12 @@ def _shard(layer: nn.Module, group: LinearGroup, scheme: Scheme, config: Any, ra
     inputs = linears[names[0]].in_features
     if names[0].endswith(SPLITS_INPUTS):
         outputs = sum(linear.out_features for linear in linears.values())
-        return Shard(kind, outputs, _part(inputs, ranks), inputs, expert, scheme)
-    outputs = sum(_part(linear.out_features, parts(name, config, ranks)) for name, linear in linears.items())
-    return Shard(kind, outputs, inputs, inputs, expert, scheme)
+        whole = tuple(linear.out_features for linear in linears.values())
+        return Shard(kind, outputs, _part(inputs, ranks), inputs, expert, scheme, whole)
+    members = tuple(
+        _part(linear.out_features, parts(name, config, ranks)) for name, linear in linears.items()
+    )
+    return Shard(kind, sum(members), inputs, inputs, expert, scheme, members, split=ranks > 1)
 
 
 def _part(features: int, ranks: int) -> int:
@@ -120,6 +125,8 @@ def _shard_obstacles(shard: Shard, kernel: Kernel) -> Iterator[str]:
         yield f"{shard.name}: groups of {group} straddle ranks that hold {shard.inputs} of {shard.all_inputs} inputs"
     if 1 in (shard.outputs, shard.inputs):
         yield f"{shard.name}: its {'outputs' if shard.outputs == 1 else 'inputs'} do not divide"
+    elif why := shard.scheme.outputs_misfit(shard.members, split=shard.split):
+        yield f"{shard.name}: {why}"
     elif shard.inputs % multiple or shard.outputs % multiple:
         yield f"{shard.name}: {shard.outputs} x {shard.inputs} on a rank are no multiples of {multiple}"
     elif shard.expert:

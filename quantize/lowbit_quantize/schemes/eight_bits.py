@@ -171,6 +171,9 @@ class EightBits:
     def misfit(self, inputs: int) -> str | None:
         return None
 
+    def outputs_misfit(self, outputs: Sequence[int], *, split: bool) -> str | None:
+        return None
+
     def _errors(self, weight: Tensor, scale: Tensor, cost: Tensor) -> Tensor:
         """What rounding to the nearest costs each row, (…, out)."""
         off = self.grid.nearest_(weight / scale).mul_(scale).sub_(weight)

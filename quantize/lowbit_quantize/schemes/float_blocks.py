@@ -181,6 +181,9 @@ class FloatBlocks:
         width = self.blocks.width
         return f"they are no multiple of its blocks of {width}" if inputs % width else None
 
+    def outputs_misfit(self, outputs: Sequence[int], *, split: bool) -> str | None:
+        return None
+
     def _divisor(self, weight: Tensor, cost: Tensor | None) -> Tensor:
         """The global scale, (…, 1, 1); one where there is none."""
         if cost is None:

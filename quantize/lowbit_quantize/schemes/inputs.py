@@ -1,9 +1,10 @@
-"""How engines round what a linear reads: by token or block, with a scale found then and there, or by a calibrated one.
+"""How engines round what a linear reads: by token, group or block, by a scale found then and there or calibrated.
 
-The arithmetic is vLLM's (0.32: `scaled_int8_quant`, `QuantFP8`, `ref_nvfp4_quant`, `mxfp4_quantize`,
-`_mxfp8_e4m3_quantize_torch`): by token, scale = absmax / highest in float32, codes = x times the scale's reciprocal, to
-the nearest even. tests/contract holds them against the installed engine. FlashInfer's kernels round the power of two of
-an MXFP4 block up, where vLLM's own and AMD's go to the even one.
+The arithmetic is vLLM's (0.32: `scaled_int8_quant`, `QuantFP8`, `per_token_group_quant_fp8`, `ref_nvfp4_quant`,
+`mxfp4_quantize`, `_mxfp8_e4m3_quantize_torch`): by token, scale = absmax / highest in float32, codes = x times the
+scale's reciprocal, of groups x divided by the scale, to the nearest even. tests/contract holds all of it against the
+installed engine. FlashInfer's kernels round the power of two of an MXFP4 block up, where vLLM's own and AMD's go to the
+even one.
 """
 
 import math
@@ -19,6 +20,7 @@ from lowbit_quantize.schemes.scale_grids import power_of_two_for
 SMALLEST_FP8_SCALE = 1 / (448.0 * 512.0)  # vLLM's
 SMALLEST_INPUT = 2.0**-20  # the largest input of a linear that has read nothing but zeros is taken to be this
 FP8_MAX = 448.0
+SMALLEST_GROUP_ABSMAX = 1e-10  # of its kernel for groups
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,25 @@ class InputQuantizer:
     def round(self, inputs: Tensor, scale: float | None = None) -> Tensor:
         """What engines compute with, float32, in place of inputs (tokens, features)."""
         codes, scales = self.encode(inputs, scale)
-        return codes.mul_(scales)
+        codes.unflatten(-1, (scales.shape[1], -1)).mul_(scales.unsqueeze(-1))
+        return codes
+
+
+@dataclass(frozen=True)
+class GroupInputs(InputQuantizer):
+    """Inputs in groups of `width` channels of a token, whose sums of products are scaled one by one."""
+
+    width: int = 0
+
+    @property
+    def words(self) -> str:
+        return f"{self.grid.name} in groups of {self.width}"
+
+    def encode(self, inputs: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
+        """As of any quantizer; here there is a scale for each group, (tokens, groups)."""
+        groups = inputs.float().unflatten(-1, (-1, self.width))  # (tokens, groups, width)
+        scales = groups.abs().amax(-1).clamp_(min=SMALLEST_GROUP_ABSMAX) / self.grid.highest
+        return self.grid.nearest_(groups / scales.unsqueeze(-1)).flatten(1), scales
 
 
 @dataclass(frozen=True)

@@ -199,6 +199,9 @@ class Integer(Affine):
             return f"groups of {self.group_size} do not divide them"
         return None
 
+    def outputs_misfit(self, outputs: Sequence[int], *, split: bool) -> str | None:
+        return None
+
 
 def _preset_of(name: str) -> QuantizationArgs:
     preset: QuantizationArgs = PRESET_SCHEMES.get(name, PRESET_SCHEMES[PATTERN])["weights"]

@@ -1,5 +1,7 @@
 """A linear that computes what engines do whose kernels round inputs: small numbers times small ones, scales after."""
 
+from functools import reduce
+
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +24,7 @@ class RoundingLinear(nn.Linear):
         quantizer: InputQuantizer,
         input_scale: float | None,
     ) -> None:
-        """`weight` (out, in) and its `scale` (out, 1) take the place of the linear's weight; its bias stays.
+        """`weight` (out, in) and its `scale` (out, groups) take the place of the linear's weight; its bias stays.
 
         A weight in bfloat16 or float16 is exact, and of codes where inputs are int8; one in float32 has more digits.
         """
@@ -37,12 +39,21 @@ class RoundingLinear(nn.Linear):
     def forward(self, inputs: Tensor) -> Tensor:
         rows = inputs.reshape(-1, inputs.shape[-1])
         codes, scales = self._quantizer.encode(rows, self._input_scale)
-        if self._integers is not None:
-            output = int8_product(codes.to(torch.int8), self._integers)
-        else:
-            with exact_products(self.weight.dtype):
-                output = codes @ self.weight.float().T
-        output.mul_(scales).mul_(self._scale)
+        output = self._product(codes, scales)
         if self.bias is not None:
             output += self.bias.float()
         return output.to(inputs.dtype).view(*inputs.shape[:-1], self.out_features)
+
+    def _product(self, codes: Tensor, scales: Tensor) -> Tensor:
+        """Of codes (tokens, in) and the weight's, (tokens, out); each group's sum is scaled before they are added."""
+        groups = max(len(self._scale), scales.shape[1])
+        if self._integers is not None and groups == 1:
+            output: Tensor = int8_product(codes.to(torch.int8), self._integers).mul_(scales).mul_(self._scale)
+            return output
+        width = codes.shape[1] // groups
+        of_inputs, of_weight = scales.expand(-1, groups).unbind(1), self._scale.expand(groups, -1)
+        columns = zip(codes.split(width, 1), self.weight.split(width, 1), of_inputs, of_weight, strict=True)
+        with exact_products(self.weight.dtype):
+            sums = ((x @ w.float().T).mul_(a.unsqueeze(1)).mul_(b) for x, w, a, b in columns)
+            total: Tensor = reduce(Tensor.add_, sums)
+        return total

@@ -73,7 +73,8 @@ class Scheme(Protocol):
     def factors(self, codes: Tensor, params: Params) -> tuple[Tensor, Tensor]:
         """What kernels that round inputs multiply: numbers (out, in), and what sums are multiplied by, (out, 1).
 
-        The numbers are bfloat16 where it holds them exactly, and float32 elsewhere. Not asked of weights only.
+        Or what the sums of each group are, (out, groups). The numbers are bfloat16 where it holds them exactly, and
+        float32 elsewhere. Not asked of weights only.
         """
         ...
 
@@ -140,6 +141,13 @@ class Scheme(Protocol):
 
     def misfit(self, inputs: int) -> str | None:
         """Why a linear with so many inputs cannot be stored so; None where it can."""
+        ...
+
+    def outputs_misfit(self, outputs: Sequence[int], *, split: bool) -> str | None:
+        """Why linears of so many outputs each cannot be one matrix in engines; None where they can.
+
+        `split`: these are a rank's parts of them.
+        """
         ...
 
 

@@ -1,19 +1,21 @@
 """Linears of a checkpoint that plain transformers does not open, unpacked one by one by another reader.
 
-Two kinds (transformers 5.19, compressed-tensors 0.17): routed experts in numbers that transformers does not stack
-(int8, floats in blocks), which are ordinary linears to compressed-tensors' own codec; and integers of 3, 5, 6 or 7
-bits, which that release packs otherwise than engines read them (`packed_words.py`). The latter are unpacked here, bit
-by bit and not by the code that packed them. Readers know the format from `config.json` and the files, and nothing of
-what wrote them.
+Three kinds (transformers 5.19, compressed-tensors 0.17): routed experts in numbers that transformers does not stack
+(int8, floats in blocks under scales of their own), which are ordinary linears to compressed-tensors' own codec;
+integers of 3, 5, 6 or 7 bits, which that release packs otherwise than engines read them (`packed_words.py`); and FP8 in
+blocks of rows and columns, whose size the library guesses from the shapes: it takes a short last block for a sign that
+all are shorter, and one block of columns for channels. The latter two are unpacked here, integers bit by bit and not by
+the code that packed them. Readers know the format from `config.json` and the files, and nothing of what wrote them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowbit_quantize.device.memory import without_compiler
+from lowbit_quantize.schemes.block_fp8 import BLOCK, BlockFP8
 from lowbit_quantize.schemes.packed_words import AT_ONCE, WORD_BITS, words_of
 from lowbit_quantize.schemes.scheme import Scheme
 
@@ -27,10 +29,12 @@ OPENED_EXPERTS = (PACKED, "float-quantized", "naive-quantized")  # formats of ex
 BYTE_BITS = 8
 
 
-def reader_of(scheme: Scheme, *, expert: bool) -> str | None:
-    """Who opens linears in a scheme, where plain transformers does not; None where it does."""
+def reader_of(scheme: Scheme, shape: Sequence[int], *, expert: bool) -> str | None:
+    """Who opens a linear in a scheme, (out, in), where plain transformers does not; None where it does."""
     if scheme.format == PACKED and _straddles(scheme.bits):
         return OURS
+    if isinstance(scheme, BlockFP8):
+        return OURS if expert or not _guessed(shape) else None
     return CODEC if expert and not scheme.experts.opened else None
 
 
@@ -43,6 +47,8 @@ def is_ours(scheme: QuantizationScheme, words: int, inputs: int) -> bool:
 
 def opens_experts(scheme: QuantizationScheme) -> bool:
     """Whether plain transformers opens experts in a group of this format."""
+    if scheme.weights is not None and scheme.weights.block_structure is not None:
+        return False
     return scheme.format is None or str(scheme.format) in OPENED_EXPERTS
 
 
@@ -70,12 +76,25 @@ def unpacked(parts: Mapping[str, Tensor], scheme: QuantizationScheme) -> Tensor:
         outputs, inputs = parts["weight_shape"].tolist()
         if is_ours(scheme, parts["weight_packed"].shape[1], inputs):
             return _unpacked(parts, scheme, outputs, inputs)
+    if scheme.weights is not None and scheme.weights.block_structure is not None:
+        return _of_blocks(parts["weight"], parts["weight_scale"], *scheme.weights.block_structure)
     weight: Tensor = _codec(scheme).decompress(dict(parts), scheme)["weight"]
     return weight
 
 
 def _codec(scheme: QuantizationScheme) -> Any:
     return BaseCompressor.get_value_from_registry(str(scheme.format))
+
+
+def _guessed(shape: Sequence[int]) -> bool:
+    """Whether the library finds the size of blocks of a weight (out, in) from the number of its scales."""
+    outputs, inputs = shape
+    return inputs % BLOCK == 0 and (outputs <= BLOCK or (outputs % BLOCK == 0 and inputs > BLOCK))
+
+
+def _of_blocks(codes: Tensor, scale: Tensor, rows: int, columns: int) -> Tensor:
+    wide = scale.float().repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+    return codes.float() * wide[: codes.shape[0], : codes.shape[1]]
 
 
 def _straddles(bits: float) -> bool:

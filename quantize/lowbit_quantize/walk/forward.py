@@ -315,7 +315,7 @@ class Walk:
         return HeadRecord(
             shard=self.writer.write_shard(names.publish(behind | tensors)),
             module=record_of(name, entry, found, found.weight.numel(), packed_bytes),
-            unopened=unopened if reader_of(entry.scheme, expert=False) else None,
+            unopened=unopened if reader_of(entry.scheme, found.weight.shape, expert=False) else None,
         )
 
     def _layer_writer(self, index: int) -> LayerWriter | None:

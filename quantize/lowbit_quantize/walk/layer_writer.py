@@ -65,7 +65,7 @@ class LayerWriter:
         published, quantized = self._names.published(full), one.quantized
         weights = quantized.codes.numel()
         self.modules.append(record_of(published, self._entries[full], one, weights, stored_bytes))
-        if reader_of(quantized.scheme, expert=self._architecture.in_experts(linear)):
+        if reader_of(quantized.scheme, quantized.codes.shape, expert=self._architecture.in_experts(linear)):
             self.unopened[published] = _unopened(quantized)
 
 

@@ -167,7 +167,7 @@ def test_what_no_rule_matches_stays_without_a_warning(
         ({"scheme": "W4A61"}, "modules.0.scheme: 'W4A61' is unknown; did you mean W4A16? allowed are W4A16, "),
         ({"scheme": "w8a16"}, "modules.0.scheme: 'w8a16' is unknown; did you mean W8A16?"),
         ({"scheme": "NF4"}, "modules.0.scheme: 'NF4' is unknown; "),
-        ({"scheme": "NVFP4"}, "modules.0.group_size = 64: NVFP4 has one scale for each 16 inputs; leave"),
+        ({"scheme": "NVFP4"}, "modules.0.group_size = 64: NVFP4 has groups of 16 inputs and no others; leave"),
         ({"scheme": "AWQ"}, "W4AFP8, none; awq is a method: methods: [awq]"),
         ({"methods": ["awk"]}, "'awk' is unknown; did you mean awq? allowed are rtn, awq, smoothquant, gptq"),
         ({"methods": ["GPTQ"]}, "modules.0.methods: 'GPTQ' is unknown; did you mean gptq?"),

@@ -190,7 +190,7 @@ def test_the_dry_run_of_a_mixture_says_that_no_cpu_runs_it(
 @pytest.mark.parametrize(
     ("family", "rule", "words"),
     [
-        ("qwen2", {"match": "*", "scheme": "MXFP4", "group_size": 64}, "one scale for each 32 inputs; leave"),
+        ("qwen2", {"match": "*", "scheme": "MXFP4", "group_size": 64}, "groups of 32 inputs and no others; leave"),
         ("qwen2", {"match": "*", "scheme": "W4AFP8"}, "W4AFP8 does not fit the 192 inputs of .*down_proj"),
         ("qwen2", {"match": "lm_head", "scheme": "NVFP4"}, "rounds what lm_head reads, which quality is not"),
         ("qwen2", {"match": "lm_head", "scheme": "NVFP4A16"}, "one scale for all of lm_head, which"),

@@ -147,6 +147,9 @@ class PowersOfTwo:
     def misfit(self, inputs: int) -> str | None:
         return None if inputs % self.width(inputs) == 0 else f"groups of {self.group_size} do not divide them"
 
+    def outputs_misfit(self, outputs: Sequence[int], *, split: bool) -> str | None:
+        return None
+
 
 def _errors(off: Tensor, blocks: Tensor) -> Tensor:
     """`d H_gg dᵀ` of each group: (…, out, groups, width) to (…, out, groups)."""
