@@ -147,7 +147,8 @@ def describe(manifest: Manifest, *, verified: bool) -> Table:
 
 
 def _kv_cache(kv: KVCacheRecord) -> str:
-    words = f"{kv.dtype}, {len(kv.layers) - len(kv.skip_layers)} layers, {kv.source}"
+    by_head = ", a scale for each head" if kv.strategy == "attn_head" else ""
+    words = f"{kv.dtype}{by_head}, {len(kv.layers) - len(kv.skip_layers)} layers, {kv.source}"
     if not kv.skip_layers:
         return words
     numbers = " ".join(map(str, kv.skip_layers))

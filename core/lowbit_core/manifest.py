@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -81,12 +81,14 @@ class ModuleRecord(_Record):
 
 
 class KVLayerRecord(_Record):
-    """One layer's scales; each maps the largest calibrated magnitude to the format's largest value, or clips it."""
+    """One layer's scales, or those of its heads; each maps the largest calibrated magnitude to the format's largest
+    value, or clips it.
+    """
 
     layer: int
-    k_scale: float
-    v_scale: float
-    k_source: str = "maximum"  # or clip
+    k_scale: float | tuple[float, ...]
+    v_scale: float | tuple[float, ...]
+    k_source: str = "maximum"  # or clip, or clip in N of M heads
     v_source: str = "maximum"
 
 
@@ -99,6 +101,7 @@ class KVCacheRecord(_Record):
     source: str
     layers: list[KVLayerRecord]
     skip_layers: list[int] = []
+    strategy: Literal["tensor", "attn_head"] = "tensor"
 
 
 class UnderCalibratedExpert(_Record):

@@ -18,6 +18,8 @@ def tensorrt_llm_reads(quantization: Mapping[str, Any]) -> tuple[str | None, str
     cache = quantization.get("kv_cache_scheme")
     if cache is not None and (cache.get("num_bits"), cache.get("type")) != (8, "float"):
         return None, "its KV cache is not FP8"
+    if cache is not None and cache.get("strategy") != "tensor":
+        return None, "it takes one scale of an FP8 cache a layer, not one a head"
     found = [_algorithm(group, group.get("format", quantization.get("format"))) for group in groups]
     if wrong := next((reason for algorithm, reason in found if algorithm is None), None):
         return None, wrong

@@ -225,9 +225,14 @@ def _stored_scales(
         place = names.published(f"{architecture.layers}.{index}.{architecture.kinds[index].attention}")
         stored = [f"{place}.{kind}_scale" for kind in "kv"]
         if all(name in weights for name in stored):
-            k_scale, v_scale = (float(weights.read(name).float()) for name in stored)
-            found[index] = KVScales(k_scale, v_scale)
+            k_scale, v_scale = (weights.read(name).float().flatten().tolist() for name in stored)
+            found[index] = KVScales(_scale(k_scale), _scale(v_scale))
     return found
+
+
+def _scale(stored: list[float]) -> float | tuple[float, ...]:
+    """One scale, or one for each head."""
+    return stored[0] if len(stored) == 1 else tuple(stored)
 
 
 def _round_caches(model: Any, architecture: Architecture, scales: Scales) -> None:

@@ -129,7 +129,8 @@ def _finished_walk(
 
     def prepared(name: str, passes: tuple[Pass, ...], directory: Path) -> Walk:
         baselines, alone = plan.baselines(texts[1].domains), not base.foreign
-        work = Work(plan.modules, passes, plan.paired, plan.fp8_layers, baselines, fold_head=alone)
+        by_head = plan.scales_by_head
+        work = Work(plan.modules, passes, plan.paired, plan.fp8_layers, baselines, alone, by_head)
         shards = decoder.depth + plan.quantizes_head + 1 + len(base.carried_shards)
         writer = CheckpointWriter(directory, shards, scratch=run.scratch)
         return Walk(decoder, work, texts, writer, run.journal(name), memory_bytes, clock)
@@ -186,7 +187,7 @@ def _configuration(plan: Plan, base: Base) -> dict[str, Any]:
         plan.reference.config,
         plan.reference.written_config,
         plan.configuration | base.rest.changed,
-        quantization_config(schemes, unquantized, fp8_cache=plan.fp8_cache),
+        quantization_config(schemes, unquantized, fp8_cache=plan.fp8_cache, by_head=plan.scales_by_head),
         plan.dtype,
         type(plan.skeleton).__name__,
     )

@@ -111,6 +111,11 @@ class Plan:
         return bool(self.fp8_layers)
 
     @property
+    def scales_by_head(self) -> bool:
+        """Whether each head's keys and values have scales of their own."""
+        return self.fp8_cache and self.recipe.kv_cache.strategy == "attn_head"
+
+    @property
     def configuration(self) -> dict[str, Any]:
         """Keys of the model's configuration that passes change."""
         return {key: value for one in self.passes for key, value in one.configuration().items()}

@@ -87,10 +87,12 @@ class Base(Section):
 class KVCache(Section):
     """`fp8` stores one calibrated scale for keys and one for values in each layer. Written `fp8` or `{dtype: fp8}`.
 
-    `skip_layers` keep theirs in the model's type: numbers of layers, or `sliding_window` for all that have one.
+    With the strategy `attn_head` each key and value head has its own. `skip_layers` keep theirs in the model's type:
+    numbers of layers, or `sliding_window` for all that have one.
     """
 
     dtype: Literal["fp8", "none"] = "fp8"
+    strategy: Literal["tensor", "attn_head"] = "tensor"
     skip_layers: tuple[Annotated[int, Field(ge=0, strict=True)] | Literal["sliding_window"], ...] = ()
 
     @model_validator(mode="before")
@@ -102,6 +104,8 @@ class KVCache(Section):
     def _something_to_skip(self) -> "KVCache":
         if self.dtype == NONE and self.skip_layers:
             raise ValueError("skip_layers go with dtype fp8; without it no layer has an FP8 cache")
+        if self.dtype == NONE and self.strategy != "tensor":
+            raise ValueError(f"strategy {self.strategy} goes with dtype fp8; without it there are no scales")
         return self
 
 

@@ -98,7 +98,10 @@ def _kv_cache(plan: Plan, layers: Sequence[LayerRecord]) -> KVCacheRecord | None
     skipped = [
         number for number, kind in enumerate(kinds) if kind.attention and number not in plan.fp8_layers
     ]
-    return KVCacheRecord(dtype="fp8_e4m3", source=source, layers=scales, skip_layers=skipped)
+    strategy = plan.recipe.kv_cache.strategy
+    return KVCacheRecord(
+        dtype="fp8_e4m3", source=source, layers=scales, skip_layers=skipped, strategy=strategy
+    )
 
 
 def _trial(plan: Plan, run: RunDirectory) -> TrialRecord | None:

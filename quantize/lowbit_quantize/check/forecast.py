@@ -23,7 +23,7 @@ USABLE = 0.9  # of a device's memory, the engine's share
 OVERHEAD_BYTES = 2 * GIB  # runtime, activations and graphs on each device
 HEADER_BYTES = 80  # of a tensor in a safetensors header, its name apart
 INDEX_ENTRY_BYTES = 50  # of a tensor in the index, its name apart
-KV_SCALES_BYTES = 2 * 4  # of a layer
+KV_SCALES_BYTES = 2 * 4  # of a layer, or of a head
 BASE_BYTES = 2  # of a number that is not quantized
 DISK_MARGIN_BYTES = 64 << 20
 BLOCK_TOKENS = 16  # of the paged cache
@@ -57,7 +57,7 @@ def tensors(plan: Plan) -> Iterator[Tensor]:
 
 def tensor_bytes(plan: Plan, carried: int = 0) -> int:
     """Bytes of all tensors of the checkpoint, KV scales included, and what is carried over beside the model."""
-    return sum(tensor.bytes for tensor in tensors(plan)) + _scaled_layers(plan) * KV_SCALES_BYTES + carried
+    return sum(tensor.bytes for tensor in tensors(plan)) + _scale_pairs(plan) * KV_SCALES_BYTES + carried
 
 
 def disk_bytes(plan: Plan, carried: int = 0) -> int:
@@ -161,8 +161,12 @@ def kv_tokens(plan: Plan, size: int, device_bytes: float) -> int:
     return max(0, int(free // kv_bytes_per_token(plan, size)) // BLOCK_TOKENS * BLOCK_TOKENS)
 
 
-def _scaled_layers(plan: Plan) -> int:
-    return sum(bool(kind.attention) for kind in plan.architecture.kinds) if plan.fp8_cache else 0
+def _scale_pairs(plan: Plan) -> int:
+    """Pairs of scales: one a layer, or one a head of each."""
+    if not plan.fp8_cache:
+        return 0
+    heads = key_value_heads(plan.config) if plan.scales_by_head else 1
+    return heads * sum(bool(kind.attention) for kind in plan.architecture.kinds)
 
 
 def _routes(plan: Plan, name: str) -> bool:

@@ -23,7 +23,7 @@ from lowbit_quantize.plan import Plan, make_plan
 from lowbit_quantize.quality.dataset import load_texts
 from lowbit_quantize.recipe import Recipe
 from lowbit_quantize.run.directory import check_disk, refuse_foreign
-from lowbit_quantize.schemes.processors import PROCESSORS
+from lowbit_quantize.schemes.processors import PROCESSORS, SCALES_OF_HEADS
 from lowbit_quantize.schemes.scheme import KERNELS, Scheme
 
 GIB = 1 << 30
@@ -65,6 +65,7 @@ def dry_run(
         "experts": plan.experts,
         "unopened": [record.model_dump() for record in unopened_records(plan)],
         "schemes": _schemes(plan),
+        "scales_of_heads": SCALES_OF_HEADS if plan.scales_by_head else None,
         "tensor_parallel": [_serving(plan, size, gpu_memory_gib) for size in PARALLEL_SIZES],
     }
 
@@ -161,6 +162,8 @@ def table(report: dict[str, Any]) -> Group:
         facts.add_row("plain transformers", str(UnopenedRecord(**record)))
     for name, words in _scheme_rows(report):
         facts.add_row(name, words)
+    if report["scales_of_heads"]:
+        facts.add_row("FP8 cache, scales of heads", f"read by {report['scales_of_heads']}")
     serving = Table(
         "tensor parallel", "weights a rank", f"KV tokens in {report['gpu_memory_gib']:g} GiB each", "vLLM"
     )

@@ -59,8 +59,11 @@ class ModelOpt:
             if algorithm_of(scheme) is None:
                 held = ", ".join(("W4A16 in groups", *ALGORITHMS, *BLOCKS))
                 return f"it has no place for {name} in {scheme.name}: it holds {held}"
-        if checkpoint.manifest.kv_cache and checkpoint.manifest.kv_cache.skip_layers:
+        cache = checkpoint.manifest.kv_cache
+        if cache and cache.skip_layers:
             return "it holds an FP8 cache of all layers or of none"
+        if cache and cache.strategy != "tensor":
+            return "it holds one scale for the keys and one for the values of a layer, not of each head"
         return None
 
     def write(self, checkpoint: Checkpoint, out: Path) -> Exported:

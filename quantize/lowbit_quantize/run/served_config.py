@@ -98,7 +98,7 @@ def _positions(data: Mapping[str, Any], config: Any) -> Any:
 
 
 def quantization_config(
-    schemes: Mapping[str, Scheme], unquantized: Sequence[str], *, fp8_cache: bool
+    schemes: Mapping[str, Scheme], unquantized: Sequence[str], *, fp8_cache: bool, by_head: bool = False
 ) -> dict[str, Any] | None:
     """compressed-tensors' configuration: the scheme of each linear by its published name, and the names of the others.
 
@@ -121,7 +121,9 @@ def quantization_config(
         format=next(iter(formats)) if len(formats) == 1 else MIXED_FORMAT if formats else "dense",
         quantization_status="compressed",
         ignore=targets_of(unquantized),
-        kv_cache_scheme=QuantizationArgs(num_bits=8, type="float", symmetric=True, strategy="tensor")
+        kv_cache_scheme=QuantizationArgs(
+            num_bits=8, type="float", symmetric=True, strategy="attn_head" if by_head else "tensor"
+        )
         if fp8_cache
         else None,
     )

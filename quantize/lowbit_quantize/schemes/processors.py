@@ -139,6 +139,8 @@ def _cpu(name: str, needs: str = "", how: str = "") -> LinearKernel:
     return LinearKernel(name, "cpu", needs=needs, how=how)
 
 
+# `supports_per_head_quant_scales` of `vllm/v1/attention/backends`, and what the CPU's attention reads.
+SCALES_OF_HEADS = "NVIDIA's from 9.0 (Hopper) on, with FlashAttention 3 or later; no CPU"
 ZENTORCH, AMX = "AMD's Zen and zentorch", "AMX"
 _WNA16 = ("CompressedTensorsWNA16", TURING, "_POSSIBLE_KERNELS")
 _HUMMING = _cuda("HummingLinearKernel", TURING, needs=HUMMING)

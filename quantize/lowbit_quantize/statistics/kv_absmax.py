@@ -7,19 +7,19 @@ SAMPLE_STRIDE = 4  # of the tokens whose keys and values are kept
 
 
 class KVAbsmax:
-    """Largest |key| of a layer and largest |value| of each value channel, as handed to the cache; a sample of both."""
+    """Largest |key| of each head and |value| of each value channel, as handed to the cache; a sample of both."""
 
     observes = True
 
     def __init__(self) -> None:
-        self.key = torch.zeros(())
+        self.key = torch.zeros(())  # (kv_heads,), once something was seen
         self.value = torch.zeros(())
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
 
     def __call__(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """A KV-cache hook: keys and values are (batch, kv_heads, tokens, head_dim) and pass unchanged."""
-        self.key = torch.maximum(self.key.to(keys.device), keys.abs().amax().float())
+        self.key = torch.maximum(self.key.to(keys.device), keys.abs().amax(dim=(0, 2, 3)).float())
         channels = values.abs().amax(dim=(0, 2)).float()  # (kv_heads, head_dim)
         self.value = torch.maximum(self.value.to(values.device), channels.reshape(-1))
         self._keys.append(_sample(keys))

@@ -55,6 +55,7 @@ class Work:
     fp8_layers: frozenset[int]
     baselines: Mapping[str, list[int]]
     fold_head: bool = True
+    scales_by_head: bool = False
 
 
 @dataclass(frozen=True)
@@ -247,6 +248,7 @@ class Walk:
             calibration=self._streams["calibration"],
             calibration_base=self._streams["calibration_base"] if self.work.paired else None,
             fp8_cache=bool(self.work.fp8_layers),
+            scales_by_head=self.work.scales_by_head,
             clock=self._clock,
             read_on=index + 1 < self.decoder.depth or self._head_entry is not None or self.work.paired,
             result=LayerResult(fp8_in_use=index in self.work.fp8_layers),

@@ -89,6 +89,7 @@ class LayerContext:
     calibration: Tensor
     calibration_base: Tensor | None
     fp8_cache: bool
+    scales_by_head: bool = False
     clock: Clock = field(default_factory=Clock)
     read_on: bool = True
     last: bool = False
@@ -118,9 +119,11 @@ class LayerContext:
         if not self.fp8_cache or not seen.cached:
             return
         absmax, samples = (seen.key, seen.value), (seen.key_sample, seen.value_sample)
-        self.result.base_kv_scales = self.result.kv_scales = calibrated_scales(absmax, samples, None)
+        by_head = self.scales_by_head
+        plain = calibrated_scales(absmax, samples, None, by_head=by_head)
+        self.result.base_kv_scales = self.result.kv_scales = plain
         if value_divisor is not None:
-            self.result.kv_scales = calibrated_scales(absmax, samples, value_divisor)
+            self.result.kv_scales = calibrated_scales(absmax, samples, value_divisor, by_head=by_head)
 
     def finish(self, layer: nn.Module) -> None:
         """Do what no pass has done: choose the cache's scales, and move the streams on to the next layer."""

@@ -80,9 +80,14 @@ def kv_tensors(attention: str, scales: KVScales | None) -> dict[str, Tensor]:
     if scales is None:
         return {}
     pairs = {"k_scale": scales.k_scale, "v_scale": scales.v_scale}
-    return {
-        f"{attention}.{name}": torch.tensor([value], dtype=torch.float32) for name, value in pairs.items()
-    }
+    return {f"{attention}.{name}": _stored(value) for name, value in pairs.items()}
+
+
+def _stored(scale: float | tuple[float, ...]) -> Tensor:
+    """(1,), or (heads, 1, 1), as llm-compressor stores them and vLLM reads them."""
+    if isinstance(scale, float):
+        return torch.tensor([scale], dtype=torch.float32)
+    return torch.tensor(scale, dtype=torch.float32).view(-1, 1, 1)
 
 
 def record_of(

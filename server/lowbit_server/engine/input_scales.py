@@ -17,7 +17,7 @@ INPUT_SCALE = re.compile(r"^(.*)\.input_scale$")
 
 def read_input_scales(directory: Path) -> dict[str, float]:
     """The scale of each linear's inputs in a checkpoint's files, by its name; empty where there are none."""
-    return {match[1]: value for match, value in stored_numbers(directory, INPUT_SCALE)}
+    return {match[1]: max(values) for match, values in stored_numbers(directory, INPUT_SCALE)}
 
 
 def prove_input_scales(

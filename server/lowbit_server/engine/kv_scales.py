@@ -19,13 +19,16 @@ SCALE_NAME = re.compile(r"\blayers\.(\d+)\..*\b([kv])_scale$")
 METHODS_WITHOUT_KV_SCALES = ("awq", "awq_marlin", "gptq", "gptq_marlin")
 
 
+Scale = float | tuple[float, ...]  # of a layer, or of each of its heads
+
+
 @dataclass(frozen=True)
 class KVScale:
-    """The scales of one layer: stored value × scale = key or value; without `fp8` it runs without them."""
+    """The scales of one layer, or of its heads: stored value × scale = key or value; without `fp8` it runs without."""
 
     layer: int
-    k_scale: float
-    v_scale: float
+    k_scale: Scale
+    v_scale: Scale
     fp8: bool = True
 
 
@@ -39,9 +42,9 @@ class KVProof:
 
 def read_checkpoint_scales(directory: Path) -> dict[int, KVScale]:
     """The KV scales in a checkpoint's safetensors files by layer; empty where there are none."""
-    found: dict[int, dict[str, float]] = {}
-    for match, value in stored_numbers(directory, SCALE_NAME):
-        found.setdefault(int(match[1]), {})[match[2]] = value
+    found: dict[int, dict[str, Scale]] = {}
+    for match, values in stored_numbers(directory, SCALE_NAME):
+        found.setdefault(int(match[1]), {})[match[2]] = values[0] if len(values) == 1 else tuple(values)
     for layer, sides in found.items():
         if sides.keys() != {"k", "v"}:
             raise CheckpointError(
@@ -84,19 +87,55 @@ def prove_kv_scales(
 def _require_equal(expected: KVScale, running: KVScale) -> None:
     pairs = (("k", expected.k_scale, running.k_scale), ("v", expected.v_scale, running.v_scale))
     for side, in_file, in_engine in pairs:
-        if as_float32(in_file) != as_float32(in_engine):
+        if not _agree(in_file, in_engine):
             raise EngineError(
-                f"layer {running.layer}: the engine runs with {side}_scale {in_engine:.9g}, the checkpoint "
-                f"says {in_file:.9g}; its quality would be lower than was measured, so it is not served"
+                f"layer {running.layer}: the engine runs with {side}_scale {_words(in_engine)}, the checkpoint "
+                f"says {_words(in_file)}; its quality would be lower than was measured, so it is not served"
             )
 
 
+def _agree(in_file: Scale, in_engine: Scale) -> bool:
+    """Whether they are the same float32 numbers. Ranks that are more than the heads hold the same head in turn."""
+    stored, running = (
+        [as_float32(one) for one in ((scale,) if isinstance(scale, float) else scale)]
+        for scale in (in_file, in_engine)
+    )
+    times = max(1, len(running) // len(stored))
+    return running == [one for one in stored for _ in range(times)]
+
+
+def _words(scale: Scale) -> str:
+    return f"{scale:.9g}" if isinstance(scale, float) else " ".join(f"{one:.9g}" for one in scale)
+
+
 def scales_from_workers(reports: Sequence[Sequence[Mapping[str, Any]]]) -> tuple[KVScale, ...]:
-    """The scales of all workers' layers in order; raises EngineError where two workers disagree on a layer."""
+    """The scales of all workers' layers in order; raises EngineError where two workers disagree on a layer.
+
+    Each worker has the scales of its own heads: these are joined in the order of the workers.
+    """
     layers: dict[int, KVScale] = {}
     for layer in (layer for report in reports for layer in report):
         fp8 = layer["kv_dtype"].startswith("fp8")
-        scale = KVScale(layer["layer"], layer["k_scale"], layer["v_scale"], fp8)
-        if layers.setdefault(scale.layer, scale) != scale:
+        scale = KVScale(layer["layer"], _read(layer["k_scale"]), _read(layer["v_scale"]), fp8)
+        before = layers.get(scale.layer)
+        if before is not None and isinstance(scale.k_scale, tuple):
+            scale = KVScale(
+                scale.layer,
+                _joined(before.k_scale, scale.k_scale),
+                _joined(before.v_scale, scale.v_scale),
+                fp8,
+            )
+        elif before not in (None, scale):
             raise EngineError(f"two workers hold different KV scales for layer {scale.layer}: {scale}")
+        layers[scale.layer] = scale
     return tuple(layers[number] for number in sorted(layers))
+
+
+def _read(reported: Any) -> Scale:
+    """What a worker's plain JSON says."""
+    return tuple(reported) if isinstance(reported, list) else float(reported)
+
+
+def _joined(first: Scale, second: Scale) -> tuple[float, ...]:
+    some, others = (scale if isinstance(scale, tuple) else (scale,) for scale in (first, second))
+    return (*some, *others)

@@ -58,6 +58,7 @@ def refuse_unfit_machine(
         _refuse_quantized_experts(checkpoint, runs_experts)
         _refuse_plain_positions(checkpoint)
         _refuse_static_fp8(checkpoint)
+        _refuse_scales_of_heads(config, checkpoint)
     _refuse_latent_scales(config, checkpoint)
 
 
@@ -161,6 +162,17 @@ def _refuse_blocks_of_floats(checkpoint: Checkpoint) -> None:
                 f"{checkpoint.directory} holds {what}, for which this engine has no CPU kernel; serve it on a GPU, or "
                 "quantize with W4A16 or W8A8"
             )
+
+
+def _refuse_scales_of_heads(config: ServeConfig, checkpoint: Checkpoint) -> None:
+    """vLLM 0.32's attention on CPUs reads one number a layer, the largest of its heads' scales."""
+    scheme = checkpoint.quantization.get("kv_cache_scheme") or {}
+    if scheme.get("strategy") == "attn_head" and config.kv_cache_dtype != "bfloat16":
+        raise CheckpointError(
+            f"{checkpoint.directory} has KV scales for each head, which this engine does not read on a CPU; give "
+            "--kv-cache-dtype bfloat16, serve it on a GPU with FlashAttention 3 (NVIDIA's from 9.0 on), or quantize "
+            "with kv_cache: fp8"
+        )
 
 
 def _refuse_latent_scales(config: ServeConfig, checkpoint: Checkpoint) -> None:

@@ -20,8 +20,10 @@ def tensor_names(directory: Path) -> Iterator[str]:
             yield from _header(file, path)[0]
 
 
-def stored_numbers(directory: Path, pattern: re.Pattern[str]) -> Iterator[tuple[re.Match[str], float]]:
-    """The largest number of each tensor whose name has the pattern."""
+def stored_numbers(
+    directory: Path, pattern: re.Pattern[str]
+) -> Iterator[tuple[re.Match[str], Sequence[float]]]:
+    """All numbers of each tensor whose name has the pattern."""
     for path in sorted(directory.glob("*.safetensors")):
         with path.open("rb") as file:
             header, begin = _header(file, path)
@@ -29,7 +31,7 @@ def stored_numbers(directory: Path, pattern: re.Pattern[str]) -> Iterator[tuple[
                 if match := pattern.search(name):
                     start, stop = entry["data_offsets"]
                     file.seek(begin + start)
-                    yield match, max(_decode(file.read(stop - start), entry["dtype"], name))
+                    yield match, _decode(file.read(stop - start), entry["dtype"], name)
 
 
 def as_float32(value: float) -> float:

@@ -109,12 +109,19 @@ def _kv_scales(name: str, layer: Any) -> dict[str, Any]:
     }
 
 
-def _scale_in_force(name: str, layer: Any, attribute: str) -> float:
-    """GPU kernels read the tensor and CPU kernels the float: where the two differ, no one scale is in force."""
-    tensor, number = float(getattr(layer, attribute).max()), float(getattr(layer, f"{attribute}_float"))
-    if tensor != number:
-        raise RuntimeError(f"{name}: {attribute} is {tensor} on the device and {number} on the host")
-    return number
+def _scale_in_force(name: str, layer: Any, attribute: str) -> float | list[float]:
+    """GPU kernels read the tensor and CPU kernels the float: where the two differ, no one scale is in force.
+
+    A list where each head has a scale, of which vLLM takes the largest as the float.
+    """
+    tensor, number = getattr(layer, attribute), float(getattr(layer, f"{attribute}_float"))
+    if float(tensor.max()) != number:
+        raise RuntimeError(
+            f"{name}: {attribute} is {float(tensor.max())} on the device and {number} on the host"
+        )
+    by_head = getattr(getattr(layer, "quant_method", None), "quant_config", None)
+    scheme = getattr(by_head, "kv_cache_scheme", None) or {}
+    return [float(one) for one in tensor.flatten()] if scheme.get("strategy") == "attn_head" else number
 
 
 def _device_name(device: Any, parallel: Any) -> str:

@@ -11,6 +11,7 @@ from lowbit_core.errors import CheckpointError, EngineError
 from lowbit_server.engine.kv_scales import (
     KVProof,
     KVScale,
+    Scale,
     prove_kv_scales,
     read_checkpoint_scales,
     scales_from_workers,
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
     from tests.server.conftest import MakeCheckpoint
 
 
-def _float32(value: float) -> float:
+def _float32(value: Scale) -> float:
+    assert isinstance(value, float)
     return float(struct.unpack("<f", struct.pack("<f", value))[0])
 
 
@@ -99,6 +101,24 @@ def test_layers_with_scales_that_run_without_fp8_are_refused(scales: dict[int, K
     mixed = [scales[0], replace(scales[1], fp8=False)]
     with pytest.raises(EngineError, match=r"runs layers \[1\] without an FP8 cache"):
         prove_kv_scales(scales, mixed, quant_method="compressed-tensors")
+
+
+def test_scales_of_heads_are_read_and_proven_one_by_one(tmp_path: Path) -> None:
+    header = b'{"model.layers.0.self_attn.k_scale":{"dtype":"F32","shape":[2,1,1],"data_offsets":[0,8]},'
+    header += b'"model.layers.0.self_attn.v_scale":{"dtype":"F32","shape":[2,1,1],"data_offsets":[8,16]}}'
+    data = struct.pack("<4f", 0.5, 0.25, 2.0, 4.0)
+    (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + data)
+    stored = read_checkpoint_scales(tmp_path)
+    assert stored == {0: KVScale(0, (0.5, 0.25), (2.0, 4.0))}
+    whole = {"layer": 0, "k_scale": [0.5, 0.25], "v_scale": [2.0, 4.0], "kv_dtype": "fp8"}
+    parts = [[whole | {"k_scale": [k], "v_scale": [v]}] for k, v in ((0.5, 2.0), (0.25, 4.0))]
+    repeated = [part for part in parts for _ in range(2)]  # four ranks, two heads
+    for reports in ([[whole]], parts, repeated):
+        running = scales_from_workers(reports)
+        assert prove_kv_scales(stored, running, quant_method="compressed-tensors").scales == "checkpoint"
+    for wrong in ([[whole | {"k_scale": [0.25, 0.5]}]], [[whole | {"k_scale": 0.5}]], parts[::-1]):
+        with pytest.raises(EngineError, match=r"k_scale .*, the checkpoint says 0.5 0.25"):
+            prove_kv_scales(stored, scales_from_workers(wrong), quant_method="compressed-tensors")
 
 
 def test_workers_must_agree_on_a_layer() -> None:

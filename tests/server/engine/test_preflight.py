@@ -96,6 +96,17 @@ def test_experts_in_bfloat16_run_anywhere(open_with: OpenWith, tensor: str) -> N
     refuse_unfit_machine(ServeConfig(checkpoint.directory), checkpoint, "cpu", unable)
 
 
+def test_scales_of_heads_are_refused_on_a_cpu_unless_the_cache_is_bfloat16(open_with: OpenWith) -> None:
+    scheme = {"num_bits": 8, "type": "float", "strategy": "attn_head", "symmetric": True}
+    checkpoint = open_with({"quantization_config": {"config_groups": {}, "kv_cache_scheme": scheme}})
+    with pytest.raises(CheckpointError, match="has KV scales for each head") as refused:
+        refuse_unfit_machine(ServeConfig(checkpoint.directory), checkpoint, "cpu", able)
+    assert "\n" not in str(refused.value)
+    plain = ServeConfig(checkpoint.directory, kv_cache_dtype="bfloat16")
+    refuse_unfit_machine(plain, checkpoint, "cpu", able)
+    refuse_unfit_machine(ServeConfig(checkpoint.directory), checkpoint, "gpu", able)
+
+
 def test_the_engine_is_not_asked_about_a_model_without_quantized_experts(open_with: OpenWith) -> None:
     def asked(_bits: int, _group_size: int, _rounded: str) -> bool:
         raise AssertionError("a dense model has no experts to ask about")
