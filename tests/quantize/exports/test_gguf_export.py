@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM
 from lowbit_core.cli import main
 from lowbit_core.errors import CheckpointError, LowbitError, OutputError
 from lowbit_evaluate.loaded_model import load_model
-from lowbit_quantize.catalog import CATALOG
 from lowbit_quantize.export.exporter import export
-from lowbit_quantize.export.gguf.blocks import blocks_of
+from lowbit_quantize.export.gguf.blocks import block_type, blocks_of
 from lowbit_quantize.export.gguf.target import Gguf
 from lowbit_quantize.export.gguf.vocabulary import vocabulary_keys
 from lowbit_quantize.model.reference import find_model
 from lowbit_quantize.pipeline import quantize
+from lowbit_quantize.schemes.integer import Integer
 from lowbit_quantize.schemes.scheme import Quantized
 
 LLAMA3: dict[str, Any] = {
@@ -47,6 +47,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_moe": ("qwen2_moe", {**WORDS, **EVERYWHERE}),
     "qwen3_moe": ("qwen3_moe", {**EVERYWHERE, "norm_topk_prob": True}),
 }
+FIVE = {"scheme": "W5A16", "group_size": 64}
 FOUR, EIGHT = {"scheme": "W4A16", "group_size": 64}, {"scheme": "W8A16", "group_size": 32}
 
 
@@ -77,6 +78,15 @@ def assert_the_same_model(checkpoint: Path, file: Path) -> None:
 def test_transformers_reads_the_very_model(name: str, tmp_path: Path) -> None:
     checkpoint = checkpoint_of(tmp_path, name, FOUR)
     assert_the_same_model(checkpoint, exported(checkpoint, "bf16"))
+
+
+@pytest.mark.parametrize("rules", [(FIVE,), (FIVE, {"match": "*.mlp.*", **FOUR})])
+def test_five_bits_are_read_to_the_very_model(rules: Any, tmp_path: Path) -> None:
+    checkpoint = checkpoint_of(tmp_path, "llama", *rules)
+    file = exported(checkpoint, "bf16")
+    assert_the_same_model(checkpoint, file)
+    kinds = {tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors}
+    assert kinds & {"Q4_0", "Q5_0"} == ({"Q4_0", "Q5_0"} if len(rules) == 2 else {"Q5_0"})
 
 
 @pytest.mark.parametrize(
@@ -168,20 +178,20 @@ def test_mixtral_which_transformers_does_not_read_has_every_number_by_the_packag
     assert torch.equal(numbers, model.model.layers[1].mlp.experts.gate_up_proj[:, 192:])
 
 
-def test_asymmetric_codes_fit_where_their_minima_are_halves() -> None:
-    scheme = next(preset for preset in CATALOG.presets if preset.name == "W4A16_ASYM").make(32)
-    generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(-8, 8, (6, 96), generator=generator).to(torch.int8)
-    zero = torch.randint(-8, 8, (6, 3), generator=generator).float()
+@pytest.mark.parametrize(("bits", "kind"), [(4, "Q4_1"), (5, "Q5_1")])
+def test_asymmetric_codes_fit_where_their_minima_are_halves(bits: int, kind: str) -> None:
+    scheme, blocks_kind = Integer(bits, 32, False, "any"), gguf.GGMLQuantizationType[kind]
+    assert block_type(scheme) == blocks_kind
+    generator, above = torch.Generator().manual_seed(0), 1 << (bits - 1)
+    codes = torch.randint(-above, above, (6, 96), generator=generator).to(torch.int8)
+    zero = torch.randint(-above, above, (6, 3), generator=generator).float()
     scale = 2.0 ** torch.randint(-9, 0, (6, 3), generator=generator).float()
     found = Quantized(codes, {"scale": scale, "zero": zero}, scheme)
-    blocks = blocks_of("a", found, gguf.GGMLQuantizationType.Q4_1)
-    assert torch.equal(
-        torch.from_numpy(gguf.dequantize(blocks, gguf.GGMLQuantizationType.Q4_1)), found.dequantize()
-    )
+    blocks = blocks_of("a", found, blocks_kind)
+    assert torch.equal(torch.from_numpy(gguf.dequantize(blocks, blocks_kind)), found.dequantize())
     wide = Quantized(codes, {"scale": scale * (2 - 2**-7), "zero": zero}, scheme)  # 8 bits by 4 are 12
     with pytest.raises(CheckpointError, match=r"of 18 minima of a are no float16.*symmetric"):
-        blocks_of("a", wide, gguf.GGMLQuantizationType.Q4_1)
+        blocks_of("a", wide, blocks_kind)
 
 
 @pytest.mark.parametrize(
@@ -209,10 +219,12 @@ def test_what_the_file_could_not_say_is_refused(
 
 
 def test_schemes_without_blocks_are_refused(tmp_path: Path) -> None:
-    for number, scheme in enumerate(({"scheme": "FP8_DYNAMIC"}, {"scheme": "W8A8"})):
+    others: list[dict[str, Any]] = [{"scheme": f"W{bits}A16", "group_size": 64} for bits in (2, 3, 6)]
+    for number, scheme in enumerate([*others, {"scheme": "FP8_DYNAMIC"}, {"scheme": "W8A8"}]):
         checkpoint = checkpoint_of(tmp_path / str(number), "llama", scheme)
-        with pytest.raises(CheckpointError, match=r"no blocks for|are no float16"):
+        with pytest.raises(CheckpointError, match=r"no blocks for|are no float16") as error:
             exported(checkpoint)
+        assert "\n" not in str(error.value)
 
 
 def test_the_command_writes_one_file_and_no_second_time(

@@ -4,9 +4,12 @@
 |---|---|---|
 | Q4_0 | (q − 8) · d, q in 0 … 15 | symmetric 4 bits |
 | Q4_1 | q · d + m, q in 0 … 15 | asymmetric 4 bits, where m = −(zero + 8) · d is a float16 |
+| Q5_0 | (q − 16) · d, q in 0 … 31 | symmetric 5 bits |
+| Q5_1 | q · d + m, q in 0 … 31 | asymmetric 5 bits, where m = −(zero + 16) · d is a float16 |
 | Q8_0 | q · d, q in −128 … 127 | symmetric 8 bits |
 
-d and m are float16. Layouts: ggml's `ggml-quants.c`; the package gguf's `quants.py` reads and writes them.
+2, 3 and 6 bits are in blocks of 256 only, whose scales have few bits: ours do not fit. d and m are float16. Layouts:
+ggml's `ggml-quants.c`; the package gguf's `quants.py` reads and writes them.
 """
 
 from typing import Any
@@ -20,7 +23,7 @@ from lowbit_core.errors import CheckpointError
 from lowbit_quantize.schemes.scheme import Quantized, Scheme
 
 BLOCK = 32
-LOWEST = -8  # of our 4-bit codes; those of the blocks begin with 0
+WITH_MINIMA = (GGMLQuantizationType.Q4_1, GGMLQuantizationType.Q5_1)
 
 
 def block_type(scheme: Scheme) -> GGMLQuantizationType | None:
@@ -32,6 +35,8 @@ def block_type(scheme: Scheme) -> GGMLQuantizationType | None:
     kinds = {
         (4, True): GGMLQuantizationType.Q4_0,
         (4, False): GGMLQuantizationType.Q4_1,
+        (5, True): GGMLQuantizationType.Q5_0,
+        (5, False): GGMLQuantizationType.Q5_1,
         (8, True): GGMLQuantizationType.Q8_0,
     }
     return kinds.get((scheme.bits, scheme.symmetric))
@@ -52,9 +57,13 @@ def blocks_of(name: str, quantized: Quantized, kind: GGMLQuantizationType) -> An
     if kind == GGMLQuantizationType.Q8_0:
         packed = codes.to(torch.int8).view(outputs, -1, BLOCK).numpy().view(np.uint8)
     else:
-        if kind == GGMLQuantizationType.Q4_1:
-            parts.append(_halves(name, "minima", (LOWEST - quantized.params["zero"].float()) * scale, inputs))
-        packed = _nibbles(codes - LOWEST)
+        bits = int(quantized.scheme.bits)
+        lowest = -(1 << (bits - 1))  # of our codes; those of the blocks begin with 0
+        if kind in WITH_MINIMA:
+            parts.append(_halves(name, "minima", (lowest - quantized.params["zero"].float()) * scale, inputs))
+        if bits == 5:
+            parts.append(_fifth_bits(codes - lowest))
+        packed = _nibbles(codes - lowest & 0xF)
     return np.concatenate([*parts, packed], axis=-1).reshape(outputs, -1)
 
 
@@ -69,6 +78,12 @@ def _halves(name: str, what: str, values: Tensor, inputs: int) -> Any:
         )
     by_block = halves.repeat_interleave(inputs // BLOCK // values.shape[1], dim=1).contiguous()
     return by_block.numpy().view(np.uint8).reshape(len(values), -1, 2)
+
+
+def _fifth_bits(codes: Tensor) -> Any:
+    """The highest bit of each code 0 … 31, a bit each, the first lowest: (out, blocks, 4) bytes."""
+    blocks = (codes >> 4).to(torch.uint8).view(len(codes), -1, BLOCK)
+    return np.packbits(blocks.numpy(), axis=-1, bitorder="little")
 
 
 def _nibbles(codes: Tensor) -> Any:

@@ -109,8 +109,8 @@ class GgufTensors:
             kind = block_type(scheme)
             if kind is None:
                 raise CheckpointError(
-                    f"GGUF has no blocks for {source} in {scheme.name}; 4 bits and symmetric 8 bits have some, in "
-                    "groups of 32 or a multiple"
+                    f"GGUF has no blocks for {source} in {scheme.name}; 4 and 5 bits and symmetric 8 bits have "
+                    "some, in groups of 32 or a multiple"
                 )
             return kind
         shape = self._checkpoint.shape(source)
