@@ -21,6 +21,7 @@ from lowbit_server.engine.stored_numbers import tensor_names
 EXPERT_CODES = re.compile(r"\.experts\.(?:.*\.)?(?:weight_packed|qweight)$")
 EXPERT_SCALES = re.compile(r"\.experts\.(?:.*\.)?weight_scale$")
 EIGHT = 8
+PACKED_BITS = 4
 ZENTORCH = f"an AMD processor with zentorch ({ZENTORCH_EXTRA})"
 NEEDS: Mapping[Rounded, str] = {
     "none": f"it needs AMX with 4 bits in groups of 64 or 128, or {ZENTORCH}",
@@ -57,6 +58,7 @@ def refuse_unfit_machine(
         _refuse_blocks_of_floats(checkpoint)
         _refuse_quantized_experts(checkpoint, runs_experts)
         _refuse_plain_positions(checkpoint)
+        _refuse_packed_bits(checkpoint)
         _refuse_static_fp8(checkpoint)
         _refuse_scales_of_heads(config, checkpoint)
     _refuse_latent_scales(config, checkpoint)
@@ -135,6 +137,18 @@ def _refuse_plain_positions(checkpoint: Checkpoint) -> None:
             f"{checkpoint.directory} has latent attention with plain rotary positions (rope_type: default), which "
             "this engine computes wrong on a CPU; its answers would be wrong; serve it on a GPU"
         )
+
+
+def _refuse_packed_bits(checkpoint: Checkpoint) -> None:
+    """vLLM 0.32's CPU kernel for integer weights whose inputs are as they are takes 4 bits alone."""
+    for group in checkpoint.quantization.get("config_groups", {}).values():
+        weights = group.get("weights") or {}
+        bits, packed = weights.get("num_bits"), group.get("format") == "pack-quantized"
+        if weights.get("type") == "int" and bits != PACKED_BITS and packed:
+            raise CheckpointError(
+                f"{checkpoint.directory} has weights of {bits} bits, for which this engine has no kernel on a CPU; "
+                "serve it on a GPU, or quantize with W4A16 or W8A8"
+            )
 
 
 def _refuse_static_fp8(checkpoint: Checkpoint) -> None:

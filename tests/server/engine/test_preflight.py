@@ -96,6 +96,22 @@ def test_experts_in_bfloat16_run_anywhere(open_with: OpenWith, tensor: str) -> N
     refuse_unfit_machine(ServeConfig(checkpoint.directory), checkpoint, "cpu", unable)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_packed_weights_of_other_than_four_bits_are_refused_on_a_cpu(open_with: OpenWith, bits: int) -> None:
+    weights = {"num_bits": bits, "type": "int", "strategy": "group", "group_size": 64}
+    group = {"targets": ["model.layers.0.mlp.up_proj"], "weights": weights, "format": "pack-quantized"}
+    checkpoint = open_with({"quantization_config": {"config_groups": {"group_0": group}}})
+    refuse_unfit_machine(ServeConfig(checkpoint.directory), checkpoint, "gpu", able)
+    if bits == 4:
+        refuse_unfit_machine(ServeConfig(checkpoint.directory), checkpoint, "cpu", able)
+        return
+    with pytest.raises(
+        CheckpointError, match=f"has weights of {bits} bits, for which .* no kernel on a CPU"
+    ) as refused:
+        refuse_unfit_machine(ServeConfig(checkpoint.directory), checkpoint, "cpu", able)
+    assert "\n" not in str(refused.value)
+
+
 def test_scales_of_heads_are_refused_on_a_cpu_unless_the_cache_is_bfloat16(open_with: OpenWith) -> None:
     scheme = {"num_bits": 8, "type": "float", "strategy": "attn_head", "symmetric": True}
     checkpoint = open_with({"quantization_config": {"config_groups": {}, "kv_cache_scheme": scheme}})
