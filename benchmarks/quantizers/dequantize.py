@@ -36,7 +36,8 @@ def dequantized(checkpoint: Path) -> Tensors:
         elif (
             "weight_scale" in parts
         ):  # eight bits: codes as they are, a scale a channel, a block or one for all
-            weights[f"{owner}.weight"] = in_blocks(parts["weight"].float(), scales_of(parts))
+            codes = parts["weight"].float()
+            weights[f"{owner}.weight"] = in_blocks(codes, of_blocks(scales_of(parts), codes.shape))
         elif "weight" in parts:
             weights[f"{owner}.weight"] = parts["weight"].float()
         if "bias" in parts:
@@ -61,17 +62,30 @@ def fields(words: torch.Tensor, bits: int) -> torch.Tensor:
     return (words.long().unsqueeze(-1) >> shifts) & (2**bits - 1)
 
 
+def of_blocks(scale: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """The scale of each number of a weight (out, in) where 128 x 128 share one; those of rows and of all as they are."""
+    if scale.dim() < 2 or scale.numel() == 1 or len(scale) == shape[0]:
+        return scale
+    return scale.repeat_interleave(128, 0).repeat_interleave(128, 1)[: shape[0], : shape[1]]
+
+
+def dense_fields(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """The first `count` unsigned numbers of `bits` bits in int32 words, (rows, count), of which one may lie in two."""
+    place = torch.arange(count) * bits
+    word, shift = place // 32, place % 32
+    unsigned = torch.nn.functional.pad(words.long() & 0xFFFFFFFF, (0, 1))
+    return ((unsigned[:, word] | unsigned[:, word + 1] << 32) >> shift) & (2**bits - 1)
+
+
 def from_compressed_tensors(parts: Tensors) -> torch.Tensor:
     """Words run along the inputs, those of zero points along the outputs; without zero points they are the middle."""
     outputs, inputs = parts["weight_shape"].tolist()
     scales = parts["weight_scale"].float()  # (out, groups)
     bits = 32 * parts["weight_packed"].shape[1] // inputs
-    codes = fields(parts["weight_packed"], bits).flatten(1)[:, :inputs]  # (out, in)
+    codes = dense_fields(parts["weight_packed"], bits, inputs)  # (out, in)
     zeros = torch.full_like(scales, 2 ** (bits - 1))
     if "weight_zero_point" in parts:
-        zeros = (
-            fields(parts["weight_zero_point"], bits).transpose(1, 2).flatten(0, 1)[:outputs]
-        )  # (out, groups)
+        zeros = dense_fields(parts["weight_zero_point"].T, bits, outputs).T  # (out, groups)
     group = torch.arange(inputs) // (inputs // scales.shape[1])
     if "weight_g_idx" in parts:
         group = parts["weight_g_idx"].long()
@@ -87,7 +101,7 @@ def scales_of(parts: Tensors) -> torch.Tensor:
 
 
 def in_blocks(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """Codes (out, in) times scales (out, blocks), (out, 1) or (1,)."""
+    """Codes (out, in) times scales (out, blocks), of one column to as many as there are codes, or one number."""
     if scales.dim() < 2:
         return codes * scales
     return (codes.unflatten(1, (scales.shape[1], -1)) * scales.unsqueeze(-1)).flatten(1)

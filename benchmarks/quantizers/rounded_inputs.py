@@ -1,7 +1,7 @@
 """A model whose linears round what they read as vLLM's kernels do, by what a checkpoint's configuration says.
 
-compressed-tensors' schemes with `input_activations` of eight bits, by token, with the scale of its largest number
-(dynamic), or by one stored scale (static); and of floats in blocks: sixteen 4-bit ones under an FP8 scale and one
+compressed-tensors' schemes with `input_activations` of eight bits, by token or group, with the scale of its largest
+number (dynamic), or by one stored scale (static); and of floats in blocks: sixteen 4-bit ones under an FP8 scale and one
 stored scale (NVFP4), thirty-two under a power of two (MXFP4, MXFP8). Rounded is in float32, so that kernels play no
 part.
 """
@@ -59,13 +59,19 @@ def targeted(name: str, targets: list[str]) -> bool:
 
 def rounded(inputs: dict[str, Any], static: float | None) -> Round:
     """What is computed with in place of inputs (..., features)."""
-    if inputs["type"] == "float" and inputs["strategy"] in ("group", "tensor_group"):
+    if inputs["strategy"] == "tensor_group" or inputs.get("scale_dtype") is not None:  # FP8, or powers of two
         return rounded_in_blocks(inputs, static)
     kind, largest = inputs["type"], LARGEST[inputs["type"]]
     if inputs["num_bits"] != 8 or not inputs["symmetric"] or (static is None) != bool(inputs["dynamic"]):
         raise SystemExit(f"inputs rounded so are not known here: {inputs}")
 
     def apply(x: torch.Tensor) -> torch.Tensor:
+        if inputs["strategy"] == "group":
+            groups = x.unflatten(-1, (-1, inputs["group_size"]))
+            scale = groups.abs().amax(-1, keepdim=True).clamp_min(1e-10) / largest
+            return (
+                (groups / scale).clamp(-largest, largest).to(torch.float8_e4m3fn).float() * scale
+            ).flatten(-2)
         if static is None:
             scale = (x.abs().amax(-1, keepdim=True) / largest).clamp_min(SMALLEST_SCALE[kind])
             scale = torch.where(scale == 0, 1.0, scale)
