@@ -63,7 +63,7 @@ def fields(words: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def of_blocks(scale: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """The scale of each number of a weight (out, in) where 128 x 128 share one; those of rows and of all as they are."""
+    """The scale of each number of a weight (out, in) where 128 x 128 share one; of rows and of all as they are."""
     if scale.dim() < 2 or scale.numel() == 1 or len(scale) == shape[0]:
         return scale
     return scale.repeat_interleave(128, 0).repeat_interleave(128, 1)[: shape[0], : shape[1]]

@@ -1,9 +1,9 @@
 """A model whose linears round what they read as vLLM's kernels do, by what a checkpoint's configuration says.
 
 compressed-tensors' schemes with `input_activations` of eight bits, by token or group, with the scale of its largest
-number (dynamic), or by one stored scale (static); and of floats in blocks: sixteen 4-bit ones under an FP8 scale and one
-stored scale (NVFP4), thirty-two under a power of two (MXFP4, MXFP8). Rounded is in float32, so that kernels play no
-part.
+number (dynamic), or by one stored scale (static); and of floats in blocks: sixteen 4-bit ones under an FP8 scale and
+one stored scale (NVFP4), thirty-two under a power of two (MXFP4, MXFP8). Rounded is in float32, so that kernels play
+no part.
 """
 
 import json

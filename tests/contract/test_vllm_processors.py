@@ -16,6 +16,7 @@ from lowbit_quantize.schemes.processors import (
     Platform,
     Processors,
 )
+from lowbit_quantize.schemes.scheme import Scheme
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
 
@@ -32,27 +33,11 @@ EVERY_KERNEL = [
 ]
 
 
-def arguments_of(name: str) -> dict[str, Any]:
-    """compressed-tensors' arguments of a scheme: ours where we have it, else the library's preset."""
-    from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
-
-    ours = {preset.name: preset for preset in CATALOG.presets}
-    if name in ours:
-        return dict(ours[name].make(ours[name].group_size).quantization_args())
-    return dict(PRESET_SCHEMES[name])
+PRESETS = {preset.name: preset for preset in CATALOG.presets}
 
 
-def format_of(name: str) -> str:
-    if (
-        name == "W4A8"
-    ):  # which the library would write a byte a weight, and only Arm's and Intel's processors read so
-        return "pack-quantized"
-    from compressed_tensors.compressors.format import infer_module_format
-    from compressed_tensors.quantization import QuantizationScheme
-    from torch.nn import Linear
-
-    scheme = QuantizationScheme(targets=["Linear"], **arguments_of(name))
-    return str(infer_module_format(Linear, scheme).value)
+def scheme_of(name: str) -> Scheme:
+    return PRESETS[name].make(PRESETS[name].group_size)
 
 
 def dispatched(name: str, vllm_config: Any) -> str:
@@ -62,12 +47,13 @@ def dispatched(name: str, vllm_config: Any) -> str:
         CompressedTensorsConfig,
     )
 
-    config = CompressedTensorsConfig({}, [], format_of(name), config={})
-    parts = arguments_of(name)
+    scheme = scheme_of(name)
+    config = CompressedTensorsConfig({}, [], scheme.format, config={})
+    parts = scheme.quantization_args()
     with set_current_vllm_config(vllm_config):
         try:
             made = config._get_scheme_from_parts(
-                parts["weights"], parts.get("input_activations"), format=format_of(name), layer_name="any"
+                parts["weights"], parts.get("input_activations"), format=scheme.format, layer_name="any"
             )
         except (ValueError, NotImplementedError) as error:
             frames = inspect.getinnerframes(error.__traceback__) if error.__traceback__ else []
@@ -84,7 +70,7 @@ def test_vllm_takes_the_class_that_the_row_names(name: str, vllm_config: Any) ->
         from vllm.model_executor.layers.quantization.compressed_tensors import compressed_tensors
 
         assert found == "NotImplementedError"
-        parts = arguments_of(name)
+        parts = scheme_of(name).quantization_args()
         checked = compressed_tensors.CompressedTensorsConfig._is_fp8_w4a8
         assert checked(parts["weights"], parts["input_activations"])
         found = row.scheme_class
@@ -148,7 +134,7 @@ def weight_types(kernel: Any) -> list[str] | None:
 def test_no_kernel_for_integer_weights_is_left_out(name: str, platform: Platform) -> None:
     from vllm.model_executor.layers.quantization.compressed_tensors.schemes import compressed_tensors_wNa16
 
-    weights = arguments_of(name)["weights"]
+    weights = scheme_of(name).quantization_args()["weights"]
     zeros, plain = "WNA16_ZP_SUPPORTED_TYPES_MAP", "WNA16_SUPPORTED_TYPES_MAP"
     wanted = str(vars(compressed_tensors_wNa16)[plain if weights.symmetric else zeros][weights.num_bits])
     taking = [
@@ -180,9 +166,13 @@ def test_humming_goes_before_marlin_on_hopper_alone() -> None:
     assert [one for one in GENERATIONS if prefers_humming(one)] == [90]
 
 
-@pytest.mark.parametrize("preset", CATALOG.presets, ids=lambda preset: preset.name)
-def test_every_scheme_says_what_its_row_says(preset: Any) -> None:
-    scheme, row = preset.make(preset.group_size), PROCESSORS[preset.name]
+def test_every_scheme_has_a_row() -> None:
+    assert PROCESSORS.keys() == PRESETS.keys()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_scheme_says_what_its_row_says(name: str) -> None:
+    scheme, row = scheme_of(name), PROCESSORS[name]
     assert scheme.gpus == row.gpus
     assert tuple(scheme.cpu_kernels) == row.cpu_kernels
     assert bool(row.cpu_kernels) == (not scheme.obstacles("cpu"))

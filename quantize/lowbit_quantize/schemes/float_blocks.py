@@ -23,10 +23,10 @@ from torch import Tensor
 
 from lowbit_quantize.device.memory import without_compiler
 from lowbit_quantize.schemes.block_search import Blocks
-from lowbit_quantize.schemes.float_blocks_engines import CPU_MISSING, EXPERTS, GPUS
 from lowbit_quantize.schemes.grids import FP4, FP8, Grid
 from lowbit_quantize.schemes.inputs import BlockInputs
 from lowbit_quantize.schemes.packed_fp4 import packed_fp4, unpacked_fp4
+from lowbit_quantize.schemes.processors import PROCESSORS
 from lowbit_quantize.schemes.scale_grids import FP8_SCALES, POWERS_OF_TWO, power_of_two_for
 from lowbit_quantize.schemes.scheme import (
     ExpertSupport,
@@ -157,22 +157,25 @@ class FloatBlocks:
         return {key: value for key, value in PRESET_SCHEMES[self.name].items() if key != "targets"}
 
     def obstacles(self, kernel: Kernel) -> list[str]:
-        return [CPU_MISSING.format(scheme=self.name)] if kernel == "cpu" else []
+        return [f"vLLM has no CPU kernel for {self.name}"] if kernel == "cpu" else []
 
     def multiple(self, kernel: Kernel) -> int:
         return 1  # kernels fill up what is no multiple of their tiles
 
     @property
     def cpu_kernels(self) -> Sequence[str]:
-        return ()
+        return PROCESSORS[self.name].cpu_kernels
 
     @property
     def gpus(self) -> str:
-        return GPUS[self.name]
+        return PROCESSORS[self.name].gpus
 
     @property
     def experts(self) -> ExpertSupport:
-        return EXPERTS[self.name]
+        row = PROCESSORS[
+            self.name
+        ]  # transformers 5.19 unpacks experts of packed integers and of FP8 by channel only
+        return ExpertSupport(f"{row.gpus}; {row.cpus}", opened=False)
 
     def expert_obstacles(self, kernel: Kernel, hidden: int, middle: int) -> list[str]:
         return []

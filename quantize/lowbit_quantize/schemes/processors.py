@@ -107,14 +107,19 @@ def _range(lowest: int, kernels: Iterable[LinearKernel]) -> str:
 
 
 def _whose(maker: str, kernels: Sequence[LinearKernel]) -> str:
-    """A platform's processors: by the first kernel that takes all of them, or else with what its kernels need."""
-    taken = (
-        [kernel for kernel in kernels if not kernel.needs][:1] or [k for k in kernels if not k.how] or kernels
-    )
+    """A platform's processors: by the first kernel that takes all of them, or else with what its kernels need.
+
+    Where that kernel is an emulation, those before it come first.
+    """
+    of_all = next((kernel for kernel in kernels if not kernel.needs), None)
+    before = kernels[: kernels.index(of_all)] if of_all else kernels
+    if of_all and (of_all.how != EMULATED or not before):
+        return " ".join(filter(None, (maker, of_all.how)))
+    taken = [kernel for kernel in before if not kernel.how] or before
     if not taken:
         return ""
-    needed = f"with {_needs(taken)}" if taken[0].needs else ""
-    return " ".join(filter(None, (maker, needed, taken[-1].how)))
+    words = " ".join(filter(None, (maker, f"with {_needs(taken)}", taken[-1].how)))
+    return f"{words}, others {of_all.how}" if of_all else words
 
 
 def _needs(kernels: Iterable[LinearKernel]) -> str:

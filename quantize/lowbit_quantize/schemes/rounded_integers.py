@@ -8,7 +8,7 @@ row's by one number and rounds them to FP8. So only such scales are stored as th
 last digit; what is measured is what is served. (Where a row's groups are split over ranks, each divides by its own.)
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from lowbit_quantize.schemes.affine import stored
 from lowbit_quantize.schemes.grids import FP8, INT8
 from lowbit_quantize.schemes.inputs import SMALLEST_FP8_SCALE, InputQuantizer
 from lowbit_quantize.schemes.integer import Integer
+from lowbit_quantize.schemes.processors import PROCESSORS
 from lowbit_quantize.schemes.scheme import ExpertSupport, GroupSize, Kernel, Params, Preset
 
 with without_compiler():  # the library compiles a function for 4-bit floats, which is not called here
@@ -39,10 +40,6 @@ class RoundedIntegers(Integer):
     def quantization_args(self) -> Mapping[str, Any]:
         inputs: QuantizationArgs = PRESET_SCHEMES[self.name]["input_activations"]
         return {**super().quantization_args(), "input_activations": inputs}
-
-    @property
-    def gpus(self) -> str:
-        return "NVIDIA's from 7.5 (Turing) on, with inputs as they are (Machete, Marlin) unless its kernel is Humming's"
 
     @property
     def experts(self) -> ExpertSupport:
@@ -78,16 +75,9 @@ class HopperIntegers(RoundedIntegers):
         return [f"vLLM has no CPU kernel for {self.name}"] if kernel == "cpu" else []
 
     @property
-    def cpu_kernels(self) -> Sequence[str]:
-        return ()
-
-    @property
-    def gpus(self) -> str:
-        return "NVIDIA's Hopper (9.0) only"
-
-    @property
     def experts(self) -> ExpertSupport:
-        return ExpertSupport(f"{self.gpus}; no CPU")
+        row = PROCESSORS[self.name]
+        return ExpertSupport(f"{row.gpus}; {row.cpus}")
 
     def expert_obstacles(self, kernel: Kernel, hidden: int, middle: int) -> list[str]:
         odd = [size for size in (hidden, middle) if size % HOPPER_EXPERTS_MULTIPLE]
