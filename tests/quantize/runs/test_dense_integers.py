@@ -4,6 +4,8 @@ Those of 3, 5 and 6 lie across words, which plain transformers does not open: ou
 check and in `lowbit evaluate`.
 """
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -144,6 +146,22 @@ def test_the_last_check_finds_a_changed_bit(written: tuple[Path, Path, Manifest]
             check_reload(out, (), answers, expected, trust_remote_code=False)
     finally:
         path.write_bytes(kept)
+
+
+def test_another_tools_file_that_names_the_class_of_linears_is_read_too(
+    written: tuple[Path, Path, Manifest], tmp_path: Path
+) -> None:
+    _, out, _ = written
+    other = tmp_path / "other"
+    shutil.copytree(out, other)
+    (other / "lowbit.json").unlink()
+    config = json.loads((other / "config.json").read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["targets"] = ["Linear"]
+    config["quantization_config"]["ignore"] = ["lm_head"]
+    (other / "config.json").write_text(json.dumps(config))
+    ours, theirs = (load_model(find_model(str(place)), CPU).model.state_dict() for place in (out, other))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
 
 
 @pytest.mark.parametrize("target", ["autoawq", "autogptq", "gguf", "mlx", "modelopt", "onnx", "openvino"])

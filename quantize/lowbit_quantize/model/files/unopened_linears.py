@@ -46,7 +46,10 @@ def without_linears(quantization: Mapping[str, Any], linears: Collection[str]) -
     }
     if not groups:
         return None
-    found = {**quantization, "config_groups": groups}
+    ignore = list(quantization.get("ignore") or ())
+    if any(EVERY_LINEAR in group["targets"] for group in groups.values()):  # other tools' files
+        ignore += [name for name in linears if name not in ignore]
+    found = {**quantization, "config_groups": groups, "ignore": ignore}
     read_plain_experts(found)
     return found
 
