@@ -108,7 +108,7 @@ CASES = (
         case(scheme, method)
         for scheme in ("NVFP4", "MXFP4")
         for case in (of_preset, compressor_of_preset)
-        for method in ("rtn", "awq", "gptq", "awq+gptq")
+        for method in ("rtn", "awq", "gptq", "awq+gptq", "smoothquant+gptq")
     ),
     *(of_preset(scheme, "gptq") for scheme in ("NVFP4A16", "MXFP4A16", "MXFP8")),
 )
