@@ -16,14 +16,14 @@ from typing import Any
 Run = dict[str, Any]
 
 
-def difference(one: Run, other: Run, text: str) -> tuple[float, float]:
+def difference(one: Run, other: Run, text: str = "quality") -> tuple[float, float]:
     """Mean of the rows' KL of `one` less those of `other`, in nats, and its standard error."""
     rows = zip(one[text]["kl_by_row"], other[text]["kl_by_row"], strict=True)
     off = [mine - theirs for mine, theirs in rows]
     return fmean(off), stdev(off) / math.sqrt(len(off))
 
 
-def lines(runs: list[Run], text: str) -> list[str]:
+def lines(runs: list[Run], text: str = "quality") -> list[str]:
     """The table: every run with its KL, and Lowbit's with the difference to the peer that is lowest in its preset."""
 
     def kl(run: Run) -> float:

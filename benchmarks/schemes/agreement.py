@@ -169,14 +169,19 @@ def readers_of(checkpoint: Path) -> dict[str, Callable[..., Logits]]:
     return found if manifest and manifest.unopened else {"transformers": plain, **found}
 
 
+def _in_float32(scale: float | Sequence[float]) -> float | tuple[float, ...]:
+    """A layer's scale, or its heads'."""
+    return tuple(map(as_float32, scale)) if isinstance(scale, Sequence) else as_float32(scale)
+
+
 def scales_in_force(checkpoint: Path, engine: Mapping[str, Any], *, fp8_cache: bool = True) -> dict[str, int]:
     """How many scales the files hold, of caches and of inputs, and how many of them the engine runs with."""
     kv = read_checkpoint_scales(checkpoint) if fp8_cache else {}
     inputs = read_input_scales(checkpoint)
     running = {one["layer"]: (one["k_scale"], one["v_scale"]) for one in engine["kv_scales"]}
     in_force = sum(
-        tuple(map(as_float32, running.get(layer, (0.0, 0.0))))
-        == (as_float32(one.k_scale), as_float32(one.v_scale))
+        tuple(map(_in_float32, running.get(layer, (0.0, 0.0))))
+        == (_in_float32(one.k_scale), _in_float32(one.v_scale))
         for layer, one in kv.items()
     )
     proven = prove_input_scales(inputs, engine["input_scales"])

@@ -32,6 +32,13 @@ def test_each_of_ours_is_compared_with_the_lowest_peer_of_its_preset() -> None:
     assert "errors" not in alone
 
 
+def test_either_text_judges() -> None:
+    ours, theirs = run("lowbit", [0.1, 0.5, 0.9]), run("peer", [0.3, 0.7, 1.1])
+    ours["unseen"], theirs["unseen"] = theirs["quality"], ours["quality"]
+    assert difference(ours, theirs)[0] == pytest.approx(-0.2)
+    assert difference(ours, theirs, "unseen")[0] == pytest.approx(0.2)
+
+
 def test_rows_of_different_texts_are_not_compared() -> None:
     with pytest.raises(ValueError, match="shorter"):
         difference(run("lowbit", [0.1, 0.5, 0.9]), run("peer", [0.2, 0.6]))
