@@ -6,19 +6,26 @@ from typing import Any
 
 import pytest
 import torch
+from tests.contract.begun import made_or_begun
 
 from lowbit_quantize.catalog import CATALOG
+from lowbit_quantize.misfits import OF_WHOLE_TENSORS
 from lowbit_quantize.plan import EMBEDDING_STAYS
 from lowbit_quantize.run.served_config import quantization_config
 from lowbit_quantize.schemes.integer import BITS, Integer
 from lowbit_quantize.schemes.packed_words import words_of
+from lowbit_quantize.schemes.processors import PROCESSORS
 from lowbit_quantize.schemes.scheme import Scheme
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
 
 WORDS, HIDDEN, GROUP = 500, 128, 32
 HEAD, EMBEDDING = "lm_head", "model.embed_tokens"
-WEIGHTS_ALONE = [preset for preset in CATALOG.presets if preset.make(32).input_quantizer is None]
+WEIGHTS_ALONE = {
+    preset.name: scheme
+    for preset in CATALOG.presets
+    if (scheme := preset.make(GROUP)).input_quantizer is None and scheme.format not in OF_WHOLE_TENSORS
+}
 
 
 def config_of(name: str, scheme: Scheme) -> Any:
@@ -40,13 +47,15 @@ def four_bits() -> tuple[Integer, dict[str, torch.Tensor]]:
     return scheme, scheme.tensors(scheme.quantize(weight, params), params)
 
 
-@pytest.mark.parametrize("preset", WEIGHTS_ALONE, ids=lambda preset: preset.name)
-def test_a_head_is_an_ordinary_linear_of_every_scheme_of_weights_alone(one_rank: Any, preset: Any) -> None:
+@pytest.mark.parametrize("name", WEIGHTS_ALONE)
+def test_a_head_is_an_ordinary_linear_of_every_scheme_that_it_may_have(one_rank: Any, name: str) -> None:
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-    scheme = config_of(HEAD, preset.make(GROUP)).get_scheme(ParallelLMHead(WORDS, HIDDEN), HEAD)
-    assert type(scheme).__name__ == "CompressedTensorsWNA16"
-    assert scheme.num_bits == BITS[preset.name]
+    config, head = config_of(HEAD, WEIGHTS_ALONE[name]), ParallelLMHead(WORDS, HIDDEN)
+    scheme = made_or_begun(lambda: config.get_scheme(head, HEAD))
+    assert type(scheme).__name__ == PROCESSORS[name].scheme_class
+    if name in BITS:
+        assert scheme.num_bits == BITS[name]
 
 
 def test_a_head_is_loaded_as_we_store_it_and_filled_up(one_rank: Any) -> None:

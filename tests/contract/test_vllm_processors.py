@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import pytest
+from tests.contract.begun import made_or_begun
 
 from lowbit_quantize.catalog import CATALOG
 from lowbit_quantize.schemes.processors import (
@@ -51,14 +52,11 @@ def dispatched(name: str, vllm_config: Any) -> str:
     config = CompressedTensorsConfig({}, [], scheme.format, config={})
     parts = scheme.quantization_args()
     with set_current_vllm_config(vllm_config):
-        try:
-            made = config._get_scheme_from_parts(
+        made = made_or_begun(
+            lambda: config._get_scheme_from_parts(
                 parts["weights"], parts.get("input_activations"), format=scheme.format, layer_name="any"
             )
-        except (ValueError, NotImplementedError) as error:
-            frames = inspect.getinnerframes(error.__traceback__) if error.__traceback__ else []
-            begun = [frame.frame.f_locals.get("self") for frame in frames if frame.function == "__init__"]
-            return type(begun[0]).__name__ if begun else type(error).__name__
+        )
     return type(made).__name__
 
 
