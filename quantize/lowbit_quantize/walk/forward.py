@@ -285,7 +285,9 @@ class Walk:
         if not self.work.paired:
             return None
         some, form = slice(None, len(self._heldout_text.ids)), self.decoder.architecture.logits
-        base, ours = self._streams["calibration_base"][some], self._streams["calibration"][some]
+        base, ours = (
+            self.decoder.finished(self._streams[name][some]) for name in ("calibration_base", "calibration")
+        )
         ids = self._calibration_text.ids[some]
         return kl.divergence(kl.compare(base, ours, norm, our_norm, head, ids, our_head, form))
 
