@@ -7,7 +7,7 @@
 No calibration text resembles it: encyclopedia articles with their sections (the bundled text has paragraphs), papers
 on statistics, small talk, a lexicon of slang. `benchmarks/quantizers/texts/SOURCES.md` names sources and licences.
 Markup, code, figures, equations and references are left out. Excerpts are ordered by a hash, sources take turns; one
-that shares any run of 13 words with a bundled document is dropped. Nothing here is used to choose anything: it judges.
+that shares any run of 13 words with a bundled document is dropped. It calibrates nothing.
 """
 
 import argparse
