@@ -13,7 +13,7 @@ from lowbit_core.errors import ConfigError, QualityError
 from lowbit_core.log import get_logger
 from lowbit_core.manifest import Manifest
 from lowbit_quantize.recipe import Recipe, bundled_recipes, load_recipe
-from lowbit_quantize.run.launch import LAUNCHED, LOST, launch
+from lowbit_quantize.run.launch import LAUNCHED, LOST, end_with_launcher, launch
 
 if TYPE_CHECKING:
     import torch
@@ -113,6 +113,7 @@ def _run(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.recipe, _overrides(arguments))
     if arguments.ranks > 1 and LAUNCHED not in os.environ:
         return launch(sys.argv[2 if sys.argv[1:2] == ["quantize"] else 1 :], arguments.ranks)
+    end_with_launcher()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads: idle threads sleep, not spin
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars are for terminals

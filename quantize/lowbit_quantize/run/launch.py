@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ POLL_S = 0.2
 GRACE_S = 20.0  # for a rank to notice that another has died, and to say so
 LOST = 75  # status of a rank that ends because another has
 LAUNCHED = "LOWBIT_RANK_LAUNCHED"  # tells a rank that somebody says why the run ended
+LAUNCHER = "LOWBIT_LAUNCHER"  # a pipe that is at its end when the launcher is gone, however it went
 HOME = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", LAUNCHED: "1"}
 ERROR = "lowbit: error: "
 KEPT = "finished layers are kept: run the same command again, with any number of ranks"
@@ -28,6 +30,8 @@ def launch(arguments: Sequence[str], count: int) -> int:
     port, cores = free_port(), len(os.sched_getaffinity(0))
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // count)))
     shared = {"WORLD_SIZE": str(count), "MASTER_PORT": str(port), "OMP_NUM_THREADS": threads}
+    alive, held = os.pipe()  # nothing is ever written: it ends with this process
+    shared[LAUNCHER] = str(alive)
     with tempfile.TemporaryDirectory(prefix="lowbit-ranks-") as folder:
         logs = [Path(folder) / f"rank-{rank}.log" for rank in range(count)]
         ranks = [
@@ -42,16 +46,33 @@ def launch(arguments: Sequence[str], count: int) -> int:
         finally:
             _end(ranks, 0.0)
             signal.signal(signal.SIGTERM, before)
+            os.close(alive)
+            os.close(held)
         return _told(ranks, logs)
 
 
 def _start(arguments: Sequence[str], environment: dict[str, str], log: Path) -> "subprocess.Popen[bytes]":
     command = [sys.executable, "-m", "lowbit_quantize", *arguments]
     everything = os.environ | environment
+    kept = [int(environment[LAUNCHER])]
     if environment["RANK"] == "0":
-        return subprocess.Popen(command, env=everything)
+        return subprocess.Popen(command, env=everything, pass_fds=kept)
     with log.open("wb") as output:
-        return subprocess.Popen(command, env=everything, stdout=subprocess.DEVNULL, stderr=output)
+        return subprocess.Popen(
+            command, env=everything, pass_fds=kept, stdout=subprocess.DEVNULL, stderr=output
+        )
+
+
+def end_with_launcher() -> None:
+    """Let this rank end when whoever started it is gone, killed perhaps: nobody else would end it."""
+    if LAUNCHER not in os.environ:
+        return
+
+    def watch() -> None:
+        os.read(int(os.environ[LAUNCHER]), 1)
+        os._exit(LOST)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _one_fails(ranks: Sequence["subprocess.Popen[bytes]"]) -> bool:

@@ -109,7 +109,8 @@ def test_what_is_refused_is_refused_once(change: dict[str, str], says: str, tmp_
     assert not out.exists()
 
 
-def test_ending_the_command_ends_its_ranks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGKILL])
+def test_ending_the_command_ends_its_ranks(by: signal.Signals, tmp_path: Path) -> None:
     model, out = write_tiny_model(tmp_path / "model", num_hidden_layers=6), tmp_path / "out"
     process = started(command(model, out), tmp_path / "log", 2)
     while not (out / STATE / "walk" / "layer-00000.json").exists():
@@ -117,9 +118,20 @@ def test_ending_the_command_ends_its_ranks(tmp_path: Path) -> None:
         time.sleep(0.01)
     ranks = _ranks_of(process.pid)
     assert len(ranks) == 2
-    process.terminate()
-    assert process.wait(30) == 128 + signal.SIGTERM
-    assert not any(Path(f"/proc/{one}").exists() for one in ranks.values())
+    process.send_signal(by)
+    assert process.wait(30) == (128 + by if by == signal.SIGTERM else -by)
+    until = time.monotonic() + 30
+    while any(_runs(one) for one in ranks.values()) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not any(_runs(one) for one in ranks.values())
+
+
+def _runs(process: int) -> bool:
+    """Whether there is such a process that has not ended; one that nobody waits for stays as a zombie."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def _ranks_of(parent: int) -> dict[int, int]:
