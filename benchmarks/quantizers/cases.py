@@ -36,13 +36,14 @@ class Case:
     recipe_settings: tuple[str, ...] = ()
     once: bool = False
     scheme: str | None = None  # compressed-tensors' preset, in place of bits and groups
+    recipe: str | None = None  # a recipe as it is, with its own amount of calibration text
 
     @property
     def family(self) -> str:
         """Cases of one family are compared with each other."""
         if self.scheme:
             return self.scheme
-        family = "gptq" if "gptq" in self.method else self.method
+        family = "gptq" if "gptq" in self.method or self.method == "autoround" else self.method
         return family if self.symmetric else f"{family}-asymmetric"
 
 
@@ -52,6 +53,11 @@ def lowbit(method: str, symmetric: bool = True, bare: bool = False) -> Case:
     if bare:
         label += ", bare"
     return Case(name, "lowbit", f"Lowbit {label}", method, symmetric, recipe_settings=BARE if bare else ())
+
+
+def of_recipe(recipe: str, label: str) -> Case:
+    """Lowbit's, by a bundled recipe that takes more calibration text than the scenario gives."""
+    return Case(f"lowbit-{recipe}", "lowbit", f"Lowbit {label}", "gptq", once=True, recipe=recipe)
 
 
 def of_preset(scheme: str, method: str) -> Case:
@@ -84,6 +90,9 @@ CASES = (
         "gptq",
         settings={"observer": "imatrix_mse"},
     ),
+    Case("autoround", "autoround", "AutoRound tuned rounding", "autoround", once=True),
+    of_recipe("gptq-more-text-g64", "GPTQ on 72 rows"),
+    of_recipe("gptq-best-g64", "GPTQ on 224 rows"),
     lowbit("awq+gptq"),
     lowbit("awq"),
     lowbit("awq", bare=True),
@@ -140,6 +149,10 @@ def command(case: Case, python: Path, scenario: Scenario, out: Path) -> list[str
 
 
 def lowbit_command(case: Case, python: Path, scenario: Scenario, out: Path) -> list[str]:
+    quantize = [str(python.parent / "lowbit"), "quantize", "--model", str(scenario.model), "--out", str(out)]
+    if case.recipe:
+        bare = [option for setting in BARE for option in ("--set", setting)]
+        return [*quantize, "--recipe", case.recipe, *bare]
     recipe = "w8a8" if case.scheme else "awq-g64"
     numbers = [f"modules.0.scheme={case.scheme}"]
     if not case.scheme:
@@ -152,5 +165,4 @@ def lowbit_command(case: Case, python: Path, scenario: Scenario, out: Path) -> l
         *case.recipe_settings,
     )
     options = [option for setting in settings for option in ("--set", setting)]
-    quantize = [str(python.parent / "lowbit"), "quantize", "--model", str(scenario.model)]
-    return [*quantize, "--recipe", recipe, "--out", str(out), *options]
+    return [*quantize, "--recipe", recipe, *options]

@@ -21,6 +21,7 @@ PACKAGES: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "autoawq": (("torch==2.13.0", "transformers==4.51.3", "autoawq==0.2.9"),),
     "autogptq": (("torch==2.13.0", "transformers==4.47.1", "peft==0.13.2", "auto-gptq==0.7.1"),),
+    "autoround": (("torch==2.13.0", "transformers==5.19.0", "auto-round==0.16.1"),),
     # GPTQModel asks for a newer torch and transformers than vLLM 0.32 pins, and runs on these.
     "gptqmodel": (
         ("torch==2.13.0", "transformers==5.19.0", "accelerate>=1.10,<2", "optimum==2.3.0"),

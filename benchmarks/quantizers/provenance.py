@@ -17,6 +17,7 @@ VERSIONED = (
     "llmcompressor",
     "lowbit",
     "autoawq",
+    "auto-round",
     "auto-gptq",
     "gptqmodel",
     "optimum",

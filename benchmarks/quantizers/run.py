@@ -1,4 +1,4 @@
-"""The field side by side: llm-compressor, GPTQModel, AutoAWQ and Lowbit on the same model and token ids.
+"""The field side by side: llm-compressor, GPTQModel, AutoAWQ, AutoRound and Lowbit on one model and the same tokens.
 
     python benchmarks/quantizers/run.py --out benchmarks/quantizers/results/field.json
 
