@@ -130,6 +130,7 @@ ATTRIBUTES: list[tuple[str, str]] = [
     ("vllm.renderers.params", 'parameter="input_tokens"'),
     ("vllm.renderers.params", 'parameter="input_text"'),
     ("vllm.v1.engine.input_processor", "longer than the maximum model length"),
+    ("vllm.entrypoints.generate.base.serving", 'PRIORITY_HEADER = "X-Vllm-Priority"'),
     ("vllm.exceptions", "currently busy"),
     ("vllm.exceptions", "backlog limit"),
 ]

@@ -19,6 +19,7 @@ from lowbit_server.gateway.key_limits import KeyUsage, KeyUsages
 from lowbit_server.gateway.keys import ANONYMOUS, Key, KeyStore
 from lowbit_server.gateway.lease import BODIES_AT_ONCE, Capacity, Lease
 from lowbit_server.gateway.openai_errors import ApiError, send_error
+from lowbit_server.gateway.presented_key import presented_key, refused
 from lowbit_server.gateway.request_body import BufferedReceive, parse, read_body
 from lowbit_server.gateway.request_context import RequestContext
 from lowbit_server.gateway.request_limits import Models, ServerLimits, demand_of
@@ -30,6 +31,7 @@ OPEN_PATHS, ADMIN_PATHS = paths_for("everyone"), paths_for("admin")
 LONGEST_WAIT_S = 60
 BODY_S = 60.0  # the longest that a client may take to send its body
 REQUEST_ID_CHARACTERS = 128
+PRIORITY_HEADER = b"x-vllm-priority"  # goes before a body's `priority` in vLLM (tests/contract)
 ABORT_S = 2.0  # how long the app may take to notice that its client has disconnected
 
 
@@ -92,7 +94,10 @@ class Gateway:
                 return
             self._tracker.open(context)
             await self._forward(
-                _with_id(scope, context), BufferedReceive(body, receive, context), send, context
+                _for_engine(scope, context, self._priority_of(context)),
+                BufferedReceive(body, receive, context),
+                send,
+                context,
             )
 
     async def _refuse(self, send: Send, error: ApiError, context: RequestContext) -> None:
@@ -140,14 +145,10 @@ class Gateway:
     def _key_of(self, headers: Headers) -> Key:
         if self._keys is None:
             return ANONYMOUS
-        scheme, _, presented = headers.get("authorization", "").partition(" ")
-        key = self._keys.find(presented.strip()) if scheme.lower() == "bearer" else None
+        key = self._keys.find(presented_key(headers))
         if key is None:
-            raise ApiError(
-                401,
-                "no such API key; send yours as `Authorization: Bearer …`",
-                "key",
-                headers={"www-authenticate": "Bearer"},
+            raise refused(
+                "no such API key; send yours as `Authorization: Bearer …`, `x-api-key` or `api-key`"
             )
         return key
 
@@ -165,6 +166,14 @@ class Gateway:
             return False
         document["priority"] = key.priority  # the key's, whatever the client says
         return True
+
+    def _priority_of(self, context: RequestContext) -> int | None:
+        """A key's priority, where there are any; some APIs have no field for it."""
+        return (
+            context.lease.usage.key.priority
+            if self._keys is not None and self._keys.uses_priorities
+            else None
+        )
 
     async def _forward(
         self, scope: Scope, receive: BufferedReceive, send: Send, context: RequestContext
@@ -240,10 +249,13 @@ def _request_id(headers: Headers) -> str:
     return "".join(c for c in given if c.isascii() and c.isprintable())[:REQUEST_ID_CHARACTERS]
 
 
-def _with_id(scope: Scope, context: RequestContext) -> Scope:
-    """The engine gets our id, because a client may use the same one twice."""
-    headers = [(name, value) for name, value in scope["headers"] if name != b"x-request-id"]
-    return {**scope, "headers": [*headers, (b"x-request-id", context.id.encode())]}
+def _for_engine(scope: Scope, context: RequestContext, priority: int | None) -> Scope:
+    """The engine gets our id, because a client may use the same one twice, and the key's priority, not the client's."""
+    ours = {b"x-request-id": context.id.encode()}
+    if priority is not None:
+        ours[PRIORITY_HEADER] = str(priority).encode()
+    headers = [(name, value) for name, value in scope["headers"] if name not in (*ours, PRIORITY_HEADER)]
+    return {**scope, "headers": [*headers, *ours.items()]}
 
 
 def _deadline(headers: Headers, default_s: float | None) -> float | None:

@@ -37,7 +37,11 @@ class Served:
 
         @inner.post(CHAT)
         async def chat(request: Request) -> Any:
-            self.seen = {"body": await request.json(), "id": request.headers["x-request-id"]}
+            self.seen = {
+                "body": await request.json(),
+                "id": request.headers["x-request-id"],
+                "priority": request.headers.getlist("x-vllm-priority"),
+            }
             prompt = self.seen["body"]["messages"][0]["content"]
             if prompt == "busy":
                 text = "The engine is currently busy and cannot accept new requests."
@@ -180,6 +184,18 @@ async def test_priority_is_the_keys_and_not_the_clients(tmp_path: Path) -> None:
     assert served.seen["body"]["priority"] == -5
     await served.chat(key="b-secret", priority=-100)
     assert served.seen["body"]["priority"] == 0
+
+
+async def test_a_priority_in_a_header_is_the_keys_too(tmp_path: Path) -> None:
+    """vLLM follows `X-Vllm-Priority` before the body's field."""
+    served = Served(KeyStore(key_file(tmp_path / "k", {"name": "vip", "priority": -5}, {"name": "b"})))
+    for name, priority in (("vip", ["-5"]), ("b", ["0"])):
+        headers = {"x-api-key": f"{name}-secret", "X-Vllm-Priority": "-100"}
+        assert (await served.client.post(CHAT, json=HELLO, headers=headers)).status_code == 200
+        assert served.seen["priority"] == priority
+    plain = Served(KeyStore(key_file(tmp_path / "p", {"name": "a"})))
+    await plain.client.post(CHAT, json=HELLO, headers={"x-api-key": "a-secret", "X-Vllm-Priority": "-100"})
+    assert plain.seen["priority"] == []
 
 
 async def test_a_priority_that_comes_with_a_new_key_file_counts_at_once(tmp_path: Path) -> None:
