@@ -88,9 +88,8 @@ class Gateway:
             raise
         else:
             if body is None:
-                await self._app(
-                    scope, receive, ResponseWriter(send, {"x-request-id": context.client_id}).send
-                )
+                writer = ResponseWriter(send, context.id_headers, shape=context.route.errors)
+                await self._app(scope, receive, writer.send)
                 return
             self._tracker.open(context)
             await self._forward(
@@ -103,7 +102,7 @@ class Gateway:
     async def _refuse(self, send: Send, error: ApiError, context: RequestContext) -> None:
         context.lease.close()  # nobody else waits while the client reads that it was refused
         self._tracker.reject(context, error.status, error.reason)
-        await send_error(send, error, {"x-request-id": context.client_id})
+        await send_error(send, error, context.id_headers, context.route.errors)
 
     async def _check(
         self, scope: Scope, receive: Receive, headers: Headers, context: RequestContext
@@ -178,7 +177,7 @@ class Gateway:
     async def _forward(
         self, scope: Scope, receive: BufferedReceive, send: Send, context: RequestContext
     ) -> None:
-        headers = {"x-request-id": context.client_id, **context.lease.usage.headers()}
+        headers = {**context.id_headers, **context.lease.usage.headers()}
         writer = ResponseWriter(send, headers, context, self._retry_after)
         timeout_s = _deadline(Headers(scope=scope), self._limits.request_timeout_s)
         try:
@@ -234,7 +233,8 @@ class AdminPort:
         if scope["type"] == "http" and scope["path"] in OPEN_PATHS | ADMIN_PATHS:
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
-            await send_error(send, ApiError(404, "this port answers operators only", "admin_port"), {})
+            error = ApiError(404, "this port answers operators only", "admin_port")
+            await send_error(send, error, {}, route_at(scope["path"]).errors)
 
 
 def _outcome(context: RequestContext) -> str:

@@ -1,6 +1,7 @@
-"""Errors in the one shape that OpenAI clients understand, whether the gateway, FastAPI or vLLM raised them.
+"""Errors in the one shape that a route's clients understand, whether the gateway, FastAPI or vLLM raised them.
 
-`{"error": {"message": str, "type": str, "param": str | null, "code": str | null}}`
+OpenAI's is `{"error": {"message": str, "type": str, "param": str | null, "code": str | null}}`; Anthropic's is in
+`anthropic_errors.py`.
 """
 
 import json
@@ -10,6 +11,7 @@ from typing import Any
 
 from starlette.types import Send
 
+from lowbit_server.gateway.anthropic_errors import anthropic_document, anthropic_event, engines_document
 from lowbit_server.gateway.route_table import ErrorShape
 from lowbit_server.gateway.validation_errors import readable
 
@@ -52,9 +54,9 @@ class ApiError(Exception):
     param: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
 
-    def body(self) -> bytes:
+    def body(self, shape: ErrorShape = "openai", request_id: str = "") -> bytes:
         """The JSON document."""
-        return error_document(self.status, self.message, self.code, self.param)
+        return error_document(self.status, self.message, self.code, self.param, shape, request_id)
 
 
 def too_large(asked: str, limit: str, reason: str) -> ApiError:
@@ -65,14 +67,25 @@ def too_large(asked: str, limit: str, reason: str) -> ApiError:
     return ApiError(429, message, reason, headers={"x-should-retry": "false"})
 
 
-def error_document(status: int, message: str, code: str | None = None, param: str | None = None) -> bytes:
+def error_document(
+    status: int,
+    message: str,
+    code: str | None = None,
+    param: str | None = None,
+    shape: ErrorShape = "openai",
+    request_id: str = "",
+) -> bytes:
     """An error document for an HTTP status."""
+    if shape == "anthropic":
+        return anthropic_document(status, message, param, request_id)
     kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     error = {"message": message, "type": kind, "param": param, "code": code or CODES.get(status)}
     return json.dumps({"error": error}).encode()
 
 
-def normalized(status: int, body: bytes, prompt: str | None = None) -> tuple[int, bytes]:
+def normalized(
+    status: int, body: bytes, prompt: str | None = None, shape: ErrorShape = "openai", request_id: str = ""
+) -> tuple[int, bytes]:
     """Status and document for another component's error response; 422 becomes 400, which is what OpenAI sends.
 
     `prompt`: the field that holds the prompt, which is the one to blame where the engine says that it is too long.
@@ -84,9 +97,8 @@ def normalized(status: int, body: bytes, prompt: str | None = None) -> tuple[int
         message += " Responses are kept only with VLLM_ENABLE_RESPONSES_API_STORE=1: send the conversation as `input`."
     if status == 400 and (param in PROMPT_PARAMETERS or any(mark in message for mark in PROMPT_TOO_LONG)):
         code, param = "context_length_exceeded", prompt
-    return status, error_document(
-        status, message or CODES.get(status, "error").replace("_", " "), code, param
-    )
+    message = message or CODES.get(status, "error").replace("_", " ")
+    return status, error_document(status, message, code, param, shape, request_id)
 
 
 def _read(body: bytes) -> tuple[str, str | None, str | None]:
@@ -108,8 +120,10 @@ def _read(body: bytes) -> tuple[str, str | None, str | None]:
     )
 
 
-def stream_event(error: ApiError, shape: ErrorShape) -> bytes:
+def stream_event(error: ApiError, shape: ErrorShape, request_id: str = "") -> bytes:
     """An error as the last event of a stream that has begun; the Responses API has a shape of its own."""
+    if shape == "anthropic":
+        return anthropic_event(error.body(shape, request_id))
     if shape != "responses":
         return b"data: " + error.body() + b"\n\n"
     data = {
@@ -119,11 +133,16 @@ def stream_event(error: ApiError, shape: ErrorShape) -> bytes:
     return b"event: error\ndata: " + json.dumps(data).encode() + b"\n\n"
 
 
-def normalized_event(event: bytes, prompt: str | None = None) -> bytes:
+def normalized_event(
+    event: bytes, prompt: str | None = None, shape: ErrorShape = "openai", request_id: str = ""
+) -> bytes:
     """Another component's error event in a stream, in the one shape."""
-    body = event.removeprefix(b"data: ")
+    body = event.partition(b"data: ")[2]
+    if shape == "anthropic":
+        body = engines_document(body)
     status = _status(body)
-    return b"data: " + normalized(status, body, prompt)[1] + b"\n\n"
+    document = normalized(status, body, prompt, shape, request_id)[1]
+    return anthropic_event(document) if shape == "anthropic" else b"data: " + document + b"\n\n"
 
 
 def _status(body: bytes) -> int:
@@ -134,9 +153,12 @@ def _status(body: bytes) -> int:
     return code if isinstance(code, int) and 400 <= code < 600 else 500
 
 
-async def send_error(send: Send, error: ApiError, headers: Mapping[str, str]) -> None:
-    """Send an error as the whole response."""
-    await send_document(send, error.status, error.body(), {**headers, **error.headers})
+async def send_error(
+    send: Send, error: ApiError, headers: Mapping[str, str], shape: ErrorShape = "openai"
+) -> None:
+    """Send an error as the whole response; `headers` hold the request's id."""
+    body = error.body(shape, headers.get("x-request-id", ""))
+    await send_document(send, error.status, body, {**headers, **error.headers})
 
 
 async def send_document(send: Send, status: int, body: bytes, headers: Mapping[str, str]) -> None:

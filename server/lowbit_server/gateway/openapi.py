@@ -27,6 +27,19 @@ ERROR_SCHEMA: dict[str, Any] = {
         }
     },
 }
+ANTHROPIC_ERROR_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": ["type", "error"],
+    "properties": {
+        "type": {"type": "string", "const": "error"},
+        "error": {
+            "type": "object",
+            "required": ["type", "message"],
+            "properties": {"type": {"type": "string"}, "message": {"type": "string"}},
+        },
+        "request_id": {"type": "string"},
+    },
+}
 
 
 def describe_answers(app: FastAPI) -> None:
@@ -37,7 +50,7 @@ def describe_answers(app: FastAPI) -> None:
         document = make()
         schemas = document.setdefault("components", {}).setdefault("schemas", {})
         if "Error" not in schemas:
-            schemas["Error"] = ERROR_SCHEMA
+            schemas |= {"Error": ERROR_SCHEMA, "MessagesError": ANTHROPIC_ERROR_SCHEMA}
             if completion := schemas.get("CompletionRequest"):  # vLLM's other way in, embeddings, is off
                 completion["required"] = sorted({*completion.get("required", ()), "prompt"})
             for path, operations in document["paths"].items():
@@ -55,11 +68,12 @@ def _describe(route: Route, operation: dict[str, Any]) -> None:
         for status in PROBE:
             answers.setdefault(str(status), {"description": "the state, as JSON or empty"})
         return
+    schema = "MessagesError" if route.errors == "anthropic" else "Error"
     work = route.cost != "nothing" or "{" in route.path
     for status in EVERYWHERE + (WITH_BODY if work else ()):
         answers[str(status)] = {
             "description": CODES.get(status, "error").replace("_", " "),
-            "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
+            "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}},
         }
 
 

@@ -14,7 +14,9 @@ from lowbit_server.gateway.route_table import Route
 from lowbit_server.gateway.unicode_text import decoded
 
 OUTPUT_FIELDS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
-PROMPT_FIELDS = ("messages", "prompt", "input", "instructions", "tools", "suffix", "documents", "tokens")
+PROMPT_FIELDS = (
+    "messages", "system", "prompt", "input", "instructions", "tools", "suffix", "documents", "tokens",
+)  # fmt: skip
 ABSURD = 1 << 50  # larger numbers count as this; vLLM refuses them
 
 

@@ -29,3 +29,9 @@ class RequestContext:
     finished: int = 0  # sequences that the engine has counted
     prompts: tuple[str, ...] = ()  # the engine's ids of those whose prompt is counted
     response_ended: bool = False
+
+    @property
+    def id_headers(self) -> dict[str, str]:
+        """The headers that name the request; Anthropic's clients read theirs."""
+        named = {"x-request-id": self.client_id}
+        return named | ({"request-id": self.client_id} if self.route.errors == "anthropic" else {})

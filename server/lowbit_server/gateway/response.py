@@ -1,4 +1,4 @@
-"""A response on its way to the client: headers added, errors in OpenAI's shape, a failed stream marked as failed."""
+"""A response on its way to the client: headers added, errors in the route's shape, a failed stream marked as failed."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -13,14 +13,20 @@ from lowbit_server.gateway.openai_errors import (
     stream_event,
 )
 from lowbit_server.gateway.request_context import RequestContext
+from lowbit_server.gateway.route_table import ErrorShape
 
 QUEUE_FULL = (b"currently busy", b"backlog limit")  # in vLLM's two refusals (tests/contract checks them)
 STREAM_HEADERS = ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))  # for proxies that collect
-ERROR_EVENT = b'data: {"error"'  # the start of vLLM's event when a stream fails
+ERROR_EVENTS: dict[
+    ErrorShape, bytes
+] = {  # the start of vLLM's event when a stream fails, where it is not OpenAI's
+    "anthropic": b"event: error\n",
+}
+OPENAI_ERROR_EVENT = b'data: {"error"'
 
 
 class ResponseWriter:
-    """Passes the app's response on, adds headers, and puts errors in OpenAI's shape.
+    """Passes the app's response on, adds headers, and puts errors in the route's shape.
 
     vLLM answers 503 when its queue is full; the client gets 429 with a `Retry-After`.
     """
@@ -31,8 +37,11 @@ class ResponseWriter:
         headers: Mapping[str, str],
         context: RequestContext | None = None,
         retry_after: Callable[[], int] | None = None,
+        shape: ErrorShape = "openai",
     ) -> None:
         self._send, self._headers, self._context, self._retry_after = send, headers, context, retry_after
+        self._shape: ErrorShape = context.route.errors if context is not None else shape
+        self._error_event = ERROR_EVENTS.get(self._shape, OPENAI_ERROR_EVENT)
         self._error: tuple[int, list[bytes]] | None = None
         self._begun = self._ended = self._streams = self._failed = False
 
@@ -46,7 +55,7 @@ class ResponseWriter:
             self._error[1].append(message.get("body", b""))
             if not message.get("more_body"):
                 await self._send_error()
-        elif self._streams and message.get("body", b"").startswith(ERROR_EVENT):
+        elif self._streams and message.get("body", b"").startswith(self._error_event):
             await self._end_failed(message["body"])
         else:
             self._ended = not message.get("more_body", False)
@@ -61,10 +70,10 @@ class ResponseWriter:
         self._failed = True
         if not self._begun:
             self._note(error.status)
-            await send_error(self._send, error, self._headers)
+            await send_error(self._send, error, self._headers, self._shape)
         elif self._streams and not self._ended:
-            shape = self._context.route.errors if self._context is not None else "openai"
-            await self._send({"type": "http.response.body", "body": stream_event(error, shape)})
+            event = stream_event(error, self._shape, self._request_id)
+            await self._send({"type": "http.response.body", "body": event})
 
     async def _end_failed(self, event: bytes) -> None:
         """Make vLLM's error event the last one: the `[DONE]` that it sends afterwards is dropped."""
@@ -72,7 +81,8 @@ class ResponseWriter:
         if self._context is not None:
             self._context.outcome = self._context.outcome or "error"
             self._context.response_ended = True
-        await self._send({"type": "http.response.body", "body": normalized_event(event, self._prompt)})
+        last = normalized_event(event, self._prompt, self._shape, self._request_id)
+        await self._send({"type": "http.response.body", "body": last})
 
     async def _start(self, message: Message) -> None:
         content_type = next((v for n, v in message.get("headers", ()) if n.lower() == b"content-type"), b"")
@@ -93,13 +103,17 @@ class ResponseWriter:
             status = 429
             headers["retry-after"] = str(self._retry_after())
         if self._headers or status != 503:  # what a probe says of the engine keeps its own shape
-            status, body = normalized(status, body, self._prompt)
+            status, body = normalized(status, body, self._prompt, self._shape, self._request_id)
         headers |= {"content-type": "application/json", "content-length": str(len(body))}
         self._note(status)
         self._begun = self._ended = True
         raw = [(n.encode("latin-1"), v.encode("latin-1")) for n, v in headers.items()]
         await self._send({"type": "http.response.start", "status": status, "headers": raw})
         await self._send({"type": "http.response.body", "body": body})
+
+    @property
+    def _request_id(self) -> str:
+        return self._headers.get("x-request-id", "")
 
     @property
     def _prompt(self) -> str | None:

@@ -9,7 +9,8 @@ from typing import Literal
 
 Access = Literal["everyone", "key", "admin"]  # admin: a key with `admin: true`, or anybody on the admin port
 Cost = Literal["nothing", "request", "tokens"]  # tokens: a request, and the tokens that the engine counts
-ErrorShape = Literal["openai", "responses", "state"]  # state: a probe's own; responses: its stream's events
+# state: a probe's own; responses: its stream's events
+ErrorShape = Literal["openai", "responses", "anthropic", "state"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,11 @@ ROUTES = (
     Route("/v1/responses", POST, "the Responses API", cost="tokens", errors="responses", prompt="input"),
     Route("/v1/responses/{response_id}", GET, "a stored response", errors="responses"),
     Route("/v1/responses/{response_id}/cancel", POST, "end a response", errors="responses"),
+    Route("/v1/messages", POST, "Anthropic's Messages API", cost="tokens", errors="anthropic", prompt="messages"),
+    Route(
+        "/v1/messages/count_tokens", POST, "how many tokens such a request has", cost="request", errors="anthropic",
+        prompt="messages",
+    ),
     Route(
         "/v1/embeddings", POST, "embeddings, where the model has them", cost="tokens", prompt="input", batch=True
     ),
@@ -54,6 +60,9 @@ ROUTES = (
     Route("/openapi.json", GET, "this API as an OpenAPI document", access="admin"),
 )  # fmt: skip
 UNLISTED = Route("", (), "what no route has", access="key")  # a 404 is for those with a key
+UNLISTED_MESSAGES = Route(
+    "", (), "what Anthropic's API has and vLLM does not", access="key", errors="anthropic"
+)
 
 # Routes of the versions of vLLM that pyproject.toml allows which are removed: (path, methods).
 CLOSED: dict[str, tuple[str, ...]] = {
@@ -89,8 +98,6 @@ CLOSED: dict[str, tuple[str, ...]] = {
     "/v1/completions/render": POST,
     "/v1/decisions": POST,  # from 0.33 on
     "/v1/load_lora_adapter": POST,
-    "/v1/messages": POST,
-    "/v1/messages/count_tokens": POST,
     "/v1/messages/render": POST,
     "/v1/models": GET,  # ours takes its place
     "/v1/realtime": ("WEBSOCKET",),
@@ -111,7 +118,7 @@ def route_at(path: str) -> Route:
 
     Those with a parameter are UNLISTED here: a test holds that they need a key and cost nothing, as UNLISTED does.
     """
-    return BY_PATH.get(path, UNLISTED)
+    return BY_PATH.get(path) or (UNLISTED_MESSAGES if path.startswith("/v1/messages/") else UNLISTED)
 
 
 def paths_for(access: Access) -> frozenset[str]:

@@ -11,6 +11,7 @@ from typing import Any
 from starlette.types import Receive, Scope, Send
 
 from lowbit_server.gateway.openai_errors import ApiError, send_document, send_error
+from lowbit_server.gateway.route_table import route_at
 
 STAGES = ("starting the engine", "reading back what it loaded", "opening the API")
 PROBES = {"/livez": 200, "/health": 503, "/readyz": 503, "/startupz": 503}
@@ -32,7 +33,7 @@ class Loading:
         again = {"retry-after": str(RETRY_AFTER_S)}
         if status is None:
             error = ApiError(503, "the model is loading; try again soon", "loading", headers=again)
-            await send_error(send, error, {})
+            await send_error(send, error, {}, route_at(scope["path"]).errors)
         elif scope["method"] != "GET":
             allowed = {"allow": "GET, HEAD"}
             await send_error(send, ApiError(405, "Method Not Allowed", "method", headers=allowed), {})
