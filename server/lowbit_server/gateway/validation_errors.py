@@ -17,6 +17,7 @@ KIND = re.compile(
 )  # a segment that names a class: no field of the API begins with a capital letter
 TELLS_KIND = ("role", "type")
 MOST_FIELDS = 3
+RAISED = "Value error, "  # before the words of a check of the engine's own
 
 
 def readable(message: str, param: str | None) -> tuple[str, str | None]:
@@ -40,12 +41,20 @@ def readable(message: str, param: str | None) -> tuple[str, str | None]:
     return "; ".join(f"{field}: {', or '.join(fields[field])}" for field in shown), whole
 
 
-def _error(line: str) -> dict[str, Any] | None:
+def _error(line: str) -> dict[str, str] | None:
+    """The texts in a dict as `repr` writes it; beside them it may hold exceptions, which are no literals."""
     try:
-        found = ast.literal_eval(line.strip())
+        found = ast.parse(line.strip(), mode="eval").body
     except (ValueError, SyntaxError):  # `...and 9 more errors`, or one that was cut
         return None
-    return found if isinstance(found, dict) and {"loc", "msg"} <= found.keys() else None
+    if not isinstance(found, ast.Dict):
+        return None
+    texts = {
+        str(key.value): value.value
+        for key, value in zip(found.keys, found.values, strict=True)
+        if isinstance(key, ast.Constant) and isinstance(value, ast.Constant) and isinstance(value.value, str)
+    }
+    return texts | {"msg": texts["msg"].removeprefix(RAISED)} if {"loc", "msg"} <= texts.keys() else None
 
 
 def _kind(place: str) -> str:

@@ -87,6 +87,12 @@ PYDANTIC = """2 validation errors for ValidatorIterator
             "messages",
         ),
         (
+            "1 validation error:\n  {'type': 'value_error', 'loc': 'body.max_tokens', 'msg': 'Value error, it must be "
+            "positive', 'input': '0', 'ctx': {'error': ValueError('it must be positive')}}",
+            "max_tokens: it must be positive",
+            "max_tokens",
+        ),
+        (
             "2 validation errors:\n  {'type': 'int', 'loc': 'body.n', 'msg': 'a'}\n  {'loc': 'body.top_p', 'msg': 'b'}",
             "n: a; top_p: b",
             "n",
