@@ -10,12 +10,12 @@ from starlette.types import Message, Receive
 
 from lowbit_server.gateway.openai_errors import ApiError
 from lowbit_server.gateway.request_context import RequestContext
-from lowbit_server.gateway.route_table import Route
+from lowbit_server.gateway.route_table import SCORED, Route
 from lowbit_server.gateway.unicode_text import decoded
 
 OUTPUT_FIELDS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 PROMPT_FIELDS = (
-    "messages", "system", "prompt", "input", "instructions", "tools", "suffix", "documents", "tokens",
+    "messages", "system", "prompt", "input", "instructions", "tools", "suffix", "tokens", "query", *SCORED,
 )  # fmt: skip
 ABSURD = 1 << 50  # larger numbers count as this; vLLM refuses them
 
@@ -105,7 +105,12 @@ def choices(document: dict[str, Any]) -> int:
 
 def prompts(document: dict[str, Any], route: Route) -> int:
     """How many prompts a request holds: a list of token ids is one, a list of anything else is as many as it has."""
-    given = document.get(route.prompt) if route.batch and route.prompt else None
+    return max(1, sum(_several(document.get(field)) for field in route.batch))
+
+
+def _several(given: Any) -> int:
+    if given is None:
+        return 0
     if not isinstance(given, list) or not given or isinstance(given[0], int | float):
         return 1
     return len(given)

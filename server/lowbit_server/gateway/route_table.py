@@ -15,7 +15,7 @@ ErrorShape = Literal["openai", "responses", "anthropic", "state"]
 
 @dataclass(frozen=True)
 class Route:
-    """A route that is answered. `prompt`: the field of the body that is the prompt, or with `batch` several of them.
+    """A route that is answered. `prompt`: the body's field that is the prompt; `batch`: those that may hold several.
 
     What costs something is work for the engine: a POST with a JSON body, which takes places and counts in limits.
     """
@@ -27,14 +27,21 @@ class Route:
     cost: Cost = "nothing"
     errors: ErrorShape = "openai"
     prompt: str | None = None
-    batch: bool = False
+    batch: tuple[str, ...] = ()
     ours: bool = False
 
 
 GET, POST = ("GET",), ("POST",)
+# The fields of pairs of texts, by the names that vLLM takes.
+SCORED = ("queries", "documents", "items", "text_1", "text_2", "data_1", "data_2")
+RANKED = ("query", "documents")
+SCORES = "scores of pairs of texts, where the model embeds or ranks"
+RANKS = "documents by nearness to a query, where the model embeds or ranks"
 ROUTES = (
     Route("/v1/chat/completions", POST, "chat", cost="tokens", prompt="messages"),
-    Route("/v1/completions", POST, "completions of one text or several", cost="tokens", prompt="prompt", batch=True),
+    Route(
+        "/v1/completions", POST, "completions of one text or several", cost="tokens", prompt="prompt", batch=("prompt",)
+    ),
     Route("/v1/responses", POST, "the Responses API", cost="tokens", errors="responses", prompt="input"),
     Route("/v1/responses/{response_id}", GET, "a stored response", errors="responses"),
     Route("/v1/responses/{response_id}/cancel", POST, "end a response", errors="responses"),
@@ -44,8 +51,14 @@ ROUTES = (
         prompt="messages",
     ),
     Route(
-        "/v1/embeddings", POST, "embeddings, where the model has them", cost="tokens", prompt="input", batch=True
+        "/v1/embeddings", POST, "embeddings, where the model has them", cost="tokens", prompt="input", batch=("input",)
     ),
+    Route("/pooling", POST, "what such a model pools, as it is", cost="tokens", prompt="input", batch=("input",)),
+    Route("/v1/score", POST, SCORES, cost="tokens", prompt="documents", batch=SCORED),
+    Route("/score", POST, "the same", cost="tokens", prompt="documents", batch=SCORED),
+    Route("/v1/rerank", POST, RANKS, cost="tokens", prompt="documents", batch=RANKED),
+    Route("/v2/rerank", POST, "the same, as Cohere's clients ask", cost="tokens", prompt="documents", batch=RANKED),
+    Route("/rerank", POST, "the same", cost="tokens", prompt="documents", batch=RANKED),
     Route("/tokenize", POST, "text or messages as token ids", cost="request", prompt="prompt"),
     Route("/detokenize", POST, "token ids as text", cost="request", prompt="tokens"),
     Route("/v1/models", GET, "the model, its other names and its loaded adapters, with what was measured", ours=True),
@@ -67,7 +80,7 @@ UNLISTED_MESSAGES = Route(
 # Routes of the versions of vLLM that pyproject.toml allows which are removed: (path, methods).
 CLOSED: dict[str, tuple[str, ...]] = {
     "/abort_requests": POST,
-    "/classify": POST,
+    "/classify": POST,  # models with a head for classes, which `lowbit quantize` does not read
     "/cohere/v2/chat": POST,
     "/cohere/v2/chat/render": POST,
     "/docs": GET,
@@ -81,14 +94,13 @@ CLOSED: dict[str, tuple[str, ...]] = {
     "/load": GET,
     "/metrics": ("MOUNT", "GET"),  # ours takes its place
     "/ping": ("GET", "POST"),
-    "/pooling": POST,
     "/redoc": GET,
-    "/rerank": POST,
     "/scale_elastic_ep": POST,
-    "/score": POST,
     "/start_profile": POST,
     "/stop_profile": POST,
     "/tokenizer_info": GET,
+    # Forms with a file and not JSON, of which no limit could be told before vLLM reads them; and models of speech have
+    # parts that `lowbit quantize` does not read.
     "/v1/audio/transcriptions": POST,
     "/v1/audio/translations": POST,
     "/v1/chat/completions/batch": POST,
@@ -101,13 +113,10 @@ CLOSED: dict[str, tuple[str, ...]] = {
     "/v1/messages/render": POST,
     "/v1/models": GET,  # ours takes its place
     "/v1/realtime": ("WEBSOCKET",),
-    "/v1/rerank": POST,
     "/v1/responses/render": POST,
-    "/v1/score": POST,
     "/v1/systemone": POST,
     "/v1/unload_lora_adapter": POST,
-    "/v2/embed": POST,
-    "/v2/rerank": POST,
+    "/v2/embed": POST,  # Cohere's, with fields for pictures: /v1/embeddings is what clients have in common
 }
 
 BY_PATH = {route.path: route for route in ROUTES}
