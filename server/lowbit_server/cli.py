@@ -4,37 +4,45 @@ Nothing of vLLM or torch is imported before the checkpoint has been checked.
 """
 
 import argparse
+import contextlib
 import os
 import pwd
+import socket
 import sys
 import tempfile
 from collections.abc import Mapping, MutableMapping
-from dataclasses import fields
+from dataclasses import fields, replace
+from pathlib import Path
 
 from lowbit_core.cli import Command, file_path
 from lowbit_core.errors import ConfigError, EngineError
 from lowbit_core.log import get_logger
 from lowbit_server.checkpoint import Checkpoint, open_checkpoint
-from lowbit_server.config import ServeConfig, refuse_uneven_nodes
+from lowbit_server.cloud_storage import download
+from lowbit_server.clouds import Cloud, checkpoint_in, cloud_of, with_cloud
+from lowbit_server.config import ServeConfig, base_url, refuse_uneven_nodes
 from lowbit_server.flags import add_arguments
 from lowbit_server.http.certificates import open_certificate
+from lowbit_server.http.listeners import listen, listener_of
 from lowbit_server.lifecycle import INTERRUPTED, StoppedWhileLoadingError, leaving_at_once_on_signals
 
 log = get_logger("serve")
 
 
 def add_serve_arguments(parser: argparse.ArgumentParser, environment: Mapping[str, str] = os.environ) -> None:
-    """Declare the directory and the flags of ServeConfig."""
+    """Declare the directory and the flags of ServeConfig, whose defaults a cloud's environment may set."""
+    cloud = cloud_of(environment)
+    parser.set_defaults(cloud=cloud, aliases=tuple(cloud.aliases.items()) if cloud else ())
     parser.add_argument(
         "directory", metavar="DIR", type=file_path, nargs="?", default=environment.get("LOWBIT_DIR"),
         help="checkpoint directory that `lowbit quantize` wrote, or any Hugging Face model directory",
     )  # fmt: skip
-    add_arguments(parser, ServeConfig, environment)
+    add_arguments(parser, ServeConfig, with_cloud(environment, cloud))
 
 
 def config_from(arguments: argparse.Namespace) -> ServeConfig:
     """The flags as one checked object; raises ConfigError for flags that contradict each other."""
-    if arguments.directory is None:
+    if arguments.directory is None and not (arguments.cloud and arguments.cloud.model):
         raise ConfigError("give the checkpoint directory: lowbit serve DIR (or LOWBIT_DIR)")
     if arguments.kv_cache_gib is not None:
         if arguments.kv_cache_memory_bytes is not None:
@@ -54,7 +62,16 @@ def run(arguments: argparse.Namespace) -> int:
     config = config_from(arguments)
     if config.ssl_certfile is not None and config.ssl_keyfile is not None:
         open_certificate(config.ssl_certfile, config.ssl_keyfile)
-    with leaving_at_once_on_signals():
+    with leaving_at_once_on_signals(), contextlib.ExitStack() as stack:
+        held = None
+        if arguments.cloud is not None:
+            held = stack.enter_context(listener_of(config))
+            listen(held)  # clouds restart a container whose port refuses connections while files are read
+            log.info(
+                "%s: %s; listening at %s", arguments.cloud.told_by, arguments.cloud.name, base_url(config)
+            )
+            directory = arguments.directory or _clouds_checkpoint(arguments.cloud)
+            config = replace(config, directory=directory)
         log.info("checking the files of %s", config.directory)
         checkpoint = open_checkpoint(config)
         if checkpoint.manifest is None:
@@ -64,11 +81,16 @@ def run(arguments: argparse.Namespace) -> int:
         prepare_environment(arguments.log_level)
         if config.lora_dir is not None:
             os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"  # vLLM's own routes for that stay closed
-        _serve(config, checkpoint)
+        _serve(config, checkpoint, held)
     return 0
 
 
-def _serve(config: ServeConfig, checkpoint: Checkpoint) -> None:
+def _clouds_checkpoint(cloud: Cloud) -> Path:
+    local = download(cloud.model) if "://" in cloud.model else file_path(cloud.model)
+    return checkpoint_in(cloud, local)
+
+
+def _serve(config: ServeConfig, checkpoint: Checkpoint, held: socket.socket | None) -> None:
     try:
         import uvloop  # as vLLM's own server: cheaper for many streams
 
@@ -81,7 +103,9 @@ def _serve(config: ServeConfig, checkpoint: Checkpoint) -> None:
             f"{error.name} is not installed; pip install 'lowbit[cpu]' (no GPU) or 'lowbit[gpu]' (CUDA)"
         ) from error
     try:
-        uvloop.run(follower.follow(config, checkpoint) if config.node_rank else app.serve(config, checkpoint))
+        uvloop.run(
+            follower.follow(config, checkpoint) if config.node_rank else app.serve(config, checkpoint, held)
+        )
     except StoppedWhileLoadingError:
         sys.stderr.write("lowbit: interrupted\n")
         sys.stderr.flush()

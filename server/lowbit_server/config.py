@@ -132,6 +132,8 @@ class ServeConfig:
     otlp_traces_endpoint: str | None = _http("OpenTelemetry collector to send traces to (default: none)", str)
     no_request_log: bool = _http("do not write a line for each request")
 
+    aliases: tuple[tuple[tuple[str, str], str], ...] = ()  # (method, path) that a cloud asks for, and ours
+
 
 def refuse_uneven_nodes(config: ServeConfig) -> None:
     """Raise ConfigError where the devices do not divide evenly among the nodes, or `node_rank` is out of range."""

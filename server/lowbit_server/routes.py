@@ -27,7 +27,7 @@ def _allowed(route: Any) -> bool:
 
 
 def add_health_routes(app: FastAPI, engine: Liveness, is_draining: Callable[[], bool]) -> None:
-    """`/startupz`: loaded. `/livez`: restart me if this fails. `/readyz`: send me requests while this succeeds."""
+    """`/startupz`: loaded. `/livez`: restart me if it fails. `/readyz`, `/ping`: send me requests while it succeeds."""
 
     @app.get("/livez", tags=["health"])
     async def livez() -> JSONResponse:
@@ -42,6 +42,10 @@ def add_health_routes(app: FastAPI, engine: Liveness, is_draining: Callable[[], 
         if engine.dead:
             return _status("dead", 503)
         return _status("draining", 503) if is_draining() else _status("ready", 200)
+
+    @app.get("/ping", tags=["clouds"])
+    async def ping() -> Response:
+        return Response(status_code=503 if engine.dead or is_draining() else 200)
 
 
 def _status(status: str, code: int) -> JSONResponse:

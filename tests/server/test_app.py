@@ -87,7 +87,7 @@ async def test_allowed_routes_answer(running: Running, path: str) -> None:
     assert (await running.get(path)).status_code == 200
 
 
-@pytest.mark.parametrize("path", ["/scale_elastic_ep", "/invocations", "/docs"])
+@pytest.mark.parametrize("path", ["/scale_elastic_ep", "/load", "/docs"])
 async def test_routes_that_nobody_asked_for_are_gone(running: Running, path: str) -> None:
     assert (await running.get(path)).status_code == 404
 
@@ -161,7 +161,7 @@ async def test_the_openapi_document_names_each_status_and_no_closed_route(runnin
     document = (await running.get("/openapi.json")).json()
     assert set(document["paths"]) == {
         "/health", "/livez", "/readyz", "/startupz", "/metrics", "/lowbit/checkpoint", "/v1/models",
-        "/v1/models/{model}", "/v1/chat/completions",
+        "/v1/models/{model}", "/v1/chat/completions", "/ping", "/invocations",
     }  # fmt: skip
     chat = document["paths"]["/v1/chat/completions"]["post"]["responses"]
     assert {"200", "401", "403", "404", "431", "500"} <= set(chat)

@@ -15,6 +15,7 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from lowbit_server.gateway.invocations import works_in
 from lowbit_server.gateway.key_limits import KeyUsage, KeyUsages
 from lowbit_server.gateway.keys import ANONYMOUS, Key, KeyStore
 from lowbit_server.gateway.lease import BODIES_AT_ONCE, Capacity, Lease
@@ -22,10 +23,10 @@ from lowbit_server.gateway.openai_errors import ApiError, send_error
 from lowbit_server.gateway.presented_key import presented_key, refused
 from lowbit_server.gateway.request_body import BufferedReceive, parse, read_body
 from lowbit_server.gateway.request_context import RequestContext
-from lowbit_server.gateway.request_limits import Models, ServerLimits, demand_of
+from lowbit_server.gateway.request_limits import Models, ServerLimits, demand_of_all
 from lowbit_server.gateway.request_tracker import RequestTracker
 from lowbit_server.gateway.response import ResponseWriter
-from lowbit_server.gateway.route_table import paths_for, route_at
+from lowbit_server.gateway.route_table import INVOCATIONS, Route, paths_for, route_at
 
 OPEN_PATHS, ADMIN_PATHS = paths_for("everyone"), paths_for("admin")
 LONGEST_WAIT_S = 60
@@ -126,13 +127,28 @@ class Gateway:
             raise ApiError(408, f"the body did not arrive within {BODY_S:g} s", "incomplete") from None
         document = parse(body, headers)
         try:
-            changed = self._apply(document, key, context)
-            lease.charge(demand_of(document, context.route, self._limits))
-            return json.dumps(document, ensure_ascii=False).encode() if changed else body
+            if context.route == INVOCATIONS:
+                document, works = self._invoked(document, headers, context)
+            else:
+                works = [(document, context.route)]
+            changed = [self._apply(one, key, context) for one, _ in works]
+            lease.charge(demand_of_all(works, self._limits))
+            whole = not any(changed) and context.route != INVOCATIONS
+            return body if whole else json.dumps(document, ensure_ascii=False).encode()
         except RecursionError:
             raise ApiError(
                 400, "the request body is nested too deeply", "json", code="invalid_json"
             ) from None
+
+    def _invoked(
+        self, document: dict[str, Any], headers: Headers, context: RequestContext
+    ) -> tuple[dict[str, Any], list[tuple[dict[str, Any], Route]]]:
+        """What an invocation becomes: a request of another route, or instances, each with the fields that it needs."""
+        works = [(work.document, work.route) for work in works_in(document, headers)]
+        if "instances" in document:
+            return {"instances": [one for one, _ in works]}, works
+        context.route = works[0][1]
+        return document, works
 
     def _refuse_while_draining(self) -> None:
         if self._is_draining():
@@ -255,7 +271,8 @@ def _for_engine(scope: Scope, context: RequestContext, priority: int | None) -> 
     if priority is not None:
         ours[PRIORITY_HEADER] = str(priority).encode()
     headers = [(name, value) for name, value in scope["headers"] if name not in (*ours, PRIORITY_HEADER)]
-    return {**scope, "headers": [*headers, *ours.items()]}
+    path = context.route.path or scope["path"]  # another one for an invocation
+    return {**scope, "path": path, "raw_path": path.encode(), "headers": [*headers, *ours.items()]}
 
 
 def _deadline(headers: Headers, default_s: float | None) -> float | None:

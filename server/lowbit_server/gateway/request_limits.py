@@ -1,6 +1,6 @@
 """What one request may ask for, whoever asks: a model that there is, so much output, so long a prompt."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,20 @@ class Models:
             message = f"the key {key.name!r} may not use the model {model!r}"
             raise ApiError(403, message, "model", code="model_not_found", param="model")
         return model
+
+
+def demand_of_all(works: Iterable[tuple[dict[str, Any], Route]], limits: ServerLimits) -> Demand:
+    """What the requests of one body ask for together; raises ApiError where one asks for more than is allowed."""
+    demands = [demand_of(document, route, limits) for document, route in works]
+    if len(demands) == 1:
+        return demands[0]
+    return Demand(
+        sum(one.prompts for one in demands),
+        max(one.choices for one in demands),
+        sum(one.prompt_tokens for one in demands),
+        sum(one.output_tokens for one in demands),
+        sum(one.default_tokens for one in demands),
+    )
 
 
 def demand_of(document: dict[str, Any], route: Route, limits: ServerLimits) -> Demand:

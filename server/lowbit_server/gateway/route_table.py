@@ -37,6 +37,10 @@ SCORED = ("queries", "documents", "items", "text_1", "text_2", "data_1", "data_2
 RANKED = ("query", "documents")
 SCORES = "scores of pairs of texts, where the model embeds or ranks"
 RANKS = "documents by nearness to a query, where the model embeds or ranks"
+INVOCATIONS = Route(
+    "/invocations", POST, "any of the above, told by its fields ([clouds](deploy.md#clouds))", cost="tokens",
+    prompt="messages", ours=True,
+)  # fmt: skip
 ROUTES = (
     Route("/v1/chat/completions", POST, "chat", cost="tokens", prompt="messages"),
     Route(
@@ -59,6 +63,7 @@ ROUTES = (
     Route("/v1/rerank", POST, RANKS, cost="tokens", prompt="documents", batch=RANKED),
     Route("/v2/rerank", POST, "the same, as Cohere's clients ask", cost="tokens", prompt="documents", batch=RANKED),
     Route("/rerank", POST, "the same", cost="tokens", prompt="documents", batch=RANKED),
+    INVOCATIONS,
     Route("/tokenize", POST, "text or messages as token ids", cost="request", prompt="prompt"),
     Route("/detokenize", POST, "token ids as text", cost="request", prompt="tokens"),
     Route("/v1/models", GET, "the model, its other names and its loaded adapters, with what was measured", ours=True),
@@ -66,6 +71,7 @@ ROUTES = (
     Route("/startupz", GET, "whether the engine is loaded", access="everyone", errors="state", ours=True),
     Route("/livez", GET, "whether the engine lives", access="everyone", errors="state", ours=True),
     Route("/readyz", GET, "whether requests are taken", access="everyone", errors="state", ours=True),
+    Route("/ping", GET, "the same, as SageMaker asks it", access="everyone", errors="state", ours=True),
     Route("/health", GET, "vLLM's own probe", access="everyone", errors="state"),
     Route("/version", GET, "vLLM's version", access="everyone", errors="state"),
     Route("/metrics", GET, "[metrics](metrics.md) of vLLM and of Lowbit", access="admin", ours=True),
@@ -88,12 +94,12 @@ CLOSED: dict[str, tuple[str, ...]] = {
     "/generative_scoring": POST,
     "/inference/v1/abort_requests": POST,
     "/inference/v1/generate": POST,
-    "/invocations": POST,
+    "/invocations": POST,  # ours takes its place: its limits are those of the route that answers
     "/is_scaling_elastic_ep": POST,
     "/kv_event_sources": GET,
     "/load": GET,
     "/metrics": ("MOUNT", "GET"),  # ours takes its place
-    "/ping": ("GET", "POST"),
+    "/ping": ("GET", "POST"),  # ours takes its place: it says whether requests are taken
     "/redoc": GET,
     "/scale_elastic_ep": POST,
     "/start_profile": POST,

@@ -14,7 +14,7 @@ from lowbit_server.gateway.openai_errors import ApiError, send_document, send_er
 from lowbit_server.gateway.route_table import route_at
 
 STAGES = ("starting the engine", "reading back what it loaded", "opening the API")
-PROBES = {"/livez": 200, "/health": 503, "/readyz": 503, "/startupz": 503}
+PROBES = {"/livez": 200, "/health": 503, "/readyz": 503, "/startupz": 503, "/ping": 503}
 RETRY_AFTER_S = 5
 
 
