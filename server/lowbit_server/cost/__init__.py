@@ -1,0 +1,1 @@
+"""What serving costs: tokens by key and month, joules, and money."""
