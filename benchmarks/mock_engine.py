@@ -120,6 +120,9 @@ class MockEngine:
     async def memory(self) -> tuple[Any, ...]:
         return ()
 
+    async def score(self, tokens: Any, first: int, top: int) -> Any:
+        raise NotImplementedError("the mock engine has no log-probabilities")
+
     async def facts(self) -> Any:
         if _is_new():
             from lowbit_server.engine.interface import EngineFacts
@@ -173,7 +176,7 @@ def runs_quantized_experts(bits: int, group_size: int, rounded: str = "none") ->
 
 
 @contextlib.asynccontextmanager
-async def start_engine(_arguments: Any, throughput: Any, _adapters: Any) -> AsyncIterator[MockEngine]:
+async def start_engine(_arguments: Any, throughput: Any, *_: Any) -> AsyncIterator[MockEngine]:
     yield MockEngine(throughput)
 
 

@@ -5,6 +5,7 @@ The order of things only: what concerns vLLM is in `engine/vllm_engine.py`.
 
 import contextlib
 import logging
+import os
 import socket
 import time
 from collections.abc import Callable, Iterable
@@ -20,6 +21,10 @@ from lowbit_core.cpu_speeds import ZENTORCH_EXTRA, instructions, lacks_zentorch
 from lowbit_core.log import get_logger
 from lowbit_server.checkpoint import Checkpoint, served_names
 from lowbit_server.config import Device, ServeConfig, base_url
+from lowbit_server.cost.energy import EnergyMeter, read_rapl
+from lowbit_server.cost.price import Cost
+from lowbit_server.cost.usage_book import UsageBook
+from lowbit_server.cost.usage_file import open_usage_file
 from lowbit_server.engine.adapters import open_adapters
 from lowbit_server.engine.arguments import derive_engine_arguments
 from lowbit_server.engine.forecast import refuse_what_does_not_fit
@@ -42,6 +47,7 @@ from lowbit_server.http.serving import serve_until_stopped, serving
 from lowbit_server.lifecycle import DrainState, end_children, unless_stopped
 from lowbit_server.metrics import LowbitCollector
 from lowbit_server.predictions import add_predictions_route
+from lowbit_server.production import Production
 from lowbit_server.report import (
     Service,
     checkpoint_document,
@@ -57,6 +63,9 @@ from lowbit_server.routes import (
     add_models_routes,
     keep_allowed_routes,
 )
+from lowbit_server.shadow.base_endpoint import BaseEndpoint
+from lowbit_server.shadow.sampler import Sampler
+from lowbit_server.shadow.worker import Shadow
 
 log = get_logger("serve")
 
@@ -75,25 +84,34 @@ async def serve(config: ServeConfig, checkpoint: Checkpoint, held: socket.socket
     refuse_unknown_parsers(config, vllm.known_parsers())
     names = served_names(config, checkpoint)
     adapters = open_adapters(config, names)
-    keys = KeyStore(config.api_keys) if config.api_keys else None
+    usage = UsageBook(open_usage_file(config.usage_file)) if config.usage_file else None
+    keys = KeyStore(config.api_keys, counts_months=usage is not None) if config.api_keys else None
     arguments = _engine_arguments(config, checkpoint, device)
     throughput, state, began = Throughput(), DrainState(), time.monotonic()
-    tracker = RequestTracker(write_log=not config.no_request_log)
+    tracker = RequestTracker(write_log=not config.no_request_log, usage=usage)
+    production = _production(config, nvml, usage, keys, tracker)
+    sampler = Sampler(config.shadow_share, production.shadow.take) if production.shadow else None
     throughput.on_finished = tracker.engine_finished
+    throughput.on_step = production.cost.add if production.cost else None
     models = Models(names[0], lambda name: name in names or adapters.path_of(name) is not None)
 
     async def load(engines: contextlib.AsyncExitStack) -> tuple[ServingEngine, FastAPI]:
         log.info("starting vLLM on the %s with %s", device, _readable(arguments))
-        engine = await engines.enter_async_context(vllm.start_engine(arguments, throughput, adapters))
+        engine = await engines.enter_async_context(
+            vllm.start_engine(arguments, throughput, adapters, sampler)
+        )
         loading.next_stage()
         service = await inspect_engine(engine, config, checkpoint)
         loading.next_stage()
+        await engines.enter_async_context(production.kept(engine, service.facts.max_model_len))
         return engine, await build_app(
-            engine, service, throughput, tracker, nvml.read, lambda: state.draining
+            engine, service, throughput, tracker, nvml.read, lambda: state.draining, production
         )
 
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(end_children)
+        if usage is not None:
+            await stack.enter_async_context(usage.kept())
         listener = stack.enter_context(listener_of(config) if held is None else held)
         admin = stack.enter_context(bind(config.host, config.admin_port)) if config.admin_port else None
         state.listen_to_signals()
@@ -111,11 +129,29 @@ async def serve(config: ServeConfig, checkpoint: Checkpoint, held: socket.socket
         operators.open(AdminPort(app))
         front.open(Gateway(
             app, _limits(config), keys, tracker, models,
-            is_draining=lambda: state.draining, admin_elsewhere=admin is not None,
+            is_draining=lambda: state.draining, admin_elsewhere=admin is not None, usage=usage,
         ))  # fmt: skip
         log.info("ready in %.1f s: %s at %s", time.monotonic() - began, ", ".join(names), base_url(config))
         await serve_until_stopped(server, engine, state)
     log.info("stopped")
+
+
+def _production(
+    config: ServeConfig, nvml: Nvml, usage: UsageBook | None, keys: KeyStore | None, tracker: RequestTracker
+) -> Production:
+    gpus = config.tensor_parallel_size * config.pipeline_parallel_size // config.nnodes
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    shadow = None
+    if config.shadow is not None:
+        base = BaseEndpoint(config.shadow, config.shadow_key_file)
+        shadow = Shadow(base, lambda: tracker.active == 0, config.shadow_max_tokens)
+    return Production(
+        EnergyMeter((lambda: nvml.energy(visible, gpus), read_rapl)),
+        Cost(config.price_per_hour) if config.price_per_hour else None,
+        usage,
+        (lambda: keys.with_quota) if keys is not None else tuple,
+        shadow,
+    )
 
 
 def _engine_arguments(config: ServeConfig, checkpoint: Checkpoint, device: Device) -> dict[str, Any]:
@@ -180,6 +216,7 @@ async def build_app(
     tracker: RequestTracker,
     gpus: Callable[[], Iterable[GpuMemory]],
     is_draining: Callable[[], bool],
+    production: Production,
 ) -> FastAPI:
     """The whole app: vLLM's OpenAI routes, health, one page of metrics, and the checkpoint's facts."""
     app = FastAPI(
@@ -190,7 +227,9 @@ async def build_app(
     describe_answers(app)
     add_models_routes(app, engine.models, model_card(service))
     memory = MemoryReader(engine.memory, await engine.memory())
-    collector = LowbitCollector(service, throughput, tracker, lambda: memory.devices, gpus, is_draining)
+    collector = LowbitCollector(
+        service, throughput, tracker, lambda: memory.devices, gpus, is_draining, production
+    )
     add_health_routes(app, engine, is_draining)
     add_metrics_route(app, engine.metrics_registry(), collector, memory)
     add_predictions_route(app)

@@ -25,6 +25,7 @@ from lowbit_server.flags import add_arguments
 from lowbit_server.http.certificates import open_certificate
 from lowbit_server.http.listeners import listen, listener_of
 from lowbit_server.lifecycle import INTERRUPTED, StoppedWhileLoadingError, leaving_at_once_on_signals
+from lowbit_server.shadow.key_file import read_key
 
 log = get_logger("serve")
 
@@ -52,6 +53,8 @@ def config_from(arguments: argparse.Namespace) -> ServeConfig:
         arguments.kv_cache_memory_bytes = arguments.kv_cache_gib
     if (arguments.ssl_certfile is None) != (arguments.ssl_keyfile is None):
         raise ConfigError("--ssl-certfile and --ssl-keyfile belong together; give both or neither")
+    if arguments.shadow_key_file is not None and arguments.shadow is None:
+        raise ConfigError("--shadow-key-file is for the endpoint that --shadow names; give both or neither")
     config = ServeConfig(**{field.name: getattr(arguments, field.name) for field in fields(ServeConfig)})
     refuse_uneven_nodes(config)
     return config
@@ -62,6 +65,8 @@ def run(arguments: argparse.Namespace) -> int:
     config = config_from(arguments)
     if config.ssl_certfile is not None and config.ssl_keyfile is not None:
         open_certificate(config.ssl_certfile, config.ssl_keyfile)
+    if config.shadow_key_file is not None:
+        read_key(config.shadow_key_file)
     with leaving_at_once_on_signals(), contextlib.ExitStack() as stack:
         held = None
         if arguments.cloud is not None:

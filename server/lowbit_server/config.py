@@ -18,7 +18,9 @@ from lowbit_server.flags import (
     named_paths,
     one_of,
     origins,
+    price,
     proxies,
+    server_url,
     url_prefix,
 )
 
@@ -29,6 +31,7 @@ LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what the engine has kerne
 
 _model, _engine, _nodes = partial(flag, "model"), partial(flag, "engine"), partial(flag, "several nodes")
 _limit, _http = partial(flag, "limits"), partial(flag, "HTTP and operation")
+_cost, _shadow = partial(flag, "cost"), partial(flag, "quality in production")
 _port, _tokens = between(1, 65535), between(1, 1 << 30)
 
 
@@ -109,6 +112,24 @@ class ServeConfig:
     max_output_tokens: int | None = _limit(
         "largest max_tokens of a request (default: the context length)", _tokens
     )
+
+    usage_file: Path | None = _cost(
+        "file that counts each key's tokens by month, over restarts (`lowbit usage` reads it)", file_path
+    )
+    price_per_hour: float | None = _cost(
+        "what an hour of all that serves costs, for lowbit_cost_per_million_tokens", price
+    )
+
+    shadow: str | None = _shadow(
+        "endpoint of the base model that scores a share of the answers again, when this server is idle: their token "
+        "ids are sent there (default: none)", server_url,
+    )  # fmt: skip
+    shadow_share: float = _shadow("share of the requests", fraction, 0.001)
+    shadow_key_file: Path | None = _shadow("file with the base endpoint's API key", file_path)
+    shadow_max_tokens: int = _shadow(
+        "an answer is scored up to here, its prompt included: log-probabilities of so many tokens at once need memory",
+        between(2, 1 << 20), 1024,
+    )  # fmt: skip
 
     host: str = _http("address to listen on", str, "127.0.0.1")
     port: int = _http("port to listen on", _port, 8000)

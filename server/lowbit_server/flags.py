@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from lowbit_core.cli import file_path
 from lowbit_core.errors import ConfigError
@@ -141,6 +142,26 @@ def fraction(text: str) -> float:
     if not 0 < number <= 1:
         raise ValueError("a number above 0 and at most 1")
     return number
+
+
+def price(text: str) -> float:
+    """A price above 0, in whatever currency."""
+    number = _float(text)
+    if not 0 < number < 1e9:
+        raise ValueError("a price above 0, such as 2.40")
+    return number
+
+
+def server_url(text: str) -> str:
+    """`http://host:port`, perhaps with a prefix; a slash or `/v1` at the end is dropped."""
+    parts = urlsplit(text)
+    try:
+        sound = parts.port != 0 and parts.scheme in ("http", "https") and bool(parts.hostname)
+    except ValueError:  # a port that is none
+        sound = False
+    if not sound or parts.query or parts.fragment or "@" in parts.netloc or not text.isprintable():
+        raise ValueError("an address such as http://base:8000, without a user, query or fragment")
+    return text.rstrip("/").removesuffix("/v1").rstrip("/")
 
 
 def _float(text: str) -> float:

@@ -16,6 +16,7 @@ from lowbit_server.engine.memory import DeviceMemory
 from lowbit_server.engine.nvml import GpuMemory
 from lowbit_server.engine.throughput import Throughput
 from lowbit_server.gateway.request_tracker import RequestTracker
+from lowbit_server.production import Production
 from lowbit_server.report import Service
 
 
@@ -30,7 +31,9 @@ class LowbitCollector(Collector):
         memory: Callable[[], Iterable[DeviceMemory]],
         gpus: Callable[[], Iterable[GpuMemory]],
         is_draining: Callable[[], bool],
+        production: Production,
     ) -> None:
+        self._production = production
         self._gpus = gpus
         self._model = service.model
         self._manifest = service.checkpoint.manifest
@@ -59,6 +62,8 @@ class LowbitCollector(Collector):
             "lowbit_kv_cache_tokens", "Tokens that the KV cache can hold.", float(self._facts.kv_tokens)
         )
         yield from self._requests()
+        yield from self._overhead()
+        yield from self._production.families(self._model)
         yield self._build_info()
         yield self._checkpoint_info()
         yield self._layers()
@@ -82,6 +87,12 @@ class LowbitCollector(Collector):
             for values, count in sorted(counts.items()):
                 family.add_metric(list(values), count)
             yield family
+        cached = CounterMetricFamily(
+            "lowbit_key_cached_tokens", "Prompt tokens that were found in the prefix cache.", labels=["key"]
+        )
+        for key, count in sorted(seen.cached.items()):
+            cached.add_metric([key], count)
+        yield cached
         rates = GaugeMetricFamily(
             "lowbit_key_tokens_per_second",
             "Tokens per second of requests that ended in the last 60 seconds.",
@@ -96,6 +107,11 @@ class LowbitCollector(Collector):
         for reason, count in sorted(seen.rejections.items()):
             rejections.add_metric([reason], count)
         yield rejections
+
+    def _overhead(self) -> Iterator[Metric]:
+        for family in self._tracker.overhead.collect():
+            family.samples = [one for one in family.samples if not one.name.endswith("_created")]
+            yield family
 
     def _gauge(self, name: str, documentation: str, value: float) -> GaugeMetricFamily:
         family = GaugeMetricFamily(name, documentation, labels=["model"])

@@ -3,7 +3,7 @@
 import json
 import struct
 from asyncio import AbstractEventLoop
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,6 +30,7 @@ from lowbit_core.manifest import (
 from lowbit_server.engine.interface import EngineFacts, LayerKind
 from lowbit_server.engine.kv_scales import KVScale
 from lowbit_server.engine.memory import DeviceMemory
+from lowbit_server.shadow.divergence import LogProbs
 
 LAYERS = 2
 SCALES = (KVScale(0, 0.03125, 0.015625), KVScale(1, 0.1, 0.007))
@@ -243,6 +244,9 @@ class FakeEngine:
 
     async def facts(self) -> EngineFacts:
         return self._facts
+
+    async def score(self, tokens: Sequence[int], first: int, top: int) -> list[LogProbs]:
+        return [{token: -0.5, top: -1.0} for token in tokens[first:]]
 
 
 @pytest.fixture

@@ -18,14 +18,22 @@ from lowbit_core.manifest import MANIFEST_NAME
 from lowbit_server.app import build_app, inspect_engine
 from lowbit_server.checkpoint import open_checkpoint
 from lowbit_server.config import ServeConfig
+from lowbit_server.cost.energy import EnergyMeter, EnergyReading
+from lowbit_server.cost.price import Cost
+from lowbit_server.cost.usage_book import UsageBook
+from lowbit_server.cost.usage_file import Counts, open_usage_file
 from lowbit_server.engine.nvml import GpuMemory
 from lowbit_server.engine.throughput import Throughput
 from lowbit_server.gateway.key_limits import KeyUsage
-from lowbit_server.gateway.keys import ANONYMOUS
+from lowbit_server.gateway.keys import ANONYMOUS, Key
 from lowbit_server.gateway.lease import Capacity, Lease
 from lowbit_server.gateway.request_context import RequestContext
 from lowbit_server.gateway.request_tracker import RequestTracker
+from lowbit_server.production import Production
 from lowbit_server.report import kv_scales_in_words
+from lowbit_server.shadow.base_endpoint import BaseEndpoint
+from lowbit_server.shadow.divergence import Position
+from lowbit_server.shadow.worker import Shadow
 
 if TYPE_CHECKING:
     from tests.server.conftest import Clock, FakeEngine, MakeCheckpoint
@@ -36,9 +44,9 @@ DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
 class Running:
     """An app with its engine and its throughput, asked without a socket."""
 
-    def __init__(self, app: FastAPI, throughput: Throughput) -> None:
+    def __init__(self, app: FastAPI, throughput: Throughput, production: Production) -> None:
         self.draining = False
-        self.throughput = throughput
+        self.throughput, self.production = throughput, production
         self._client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
 
     async def get(self, path: str) -> httpx.Response:
@@ -67,14 +75,33 @@ async def start(
     capacity, usage = Capacity(1, 1, lambda: 1), KeyUsage(ANONYMOUS, clock)
     context = RequestContext("/v1/chat/completions", "", Lease(capacity, usage))
     tracker.open(context)
-    tracker.engine_finished(f"chatcmpl-{context.id}", 3, 4)
+    tracker.engine_finished(f"chatcmpl-{context.id}", 3, 4, 2)
     context.outcome = "ok"
     tracker.close(context)
     tracker.reject(RequestContext("/v1/chat/completions", "", Lease(capacity, usage)), 401, "key")
     gpus = (GpuMemory(0, "GPU-a", total=80, used=30, free=50),)
-    app = await build_app(engine, service, throughput, tracker, lambda: gpus, lambda: running.draining)
-    running = Running(app, throughput)
+    production = everything(directory, clock)
+    app = await build_app(
+        engine, service, throughput, tracker, lambda: gpus, lambda: running.draining, production
+    )
+    running = Running(app, throughput, production)
     return running
+
+
+def everything(directory: Path, clock: Callable[[], float]) -> Production:
+    """Every part of what may be asked for, each with something to tell."""
+    book = UsageBook(open_usage_file(directory.parent / "usage.db"))
+    book.add("limited", Counts(1, 10, 20, 5))
+    limited = Key(name="limited", sha256="0" * 64, tokens_per_month=100)
+    since = iter((0.0, 7.0))
+    energy = EnergyMeter([lambda: [EnergyReading("rapl", "package-0", next(since, 9.0))]])
+    energy.read()
+    cost = Cost(3.6, clock)
+    cost.begin()
+    shadow = Shadow(BaseEndpoint("http://base"), lambda: True, 100)
+    for nats in (0.1, 0.3):
+        shadow.divergence.add([Position(nats, 0.05)] * 2)
+    return Production(energy, cost, book, lambda: [limited], shadow)
 
 
 @pytest.fixture
@@ -117,6 +144,19 @@ async def test_metrics_are_vllms_and_ours_in_one_exposition(running: Running) ->
     assert samples["lowbit_memory_bytes{component=other,device=cpu}"] == 9000 - 5000 - 600 - 1000 - 70
     assert samples["lowbit_memory_bytes{component=free,device=cpu}"] == 5000
     assert samples["lowbit_memory_bytes{component=total,device=cpu}"] == 9000
+    assert samples["lowbit_energy_joules_total{device=package-0,source=rapl}"] == 7
+    assert samples["lowbit_price_per_hour{model=Tiny-Chat}"] == 3.6
+    assert samples["lowbit_key_month_tokens{key=limited}"] == 30
+    assert samples["lowbit_key_month_quota_tokens{key=limited}"] == 100
+    assert samples["lowbit_usage_write_failures_total{}"] == 0
+    assert samples["lowbit_key_cached_tokens_total{key=anonymous}"] == 2
+    assert samples["lowbit_gateway_overhead_seconds_count{}"] == 1
+    assert samples["lowbit_shadow_kld{model=Tiny-Chat}"] == pytest.approx(0.2)
+    assert samples["lowbit_shadow_kld_stderr{model=Tiny-Chat}"] == pytest.approx(0.1)
+    assert samples["lowbit_shadow_remainder{model=Tiny-Chat}"] == pytest.approx(0.05)
+    assert samples["lowbit_shadow_nats_total{model=Tiny-Chat}"] == pytest.approx(0.8)
+    assert samples["lowbit_shadow_tokens_total{model=Tiny-Chat}"] == 4
+    assert samples["lowbit_shadow_answers_total{outcome=scored}"] == 0
     assert samples["lowbit_kv_cache_tokens{model=Tiny-Chat}"] == 4096
     assert samples["lowbit_requests_total{key=anonymous,outcome=ok}"] == 1
     assert samples["lowbit_key_tokens_total{key=anonymous,kind=generated}"] == 4
@@ -174,7 +214,12 @@ async def test_metrics_page_is_prometheus_text(running: Running) -> None:
 
 
 async def test_every_metric_is_documented_and_every_documented_one_exists(running: Running) -> None:
-    exposed = {name.split("{")[0] for name in await running.samples() if name.startswith("lowbit_")}
+    assert running.production.cost is not None
+    running.production.cost.add(7, 5)
+    families = text_string_to_metric_families((await running.get("/metrics")).text)
+    exposed = {
+        one.name + "_total" * (one.type == "counter") for one in families if one.name.startswith("lowbit_")
+    }
     documented = {
         line.split("`")[1] for line in DOCS.read_text().splitlines() if line.startswith("| `lowbit_")
     }

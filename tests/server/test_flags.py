@@ -172,3 +172,46 @@ def test_a_model_may_have_several_names_and_slashes_in_them() -> None:
     for wrong in ("", ",", "a,a", "/a", "a/", "a\nb"):
         with pytest.raises(ConfigError, match="names by comma"):
             _parse(["ckpt", "--served-model-name", wrong])
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        ("http://base:8000", "http://base:8000"),
+        ("http://base:8000/", "http://base:8000"),
+        ("https://a.example/llm/v1/", "https://a.example/llm"),
+        ("http://[::1]:8000/v1", "http://[::1]:8000"),
+    ],
+)
+def test_the_bases_address_is_taken_with_v1_or_without(given: str, taken: str) -> None:
+    assert _parse(["ckpt", "--shadow", given]).shadow == taken
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "base:8000",
+        "ftp://a",
+        "http://",
+        "http://a:b@c",
+        "http://a?b",
+        "http://a#b",
+        "http://a:0",
+        "http://a:x",
+        "http://a b\n",
+    ],
+)
+def test_what_is_no_address_of_a_server_is_refused(given: str) -> None:
+    with pytest.raises(ConfigError, match=r"--shadow .* it must be an address such as"):
+        _parse(["ckpt", "--shadow", given])
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "free", "nan", "inf", ""])
+def test_a_price_is_above_zero(given: str) -> None:
+    with pytest.raises(ConfigError, match=r"--price-per-hour .* a price above 0"):
+        _parse(["ckpt", "--price-per-hour", given])
+
+
+def test_a_key_for_no_base_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--shadow-key-file is for the endpoint that --shadow names"):
+        _parse(["ckpt", "--shadow-key-file", "key"])

@@ -11,6 +11,7 @@ from lowbit_core.errors import ConfigError
 from lowbit_server.checkpoint import Checkpoint, served_names
 from lowbit_server.config import Device, ServeConfig
 from lowbit_server.flags import GIB
+from lowbit_server.shadow.divergence import SERVED_TOP
 
 DEFAULT_CPU_KV_CACHE_BYTES = 2 * GIB  # the host's memory is shared with everything else that runs there
 KV_BLOCK_TOKENS = 128  # the CPU engine's block; a multiple of every GPU block size
@@ -51,6 +52,7 @@ def derive_engine_arguments(config: ServeConfig, checkpoint: Checkpoint, device:
         # first come, first served.
         "scheduling_policy": "priority" if config.api_keys else None,
         "reasoning_parser": config.reasoning_parser,
+        "max_logprobs": SERVED_TOP if config.shadow else None,  # clients may then ask for as many
         "otlp_traces_endpoint": config.otlp_traces_endpoint,
         "override_generation_config": config.max_output_tokens
         and {"max_new_tokens": config.max_output_tokens},  # also for a request that does not say

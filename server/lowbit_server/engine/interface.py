@@ -1,6 +1,6 @@
 """What the rest of the server needs from a running engine; tests hand in one that is not vLLM."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from lowbit_server.engine.kv_scales import KVScale
 from lowbit_server.engine.memory import DeviceMemory
 from lowbit_server.lifecycle import Liveness
+from lowbit_server.shadow.divergence import LogProbs
 
 Rounded = Literal[
     "none", "int", "float"
@@ -52,3 +53,4 @@ class ServingEngine(Liveness, Protocol):
     async def models(self) -> list[dict[str, Any]]: ...
     async def memory(self) -> tuple[DeviceMemory, ...]: ...
     async def facts(self) -> EngineFacts: ...
+    async def score(self, tokens: Sequence[int], first: int, top: int) -> list[LogProbs]: ...

@@ -15,9 +15,13 @@ class Throughput:
     def __init__(self, window_s: float = WINDOW_S, clock: Callable[[], float] = time.monotonic) -> None:
         self.prompt = SlidingWindow(window_s, clock)
         self.generation = SlidingWindow(window_s, clock)
-        self.on_finished: Callable[[str, int, int], None] = lambda *_: None  # engine's id, prompt, generated
+        # The engine's id of a request, and its tokens: of the prompt, generated, of the prompt found in the cache.
+        self.on_finished: Callable[[str, int, int, int], None] = lambda *_: None
+        self.on_step: Callable[[int, int], None] | None = None  # prompt tokens, generated tokens
 
     def record(self, *, prompt_tokens: int, generation_tokens: int) -> None:
         """Count the tokens of one step; cached prompt tokens count, as in `vllm:prompt_tokens_total`."""
         self.prompt.add(prompt_tokens)
         self.generation.add(generation_tokens)
+        if self.on_step is not None:
+            self.on_step(prompt_tokens, generation_tokens)

@@ -6,8 +6,10 @@ variables that vLLM reads at import.
 """
 
 import contextlib
+import uuid
 from argparse import Namespace
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
@@ -22,6 +24,7 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
 from vllm.platforms import current_platform
 from vllm.reasoning import ReasoningParserManager
+from vllm.sampling_params import SamplingParams
 from vllm.tool_parsers import ToolParserManager
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -44,8 +47,11 @@ from lowbit_server.engine.kv_scales import scales_from_workers
 from lowbit_server.engine.memory import DeviceMemory, merge_workers
 from lowbit_server.engine.throughput import Throughput
 from lowbit_server.lifecycle import in_thread
+from lowbit_server.shadow.divergence import LogProbs
+from lowbit_server.shadow.sampler import Answer, Sampler
 
 WORKER_EXTENSION = "lowbit_server.engine.worker.WorkerExtension"
+SHADOW_ID = "shadow-"  # begins the engine's id of what this module asks by itself
 PROCESS_STOP_S = 15  # time for the engine's processes to free their memory once all requests have ended
 
 __all__ = [
@@ -102,10 +108,10 @@ def _runs(backends: Iterable[Iterable[Any]], keys: tuple[Any, Any]) -> bool:
 
 
 class _ThroughputLogger(StatLoggerBase):  # type: ignore[misc]  # vLLM has no type information here
-    """Hands each step's token counts to `Throughput`."""
+    """Hands each step's token counts to `Throughput`, and what has finished to the sampler."""
 
-    def __init__(self, throughput: Throughput) -> None:
-        self._throughput = throughput
+    def __init__(self, throughput: Throughput, sampler: Sampler | None) -> None:
+        self._throughput, self._sampler = throughput, sampler
 
     def record(
         self,
@@ -122,16 +128,32 @@ class _ThroughputLogger(StatLoggerBase):  # type: ignore[misc]  # vLLM has no ty
             for request in iteration_stats.finished_requests:
                 if request.request_id is not None:
                     counts = request.num_prompt_tokens, request.num_generation_tokens
-                    self._throughput.on_finished(request.request_id, *counts)
+                    self._throughput.on_finished(request.request_id, *counts, request.num_cached_tokens)
+                    if self._sampler is not None:
+                        self._sampler.finished(request.request_id)
 
     def log_engine_initialized(self) -> None:
         """No log line: app.py reports the start."""
 
 
 class _CountedEngine(AsyncLLM):  # type: ignore[misc]  # vLLM has no type information here
-    """AsyncLLM that reports what an aborted request had used: vLLM's own statistics leave it out."""
+    """AsyncLLM that reports what an aborted request had used: vLLM's own statistics leave it out.
+
+    Of requests that the sampler draws it is told how to read their tokens.
+    """
 
     throughput: Throughput
+    sampler: Sampler | None
+
+    async def add_request(self, request_id: str, prompt: Any, *arguments: Any, **named: Any) -> Any:
+        """vLLM's own, for every prompt of a request."""
+        queue = await super().add_request(request_id, prompt, *arguments, **named)
+        sampler = self.sampler
+        if sampler is not None and not request_id.startswith(SHADOW_ID) and sampler.draws():
+            states = list(self._states([request_id], internal=False))
+            if len(states) == 1 and _is_plain_text(prompt, states[0]):
+                sampler.watch(request_id, partial(_answer, states[0]))
+        return queue
 
     async def abort(self, request_id: str | Iterable[str], internal: bool = False) -> None:
         """vLLM's own, for a client that has left or a deadline."""
@@ -139,7 +161,9 @@ class _CountedEngine(AsyncLLM):  # type: ignore[misc]  # vLLM has no type inform
         for state in self._states(ids, internal):
             if state.stats is not None and state.stats.scheduled_ts:
                 counts = state.prompt_len, state.stats.num_generation_tokens
-                self.throughput.on_finished(state.external_req_id, *counts)
+                self.throughput.on_finished(state.external_req_id, *counts, state.num_cached_tokens)
+            if self.sampler is not None:
+                self.sampler.aborted(state.external_req_id)
         await super().abort(ids, internal)
 
     def _states(self, ids: Iterable[str], internal: bool) -> Iterator[Any]:
@@ -151,6 +175,20 @@ class _CountedEngine(AsyncLLM):  # type: ignore[misc]  # vLLM has no type inform
                 for sequence in parent.child_requests if parent is not None else (name,):
                     if (state := found.request_states.get(sequence)) is not None:
                         yield state
+
+
+def _is_plain_text(prompt: Any, state: Any) -> bool:
+    """Whether the base model would read the same tokens: no picture, no embeddings, no adapter, and it generates."""
+    if isinstance(prompt, dict):
+        more = prompt.get("type", "token") != "token" or "multi_modal_data" in prompt
+    else:
+        more = bool(getattr(prompt, "mm_features", None))
+    text = None not in (state.prompt_token_ids, state.detokenizer)
+    return text and not more and state.lora_request is None
+
+
+def _answer(state: Any) -> Answer:
+    return Answer(tuple(state.prompt_token_ids), tuple(state.detokenizer.output_token_ids))
 
 
 class _AdapterResolver(LoRAResolver):  # type: ignore[misc]  # vLLM has no type information here
@@ -202,6 +240,18 @@ class Engine:
         """Memory by device, as every worker reports it now."""
         return merge_workers(await self._client.collective_rpc("lowbit_memory"))
 
+    async def score(self, tokens: Sequence[int], first: int, top: int) -> list[LogProbs]:
+        """Log-probabilities of the `top` likeliest tokens, and of the one that is there, at `tokens[first:]`.
+
+        One request of the engine's own; cancelled, it ends it.
+        """
+        asked = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=top, detokenize=False)
+        name = f"{SHADOW_ID}{uuid.uuid4().hex}"
+        found: Any = None
+        async for output in self._client.generate({"prompt_token_ids": list(tokens)}, asked, name):
+            found = output.prompt_logprobs or found
+        return [{token: one.logprob for token, one in position.items()} for position in found[first:]]
+
     async def facts(self) -> EngineFacts:
         """What the engine runs with, read back from it."""
         caches = await self._client.collective_rpc("lowbit_kv_scales")
@@ -244,7 +294,10 @@ def _namespace(arguments: Mapping[str, Any]) -> Namespace:
 
 @contextlib.asynccontextmanager
 async def start_engine(
-    arguments: Mapping[str, Any], throughput: Throughput, adapters: Adapters
+    arguments: Mapping[str, Any],
+    throughput: Throughput,
+    adapters: Adapters,
+    sampler: Sampler | None = None,
 ) -> AsyncIterator[Engine]:
     """Start vLLM, and stop it and its processes when the block ends.
 
@@ -257,7 +310,7 @@ async def start_engine(
     if adapters.directory is not None:
         LoRAResolverRegistry.register_resolver("lowbit", _AdapterResolver(adapters))
     try:
-        client = await in_thread(lambda: _start(namespace, throughput))
+        client = await in_thread(lambda: _start(namespace, throughput, sampler))
     except Exception as error:
         raise EngineError(f"vLLM {vllm_version} did not start: {_one_line(error)}") from error
     try:
@@ -296,17 +349,17 @@ async def start_follower(arguments: Mapping[str, Any]) -> AsyncIterator[Follower
         executor.shutdown()
 
 
-def _start(namespace: Namespace, throughput: Throughput) -> AsyncLLM:
+def _start(namespace: Namespace, throughput: Throughput, sampler: Sampler | None) -> AsyncLLM:
     engine_arguments = AsyncEngineArgs.from_cli_args(namespace)
     config = engine_arguments.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
     client = _CountedEngine.from_vllm_config(
         vllm_config=config,
         usage_context=UsageContext.OPENAI_API_SERVER,
-        stat_loggers=[lambda _config, _engine: _ThroughputLogger(throughput)],
+        stat_loggers=[lambda _config, _engine: _ThroughputLogger(throughput, sampler)],
         enable_log_requests=False,
         disable_log_stats=False,
     )
-    client.throughput = throughput
+    client.throughput, client.sampler = throughput, sampler
     return client
 
 

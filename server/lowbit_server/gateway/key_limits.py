@@ -1,14 +1,17 @@
-"""Each key's limits: requests and tokens per minute, as token buckets, and concurrent requests.
+"""Each key's limits: requests and tokens per minute, as token buckets, concurrent requests, and tokens of a month.
 
 A bucket holds one minute's worth and fills steadily, so a key may burst but cannot exceed its rate for long.
 An estimate of a request's tokens is reserved when it comes in and corrected to the engine's count when it ends. Where
 more was used than reserved, that takes a bucket below zero; the key then waits until it has filled again.
+The tokens of a month are those of the usage file, and what running requests have reserved.
 """
 
 import math
 import time
 from collections.abc import Callable, Iterable
 
+from lowbit_server.cost.usage_book import UsageBook
+from lowbit_server.cost.usage_file import next_month
 from lowbit_server.gateway.keys import Key
 from lowbit_server.gateway.openai_errors import ApiError, too_large
 
@@ -51,8 +54,9 @@ Taken = tuple[Bucket, int]  # what was taken, and from where
 class KeyUsage:
     """How much one key has used of its limits."""
 
-    def __init__(self, key: Key, clock: Callable[[], float]) -> None:
-        self._clock, self.active = clock, 0
+    def __init__(self, key: Key, clock: Callable[[], float], book: UsageBook | None = None) -> None:
+        self._clock, self._book, self.active = clock, book, 0
+        self.month_reserved = 0  # tokens of the month that running requests may still use
         self.requests: Bucket | None = None
         self.tokens: Bucket | None = None
         self.change(key)
@@ -76,7 +80,11 @@ class KeyUsage:
     def idle(self) -> bool:
         """Whether it could be forgotten: nothing runs, and every bucket is full."""
         buckets = (self.requests, self.tokens)
-        return not self.active and all(one is None or one.level() >= one.per_minute for one in buckets)
+        return (
+            not self.active
+            and not self.month_reserved
+            and all(one is None or one.level() >= one.per_minute for one in buckets)
+        )
 
     def refuse_impossible(self, prompts: int) -> None:
         """Raise ApiError 429 for more prompts in one request than the key may ever send at once."""
@@ -97,6 +105,38 @@ class KeyUsage:
         """Raise ApiError 429 where the minute's requests are used up."""
         if more > 0 and self.requests is not None and (wait_s := self.requests.wait_s(more)) > 0:
             raise self._refusal("requests", f"{self.requests.per_minute} requests per minute", wait_s)
+
+    def of_month(self, certain: int, possible: int) -> int:
+        """The tokens of the month that a request should reserve; raises ApiError 429 where they are not left.
+
+        `possible`: more, as far as the quota goes.
+        """
+        quota, book = self.key.tokens_per_month, self._book
+        if quota is None or book is None:
+            return 0
+        used = book.used(self.key.name).tokens
+        left = quota - used - self.month_reserved
+        if used + max(certain, 1) > quota:
+            raise self._over_quota(quota, used, certain, book)
+        if max(certain, 1) > left:
+            rest = f"what running requests leave of its {quota} tokens for {book.month}"
+            raise self._refusal("month", rest, 1.0)
+        return min(certain + possible, left)
+
+    def _over_quota(self, quota: int, used: int, certain: int, book: UsageBook) -> ApiError:
+        renewed = next_month(book.now())
+        asked = f"; this request asks for {certain}" if used < quota else ""
+        return ApiError(
+            429,
+            f"the key {self.key.name!r} has used {used} of its {quota} tokens for {book.month}{asked}; the quota "
+            f"is renewed at {renewed:%Y-%m-%dT%H:%M:%SZ}",
+            "key_month",
+            code="insufficient_quota",
+            headers={
+                "retry-after": str(max(1, math.ceil(renewed.timestamp() - book.now()))),
+                "x-should-retry": "false",  # OpenAI's clients would otherwise try again within seconds
+            },
+        )
 
     def reserve(self, certain: int, possible: int) -> Taken | None:
         """Take tokens and say from where; raises ApiError 429. `possible`: more, as far as a bucket goes."""
@@ -150,15 +190,15 @@ class KeyUsages:
     The usage of a key that is gone is kept while it is not idle, so that one taken out and put back has no fresh start.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(self, clock: Callable[[], float] = time.monotonic, book: UsageBook | None = None) -> None:
+        self._clock, self._book = clock, book
         self._by_name: dict[str, KeyUsage] = {}
 
     def of(self, key: Key) -> KeyUsage:
         """The usage of a key."""
         usage = self._by_name.get(key.name)
         if usage is None:
-            usage = self._by_name[key.name] = KeyUsage(key, self._clock)
+            usage = self._by_name[key.name] = KeyUsage(key, self._clock, self._book)
         return usage
 
     def replace(self, keys: Iterable[Key]) -> None:

@@ -5,6 +5,7 @@
         sha256: 5e88…                 # `lowbit key team-a` makes a key and prints this entry
         requests_per_minute: 600
         tokens_per_minute: 200000     # prompt and generated
+        tokens_per_month: 50000000    # the same, by the calendar in UTC; needs --usage-file
         concurrent_requests: 16
         models: [SmolLM2-135M-Instruct]   # all, when left out
         priority: 0                   # lower is served first
@@ -46,6 +47,7 @@ class Key(BaseModel):
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     requests_per_minute: int | None = Field(default=None, ge=1)
     tokens_per_minute: int | None = Field(default=None, ge=1)
+    tokens_per_month: int | None = Field(default=None, ge=1)
     concurrent_requests: int | None = Field(default=None, ge=1)
     models: tuple[str, ...] | None = None
     priority: int = 0
@@ -74,12 +76,17 @@ def new_key() -> str:
 
 
 class KeyStore:
-    """The keys of a file by their hash. A changed file is read again; if it is wrong, the old keys stay in force."""
+    """The keys of a file by their hash. A changed file is read again; if it is wrong, the old keys stay in force.
 
-    def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
-        self._path, self._clock = path, clock
+    `counts_months`: whether there is a usage file, without which a key may have no quota of a month.
+    """
+
+    def __init__(
+        self, path: Path, clock: Callable[[], float] = time.monotonic, *, counts_months: bool = False
+    ) -> None:
+        self._path, self._clock, self._counts_months = path, clock, counts_months
         self._stamp, self._looked_at = file_stamp(path), clock()
-        self._take(read_keys(path))
+        self._take(self._read())
         self.on_change: Callable[[Iterable[Key]], None] = lambda _keys: None
 
     def find(self, presented: str) -> Key | None:
@@ -88,6 +95,21 @@ class KeyStore:
         hashed = digest(presented)
         key = self._keys.get(hashed)
         return key if key is not None and hmac.compare_digest(key.sha256, hashed) else None
+
+    @property
+    def with_quota(self) -> list[Key]:
+        """The keys whose tokens of a month are limited."""
+        return [key for key in self._keys.values() if key.tokens_per_month is not None]
+
+    def _read(self) -> dict[str, Key]:
+        keys = read_keys(self._path)
+        limited = next((key for key in keys.values() if key.tokens_per_month is not None), None)
+        if limited is not None and not self._counts_months:
+            raise ConfigError(
+                f"API key file {self._path}: {limited.name} has tokens_per_month, which is counted in a file; "
+                "give `lowbit serve` --usage-file too, or leave it out"
+            )
+        return keys
 
     def _take(self, keys: dict[str, Key]) -> None:
         self._keys = keys
@@ -105,7 +127,7 @@ class KeyStore:
             return
         self._stamp = stamp
         try:
-            self._take(read_keys(self._path))
+            self._take(self._read())
         except ConfigError as error:
             log.error("API keys: %s; the keys read before stay in force", error)
         else:

@@ -17,10 +17,14 @@ BODIES_AT_ONCE = 16  # so many bodies of the largest size are held at a time, an
 
 @dataclass(frozen=True)
 class Demand:
-    """What a request asks for. `output_tokens`: stated by the client; `default_tokens`: the most where it is not."""
+    """What a request asks for. `output_tokens`: stated by the client; `default_tokens`: the most where it is not.
+
+    `of_month`: whether it costs tokens, for which something of the month's must be left.
+    """
 
     prompts: int = 1
     choices: int = 1
+    of_month: bool = False
     prompt_tokens: int = 0
     output_tokens: int = 0
     default_tokens: int = 0
@@ -60,8 +64,8 @@ class Lease:
     """One request's places, bytes and reservation."""
 
     __slots__ = (
-        "_bytes", "_capacity", "_closed", "_places", "_requests", "_tokens", "admitted", "demand", "settled",
-        "usage",
+        "_bytes", "_capacity", "_closed", "_month", "_places", "_requests", "_tokens", "admitted", "demand",
+        "settled", "usage",
     )  # fmt: skip
 
     def __init__(self, capacity: Capacity, usage: KeyUsage) -> None:
@@ -72,6 +76,7 @@ class Lease:
         self._places = self._bytes = 0
         self._requests: tuple[Taken | None, ...] = ()
         self._tokens: Taken | None = None
+        self._month = 0
 
     def enter(self) -> None:
         """Take one place and one request, before the body is read; raises ApiError 429."""
@@ -96,7 +101,10 @@ class Lease:
             self.usage.refuse_places(more)
             self.usage.refuse_requests(more)
         certain = demand.prompt_tokens + demand.output_tokens
+        month = self.usage.of_month(certain, demand.default_tokens) if demand.of_month else 0
         self._tokens = self.usage.reserve(certain, demand.default_tokens)
+        self._month = month
+        self.usage.month_reserved += month
         self.demand = demand
         if more:
             self._take(more)
@@ -123,7 +131,8 @@ class Lease:
     def settle(self, used: int) -> None:
         """Replace the reservation by the engine's count; a later count is added to it."""
         self.usage.use_tokens(used, self._tokens)
-        self._tokens, self.settled = None, True
+        self.usage.month_reserved -= self._month
+        self._month, self._tokens, self.settled = 0, None, True
 
     def _take(self, count: int) -> None:
         self._capacity.places_taken += count

@@ -15,6 +15,7 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from lowbit_server.cost.usage_book import UsageBook
 from lowbit_server.gateway.invocations import works_in
 from lowbit_server.gateway.key_limits import KeyUsage, KeyUsages
 from lowbit_server.gateway.keys import ANONYMOUS, Key, KeyStore
@@ -49,13 +50,14 @@ class Gateway:
         is_draining: Callable[[], bool],
         admin_elsewhere: bool = False,
         clock: Callable[[], float] = time.monotonic,
+        usage: UsageBook | None = None,
     ) -> None:
         self._app, self._limits, self._keys, self._models = app, limits, keys, models
         self._tracker, self._is_draining, self._admin_elsewhere = tracker, is_draining, admin_elsewhere
         self._capacity = Capacity(
             limits.max_num_queued_reqs, BODIES_AT_ONCE * limits.max_body_bytes, self._retry_after
         )
-        self._usages, self._anonymous = KeyUsages(clock), KeyUsage(ANONYMOUS, clock)
+        self._usages, self._anonymous = KeyUsages(clock, usage), KeyUsage(ANONYMOUS, clock)
         if keys is not None:
             keys.on_change = self._usages.replace
 
@@ -93,6 +95,7 @@ class Gateway:
                 await self._app(scope, receive, writer.send)
                 return
             self._tracker.open(context)
+            context.overhead_s += time.monotonic() - context.began
             await self._forward(
                 _for_engine(scope, context, self._priority_of(context)),
                 BufferedReceive(body, receive, context),
@@ -121,10 +124,14 @@ class Gateway:
             return None
         self._refuse_while_draining()
         lease.enter()
+        waits = time.monotonic()
         try:
             body = await asyncio.wait_for(read_body(receive, headers, most, lease.hold), BODY_S)
         except TimeoutError:
             raise ApiError(408, f"the body did not arrive within {BODY_S:g} s", "incomplete") from None
+        context.overhead_s = (
+            waits - time.monotonic()
+        )  # what follows adds the whole time until the engine has it
         document = parse(body, headers)
         try:
             if context.route == INVOCATIONS:

@@ -21,6 +21,7 @@ TYPES = {
     404: "not_found_error",
     429: "rate_limit_error",
 }
+TYPES_BY_CODE = {"insufficient_quota": "insufficient_quota"}  # as OpenAI has it
 CODES = {
     400: "invalid_request",
     401: "invalid_api_key",
@@ -79,6 +80,7 @@ def error_document(
     if shape == "anthropic":
         return anthropic_document(status, message, param, request_id)
     kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    kind = TYPES_BY_CODE.get(code or "", kind)
     error = {"message": message, "type": kind, "param": param, "code": code or CODES.get(status)}
     return json.dumps({"error": error}).encode()
 

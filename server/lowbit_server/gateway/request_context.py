@@ -26,6 +26,9 @@ class RequestContext:
     outcome: str = ""
     prompt_tokens: int = 0
     generated_tokens: int = 0
+    cached_tokens: int = 0  # of the prompt's, those found in the prefix cache
+    overhead_s: float = 0.0  # spent in the gateway itself
+    counted: bool = False  # its tokens stand in the counters
     finished: int = 0  # sequences that the engine has counted
     prompts: tuple[str, ...] = ()  # the engine's ids of those whose prompt is counted
     response_ended: bool = False

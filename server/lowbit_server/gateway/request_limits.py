@@ -76,6 +76,7 @@ def demand_of(document: dict[str, Any], route: Route, limits: ServerLimits) -> D
     return Demand(
         number,
         many,
+        of_month=True,
         prompt_tokens=size // CHARACTERS_PER_TOKEN,
         output_tokens=(stated or 0) * many * number,
         default_tokens=(most or 0) * many * number if stated is None else 0,

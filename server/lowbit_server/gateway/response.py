@@ -49,6 +49,7 @@ class ResponseWriter:
         """The ASGI `send` that the app is given."""
         if self._failed:
             return
+        began = time.monotonic()
         if message["type"] == "http.response.start":
             await self._start(message)
         elif self._error is not None:
@@ -61,8 +62,10 @@ class ResponseWriter:
             self._ended = not message.get("more_body", False)
             if self._context is not None:
                 self._context.response_ended = self._ended
-            if self._context is not None and self._context.first_byte is None and message.get("body"):
-                self._context.first_byte = time.monotonic()
+                now = time.monotonic()
+                if self._context.first_byte is None and message.get("body"):
+                    self._context.first_byte = now
+                self._context.overhead_s += now - began
             await self._send(message)
 
     async def fail(self, error: ApiError) -> None:
