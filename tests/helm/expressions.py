@@ -9,6 +9,12 @@ from tests.helm.chart import Resource, render
 
 # Prometheus' own, and the one fact that a server which is ending cannot tell about itself.
 ELSEWHERE = {"up", "kube_pod_deletion_timestamp"}
+# On a scrape only where it was asked for, or where the machine can be read; tests/server/test_app.py has each of them.
+ASKED_FOR = {
+    "lowbit_cost_per_million_tokens", "lowbit_energy_joules_total", "lowbit_key_month_quota_tokens",
+    "lowbit_key_month_tokens", "lowbit_shadow_answers_total", "lowbit_shadow_nats_total", "lowbit_shadow_tokens_total",
+    "lowbit_usage_write_failures_total",
+}  # fmt: skip
 HPA: Resource = {"autoscaling": {"mode": "hpa"}}
 
 
