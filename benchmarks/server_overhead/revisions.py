@@ -2,13 +2,15 @@
 
     python benchmarks/server_overhead/revisions.py OLD_REVISION --work DIR --out RESULT.json
     python benchmarks/server_overhead/revisions.py OLD_REVISION --checkpoint DIR --work DIR --out RESULT.json
+    python benchmarks/server_overhead/revisions.py OLD_REVISION … --everything
 
 Both servers are up, with every limit on and 1,000 keys, and are asked in turn; the order rotates. Without a checkpoint
 benchmarks/mock_engine.py is the engine of both: then `first` is what a request takes to the engine and `between` what a
 piece takes from the engine to its client, read off the stream, client and kernel included. With a checkpoint they are
 the time to the first token and between tokens, as the client sees them. `cpu` is CPU time of the API's process, by
 token, as the kernel counts it. All in microseconds, and as ratios new / old with standard errors (bootstrap over
-rounds).
+rounds). With `--everything` the new one also counts tokens by month into a file, with quotas, tells joules and a cost,
+and has a thousandth of its answers scored again by the old one as its base, when it is idle.
 """
 
 import argparse
@@ -28,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import uvloop
+import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -65,6 +68,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--minutes", type=float, default=60.0, help="no round begins later than this")
     parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--everything", action="store_true")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
@@ -72,10 +76,13 @@ def main() -> int:
     trees = two_trees(arguments.old, arguments.work)
     cells: dict[tuple[str, int], list[Turn]] = {}
     with ExitStack() as stack:
-        servers = {
-            tree.name: stack.enter_context(started(tree, arguments.checkpoint, keys, arguments.work))
-            for tree in trees
-        }
+        servers: dict[str, ServerProcess] = {}
+        for tree in trees:
+            flags = ["--api-keys", str(keys)]
+            if arguments.everything and tree.name == "new":
+                flags = everything(arguments.work, key, servers["old"].url)
+            server = started(tree, arguments.checkpoint, arguments.work, flags)
+            servers[tree.name] = stack.enter_context(server)
         ends = time.monotonic() + 60 * arguments.minutes
         for number in range(-1, arguments.rounds):  # one round to warm up
             if time.monotonic() > ends and cells:
@@ -89,7 +96,8 @@ def main() -> int:
     rows = [row(cells, streams) for streams in arguments.streams]
     result = {
         "old": trees[0].revision, "engine": arguments.checkpoint.name if arguments.checkpoint else "mock",
-        "tokens": arguments.tokens, "rounds": len(next(iter(cells.values()))), "questions": QUESTIONS, "rows": rows,
+        "everything": arguments.everything, "tokens": arguments.tokens,
+        "rounds": len(next(iter(cells.values()))), "questions": QUESTIONS, "rows": rows,
         "cpu_us": {f"{name}, {streams}": [one.cpu_us for one in turns] for (name, streams), turns in cells.items()},
     }  # fmt: skip
     write_result(arguments.out, result)
@@ -98,10 +106,23 @@ def main() -> int:
     return 0
 
 
-def started(tree: Tree, checkpoint: Path | None, keys: Path, work: Path) -> Any:
+def everything(work: Path, key: str, base: str) -> list[str]:
+    """The flags of all that is watched in production; the keys are those of the other server, with quotas."""
+    document = yaml.safe_load((work / "keys.yaml").read_text())
+    for entry in document["keys"]:
+        entry["tokens_per_month"] = 10**12
+    (work / "quotas.yaml").write_text(yaml.safe_dump(document))
+    (work / "key").write_text(key)
+    return [
+        "--api-keys", str(work / "quotas.yaml"), "--usage-file", str(work / "usage.db"), "--price-per-hour", "2.4",
+        "--shadow", base, "--shadow-share", "0.001", "--shadow-key-file", str(work / "key"),
+    ]  # fmt: skip
+
+
+def started(tree: Tree, checkpoint: Path | None, work: Path, more: Sequence[str]) -> Any:
     """`lowbit serve` of a tree, or its mock, until the block ends."""
     port = free_port()
-    flags = ["--port", str(port), "--api-keys", str(keys), "--served-model-name", MODEL, *LIMITS]
+    flags = ["--port", str(port), "--served-model-name", MODEL, *LIMITS, *more]
     if checkpoint is None:
         program = [sys.executable, str(ROOT / "benchmarks" / "mock_engine.py")]
         command = [*program, "serve", str(folder(work / "mock")), *flags]
