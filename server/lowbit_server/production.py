@@ -4,6 +4,7 @@ docs/metrics.md lists each one. What was not asked for, or cannot be read on thi
 """
 
 import contextlib
+import heapq
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from lowbit_server.cost.price import Cost
 from lowbit_server.cost.usage_book import UsageBook
 from lowbit_server.engine.interface import ServingEngine
 from lowbit_server.gateway.keys import Key
+from lowbit_server.gateway.request_tracker import MOST_KEY_LABELS
 from lowbit_server.shadow.worker import Shadow
 
 
@@ -92,7 +94,10 @@ def _usage(usage: UsageBook, limited: Iterable[Key]) -> Iterator[Metric]:
     quota = GaugeMetricFamily(
         "lowbit_key_month_quota_tokens", "What the key file allows it in a month.", labels=["key"]
     )
-    for key in limited:
+    most_used = heapq.nlargest(
+        MOST_KEY_LABELS, limited, key=lambda one: usage.used(one.name).tokens / (one.tokens_per_month or 1)
+    )
+    for key in most_used:
         used.add_metric([key.name], usage.used(key.name).tokens)
         quota.add_metric([key.name], key.tokens_per_month or 0)
     yield used

@@ -284,6 +284,11 @@ def test_key_entries_become_a_file_that_the_server_reads(tmp_path: Path) -> None
         "team-a": False,
         "operations": True,
     }
+    entry = {"name": "a", "sha256": "a" * 64, "tokens_per_month": 50_000_000}
+    (tmp_path / "quota.yaml").write_text(
+        render(apiKeys={"entries": [entry]})["Secret"]["stringData"]["keys.yaml"]
+    )
+    assert [key.tokens_per_month for key in read_keys(tmp_path / "quota.yaml").values()] == [50_000_000]
     assert settings(resources)["LOWBIT_API_KEYS"] == "/etc/lowbit/keys/keys.yaml"
     assert container(resources)["volumeMounts"][-1]["mountPath"] == "/etc/lowbit/keys"
 

@@ -30,6 +30,9 @@ BY_SCHEMA: list[tuple[Resource, str]] = [
     ({"server": {"corsOrigins": ["example.org"]}}, "/server/corsOrigins/0.*does not match pattern"),
     ({"server": {"drainTimeoutS": "1m"}}, "/server/drainTimeoutS.*got string, want integer"),
     ({"server": {"enforceEager": "yes"}}, "/server/enforceEager.*got string, want boolean"),
+    ({"server": {"pricePerHour": 0}}, "/server/pricePerHour.*exclusiveMinimum: got 0, want 0"),
+    ({"server": {"shadow": "base:8000"}}, "/server/shadow.*does not match pattern"),
+    ({"server": {"shadowShare": 5}}, "/server/shadowShare.*maximum: got 5, want 1"),
     (
         {"apiKeys": {"entries": [{"name": "a", "key": "lb-x"}]}},
         "/apiKeys/entries/0.*missing property 'sha256'",

@@ -116,7 +116,8 @@ def reading(path: Path) -> Iterator[sqlite3.Connection]:
     if not regular:
         raise ConfigError(f"usage file {path}: this is no file; give the one of --usage-file")
     try:
-        connection = sqlite3.connect(path.absolute().as_uri() + "?mode=ro", BUSY_S, uri=True)
+        # For writing where that is allowed: what a killed server began must be undone before anything can be read.
+        connection = sqlite3.connect(path.absolute().as_uri() + "?mode=rw", BUSY_S, uri=True)
         with contextlib.closing(connection):
             if not _is_usage_file(connection, path):
                 raise ConfigError(f"usage file {path}: it is empty; give the one of --usage-file")

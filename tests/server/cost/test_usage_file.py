@@ -63,6 +63,28 @@ def test_an_addition_that_fails_half_way_adds_nothing(tmp_path: Path) -> None:
     assert file.add({("2026-12", "a"): Counts(1, 1, 1, 0)}, "2026-11") == {"a": Counts(1, 10, 20, 5)}
 
 
+KILLED = """
+import os, signal, sqlite3, sys
+from lowbit_server.cost.usage_file import ADD
+connection = sqlite3.connect(sys.argv[1], isolation_level=None)
+connection.execute("PRAGMA cache_size = 1")  # pages are written before the transaction ends
+connection.execute("BEGIN IMMEDIATE")
+connection.executemany(ADD, (("2026-11", f"key-{number}", 1, 1, 1, 1) for number in range(5000)))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_server_had_begun_to_write_is_not_there_for_a_reader_either(tmp_path: Path) -> None:
+    path = tmp_path / "usage.db"
+    before = {("2026-11", "a"): Counts(1, 10, 20, 5)}
+    open_usage_file(path).add(before, "2026-11")
+    size = path.stat().st_size
+    assert subprocess.run([sys.executable, "-c", KILLED, str(path)], check=False).returncode == -9
+    assert path.stat().st_size > size  # half of it is in the file
+    assert rows_of(path) == before
+    assert open_usage_file(path).add({}, "2026-11") == {"a": Counts(1, 10, 20, 5)}
+
+
 def another_database(path: Path) -> None:
     with sqlite3.connect(path) as connection:
         connection.execute("CREATE TABLE other (n INTEGER)")

@@ -48,6 +48,8 @@ class Served:
                 return JSONResponse({"error": {"message": text, "code": 503}}, 503)
             if prompt == "wrong":
                 return JSONResponse({"error": {"message": "no", "type": "BadRequestError", "code": 400}}, 400)
+            if prompt == "late":
+                await asyncio.sleep(0.2)
             if prompt == "slow":  # and never looks whether its client is still there
                 await asyncio.sleep(30)
             if prompt == "patient":
@@ -121,6 +123,23 @@ async def test_without_keys_everybody_is_served_and_counted() -> None:
     assert served.tracker.tokens == {("anonymous", "prompt"): 10, ("anonymous", "generated"): 20}
     assert served.tracker.outcomes == {("anonymous", "ok"): 1}
     assert served.tracker.active == 0
+
+
+async def test_the_gateways_own_time_has_neither_the_clients_nor_the_engines_in_it() -> None:
+    async def slowly() -> AsyncIterator[bytes]:
+        body = json.dumps(HELLO | {"messages": [{"role": "user", "content": "late"}]}).encode()
+        for part in (body[:10], body[10:]):
+            await asyncio.sleep(0.2)
+            yield part
+
+    served = Served()
+    answer = await served.client.post(CHAT, content=slowly(), headers={"content-type": "application/json"})
+    assert answer.status_code == 200
+    await served.chat("wrong")
+    (family,) = served.tracker.overhead.collect()
+    found = {sample.name: sample.value for sample in family.samples}
+    assert found["lowbit_gateway_overhead_seconds_count"] == 2
+    assert 0 < found["lowbit_gateway_overhead_seconds_sum"] < 0.1
 
 
 async def test_the_log_line_holds_no_prompt_and_no_key(
