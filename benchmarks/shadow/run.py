@@ -6,7 +6,7 @@ Two servers: `lowbit serve BASE`, and `lowbit serve CHECKPOINT --shadow` with a 
 and whole, greedily and by sampling, and the clients keep the token ids of questions and answers. When the shadow has
 scored them all, its figures are read from /metrics, both servers end, and `lowbit evaluate`'s own modules load both
 models and compare them at the same tokens, every word of the vocabulary. Means are over generated tokens, standard
-errors over answers.
+errors over answers. What was served is kept in DIR/served.json, from which a run that was stopped goes on.
 """
 
 import argparse
@@ -60,17 +60,11 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    served: dict[str, list[Tokens]] = {}
-    found: dict[str, dict[str, float]] = {}
-    with both_servers(arguments) as url:
-        for name, sampling in SAMPLINGS.items():
-            before = metrics(url)
-            served[name] = [
-                ask(url, number, sampling, arguments.tokens) for number in range(arguments.answers)
-            ]
-            after = wait_until_scored(url, sum(map(len, served.values())))
-            found[name] = {key: after[key] - before.get(key, 0.0) for key in ("nats_total", "tokens_total")}
-            print(f"{name}: {len(served[name])} answers scored", file=sys.stderr)
+    kept = arguments.work / "served.json"
+    if not kept.exists():
+        kept.write_text(json.dumps(serve(arguments)))
+    document = json.loads(kept.read_text())
+    served, found, after = document["served"], document["found"], document["after"]
     base, ours = (loaded(path) for path in (arguments.base, arguments.checkpoint))
     rows, whole = [], Divergence()
     for name, answers in served.items():
@@ -88,6 +82,23 @@ def main() -> int:
     for one in (*rows, everything):
         print(json.dumps(one))
     return 0 if everything["agrees"] else 1
+
+
+def serve(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The token ids of what was asked and answered, and the shadow's figures for each way to sample and at the end."""
+    served: dict[str, list[Tokens]] = {}
+    found: dict[str, dict[str, float]] = {}
+    after: dict[str, float] = {}
+    with both_servers(arguments) as url:
+        for name, sampling in SAMPLINGS.items():
+            before = metrics(url)
+            served[name] = [
+                ask(url, number, sampling, arguments.tokens) for number in range(arguments.answers)
+            ]
+            after = wait_until_scored(url, sum(map(len, served.values())))
+            found[name] = {key: after[key] - before[key] for key in ("nats_total", "tokens_total")}
+            print(f"{name}: {len(served[name])} answers scored", file=sys.stderr)
+    return {"served": served, "found": found, "after": after}
 
 
 @contextmanager

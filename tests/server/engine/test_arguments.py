@@ -202,3 +202,11 @@ def test_whitespace_and_strict_tools_are_the_engines_own_switches(make_checkpoin
         ConfigError, match="--strict-tools binds calls of tools, which --tool-call-parser turns on"
     ):
         _arguments(ServeConfig(directory, strict_tools="function"))
+
+
+def test_only_a_shadow_needs_more_log_probabilities_than_the_engine_gives(
+    make_checkpoint: "MakeCheckpoint",
+) -> None:
+    directory = make_checkpoint()
+    assert "max_logprobs" not in _arguments(ServeConfig(directory))
+    assert _arguments(ServeConfig(directory, shadow="http://base"))["max_logprobs"] == 100
