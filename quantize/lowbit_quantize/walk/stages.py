@@ -1,10 +1,10 @@
 """One layer, observed and quantized: in one pass over the calibration tokens, or in stages.
 
-Round-to-nearest and SmoothQuant need what the compressed layers before a layer give, once. AWQ and GPTQ aim at what the
-base model has (statistics/error_compensation.py), and for that they must know what the linears before it in the same layer have
-become: what attention reads is observed and quantized first, then what its output linear reads, then the network's
-first linears, then its last. The base model's calibration tokens walk beside, through the layer as it was. Once
-attention is quantized, both go on to the layer's middle: it runs no more for the stages that follow.
+Round-to-nearest and SmoothQuant need what the compressed layers before a layer give, once. AWQ and GPTQ aim at what
+the base model has (statistics/error_compensation.py), and for that they must know what the linears before it in the
+same layer have become: what attention reads is observed and quantized first, then what its output linear reads, then
+the network's first linears, then its last. The base model's calibration tokens walk beside, through the layer as it
+was. Once attention is quantized, both go on to the layer's middle: it runs no more for the stages that follow.
 
 Routed experts are none of these stages: what all of them read is observed with the first linears of the networks beside
 them, and each is quantized when it is visited (walk/expert_work.py).
