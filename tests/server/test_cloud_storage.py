@@ -22,7 +22,7 @@ FILES = {
 
 @pytest.fixture(scope="module")
 def storage() -> Iterator[Any]:
-    from gcp_storage_emulator.server import create_server  # type: ignore[import-not-found]
+    from gcp_storage_emulator.server import create_server
 
     port = free_port()
     server = create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
