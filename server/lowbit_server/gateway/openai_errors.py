@@ -11,7 +11,12 @@ from typing import Any
 
 from starlette.types import Send
 
-from lowbit_server.gateway.anthropic_errors import anthropic_document, anthropic_event, engines_document
+from lowbit_server.gateway.anthropic_errors import (
+    anthropic_document,
+    anthropic_event,
+    engines_document,
+    with_limits,
+)
 from lowbit_server.gateway.route_table import ErrorShape
 from lowbit_server.gateway.validation_errors import readable
 
@@ -159,8 +164,10 @@ async def send_error(
     send: Send, error: ApiError, headers: Mapping[str, str], shape: ErrorShape = "openai"
 ) -> None:
     """Send an error as the whole response; `headers` hold the request's id."""
-    body = error.body(shape, headers.get("x-request-id", ""))
-    await send_document(send, error.status, body, {**headers, **error.headers})
+    body, everything = error.body(shape, headers.get("x-request-id", "")), {**headers, **error.headers}
+    await send_document(
+        send, error.status, body, with_limits(everything) if shape == "anthropic" else everything
+    )
 
 
 async def send_document(send: Send, status: int, body: bytes, headers: Mapping[str, str]) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 
 from starlette.types import Message, Send
 
+from lowbit_server.gateway.anthropic_errors import with_limits
 from lowbit_server.gateway.openai_errors import (
     ApiError,
     normalized,
@@ -41,6 +42,8 @@ class ResponseWriter:
     ) -> None:
         self._send, self._headers, self._context, self._retry_after = send, headers, context, retry_after
         self._shape: ErrorShape = context.route.errors if context is not None else shape
+        if self._shape == "anthropic":
+            self._headers = with_limits(headers)
         self._error_event = ERROR_EVENTS.get(self._shape, OPENAI_ERROR_EVENT)
         self._error: tuple[int, list[bytes]] | None = None
         self._begun = self._ended = self._streams = self._failed = False

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,20 @@ async def test_a_stream_that_fails_ends_with_an_error_event(how: str, kind: str,
         ):
             pass
     assert error_of(failed.value.body)[0] == kind
+
+
+async def test_what_a_key_has_left_is_said_in_anthropics_headers(tmp_path: Path) -> None:
+    served = Served(KeyStore(key_file(tmp_path / "k", {"name": "a", "requests_per_minute": 2})))
+    began = datetime.now(UTC)
+    left = []
+    for _ in range(3):
+        answer = await served.http.post(MESSAGES, json=HELLO, headers={"x-api-key": "a-secret"})
+        assert answer.headers["anthropic-ratelimit-requests-limit"] == "2"
+        reset = datetime.fromisoformat(answer.headers["anthropic-ratelimit-requests-reset"])
+        assert began - timedelta(seconds=1) < reset < began + timedelta(seconds=70)
+        left.append((answer.status_code, answer.headers["anthropic-ratelimit-requests-remaining"]))
+    assert left == [(200, "1"), (200, "0"), (429, "0")]
+    assert "anthropic-ratelimit-tokens-limit" not in answer.headers
 
 
 def test_the_engines_validation_errors_name_their_field() -> None:
