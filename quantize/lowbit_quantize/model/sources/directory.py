@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, AutoTokenizer, GenerationConfig
 
 from lowbit_core.errors import ModelError
+from lowbit_core.log import get_logger
 from lowbit_core.manifest import file_sha256
 from lowbit_quantize.model.sources.contents import CONFIG
 from lowbit_quantize.model.weights import WeightFiles
@@ -23,6 +24,8 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION = "generation_config.json"
 VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "tekken.json", "*.tiktoken")
 REASON_LENGTH = 300
+
+log = get_logger("quantize")
 
 
 @dataclass(frozen=True)
@@ -45,9 +48,15 @@ class ModelDirectory:
         _check_dtype(self.name, said)
         self._check_generation()
         try:
-            return AutoConfig.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # whatever a wrong file makes of transformers' code
             raise unreadable("configuration", self.name, error) from error
+        if _has_no_head(said, config):
+            log.info(
+                "%s has no head: its quality is measured through its embedding in place of one", self.name
+            )
+            config.get_text_config(decoder=True).tie_word_embeddings = True
+        return config
 
     def _check_generation(self) -> None:
         """A file that transformers cannot read keeps the model itself from being opened; raises ModelError."""
@@ -108,6 +117,16 @@ class ModelDirectory:
         if not named or any(one and hasattr(transformers, one) for one in known):
             return None
         return str(named[-1])
+
+
+def _has_no_head(said: Mapping[str, Any], config: Any) -> bool:
+    """Whether a model was saved without its head, as those that embed are: by the class of its layers alone."""
+    layers = MODEL_MAPPING.get(type(config), None)
+    names = (
+        [one.__name__ for one in layers] if isinstance(layers, tuple) else [getattr(layers, "__name__", "")]
+    )
+    classes = said.get("architectures")
+    return isinstance(classes, list) and bool(classes) and all(one in names for one in classes)
 
 
 def _check_dtype(name: str, said: Mapping[str, Any]) -> None:
