@@ -11,7 +11,7 @@ from lowbit_core.manifest import Manifest, QualityRecord, file_record, write_man
 from lowbit_quantize.card import write_card
 from lowbit_quantize.catalog import CATALOG, Catalog
 from lowbit_quantize.check.forecast import run_disk_bytes, streams_bytes
-from lowbit_quantize.check.reload import answers_of, check_reload
+from lowbit_quantize.check.reload import TokenizerAnswers, answers_of, check_reload
 from lowbit_quantize.check.weights import Base, base_of, check_numbers, checked_base, say_rest, stored_weights
 from lowbit_quantize.device import ranks
 from lowbit_quantize.device.memory import return_freed_memory
@@ -69,10 +69,7 @@ def quantize(
     reference = find_model(model, trust_remote_code=trust_remote_code)
     plan = make_plan(reference, recipe, catalog)
     ranks.by_first(lambda: refuse_foreign(out))
-    tokenizer = reference.tokenizer()
-    texts = load_texts(recipe.calibration, recipe.quality, tokenizer, plan.config.vocab_size)
-    answers = answers_of(tokenizer, texts[1])
-    del tokenizer
+    texts, answers = _texts(plan)
     _fetch(reference)
     stored = stored_weights(plan)
     base = checked_base(plan, stored)
@@ -87,11 +84,7 @@ def quantize(
     )
     ranks.by_first(lambda: check_disk(out, needed))
     with run_of_ranks(out, identity, overwrite=overwrite) as run:
-        if not isinstance(stored, WeightFiles):
-            base = _unpacked(plan, stored, run)
-        assert base is not None
-        check_numbers(plan, base)
-        say_rest(base.rest)
+        base = _ready(plan, stored, base, run)
         walk, measured = _finished_walk(device, plan, base, texts, run, stream_memory_bytes, clock)
         clock.begin(CONCLUDE)
 
@@ -105,6 +98,13 @@ def quantize(
             return manifest
 
         return ranks.by_first(conclude)
+
+
+def _texts(plan: Plan) -> tuple[tuple[TokenText, TokenText], TokenizerAnswers]:
+    """Calibration and held-out text, and what the tokenizer, which is not kept, answers for the proof."""
+    tokenizer, recipe = plan.reference.tokenizer(), plan.recipe
+    texts = load_texts(recipe.calibration, recipe.quality, tokenizer, plan.config.vocab_size)
+    return texts, answers_of(tokenizer, texts[1])
 
 
 def _fetch(reference: ModelReference) -> None:
@@ -191,6 +191,16 @@ def _configuration(plan: Plan, base: Base) -> dict[str, Any]:
         plan.dtype,
         type(plan.skeleton).__name__,
     )
+
+
+def _ready(plan: Plan, stored: "WeightFiles | GgufFile", base: Base | None, run: RunDirectory) -> Base:
+    """The base to walk, whose numbers fit; that of a GGUF file is there once the file is unpacked."""
+    if not isinstance(stored, WeightFiles):
+        base = _unpacked(plan, stored, run)
+    assert base is not None
+    check_numbers(plan, base)
+    say_rest(base.rest)
+    return base
 
 
 def _unpacked(plan: Plan, stored: "GgufFile", run: RunDirectory) -> Base:
