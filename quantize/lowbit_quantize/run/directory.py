@@ -200,6 +200,12 @@ def _refuse_other(directory: RunDirectory, progress: Path, identity: Identity) -
         raise OutputError(
             f"output {out} holds an unfinished run of another version of Lowbit; {OVERWRITE}"
         ) from error
+    if left.walk_version != identity.walk_version:
+        raise OutputError(
+            f"output {out} holds an unfinished run of a Lowbit that computes other numbers "
+            f"(walk version {left.walk_version}, now {identity.walk_version}): go on with that Lowbit, give another "
+            f"directory, or {OVERWRITE}"
+        )
     read = {name for walk in _begun_walks(out) for name in directory.journal(walk).base_files} | {
         "config.json"
     }

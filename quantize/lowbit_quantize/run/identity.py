@@ -13,13 +13,17 @@ from lowbit_core.manifest import Manifest, TextRecord
 from lowbit_quantize.recipe import Recipe
 
 LIBRARIES = ("torch", "transformers", "compressed-tensors", "safetensors")
+WALK_VERSION = (
+    1  # raised by a change after which some run has other numbers (benchmarks/same_bytes.py shows that)
+)
 
 
 class Identity(BaseModel):
     """All that decides a run's bytes; `threads` may reorder sums, which moves last bits and nothing else.
 
-    `texts` are hashes of token ids, `base` those of the base model's files. A finished checkpoint is the same
-    whatever tools and device made it: these are empty then.
+    `texts` are hashes of token ids, `base` those of the base model's files, `walk_version` is what our own code made
+    of them: layers of two versions are not of one run, though the release is the same. A finished checkpoint is the
+    same whatever tools and device made it: these are empty then.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -28,6 +32,7 @@ class Identity(BaseModel):
     base: dict[str, str]
     texts: dict[str, str | None]
     versions: dict[str, str] = {}
+    walk_version: int = 0
     device: str = ""
     threads: int = 0
 
@@ -53,6 +58,7 @@ def identity_of(
         base=base,
         texts=texts,
         versions=tool_versions(),
+        walk_version=WALK_VERSION,
         device=device.type,
         threads=torch.get_num_threads(),
     )

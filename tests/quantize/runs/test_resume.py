@@ -16,7 +16,7 @@ from lowbit_core.cli import main
 from lowbit_core.errors import OutputError
 from lowbit_core.manifest import MANIFEST_NAME, PROGRESS_NAME, file_sha256
 from lowbit_quantize.run.directory import STATE, run_in
-from lowbit_quantize.run.identity import Identity
+from lowbit_quantize.run.identity import WALK_VERSION, Identity
 
 SMALL = (
     "calibration.num_samples=8",
@@ -186,6 +186,21 @@ def test_another_version_is_refused_by_name(
     assert "version (torch 2.1.0, now " in line
     (out / PROGRESS_NAME).write_text('{"format": "of the future"}')
     assert "another version of Lowbit" in refusal(arguments, capsys)
+
+
+@pytest.mark.parametrize("begun", [None, WALK_VERSION - 1, WALK_VERSION + 1])
+def test_a_run_of_code_with_other_numbers_is_not_gone_on_with(
+    tiny_model: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], begun: int | None
+) -> None:
+    """None: a run of the code that did not count yet; its layers' records have what they have today."""
+    out = tmp_path / "out"
+    arguments = stopped(tiny_model("llama"), out)
+    record = json.loads((out / PROGRESS_NAME).read_text())
+    assert record.pop("walk_version") == WALK_VERSION
+    (out / PROGRESS_NAME).write_text(json.dumps(record | ({} if begun is None else {"walk_version": begun})))
+    line = refusal(arguments, capsys)
+    assert f"(walk version {begun or 0}, now {WALK_VERSION})" in line
+    assert "--overwrite" in line
 
 
 def test_overwrite_starts_over_whatever_was_there_and_what_is_not_ours_stays(
