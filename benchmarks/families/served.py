@@ -11,6 +11,7 @@ from typing import Any
 
 LIMIT_S = 400.0
 MOST = 400  # characters of an error
+ELSEWHERE = "check the logs"  # vLLM's error of a model that it could not inspect; why not is an earlier one
 TIE = 1.0  # logits between a choice and the next best, below which two texts say nothing about each other
 
 
@@ -74,11 +75,21 @@ def _greedy(what: str, checkpoint: Path) -> dict[str, Any]:
 
 
 def last_error(stderr: str, status: int) -> str:
-    """The last error, without what marks the process that wrote it."""
+    """The last error without what marks the process that wrote it; the one before, where it sends people to the log."""
     lines = [
-        re.sub(r"^\(.*?\)\s*|^\[rank\d+\]:\s*|^ERROR.*?\]\s*", "", one).strip() for one in stderr.splitlines()
+        re.sub(r"^(\(.*?\)\s*|\[rank\d+\]:\s*|ERROR.*?\]\s*)+", "", one).strip()
+        for one in stderr.splitlines()
     ]
     named = [place for place, one in enumerate(lines) if re.match(r"[\w.]*(Error|Exception)\b", one)]
-    if named:  # with the lines that belong to it
-        return " ".join(one for one in lines[named[-1] :] if one)[:MOST]
+    errors = [_error(lines[place:]) for place in named]
+    while len(errors) > 1 and ELSEWHERE in errors[-1]:
+        errors.pop()
+    if errors:
+        return errors[-1][:MOST]
     return (lines or [f"ended with status {status} without a word"])[-1][:MOST]
+
+
+def _error(lines: list[str]) -> str:
+    """An error with the lines that belong to it: all up to the next traceback."""
+    end = next((place for place, one in enumerate(lines) if one.startswith("Traceback ")), len(lines))
+    return " ".join(one for one in lines[:end] if one)
