@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 from tests.tiny_models import CONTEXT, SENTENCES
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, DynamicCache
 
 from lowbit_core.manifest import read_manifest
+from lowbit_quantize.model.skeleton import model_class
 from lowbit_quantize.schemes.kv_cache import KVScales
 from lowbit_server.engine.kv_scales import KVScale, read_checkpoint_scales
 
@@ -55,7 +56,7 @@ def reference(directory: Path, prompts: torch.Tensor = PROMPTS, tokens: int = NE
         quantized.pop(
             "kv_cache_scheme", None
         )  # transformers would round as well, with scales cut to bfloat16
-    model = AutoModelForCausalLM.from_pretrained(directory, config=config, dtype=torch.bfloat16)
+    model = model_class(config).from_pretrained(directory, config=config, dtype=torch.bfloat16)
     stored, skipped = read_checkpoint_scales(directory), _skipped(directory)
     cache = RoundingCache(config, {layer: one for layer, one in stored.items() if layer not in skipped})
     with torch.inference_mode():

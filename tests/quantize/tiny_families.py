@@ -69,6 +69,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3_moe": Family(ROUTED),
     "deepseek_v3": Family(ROUTED | LATENT),
     "deepseek_v32": Family(ROUTED | LATENT | {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 64}),
+    "mistral4": Family(ROUTED | LATENT),
     "glm4_moe": Family(ROUTED),
     "minimax_m2": Family(ROUTED),
     "gpt_oss": Family(ROUTED),

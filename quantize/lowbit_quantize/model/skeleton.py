@@ -39,9 +39,12 @@ def is_wrapper(config: Any) -> bool:
 
 
 def model_class(config: Any) -> Any:
-    """transformers' class for a configuration; raises ModelError where it has none that gives next tokens."""
-    kinds = [MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING] if is_wrapper(config) else []
-    for kind in (*kinds, MODEL_FOR_CAUSAL_LM_MAPPING):
+    """transformers' class for a configuration; raises ModelError where it has none that gives next tokens.
+
+    Of a model of text alone transformers may know the class only in its table of those that read pictures (Mistral 4).
+    """
+    kinds = [MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING]
+    for kind in reversed(kinds) if is_wrapper(config) else kinds:
         if type(config) in kind:
             return kind[type(config)]
     raise ModelError(f"transformers has no model for {type(config).__name__} that gives next tokens")
