@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
-from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 
-from lowbit_core.errors import ModelError, RecipeError
+from lowbit_core.errors import RecipeError
 from lowbit_quantize.model.architecture import Architecture
+from lowbit_quantize.model.experts import ExpertList
 from lowbit_quantize.model.files.published_names import PublishedNames
 from lowbit_quantize.walk.module_plan import ModulePlan
 
@@ -42,12 +42,10 @@ def check_experts(
 
 def check_opened(modules: Mapping[str, ModulePlan], names: PublishedNames, skeleton: nn.Module) -> None:
     """Quantized experts are single ones, and transformers must be able to put them together again."""
-    stacks = (type(one).__name__ for one in skeleton.modules())
-    patched = next((name for name in stacks if name in MODULES_TO_PATCH_FOR_QUANTIZATION), None)
-    if modules and patched is not None:
-        raise ModelError(
-            f"transformers reads {patched} of a quantized checkpoint expert by expert, and of its base in stacks of a "
-            "kind of their own, which are not taken apart here: nothing would open; give a model of another kind"
+    if not modules and any(isinstance(one, ExpertList) and one.written_single for one in skeleton.modules()):
+        raise RecipeError(
+            "modules: transformers reads this model's experts one by one from a quantized checkpoint and in stacks "
+            "from any other, so that one in which nothing is quantized would not open; name some linears"
         )
     closed = next((name for name in modules if name in names.closed), None)
     if closed is not None:

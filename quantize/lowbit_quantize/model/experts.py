@@ -5,6 +5,10 @@ transformers holds a layer's experts as stacked tensors and says how by its expe
 and with a way of its own to put gate and up together. Here they are a list of small networks of plain linears, named as
 published checkpoints name them, so that the walk treats an expert's linears like any others; what a family computes
 between them is the family's own code.
+
+One stack is not of the protocol and still taken apart (`SORTED`, Llama 4's): it is called with rows that lie sorted by
+expert, which a gate has multiplied, and gives rows. transformers itself puts single experts in its place when it reads
+a quantized checkpoint, so they are written single.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,11 +18,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from transformers.integrations import moe
+from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 
 # Called with an expert's number, its outputs (tokens, hidden) and its gates (tokens,).
 ExpertObserver = Callable[[int, Tensor, Tensor], None]
 PLAIN_GATE = moe._default_apply_gate  # act(gate) · up
 PROTOCOL = ("is_transposed", "is_concatenated", "has_gate", "has_bias")
+SORTED = frozenset(MODULES_TO_PATCH_FOR_QUANTIZATION)  # names of classes
 STACKS = frozenset(
     f"{name}{end}" for name in ("gate_up_proj", "up_proj", "down_proj") for end in ("", "_bias")
 )
@@ -37,6 +43,16 @@ class Slice:
         """The part, of one entry of the stack."""
         found = entry.T if self.turned else entry
         return found[self.rows] if self.rows else found
+
+
+class SortedStack:
+    """What the protocol would say of one of `SORTED`: (in, gate and up) and (middle, out), an activation, no biases."""
+
+    is_transposed, is_concatenated, has_gate, has_bias = True, True, True, False
+    _apply_gate = PLAIN_GATE
+
+    def __init__(self, stack: Any) -> None:
+        self.gate_up_proj, self.down_proj, self.act_fn = stack.gate_up_proj, stack.down_proj, stack.act_fn
 
 
 class Expert(nn.Module):
@@ -99,10 +115,32 @@ def routed_sum(experts: Experts, hidden_states: Tensor, top_k_index: Tensor, top
     return parts.sum(1).to(hidden_states.dtype)
 
 
-class ExpertList(nn.ModuleList):
-    """The routed experts of one block; called as transformers' stacked experts are."""
+class Routed(nn.Module):
+    """Experts that are called as transformers' stacked ones are: with tokens, indices and gates.
+
+    Where rows alone come, (experts · tokens, hidden), they are sorted by expert, and those of an expert that a token
+    has not chosen are zeros. Whoever looks in then sees the other rows, each as a token of one expert.
+    """
+
+    def __call__(self, hidden_states: Tensor, *routed: Tensor, **named: Tensor) -> Tensor:
+        if routed or named:
+            outputs: Tensor = super().__call__(hidden_states, *routed, **named)
+            return outputs
+        outputs, used = torch.zeros_like(hidden_states), (hidden_states != 0).any(-1)
+        rows, count = hidden_states[used], len(self)  # type: ignore[arg-type]
+        places = torch.nonzero(used) // (len(used) // count) if count else used.new_zeros(len(rows), 0).long()
+        outputs[used] = super().__call__(rows, places, torch.ones_like(places, dtype=rows.dtype))
+        return outputs
+
+
+class ExpertList(Routed, nn.ModuleList):
+    """The routed experts of one block.
+
+    `written_single`: transformers reads them one by one, whatever stack its own table of conversions knows.
+    """
 
     observer: ExpertObserver | None = None
+    written_single = False
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """As `routed_sum`."""
@@ -131,8 +169,10 @@ def _slice(expert: Any, linear: str, kind: str, number: int, middle: int) -> Sli
 
 
 def is_stack(module: nn.Module) -> bool:
-    """Whether a module holds experts by transformers' protocol, and nothing else."""
+    """Whether a module holds experts by transformers' protocol, or sorted ones, and nothing else."""
     held = {name for name, _ in module.named_parameters()}
+    if type(module).__name__ in SORTED:
+        return held == {"gate_up_proj", "down_proj"}
     return all(hasattr(module, name) for name in PROTOCOL) and "down_proj" in held and held <= STACKS
 
 
@@ -147,15 +187,19 @@ def unstack_experts(module: nn.Module) -> list[str]:
     return names
 
 
-def _unstacked(owner: Any) -> ExpertList:
-    down = owner.down_proj
+def _unstacked(stack: Any) -> ExpertList:
+    is_sorted, down = type(stack).__name__ in SORTED, stack.down_proj
+    owner = SortedStack(stack) if is_sorted else stack
     experts = ExpertList(Expert(owner, down.dtype, down.device) for _ in range(len(down)))
     parameters = dict(experts.named_parameters())
     if not down.is_meta:
         with torch.no_grad():
             for name, part in experts.slices():
                 parameters[name].copy_(part.of(getattr(owner, part.stack)[part.entry]))
-    owner._parameters.clear()
+    stack._parameters.clear()
+    if isinstance(owner, SortedStack):
+        del owner.gate_up_proj, owner.down_proj
+    experts.written_single = is_sorted
     return experts
 
 

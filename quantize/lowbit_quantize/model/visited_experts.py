@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit_quantize.model.experts import ExpertObserver, routed_sum
+from lowbit_quantize.model.experts import ExpertObserver, Routed, routed_sum
 from lowbit_quantize.model.folds import multiply_columns
 
 Make = Callable[[int], nn.Module]
@@ -39,7 +39,7 @@ class _Nothing(list[RoutedCall]):
         """Keep nothing."""
 
 
-class VisitedExperts(nn.Module):
+class VisitedExperts(Routed):
     """Called as a list of experts is; item `number` is made when it is asked for, and held until another is made so."""
 
     observer: ExpertObserver | None = None

@@ -187,7 +187,8 @@ class PruneExpertsKind:
         if not all(kind.routes_alone for kind in architecture.kinds):
             raise RecipeError(
                 f"{NAME}: {model} ({architecture.model_type}) has layers that choose experts by more than what their "
-                "router reads (a table of tokens, say), which must stay whole; leave the pass out"
+                "router reads (a table of tokens, say), or call them with rows that a gate has multiplied: all must "
+                "stay; leave the pass out"
             )
         (experts, keys), top_k = expert_count(config), experts_used(config)
         routing = routing_groups(config)

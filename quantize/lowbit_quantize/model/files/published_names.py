@@ -60,6 +60,7 @@ class PublishedNames:
         self._prefix: str = model.base_model_prefix
         self.config: Any = model.config
         self.slices = dict(_slices(skeleton))
+        self._single = frozenset(_written_single(skeleton))
         inner = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
         self.inner = frozenset(inner)
         self.shapes = {name: shape for name, shape in inner.items() if name not in self.slices}
@@ -181,7 +182,7 @@ class PublishedNames:
 
     def _saved_single(self, part: Slice) -> bool:
         """Whether an expert's tensor is saved by itself, and not as a part of a stack."""
-        return self._to_single(part) is not None
+        return part.stack.rpartition(".")[0] in self._single or self._to_single(part) is not None
 
     def _to_single(self, part: Slice) -> WeightConverter | None:
         for converter in self._saving[1]:
@@ -218,6 +219,13 @@ def _slices(skeleton: nn.Module) -> Iterator[tuple[str, Slice]]:
             for name, part in module.slices():
                 stack = f"{block}.{part.stack}"
                 yield f"{block}.{name}", Slice(stack, part.entry, part.rows, part.turned)
+
+
+def _written_single(skeleton: nn.Module) -> Iterator[str]:
+    """The lists of experts that transformers reads one by one, whatever its table says."""
+    for block, module in skeleton.named_modules():
+        if isinstance(module, ExpertList) and module.written_single:
+            yield block
 
 
 def _stack_shapes(
