@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lowbit_evaluate.rounded_inputs import known_scheme, rounding_linear
 from lowbit_quantize.model.architecture import Architecture
-from lowbit_quantize.model.experts import unstack_experts
+from lowbit_quantize.model.experts.linears import unstack_experts
 from lowbit_quantize.model.files.published_names import PublishedNames
 from lowbit_quantize.model.files.unopened_linears import schemes_of, without_linears
 from lowbit_quantize.model.weights import WeightFiles

@@ -7,7 +7,7 @@ from torch import nn
 
 from lowbit_core.errors import RecipeError
 from lowbit_quantize.model.architecture import Architecture
-from lowbit_quantize.model.experts import ExpertList
+from lowbit_quantize.model.experts.linears import ExpertList
 from lowbit_quantize.model.files.published_names import PublishedNames
 from lowbit_quantize.walk.module_plan import ModulePlan
 

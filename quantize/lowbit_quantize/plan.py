@@ -20,11 +20,11 @@ from lowbit_quantize.catalog import CATALOG, Catalog
 from lowbit_quantize.misfits import check_experts, check_opened, check_outputs, check_width, check_words
 from lowbit_quantize.model.architecture import Architecture, linear_of
 from lowbit_quantize.model.discovery.found import open_model
+from lowbit_quantize.model.experts.routing import COUNTS
 from lowbit_quantize.model.files.kept_types import KeptTypes
 from lowbit_quantize.model.files.published_floats import PublishedFloats, published_floats
 from lowbit_quantize.model.files.published_names import PublishedNames
 from lowbit_quantize.model.reference import ModelReference
-from lowbit_quantize.model.routing import COUNTS
 from lowbit_quantize.model.skeleton import is_tied, text_config
 from lowbit_quantize.pass_list import make_passes
 from lowbit_quantize.recipe import QUANTIZE, Recipe

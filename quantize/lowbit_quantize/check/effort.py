@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lowbit_quantize.model.architecture import LayerKind, LinearGroup, linear_of
-from lowbit_quantize.model.routing import USED
+from lowbit_quantize.model.experts.routing import USED
 from lowbit_quantize.plan import Plan
 from lowbit_quantize.quality.dataset import TokenText
 from lowbit_quantize.statistics.error_compensation import COMPONENT_BLOCK

@@ -24,9 +24,9 @@ from lowbit_core.progress import track
 from lowbit_quantize.check.weights import base_of
 from lowbit_quantize.model.architecture import kind_of
 from lowbit_quantize.model.decoder import Decoder
-from lowbit_quantize.model.experts import expert_outputs
+from lowbit_quantize.model.experts.linears import expert_outputs
+from lowbit_quantize.model.experts.routing import Routing, routed_sum_of
 from lowbit_quantize.model.reference import fetch_weights, find_model
-from lowbit_quantize.model.routing import Routing, routed_sum_of
 from lowbit_quantize.model.weights import WeightFiles
 from lowbit_quantize.passes.distill_router import SAMPLE_TOKENS, bounded
 from lowbit_quantize.passes.merge_experts import Consolidation

@@ -13,7 +13,7 @@ from lowbit_core.model_shape import BYTES_PER_VALUE, shape_from_config
 from lowbit_quantize.check.sharding import key_value_heads, parts
 from lowbit_quantize.model.architecture import Architecture, kind_of, linear_of
 from lowbit_quantize.model.skeleton import text_tensors
-from lowbit_quantize.model.stream_form import DIGITS
+from lowbit_quantize.model.streams.form import DIGITS
 from lowbit_quantize.plan import Plan, decoder_layers
 from lowbit_quantize.quality.dataset import TokenText
 from lowbit_quantize.walk.baselines import FLOAT32

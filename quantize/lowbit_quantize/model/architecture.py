@@ -11,7 +11,7 @@ from torch import nn
 
 from lowbit_quantize.model.logits import PLAIN, LogitsForm
 from lowbit_quantize.model.spread import Spread
-from lowbit_quantize.model.stream_form import PLAIN_STREAM, StreamForm
+from lowbit_quantize.model.streams.form import PLAIN_STREAM, StreamForm
 
 
 @dataclass(frozen=True)

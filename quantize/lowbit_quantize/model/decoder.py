@@ -18,16 +18,16 @@ from torch import Tensor, nn
 from lowbit_core.errors import NumericsError
 from lowbit_quantize.device import ranks
 from lowbit_quantize.model.architecture import Architecture, kind_of
-from lowbit_quantize.model.carried import Call, Carried
+from lowbit_quantize.model.experts.visited import VisitedExperts
 from lowbit_quantize.model.files.kept_types import KeptTypes
 from lowbit_quantize.model.files.published_names import PublishedNames
 from lowbit_quantize.model.hooks import HookedCache, InputObservers, KVCacheHook, SeenAll, inputs_of
 from lowbit_quantize.model.skeleton import is_tied, text_config
-from lowbit_quantize.model.stand_in import Arguments, StandIn
-from lowbit_quantize.model.stream_form import LeftTensor, left_tensors
-from lowbit_quantize.model.surroundings import Surroundings
+from lowbit_quantize.model.streams.carried import Call, Carried
+from lowbit_quantize.model.streams.form import LeftTensor, left_tensors
+from lowbit_quantize.model.streams.stand_in import Arguments, StandIn
+from lowbit_quantize.model.streams.surroundings import Surroundings
 from lowbit_quantize.model.tape import Tape, tell
-from lowbit_quantize.model.visited_experts import VisitedExperts
 from lowbit_quantize.model.weights import is_finite
 
 BATCH_TOKENS = 2048  # tokens in a forward pass: enough for efficient products, few enough for the caches

@@ -14,7 +14,7 @@ from transformers.initialization import no_init_weights
 
 from lowbit_core.errors import ModelError
 from lowbit_quantize.model.architecture import Architecture
-from lowbit_quantize.model.experts import unstack_experts
+from lowbit_quantize.model.experts.linears import unstack_experts
 from lowbit_quantize.model.hooks import register_attention
 
 HALF = (torch.bfloat16, torch.float16)

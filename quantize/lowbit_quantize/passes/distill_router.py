@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from lowbit_quantize.model.architecture import Architecture, kind_of
-from lowbit_quantize.model.experts import expert_outputs
-from lowbit_quantize.model.routing import Routing, routed_sum_of
-from lowbit_quantize.model.visited_experts import RoutedCall
+from lowbit_quantize.model.experts.linears import expert_outputs
+from lowbit_quantize.model.experts.routing import Routing, routed_sum_of
+from lowbit_quantize.model.experts.visited import RoutedCall
 from lowbit_quantize.passes.kind import NoOptions, PlainPass
 from lowbit_quantize.statistics.sample import Sample
 from lowbit_quantize.walk.layer import LayerContext

@@ -23,7 +23,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from lowbit_quantize.model.experts import Experts
+from lowbit_quantize.model.experts.linears import Experts
 
 Consolidation = Literal["average", "permute"]
 LAST = "down_proj."  # the linear that reads an expert's middle neurons; other parameters have a row for each

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from lowbit_core.documents import Section
 from lowbit_core.errors import ModelError, RecipeError
 from lowbit_quantize.model.architecture import Architecture, kind_of
-from lowbit_quantize.model.experts import Experts
-from lowbit_quantize.model.routing import (
+from lowbit_quantize.model.experts.linears import Experts
+from lowbit_quantize.model.experts.routing import (
     Routing,
     RoutingGroups,
     expert_count,
@@ -27,7 +27,7 @@ from lowbit_quantize.model.routing import (
     leave_of,
     routing_groups,
 )
-from lowbit_quantize.model.visited_experts import VisitedExperts
+from lowbit_quantize.model.experts.visited import VisitedExperts
 from lowbit_quantize.passes.kind import PlainPass
 from lowbit_quantize.passes.merge_experts import Consolidation, absorbers, merge_experts
 from lowbit_quantize.statistics.expert_saliency import ExpertSaliency, score, see_routing

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lowbit_quantize.model.experts import Experts, expert_outputs
+from lowbit_quantize.model.experts.linears import Experts, expert_outputs
 
 CHUNK_VALUES = 1 << 25  # tokens · experts · hidden whose outputs are held at once
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lowbit_quantize.device.blocks import weights_together
 from lowbit_quantize.methods.method import InputScale
 from lowbit_quantize.model.architecture import Architecture, LinearGroup, kind_of
-from lowbit_quantize.model.visited_experts import RoutedCall
+from lowbit_quantize.model.experts.visited import RoutedCall
 from lowbit_quantize.statistics.layer import LayerStatistics
 from lowbit_quantize.walk.layer import QuantizedLinear
 from lowbit_quantize.walk.module_plan import Modules

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lowbit_quantize.model.architecture import kind_of
 from lowbit_quantize.model.decoder import Decoder
-from lowbit_quantize.model.visited_experts import RoutedCall
+from lowbit_quantize.model.experts.visited import RoutedCall
 from lowbit_quantize.run.clock import Clock
 from lowbit_quantize.schemes.kv_cache import KVScales, calibrated_scales
 from lowbit_quantize.schemes.scheme import Quantized

@@ -16,6 +16,7 @@ from lowbit_core.errors import NumericsError
 from lowbit_quantize.device.precision import exact_products
 from lowbit_quantize.methods.method import InputScale, Method, Site, SitePart
 from lowbit_quantize.model.architecture import Architecture, Fold, LinearGroup, kind_of, linear_of
+from lowbit_quantize.model.experts.visited import VisitedExperts
 from lowbit_quantize.model.folds import (
     divide_bias,
     divide_norm,
@@ -23,7 +24,6 @@ from lowbit_quantize.model.folds import (
     multiply_columns,
     tied,
 )
-from lowbit_quantize.model.visited_experts import VisitedExperts
 from lowbit_quantize.schemes.rounding_linear import RoundingLinear
 from lowbit_quantize.schemes.scheme import Quantized
 from lowbit_quantize.statistics.hessian import output_error

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from lowbit_quantize.device import ranks
 from lowbit_quantize.model.architecture import kind_of
 from lowbit_quantize.model.decoder import Decoder, batches_of
+from lowbit_quantize.model.experts.visited import RoutedCall, VisitedExperts
 from lowbit_quantize.model.hooks import KVCacheHook, without_attention
-from lowbit_quantize.model.visited_experts import RoutedCall, VisitedExperts
 
 ROWS = 8192  # of an expert's tokens that go through it at once
 Made = TypeVar("Made")  # what becomes of some experts

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lowbit_quantize.model.decoder import Decoder
 from lowbit_quantize.model.discovery.found import find_architecture
-from lowbit_quantize.model.experts import ExpertList, is_stack, unstack_experts
+from lowbit_quantize.model.experts.linears import ExpertList, is_stack, unstack_experts
 from lowbit_quantize.model.files.base_weights import BaseWeights, wanted_of
 from lowbit_quantize.model.files.kept_types import KeptTypes
 from lowbit_quantize.model.files.published_names import PublishedNames

@@ -15,7 +15,7 @@ from lowbit_quantize.model.discovery.found import find_architecture, open_model
 from lowbit_quantize.model.discovery.twin import make_twin
 from lowbit_quantize.model.reference import find_model
 from lowbit_quantize.model.skeleton import build_skeleton
-from lowbit_quantize.model.stream_form import StreamForm
+from lowbit_quantize.model.streams.form import StreamForm
 from lowbit_quantize.passes.prune_experts import PruneExpertsKind, PruneExpertsOptions
 
 QKV = "self_attn.q_proj self_attn.k_proj self_attn.v_proj <- input_layernorm"

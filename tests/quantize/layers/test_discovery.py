@@ -14,7 +14,7 @@ from lowbit_quantize.model.architecture import LayerKind
 from lowbit_quantize.model.discovery.found import describe
 from lowbit_quantize.model.discovery.probe import ProbedLayer
 from lowbit_quantize.model.discovery.twin import Call
-from lowbit_quantize.model.experts import unstack_experts
+from lowbit_quantize.model.experts.linears import unstack_experts
 
 HIDDEN, MIDDLE = 32, 48
 

@@ -26,7 +26,7 @@ HIDDEN, MIDDLE = 16, 24
 
 
 class Gated(nn.Module):
-    """An expert: the names that merging knows are those of model/experts.py."""
+    """An expert: the names that merging knows are those of model/experts/linears.py."""
 
     def __init__(self, *, bias: bool = False) -> None:
         super().__init__()

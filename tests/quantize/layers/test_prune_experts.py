@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lowbit_core.errors import NumericsError, RecipeError
 from lowbit_core.manifest import Manifest
 from lowbit_quantize.model.decoder import Decoder
-from lowbit_quantize.model.routing import RoutingGroups, leave_of, routing_groups
+from lowbit_quantize.model.experts.routing import RoutingGroups, leave_of, routing_groups
 from lowbit_quantize.passes.prune_experts import (
     PruneExperts,
     PruneExpertsKind,

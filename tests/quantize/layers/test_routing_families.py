@@ -19,8 +19,8 @@ from lowbit_core.errors import ModelError
 from lowbit_core.manifest import Manifest
 from lowbit_evaluate.loaded_model import load_model
 from lowbit_quantize.check.expert_report import report_experts
+from lowbit_quantize.model.experts.routing import expert_count, experts_used
 from lowbit_quantize.model.reference import find_model
-from lowbit_quantize.model.routing import expert_count, experts_used
 from lowbit_quantize.pipeline import quantize
 
 COUNTED = {  # by which key of the file

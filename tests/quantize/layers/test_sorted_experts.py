@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from lowbit_core.errors import RecipeError
 from lowbit_evaluate.loaded_model import load_model
 from lowbit_quantize.model.discovery.found import find_architecture
-from lowbit_quantize.model.experts import ExpertList, unstack_experts
+from lowbit_quantize.model.experts.linears import ExpertList, unstack_experts
 from lowbit_quantize.model.reference import find_model
 from lowbit_quantize.model.skeleton import build_skeleton
 from lowbit_quantize.pipeline import quantize

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowbit_quantize.model.stream_form import LeftTensor, Rows, StreamForm, left_tensors
+from lowbit_quantize.model.streams.form import LeftTensor, Rows, StreamForm, left_tensors
 
 SEQUENCES, TOKENS, HIDDEN, HEADS, HEAD = 2, 5, 8, 3, 4
 LEFT = [

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lowbit_quantize.model.architecture import kind_of
 from lowbit_quantize.model.decoder import Decoder
-from lowbit_quantize.model.visited_experts import VisitedExperts
+from lowbit_quantize.model.experts.visited import VisitedExperts
 from lowbit_quantize.run.tensor_file import TensorFile
 from lowbit_quantize.walk.visit import Traveller, advance, experts_of, visit
 

@@ -25,9 +25,9 @@ from lowbit_quantize.model.discovery.roles import (
     stages_of,
 )
 from lowbit_quantize.model.discovery.twin import make_twin
+from lowbit_quantize.model.experts.routing import Routing
 from lowbit_quantize.model.families import FACTS, OTHERS, EngineFacts
 from lowbit_quantize.model.reference import ModelReference
-from lowbit_quantize.model.routing import Routing
 from lowbit_quantize.model.skeleton import build_skeleton
 
 SMALL = 128, 32  # a linear with at most so many outputs, each from so many inputs as well, is left as it is

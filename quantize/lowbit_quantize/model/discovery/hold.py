@@ -18,7 +18,7 @@ from lowbit_quantize.model.decoder import Decoder
 from lowbit_quantize.model.discovery.folds import FoundFold, moved
 from lowbit_quantize.model.discovery.probe import ProbedLayer
 from lowbit_quantize.model.discovery.twin import Call
-from lowbit_quantize.model.experts import ExpertList
+from lowbit_quantize.model.experts.linears import ExpertList
 
 TOKENS = 64
 HOLDS = 1e-3  # relative: what float32 and factors over three decades move

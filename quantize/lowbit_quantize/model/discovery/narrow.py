@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from lowbit_quantize.model.routing import COUNTS, USED
+from lowbit_quantize.model.experts.routing import COUNTS, USED
 from lowbit_quantize.model.skeleton import given
 
 HIDDEN, MIDDLE, WORDS, EXPERTS, TOP_K, LATENT = 192, 128, 128, 8, 2, 32

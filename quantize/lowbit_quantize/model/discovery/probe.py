@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit_quantize.model.discovery.twin import Call
-from lowbit_quantize.model.experts import ExpertList
+from lowbit_quantize.model.experts.linears import ExpertList
 from lowbit_quantize.model.hooks import attention_observed_by, removed_after
 
 Change = Callable[[Tensor], Tensor]

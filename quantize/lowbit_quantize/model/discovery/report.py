@@ -12,7 +12,7 @@ from rich.table import Table
 from lowbit_quantize.model.architecture import Architecture, Fold, LayerKind
 from lowbit_quantize.model.discovery.found import open_model
 from lowbit_quantize.model.reference import find_model
-from lowbit_quantize.model.stream_form import StreamForm
+from lowbit_quantize.model.streams.form import StreamForm
 
 
 def report(model: str) -> tuple[dict[str, Any], RenderableType]:

@@ -18,8 +18,8 @@ from lowbit_core.errors import ModelError
 from lowbit_quantize.model.discovery.narrow import narrowed
 from lowbit_quantize.model.hooks import removed_after
 from lowbit_quantize.model.skeleton import build_skeleton
-from lowbit_quantize.model.stand_in import StandIn, apart
-from lowbit_quantize.model.stream_form import PLAIN_STREAM, StreamForm
+from lowbit_quantize.model.streams.form import PLAIN_STREAM, StreamForm
+from lowbit_quantize.model.streams.stand_in import StandIn, apart
 
 SEQUENCES, TOKENS = 2, 24
 OTHER_PARTS = ("vision", "visual", "audio")  # of a model that reads pictures or sounds too

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers.core_model_loading import WeightConverter
 
-from lowbit_quantize.model.experts import Slice
+from lowbit_quantize.model.experts.linears import Slice
 from lowbit_quantize.model.files.published_floats import Stored
 from lowbit_quantize.model.files.published_names import Shaped
 

@@ -3,7 +3,7 @@
 transformers (5) renames, stacks, joins, cuts and turns published tensors while it loads them, and does the reverse when
 it saves. Its table says all that for every family (`get_model_conversion_mapping`), and its own code applies it here: a
 name in files becomes the name of the tensor that it is a part of, and a tensor of the model gets the name that it is
-saved under. Experts, which are single ones here (experts.py), keep the names of single ones where the family publishes
+saved under. Experts, which are single ones here (`experts/`), keep the names of single ones where the family publishes
 them so, or in a way that transformers reads; where only stacks are known, names are made like those of other families.
 """
 
@@ -26,7 +26,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from lowbit_quantize.model.experts import ExpertList, Slice
+from lowbit_quantize.model.experts.linears import ExpertList, Slice
 from lowbit_quantize.model.files.restacking import restacked
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from lowbit_quantize.model.experts import Slice
+from lowbit_quantize.model.experts.linears import Slice
 
 
 def restacked(

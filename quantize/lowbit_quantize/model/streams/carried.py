@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from lowbit_core.errors import ModelError
-from lowbit_quantize.model.stand_in import Arguments
-from lowbit_quantize.model.stream_form import LeftTensor, Rows, StreamForm
-from lowbit_quantize.model.surroundings import Surroundings
+from lowbit_quantize.model.streams.form import LeftTensor, Rows, StreamForm
+from lowbit_quantize.model.streams.stand_in import Arguments
+from lowbit_quantize.model.streams.surroundings import Surroundings
 
 Call = tuple[
     Tensor, tuple[Any, ...], dict[str, Any]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit_core.errors import ModelError
-from lowbit_quantize.model.stand_in import Arguments, StandIn
+from lowbit_quantize.model.streams.stand_in import Arguments, StandIn
 
 Read = Callable[[str], Tensor]
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit_quantize.model.experts import ExpertObserver, Routed, routed_sum
+from lowbit_quantize.model.experts.linears import ExpertObserver, Routed, routed_sum
 from lowbit_quantize.model.folds import multiply_columns
 
 Make = Callable[[int], nn.Module]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lowbit_core.errors import ModelError
 from lowbit_quantize.model.architecture import LayerKind
-from lowbit_quantize.model.visited_experts import RoutedCall
+from lowbit_quantize.model.experts.visited import RoutedCall
 
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 USED = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
