@@ -55,6 +55,15 @@ def lowbit(method: str, symmetric: bool = True, bare: bool = False) -> Case:
     return Case(name, "lowbit", f"Lowbit {label}", method, symmetric, recipe_settings=BARE if bare else ())
 
 
+# Every scheme that a width of 576 takes, those first that people ask for most; by round to nearest, AWQ and GPTQ.
+FORMATS = (
+    "NVFP4", "MXFP4", "W4A16", "W8A8", "FP8_DYNAMIC", "NVFP4A16", "MXFP4A16", "W3A16", "MXFP8", "FP8", "W8A16", "W4A8",
+    "W6A16", "W5A16", "W2A16",
+)  # fmt: skip
+FORMAT_METHODS = ("gptq", "rtn", "awq")
+IN_GROUPS = {"W2A16", "W3A16", "W4A16", "W5A16", "W6A16", "W4A8"}  # of the scenario's size
+
+
 def of_recipe(recipe: str, label: str) -> Case:
     """Lowbit's, by a bundled recipe that takes more calibration text than the scenario gives."""
     return Case(f"lowbit-{recipe}", "lowbit", f"Lowbit {label}", "gptq", once=True, recipe=recipe)
@@ -104,22 +113,21 @@ CASES = (
     Case("llmcompressor-awq", "llmcompressor", "llm-compressor AWQ", "awq", once=True),
     Case("llmcompressor-awq-asymmetric", "llmcompressor", "llm-compressor AWQ", "awq", False, once=True),
     Case("gptqmodel-awq", "gptqmodel", "GPTQModel AWQ", "awq", False, once=True),
-    of_preset("W8A8", "rtn"),
-    of_preset("W8A8", "smoothquant+gptq"),
     compressor_of_preset("W8A8", "smoothquant+gptq"),
-    of_preset("FP8_DYNAMIC", "rtn"),
-    of_preset("FP8_DYNAMIC", "gptq"),
+    of_preset("W8A8", "smoothquant+gptq"),
     compressor_of_preset("FP8_DYNAMIC", "rtn"),
-    of_preset("FP8", "rtn"),
-    of_preset("FP8", "gptq"),
     compressor_of_preset("FP8", "rtn"),
     *(
         case(scheme, method)
         for scheme in ("NVFP4", "MXFP4")
         for case in (of_preset, compressor_of_preset)
-        for method in ("rtn", "awq", "gptq", "awq+gptq", "smoothquant+gptq")
+        for method in ("awq+gptq", "smoothquant+gptq")
     ),
-    *(of_preset(scheme, "gptq") for scheme in ("NVFP4A16", "MXFP4A16", "MXFP8")),
+    *(compressor_of_preset(scheme, method) for scheme in ("NVFP4", "MXFP4") for method in FORMAT_METHODS),
+    *(of_preset(scheme, method) for method in FORMAT_METHODS for scheme in FORMATS),
+    *(  # of a model whose widths are multiples of 128 (`pad.py`)
+        case("FP8_BLOCK", method) for case in (of_preset, compressor_of_preset) for method in ("gptq", "rtn")
+    ),
 )
 
 
@@ -154,10 +162,10 @@ def lowbit_command(case: Case, python: Path, scenario: Scenario, out: Path) -> l
         bare = [option for setting in BARE for option in ("--set", setting)]
         return [*quantize, "--recipe", case.recipe, *bare]
     recipe = "w8a8" if case.scheme else "awq-g64"
-    numbers = [f"modules.0.scheme={case.scheme}"]
-    if not case.scheme:
-        scheme = f"W{scenario.bits}A16" + ("" if case.symmetric else "_ASYM")
-        numbers = [f"modules.0.scheme={scheme}", f"modules.0.group_size={scenario.group_size}"]
+    scheme = case.scheme or f"W{scenario.bits}A16" + ("" if case.symmetric else "_ASYM")
+    numbers = [f"modules.0.scheme={scheme}"]
+    if not case.scheme or case.scheme in IN_GROUPS:
+        numbers.append(f"modules.0.group_size={scenario.group_size}")
     settings = (
         *numbers,
         f"modules.0.methods=[{case.method.replace('+', ', ')}]",
