@@ -3,9 +3,9 @@
     python benchmarks/evaluate/manifest_quality.py --out benchmarks/evaluate/results/manifest_quality.json [--moe DIR]
 
 Run it with Lowbit's Python. It quantizes SmolLM2-135M-Instruct with `awq-g64`, and the mixture of experts in `--moe`
-(a directory with a model and `held.json`, token ids by domain) dense and pruned: the first half of each domain
-calibrates; of the second half, rows that share no run of tokens with it are held out. Exit 1 where a mean KL differs by
-more than its standard error.
+(a directory with a model and `held.json`, token ids by domain) dense, pruned and in blocks of floats: the first half
+of each domain calibrates; of the second half, rows that share no run of tokens with it are held out. `--only` names
+recipes, with `+gptq` for the same one by GPTQ alone. Exit 1 where a mean KL differs by more than its standard error.
 """
 
 import argparse
@@ -29,12 +29,15 @@ from lowbit_quantize.quality.overlap import token_runs  # noqa: E402
 
 ROW_TOKENS = 512
 ROWS = 4  # of each domain
-MOE_RECIPES = ("awq-g64", "reap25-awq-g64")
+DEMO_RECIPE = "awq-g64"
+MOE_RECIPES = (DEMO_RECIPE, "reap25-awq-g64", "nvfp4", "nvfp4+gptq", "mxfp4", "mxfp4+gptq")
+BY_GPTQ = "+gptq"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="The manifest's quality against lowbit evaluate --text.")
     parser.add_argument("--moe", type=Path, help="a mixture of experts with held.json")
+    parser.add_argument("--only", nargs="+", choices=MOE_RECIPES, default=MOE_RECIPES, metavar="RECIPE")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     result: dict[str, Any] = {
@@ -48,8 +51,9 @@ def main() -> int:
         work = Path(folder)
         runs: list[tuple[Path, str, tuple[str, ...]]] = []
         if arguments.moe:
-            runs += [(arguments.moe, recipe, texts_of(arguments.moe, work)) for recipe in MOE_RECIPES]
-        runs.append((find_demo_model(), "awq-g64", ()))
+            runs += [(arguments.moe, recipe, texts_of(arguments.moe, work)) for recipe in arguments.only]
+        if DEMO_RECIPE in arguments.only:
+            runs.append((find_demo_model(), DEMO_RECIPE, ()))
         for model, recipe, flags in runs:
             result["runs"].append(run(model, recipe, flags, work / f"{len(result['runs'])}"))
             arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -90,7 +94,10 @@ def texts_of(moe: Path, work: Path) -> tuple[str, ...]:
 
 def run(model: Path, recipe: str, flags: tuple[str, ...], out: Path) -> dict[str, Any]:
     """Quantize, then evaluate; what both say."""
-    command = [*LOWBIT, "quantize", "--model", str(model), "--recipe", recipe, "--out", str(out), *flags]
+    named = ["--recipe", recipe.removesuffix(BY_GPTQ)]
+    if recipe.endswith(BY_GPTQ):
+        named += ["--set", "modules.0.methods=[gptq]"]
+    command = [*LOWBIT, "quantize", "--model", str(model), *named, "--out", str(out), *flags]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     file = out.with_suffix(".json")
     command = [*LOWBIT, "evaluate", str(out), "--base", str(model), "--text", "--json", str(file)]
@@ -105,6 +112,7 @@ def run(model: Path, recipe: str, flags: tuple[str, ...], out: Path) -> dict[str
         "kv_cache_included",
     )
     again = {name: text[name] for name in names}
+    again["domains"] = {name: values["mean_kld"] for name, values in text["domains"].items()}
     return {"model": model.stem, "recipe": recipe, "manifest": text["manifest"], "evaluate": again}
 
 
