@@ -1,9 +1,9 @@
-"""What llm-compressor's files hold of a tiny model in each preset: names, types, shapes and configuration.
+"""What llm-compressor's files hold of a tiny model in each scheme: names, types, shapes and configuration.
 
     python benchmarks/formats/peer_files.py --json benchmarks/formats/results/llmcompressor_files.json [--work DIR]
 
-llm-compressor runs in an environment of its own (`quantizers/environments.py`), to the nearest, on a few random tokens.
-`tests/quantize/runs/test_peer_files.py` holds ours against the committed listing.
+llm-compressor runs in an environment of its own (`quantizers/environments.py`), to the nearest, on a few random tokens;
+nothing of the numbers is kept. `tests/quantize/runs/test_peer_files.py` holds ours against the committed listing.
 """
 
 import argparse
@@ -19,23 +19,39 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks" / "quantizers")]
 from environments import environment  # noqa: E402
 from provenance import versions  # noqa: E402
 
-PRESETS = ("NVFP4", "NVFP4A16", "MXFP4", "MXFP4A16", "MXFP8", "W4AFP8", "W4A8")
-PLAIN = {"W4AFP8": ["re:.*down_proj"], "W4A8": ["re:.*down_proj"]}  # groups of 128 do not fit it
+# 128 divides what FP8_BLOCK and groups of 128 need it to divide, and no more.
+SIZES = {
+    "hidden_size": 256,
+    "intermediate_size": 384,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+}
+GROUP = 64  # of integers of weights alone, for most of which the library has no preset
+INTEGERS = ("W2A16", "W3A16", "W4A16", "W5A16", "W6A16", "W8A16")
+PRESETS = ("FP8_BLOCK", "NVFP4", "NVFP4A16", "MXFP4", "MXFP4A16", "MXFP8", "W4AFP8", "W4A8")
 PROGRAM = """
-import json, sys
+import sys
 import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.pipelines.cache import IntermediatesCache
 from transformers import AutoModelForCausalLM
 IntermediatesCache.pin_memory = lambda *_, **__: None  # fails without an accelerator (0.14.0.1)
-base, out, preset, plain = *sys.argv[1:4], json.loads(sys.argv[4])
+base, out, scheme, group_size = *sys.argv[1:4], int(sys.argv[4])
+how = {"targets": "Linear", "scheme": scheme}
+if group_size:
+    weights = QuantizationArgs(
+        num_bits=int(scheme[1]), type="int", symmetric=True, strategy="group", group_size=group_size
+    )
+    how = {"config_groups": {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}}
 torch.manual_seed(0)
 model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
 rows = torch.randint(0, model.config.vocab_size, (4, 64)).tolist()
 data = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * 64] * 4})
-recipe = [QuantizationModifier(targets="Linear", scheme=preset, ignore=["lm_head", *plain])]
+recipe = [QuantizationModifier(**how, ignore=["lm_head"])]
 oneshot(model=model, dataset=data, recipe=recipe, num_calibration_samples=4, max_seq_length=64)
 model.save_pretrained(out, save_compressed=True)
 """
@@ -64,15 +80,14 @@ def main() -> None:
 
     python, found = environment("llmcompressor", arguments.work.resolve()), {}
     with tempfile.TemporaryDirectory() as temporary:
-        base = write_tiny_model(Path(temporary) / "base", "llama")
-        for preset in PRESETS:
-            out = Path(temporary) / preset
-            plain = json.dumps(PLAIN.get(preset, []))
-            subprocess.run([python, "-c", PROGRAM, base, out, preset, plain], check=True)
-            found[preset] = listing(out)
-            print(preset, len(found[preset]["tensors"]), file=sys.stderr, flush=True)
-    facts = {"model": "llama of tests/tiny_models.py", "versions": versions(python)}
-    arguments.json.write_text(json.dumps({**facts, "presets": found}, indent=1) + "\n", encoding="utf-8")
+        base = write_tiny_model(Path(temporary) / "base", "llama", **SIZES)  # type: ignore[arg-type]
+        for scheme in (*INTEGERS, *PRESETS):
+            out, group_size = Path(temporary) / scheme, GROUP if scheme in INTEGERS else 0
+            subprocess.run([python, "-c", PROGRAM, base, out, scheme, str(group_size)], check=True)
+            found[scheme] = listing(out)
+            print(scheme, len(found[scheme]["tensors"]), "tensors", file=sys.stderr, flush=True)
+    facts = {"sizes": SIZES, "group_size": GROUP, "versions": versions(python)}
+    arguments.json.write_text(json.dumps({**facts, "schemes": found}) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,64 +1,96 @@
-"""Files in blocks of floats are what llm-compressor writes: names, types, shapes, and the configuration of each scheme.
+"""Our files are llm-compressor's in names, types and shapes, and say the same of every linear.
 
-The listing is llm-compressor's own, of the same tiny model (benchmarks/formats/peer_files.py).
+What it writes of the same tiny model lies in benchmarks/formats/results/llmcompressor_files.json, which
+benchmarks/formats/peer_files.py made in its own environment.
 """
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.formats.peer_files import listing
+from benchmarks.formats.peer_files import GROUP, INTEGERS, PRESETS, SIZES, listing
 from tests.quantize.small_runs import CPU, recipe_with
+from tests.tiny_models import write_tiny_model
 
+from lowbit_quantize.catalog import CATALOG
 from lowbit_quantize.pipeline import quantize
 
 ROOT = Path(__file__).resolve().parents[3]
-PEER = json.loads((ROOT / "benchmarks/formats/results/llmcompressor_files.json").read_text())["presets"]
-EQUAL = ("NVFP4", "NVFP4A16", "MXFP4", "MXFP4A16", "MXFP8")
+LISTED = json.loads((ROOT / "benchmarks/formats/results/llmcompressor_files.json").read_text())
+PEER: dict[str, Any] = LISTED["schemes"]
+PACKED_HERE = ("W4AFP8", "W4A8")
+EQUAL = [scheme for scheme in PEER if scheme not in PACKED_HERE]
 # How it found its scales, and an answer of a later release about zero points, which symmetric weights have not.
 OF_ITS_RUN = ("observer", "observer_kwargs", "zp_dtype")
+GENERAL = ("format", "kv_cache_scheme", "quant_method", "quantization_status")
 
 
-def ours(base: Path, out: Path, preset: str) -> dict[str, Any]:
-    rule: dict[str, Any] = {"match": "*", "scheme": preset, "methods": ["rtn"]}
-    rules = [rule] if preset in EQUAL else [rule, {"match": "*.down_proj", "scheme": "none"}]
-    quantize(str(base), recipe_with(*rules), out, CPU)
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("base"), "llama", **LISTED["sizes"])
+
+
+def ours(base: Path, out: Path, scheme: str) -> dict[str, Any]:
+    rule: dict[str, Any] = {"match": "*", "scheme": scheme, "methods": ["rtn"]}
+    if scheme in INTEGERS:
+        rule["group_size"] = LISTED["group_size"]
+    quantize(str(base), recipe_with(rule), out, CPU)
     return listing(out)
 
 
-def group_of(found: dict[str, Any]) -> dict[str, Any]:
-    """What the only group says but its targets, which we name one by one."""
-    (group,) = found["quantization_config"]["config_groups"].values()
-    said: dict[str, Any] = {key: value for key, value in group.items() if key != "targets"}
-    for part in ("weights", "input_activations"):
-        if said[part] is not None:
-            said[part] = {key: value for key, value in said[part].items() if key not in OF_ITS_RUN}
+def linears_of(found: dict[str, Any]) -> dict[str, Any]:
+    """What a configuration says of each linear of the decoder, by its name: theirs go by type, ours by name."""
+    names = {name.rpartition(".")[0] for name in found["tensors"] if "_proj." in name}
+    quantization, said = found["quantization_config"], {}
+    for group in quantization["config_groups"].values():
+        for name in names:
+            if name in group["targets"] or "Linear" in group["targets"]:
+                assert name not in said
+                said[name] = {
+                    key: _without(value)
+                    for key, value in group.items()
+                    if key not in ("targets", "output_activations")
+                }
+    assert said.keys() == names
+    assert not names & set(quantization["ignore"])
+    assert "lm_head" in quantization["ignore"]
     return said
 
 
-@pytest.mark.parametrize("preset", EQUAL)
-def test_names_types_shapes_and_configuration_are_the_peers(
-    tiny_model: Callable[[str], Path], preset: str, tmp_path: Path
-) -> None:
-    found, peer = ours(tiny_model("llama"), tmp_path / "out", preset), PEER[preset]
+def _without(arguments: Any) -> Any:
+    if not isinstance(arguments, dict):
+        return arguments
+    return {key: value for key, value in arguments.items() if key not in OF_ITS_RUN}
+
+
+def test_the_listing_has_every_scheme_of_its_script_and_those_are_ours() -> None:
+    assert list(PEER) == [*INTEGERS, *PRESETS]
+    assert PEER.keys() <= {preset.name for preset in CATALOG.presets}
+    assert (LISTED["sizes"], LISTED["group_size"]) == (SIZES, GROUP)
+
+
+@pytest.mark.parametrize("scheme", EQUAL)
+def test_names_types_shapes_and_configuration_are_the_peers(base: Path, scheme: str, tmp_path: Path) -> None:
+    found, peer = ours(base, tmp_path / "out", scheme), PEER[scheme]
     assert found["tensors"] == peer["tensors"]
-    assert group_of(found) == group_of(peer)
-    for key in ("format", "quant_method", "quantization_status", "kv_cache_scheme"):
+    assert linears_of(found) == linears_of(peer)
+    for key in GENERAL:
         assert found["quantization_config"][key] == peer["quantization_config"][key]
 
 
-@pytest.mark.parametrize("preset", ["W4AFP8", "W4A8"])
+@pytest.mark.parametrize("scheme", PACKED_HERE)
 def test_integers_with_rounded_inputs_are_packed_as_vllm_loads_them(
-    tiny_model: Callable[[str], Path], preset: str, tmp_path: Path
+    base: Path, scheme: str, tmp_path: Path
 ) -> None:
     """llm-compressor 0.14 leaves a code in each byte, which vLLM 0.32's classes for GPUs do not load."""
-    found, peer = ours(tiny_model("llama"), tmp_path / "out", preset), PEER[preset]
-    said, theirs = group_of(found), group_of(peer)
-    assert (said.pop("format"), theirs.pop("format")) == ("pack-quantized", "int-quantized")
+    found, peer = ours(base, tmp_path / "out", scheme), PEER[scheme]
+    said, theirs = linears_of(found), linears_of(peer)
+    assert said.keys() == theirs.keys()
+    for name in said:
+        assert (said[name].pop("format"), theirs[name].pop("format")) == ("pack-quantized", "int-quantized")
+        outputs, inputs = peer["tensors"][f"{name}.weight"][1]
+        assert peer["tensors"][f"{name}.weight"][0] == "I8"
+        assert found["tensors"][f"{name}.weight_packed"] == ["I32", [outputs, inputs // 8]]
+        assert found["tensors"][f"{name}.weight_scale"] == peer["tensors"][f"{name}.weight_scale"]
     assert said == theirs
-    name = "model.layers.0.self_attn.q_proj"
-    assert peer["tensors"][f"{name}.weight"] == ["I8", [128, 128]]
-    assert found["tensors"][f"{name}.weight_packed"] == ["I32", [128, 16]]
-    assert found["tensors"][f"{name}.weight_scale"] == peer["tensors"][f"{name}.weight_scale"]
