@@ -22,7 +22,7 @@ from lowbit_quantize.device.blocks import solve_rows
 from lowbit_quantize.device.memory import without_compiler
 from lowbit_quantize.schemes.grids import FP8
 from lowbit_quantize.schemes.inputs import GroupInputs
-from lowbit_quantize.schemes.processors import Tabled
+from lowbit_quantize.schemes.processors import PROCESSORS
 from lowbit_quantize.schemes.scheme import (
     ExpertSupport,
     GroupSize,
@@ -45,7 +45,7 @@ CPU_MULTIPLE = 32  # of outputs (`CPUFp8BlockScaledMMKernel`)
 
 
 @dataclass(frozen=True)
-class BlockFP8(Tabled):
+class BlockFP8:
     """`w = scale · code`; the parameter `scale` is (out, groups), the same for all rows of a block."""
 
     name = "FP8_BLOCK"
@@ -120,6 +120,14 @@ class BlockFP8(Tabled):
 
     def multiple(self, kernel: Kernel) -> int:
         return CPU_MULTIPLE if kernel == "cpu" else 1
+
+    @property
+    def cpu_kernels(self) -> Sequence[str]:
+        return PROCESSORS[self.name].cpu_kernels
+
+    @property
+    def gpus(self) -> str:
+        return PROCESSORS[self.name].gpus
 
     @property
     def experts(self) -> ExpertSupport:

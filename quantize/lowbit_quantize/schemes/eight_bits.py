@@ -15,7 +15,7 @@ from torch import Tensor
 from lowbit_quantize.device.memory import without_compiler
 from lowbit_quantize.schemes.grids import FP8, INT8, Grid
 from lowbit_quantize.schemes.inputs import InputQuantizer
-from lowbit_quantize.schemes.processors import Tabled
+from lowbit_quantize.schemes.processors import PROCESSORS
 from lowbit_quantize.schemes.scheme import (
     ExpertSupport,
     GroupSize,
@@ -49,7 +49,7 @@ CPU_EXPERTS_MULTIPLE = 32  # of hidden and middle channels (`CPUExpertsInt8`)
 
 
 @dataclass(frozen=True)
-class EightBits(Tabled):
+class EightBits:
     """`w = scale · code` and `x ≈ scale · code`, codes on one grid; the parameter `scale` is (out, 1)."""
 
     name: str
@@ -145,6 +145,14 @@ class EightBits(Tabled):
 
     def multiple(self, kernel: Kernel) -> int:
         return 1  # where CUTLASS asks for multiples of 16, vLLM goes on with Triton
+
+    @property
+    def cpu_kernels(self) -> Sequence[str]:
+        return PROCESSORS[self.name].cpu_kernels
+
+    @property
+    def gpus(self) -> str:
+        return PROCESSORS[self.name].gpus
 
     @property
     def experts(self) -> ExpertSupport:

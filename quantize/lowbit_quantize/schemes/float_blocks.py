@@ -26,7 +26,7 @@ from lowbit_quantize.schemes.block_search import Blocks
 from lowbit_quantize.schemes.grids import FP4, FP8, Grid
 from lowbit_quantize.schemes.inputs import BlockInputs
 from lowbit_quantize.schemes.packed_fp4 import packed_fp4, unpacked_fp4
-from lowbit_quantize.schemes.processors import Tabled
+from lowbit_quantize.schemes.processors import PROCESSORS
 from lowbit_quantize.schemes.scale_grids import FP8_SCALES, POWERS_OF_TWO, power_of_two_for
 from lowbit_quantize.schemes.scheme import (
     ExpertSupport,
@@ -53,7 +53,7 @@ TRIAL_STEPS = {"fp8": (0, 5), "power of two": (0, 1)}  # neighbours that a scale
 
 
 @dataclass(frozen=True)
-class FloatBlocks(Tabled):
+class FloatBlocks:
     """`w = code · scale / divisor`; codes are small floats, held in bfloat16.
 
     Parameters are `scale`, (out, groups), and, where scales are FP8, `divisor`, (out, 1), the same for all rows.
@@ -163,9 +163,19 @@ class FloatBlocks(Tabled):
         return 1  # kernels fill up what is no multiple of their tiles
 
     @property
+    def cpu_kernels(self) -> Sequence[str]:
+        return PROCESSORS[self.name].cpu_kernels
+
+    @property
+    def gpus(self) -> str:
+        return PROCESSORS[self.name].gpus
+
+    @property
     def experts(self) -> ExpertSupport:
-        # transformers 5.19 unpacks experts of packed integers and of FP8 by channel only
-        return ExpertSupport(f"{self.gpus}; {self.processors.cpus}", opened=False)
+        row = PROCESSORS[
+            self.name
+        ]  # transformers 5.19 unpacks experts of packed integers and of FP8 by channel only
+        return ExpertSupport(f"{row.gpus}; {row.cpus}", opened=False)
 
     def expert_obstacles(self, kernel: Kernel, hidden: int, middle: int) -> list[str]:
         return []

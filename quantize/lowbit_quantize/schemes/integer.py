@@ -22,7 +22,7 @@ from lowbit_quantize.schemes.affine_search import (
 )
 from lowbit_quantize.schemes.inputs import InputQuantizer
 from lowbit_quantize.schemes.packed_words import pack, unpack, words_of
-from lowbit_quantize.schemes.processors import HUMMING, Tabled
+from lowbit_quantize.schemes.processors import HUMMING, PROCESSORS
 from lowbit_quantize.schemes.scheme import (
     ExpertSupport,
     GroupSize,
@@ -50,7 +50,7 @@ EXPERTS_HIDDEN_MULTIPLE, EXPERTS_MIDDLE_MULTIPLE = 128, 64  # of Marlin's kernel
 
 
 @dataclass(frozen=True)
-class Integer(Tabled, Affine):
+class Integer(Affine):
     """`w = scale · (code − zero)`, codes int8 in memory; parameters `scale` and `zero`, (out, groups) each."""
 
     name: str
@@ -156,6 +156,14 @@ class Integer(Tabled, Affine):
 
     def multiple(self, kernel: Kernel) -> int:
         return CPU_MULTIPLE if kernel == "cpu" else 1
+
+    @property
+    def cpu_kernels(self) -> Sequence[str]:
+        return PROCESSORS[self.name].cpu_kernels
+
+    @property
+    def gpus(self) -> str:
+        return PROCESSORS[self.name].gpus
 
     @property
     def experts(self) -> ExpertSupport:

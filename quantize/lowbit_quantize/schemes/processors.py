@@ -316,24 +316,3 @@ PROCESSORS: dict[str, Processors] = {
     "W4AFP8": Processors("CompressedTensorsW4A8Fp8", HOPPER, "_POSSIBLE_KERNELS", (_CUTLASS_W4A8,)),
     "W4A8": Processors("CompressedTensorsWNA8Int", TURING, "_POSSIBLE_KERNELS", _INT4_ROUNDED),
 }
-
-
-class Tabled:
-    """What a scheme that has a row in the table says of vLLM's kernels."""
-
-    name: str
-
-    @property
-    def processors(self) -> Processors:
-        """The row of the scheme's name."""
-        return PROCESSORS[self.name]
-
-    @property
-    def cpu_kernels(self) -> Sequence[str]:
-        """vLLM's classes that compute such linears on CPUs."""
-        return self.processors.cpu_kernels
-
-    @property
-    def gpus(self) -> str:
-        """Which GPUs vLLM has a kernel for, for a person."""
-        return self.processors.gpus
