@@ -86,21 +86,6 @@ def test_the_scales_that_vllm_allocates_have_our_shape(one_rank: Any, outputs: i
     assert torch.equal(allocated.new_empty(ours.shape).copy_(ours), ours.float())  # float32 holds it
 
 
-def test_experts_run_where_we_say() -> None:
-    """A GPU's other classes ask the device first, and here there is none."""
-    from vllm.model_executor.layers.fused_moe.experts import cpu_moe, fused_humming_moe, marlin_moe
-    from vllm.model_executor.layers.quantization.utils.quant_utils import (
-        kFp8Dynamic128Sym,
-        kFp8Static128BlockSym,
-    )
-
-    numbers = (kFp8Static128BlockSym, kFp8Dynamic128Sym)
-    for kernels in (cpu_moe.CPUExpertsFp8, fused_humming_moe.HummingIndexedExperts, marlin_moe.MarlinExperts):
-        assert kernels._supports_quant_scheme(*numbers)
-    assert "is_amx_tile_supported" in inspect.getsource(cpu_moe.CPUExpertsFp8._supports_current_device)
-    assert "CPUs with AMX" in BlockFP8().experts.processors
-
-
 @pytest.mark.parametrize("middle", [128, 192, 384])
 def test_experts_fill_the_same_blocks(one_rank: Any, middle: int) -> None:
     from vllm.model_executor.layers.quantization.utils.fp8_utils import validate_fp8_block_shape_moe

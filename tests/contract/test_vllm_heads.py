@@ -14,7 +14,7 @@ from lowbit_quantize.plan import EMBEDDING_STAYS
 from lowbit_quantize.run.served_config import quantization_config
 from lowbit_quantize.schemes.integer import BITS, Integer
 from lowbit_quantize.schemes.packed_words import words_of
-from lowbit_quantize.schemes.processors import PROCESSORS
+from lowbit_quantize.schemes.processors.linears import LINEARS
 from lowbit_quantize.schemes.scheme import Scheme
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
@@ -53,7 +53,7 @@ def test_a_head_is_an_ordinary_linear_of_every_scheme_that_it_may_have(one_rank:
 
     config, head = config_of(HEAD, WEIGHTS_ALONE[name]), ParallelLMHead(WORDS, HIDDEN)
     scheme = made_or_begun(lambda: config.get_scheme(head, HEAD))
-    assert type(scheme).__name__ == PROCESSORS[name].scheme_class
+    assert type(scheme).__name__ == LINEARS[name].scheme_class
     if name in BITS:
         assert scheme.num_bits == BITS[name]
 

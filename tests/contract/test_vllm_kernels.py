@@ -2,14 +2,12 @@
 
 from importlib.util import find_spec
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 
 from lowbit_quantize.catalog import CATALOG
 from lowbit_quantize.check.sharding import Shard, _shard_obstacles
-from lowbit_quantize.schemes import eight_bits
 from lowbit_quantize.schemes.integer import CPU_BITS, MARLIN_GROUPS, Integer
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
@@ -84,31 +82,6 @@ def test_vllm_refuses_the_same_straddling_groups(inputs: int, group: int) -> Non
         assert straddles
     else:
         assert not straddles
-
-
-def expert_kernels(kind: str) -> tuple[dict[str, Any], tuple[Any, Any]]:
-    """vLLM's classes for experts of eight bits that import here, by name, and the numbers that it asks them for."""
-    from vllm.model_executor.layers.fused_moe.experts import cpu_moe, marlin_moe, triton_moe
-    from vllm.model_executor.layers.quantization.utils import quant_utils
-
-    classes = {**vars(cpu_moe), "TritonExperts": triton_moe.TritonExperts, "Marlin": marlin_moe.MarlinExperts}
-    if kind == "int8":
-        return classes, (quant_utils.kInt8StaticChannelSym, quant_utils.kInt8DynamicTokenSym)
-    return classes, (quant_utils.kFp8StaticChannelSym, quant_utils.kFp8DynamicTokenSym)
-
-
-def test_experts_of_eight_bits_run_where_we_say() -> None:
-    """int8 by CPUs with AMX and by zentorch, FP8 by channel by no CPU; a GPU's classes cannot all be asked here."""
-    classes, int8 = expert_kernels("int8")
-    _, fp8 = expert_kernels("fp8")
-    for name in ("CPUExpertsInt8", "ZenCPUExpertsInt8"):
-        assert classes[name]._supports_quant_scheme(*int8)
-    for name in ("CPUExpertsFp8", "CPUExpertsFp8W8A8"):
-        assert not classes[name]._supports_quant_scheme(*fp8)
-    assert classes["Marlin"]._supports_quant_scheme(*fp8)  # NVIDIA's from 7.5 on, inputs as they are
-    w8a8, fp8_dynamic = (eight_bits.EXPERTS[kind].processors for kind in ("int8", "fp8"))
-    assert "CPUs with AMX, AMD's with zentorch" in w8a8
-    assert "no CPU" in fp8_dynamic
 
 
 def test_one_scale_serves_the_inputs_of_all_experts_of_a_layer() -> None:

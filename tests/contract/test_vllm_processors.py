@@ -1,4 +1,4 @@
-"""The table of processors (schemes/processors.py) says what the installed vLLM's source says."""
+"""The table of linears (schemes/processors/linears.py) says what the installed vLLM's source says."""
 
 import inspect
 from importlib import import_module
@@ -9,14 +9,14 @@ import pytest
 from tests.contract.begun import made_or_begun
 
 from lowbit_quantize.catalog import CATALOG
-from lowbit_quantize.schemes.processors import (
+from lowbit_quantize.schemes.processors.kernels import (
     GENERATIONS,
     HUMMING,
-    PROCESSORS,
-    LinearKernel,
+    EngineKernel,
     Platform,
     Processors,
 )
+from lowbit_quantize.schemes.processors.linears import LINEARS
 from lowbit_quantize.schemes.scheme import Scheme
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
@@ -30,7 +30,7 @@ SAID_BY_CPP = {
 }
 WORDS = {90: ("90", "Hopper"), 100: ("100", "Blackwell"), 120: ("120",), 80: ("80",), 60: ("60",)}
 EVERY_KERNEL = [
-    (name, kernel) for name, row in PROCESSORS.items() for kernel in row.kernels if kernel.platform == "cuda"
+    (name, kernel) for name, row in LINEARS.items() for kernel in row.kernels if kernel.platform == "cuda"
 ]
 
 
@@ -60,9 +60,9 @@ def dispatched(name: str, vllm_config: Any) -> str:
     return type(made).__name__
 
 
-@pytest.mark.parametrize("name", PROCESSORS)
+@pytest.mark.parametrize("name", LINEARS)
 def test_vllm_takes_the_class_that_the_row_names(name: str, vllm_config: Any) -> None:
-    row = PROCESSORS[name]
+    row = LINEARS[name]
     found = dispatched(name, vllm_config)
     if name == "W4AFP8":  # a compute capability of 9.0 exactly; no other processor has a class for it
         from vllm.model_executor.layers.quantization.compressed_tensors import compressed_tensors
@@ -87,17 +87,16 @@ def in_vllm(row: Processors, platform: Platform) -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize("name", PROCESSORS)
+@pytest.mark.parametrize("name", LINEARS)
 @pytest.mark.parametrize("platform", ["cuda", "rocm", "xpu", "cpu"])
 def test_kernels_stand_in_vllms_table_of_their_platform_and_in_its_order(
     name: str, platform: Platform
 ) -> None:
-    row = PROCESSORS[name]
+    row = LINEARS[name]
     theirs = [kernel.__name__ for kernel in in_vllm(row, platform)]
     ours = [kernel.name for kernel in row.on(platform)]
     assert set(ours) <= set(theirs)
-    if platform != "cuda" or not any(one in name for one in ("FP4", "MXFP8")):  # there by how, not by order
-        assert ours == [one for one in theirs if one in ours]
+    assert ours == [one for one in theirs if one in ours]
 
 
 def weight_types(kernel: Any) -> list[str] | None:
@@ -127,7 +126,7 @@ def weight_types(kernel: Any) -> list[str] | None:
     return [str(one) for one in listed]
 
 
-@pytest.mark.parametrize("name", [name for name, row in PROCESSORS.items() if "WNA16" in row.scheme_class])
+@pytest.mark.parametrize("name", [name for name, row in LINEARS.items() if "WNA16" in row.scheme_class])
 @pytest.mark.parametrize("platform", ["cuda", "rocm", "xpu", "cpu"])
 def test_no_kernel_for_integer_weights_is_left_out(name: str, platform: Platform) -> None:
     from vllm.model_executor.layers.quantization.compressed_tensors.schemes import compressed_tensors_wNa16
@@ -137,20 +136,20 @@ def test_no_kernel_for_integer_weights_is_left_out(name: str, platform: Platform
     wanted = str(vars(compressed_tensors_wNa16)[plain if weights.symmetric else zeros][weights.num_bits])
     taking = [
         kernel.__name__
-        for kernel in in_vllm(PROCESSORS[name], platform)
+        for kernel in in_vllm(LINEARS[name], platform)
         if (types := weight_types(kernel)) is None or wanted in types
     ]
-    assert taking == [kernel.name for kernel in PROCESSORS[name].on(platform)]
+    assert taking == [kernel.name for kernel in LINEARS[name].on(platform)]
 
 
 @pytest.mark.parametrize(("name", "kernel"), EVERY_KERNEL, ids=lambda one: getattr(one, "name", one))
-def test_the_generations_of_a_kernel_are_those_of_its_source(name: str, kernel: LinearKernel) -> None:
-    row = PROCESSORS[name]
+def test_the_generations_of_a_kernel_are_those_of_its_source(name: str, kernel: EngineKernel) -> None:
+    row = LINEARS[name]
     found = next(one for one in in_vllm(row, "cuda") if one.__name__ == kernel.name)
     if hasattr(found, "get_min_capability"):
-        assert kernel.lowest == found.get_min_capability() or name == "W4A8"
+        assert kernel.lowest == found.get_min_capability()
     source = inspect.getsource(found)
-    if kernel.lowest > row.lowest and kernel.name not in SAID_BY_CPP and name != "W4A8":
+    if kernel.lowest > row.lowest and kernel.name not in SAID_BY_CPP:
         assert any(words in source for words in WORDS[kernel.lowest])
     if kernel.needs == HUMMING:
         assert "has_humming()" in source
@@ -165,12 +164,12 @@ def test_humming_goes_before_marlin_on_hopper_alone() -> None:
 
 
 def test_every_scheme_has_a_row() -> None:
-    assert PROCESSORS.keys() == PRESETS.keys()
+    assert LINEARS.keys() == PRESETS.keys()
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_scheme_says_what_its_row_says(name: str) -> None:
-    scheme, row = scheme_of(name), PROCESSORS[name]
+    scheme, row = scheme_of(name), LINEARS[name]
     assert scheme.gpus == row.gpus
     assert tuple(scheme.cpu_kernels) == row.cpu_kernels
     assert bool(row.cpu_kernels) == (not scheme.obstacles("cpu"))

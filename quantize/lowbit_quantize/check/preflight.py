@@ -23,7 +23,7 @@ from lowbit_quantize.plan import Plan, make_plan
 from lowbit_quantize.quality.dataset import load_texts
 from lowbit_quantize.recipe import Recipe
 from lowbit_quantize.run.directory import check_disk, refuse_foreign
-from lowbit_quantize.schemes.processors import PROCESSORS, SCALES_OF_HEADS
+from lowbit_quantize.schemes.processors.linears import LINEARS, SCALES_OF_HEADS
 from lowbit_quantize.schemes.scheme import KERNELS, Scheme
 
 GIB = 1 << 30
@@ -114,13 +114,13 @@ def _schemes(plan: Plan) -> list[dict[str, Any]]:
 
 
 def _cpus(scheme: Scheme) -> str:
-    row = PROCESSORS.get(scheme.name)
+    row = LINEARS.get(scheme.name)
     return row.cpus if row else "no CPU" if scheme.obstacles("cpu") else "CPUs"
 
 
 def _vllm(scheme: Scheme) -> dict[str, Any] | None:
     """vLLM's class for a scheme and its kernels by platform, in its order; None of a scheme that has no row."""
-    row = PROCESSORS.get(scheme.name)
+    row = LINEARS.get(scheme.name)
     if row is None:
         return None
     kernels: dict[str, list[str]] = {}

@@ -22,7 +22,8 @@ from lowbit_quantize.device.blocks import solve_rows
 from lowbit_quantize.device.memory import without_compiler
 from lowbit_quantize.schemes.grids import FP8
 from lowbit_quantize.schemes.inputs import GroupInputs
-from lowbit_quantize.schemes.processors import PROCESSORS
+from lowbit_quantize.schemes.processors.experts import EXPERTS
+from lowbit_quantize.schemes.processors.linears import LINEARS
 from lowbit_quantize.schemes.scheme import (
     ExpertSupport,
     GroupSize,
@@ -123,18 +124,15 @@ class BlockFP8:
 
     @property
     def cpu_kernels(self) -> Sequence[str]:
-        return PROCESSORS[self.name].cpu_kernels
+        return LINEARS[self.name].cpu_kernels
 
     @property
     def gpus(self) -> str:
-        return PROCESSORS[self.name].gpus
+        return LINEARS[self.name].gpus
 
     @property
     def experts(self) -> ExpertSupport:
-        processors = (
-            "NVIDIA's GPUs from 8.9 (Ada) on, from 7.5 with inputs as they are; AMD's from MI300 on; "
-        )
-        return ExpertSupport(processors + "CPUs with AMX", opened=False)
+        return ExpertSupport(EXPERTS[self.name].words, opened=False)
 
     def expert_obstacles(self, kernel: Kernel, hidden: int, middle: int) -> list[str]:
         if middle % BLOCK:

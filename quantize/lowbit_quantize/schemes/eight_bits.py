@@ -15,7 +15,8 @@ from torch import Tensor
 from lowbit_quantize.device.memory import without_compiler
 from lowbit_quantize.schemes.grids import FP8, INT8, Grid
 from lowbit_quantize.schemes.inputs import InputQuantizer
-from lowbit_quantize.schemes.processors import PROCESSORS
+from lowbit_quantize.schemes.processors.experts import EXPERTS
+from lowbit_quantize.schemes.processors.linears import LINEARS
 from lowbit_quantize.schemes.scheme import (
     ExpertSupport,
     GroupSize,
@@ -32,16 +33,7 @@ with without_compiler():  # the library compiles a function for 4-bit floats, wh
 INT8_CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8)
 FP8_CLIPS = tuple(2 ** (-step / 8) for step in range(9))  # an octave: a float grid repeats after it
 FORMATS = {"int8": "int-quantized", "fp8": "float-quantized"}
-# vLLM 0.32's `oracle/int8.py` and `oracle/fp8.py`; transformers 5.19 unpacks experts in FP8 and packed integers only.
-EXPERTS = {
-    "int8": ExpertSupport(
-        "NVIDIA's GPUs from 7.5 (Turing) on, AMD's, Intel's (Triton); CPUs with AMX, AMD's with zentorch",
-        opened=False,
-    ),
-    "fp8": ExpertSupport(
-        "NVIDIA's GPUs from 8.9 (Ada) on, from 7.5 with inputs as they are; AMD's from MI300 on; no CPU"
-    ),
-}
+OPENED_EXPERTS = ("fp8",)  # by transformers 5.19, which unpacks experts in FP8 and packed integers only
 STATIC_EXPERTS = ExpertSupport(
     "nothing", misfit="engines divide what all experts of a layer read by the largest of their scales"
 )
@@ -148,15 +140,17 @@ class EightBits:
 
     @property
     def cpu_kernels(self) -> Sequence[str]:
-        return PROCESSORS[self.name].cpu_kernels
+        return LINEARS[self.name].cpu_kernels
 
     @property
     def gpus(self) -> str:
-        return PROCESSORS[self.name].gpus
+        return LINEARS[self.name].gpus
 
     @property
     def experts(self) -> ExpertSupport:
-        return STATIC_EXPERTS if self.input_quantizer.static else EXPERTS[self.grid.name]
+        if self.input_quantizer.static:
+            return STATIC_EXPERTS
+        return ExpertSupport(EXPERTS[self.name].words, opened=self.grid.name in OPENED_EXPERTS)
 
     def expert_obstacles(self, kernel: Kernel, hidden: int, middle: int) -> list[str]:
         if kernel == "gpu":

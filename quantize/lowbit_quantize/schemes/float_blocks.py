@@ -26,7 +26,8 @@ from lowbit_quantize.schemes.block_search import Blocks
 from lowbit_quantize.schemes.grids import FP4, FP8, Grid
 from lowbit_quantize.schemes.inputs import BlockInputs
 from lowbit_quantize.schemes.packed_fp4 import packed_fp4, unpacked_fp4
-from lowbit_quantize.schemes.processors import PROCESSORS
+from lowbit_quantize.schemes.processors.experts import EXPERTS
+from lowbit_quantize.schemes.processors.linears import LINEARS
 from lowbit_quantize.schemes.scale_grids import FP8_SCALES, POWERS_OF_TWO, power_of_two_for
 from lowbit_quantize.schemes.scheme import (
     ExpertSupport,
@@ -164,18 +165,16 @@ class FloatBlocks:
 
     @property
     def cpu_kernels(self) -> Sequence[str]:
-        return PROCESSORS[self.name].cpu_kernels
+        return LINEARS[self.name].cpu_kernels
 
     @property
     def gpus(self) -> str:
-        return PROCESSORS[self.name].gpus
+        return LINEARS[self.name].gpus
 
     @property
     def experts(self) -> ExpertSupport:
-        row = PROCESSORS[
-            self.name
-        ]  # transformers 5.19 unpacks experts of packed integers and of FP8 by channel only
-        return ExpertSupport(f"{row.gpus}; {row.cpus}", opened=False)
+        # transformers 5.19 unpacks experts of packed integers and of FP8 by channel only
+        return ExpertSupport(EXPERTS[self.name].words, opened=False)
 
     def expert_obstacles(self, kernel: Kernel, hidden: int, middle: int) -> list[str]:
         return []

@@ -22,7 +22,8 @@ from lowbit_quantize.schemes.affine_search import (
 )
 from lowbit_quantize.schemes.inputs import InputQuantizer
 from lowbit_quantize.schemes.packed_words import pack, unpack, words_of
-from lowbit_quantize.schemes.processors import HUMMING, PROCESSORS
+from lowbit_quantize.schemes.processors.experts import EXPERTS
+from lowbit_quantize.schemes.processors.linears import LINEARS
 from lowbit_quantize.schemes.scheme import (
     ExpertSupport,
     GroupSize,
@@ -159,11 +160,11 @@ class Integer(Affine):
 
     @property
     def cpu_kernels(self) -> Sequence[str]:
-        return PROCESSORS[self.name].cpu_kernels
+        return LINEARS[self.name].cpu_kernels
 
     @property
     def gpus(self) -> str:
-        return PROCESSORS[self.name].gpus
+        return LINEARS[self.name].gpus
 
     @property
     def experts(self) -> ExpertSupport:
@@ -172,10 +173,7 @@ class Integer(Affine):
         if not self._by_marlin and self.group_size is None:
             misfit = f"engines take experts of {self.bits} bits in groups only; give a group_size"
             return ExpertSupport("nothing", misfit=misfit)
-        if not self._by_marlin:
-            return ExpertSupport(f"NVIDIA's GPUs from 7.5 (Turing) on with {HUMMING}, no CPU")
-        cpus = "CPUs with AMX, AMD's with zentorch" if self.bits in CPU_BITS else "no CPU"
-        return ExpertSupport(f"GPUs (Marlin), {cpus}")
+        return ExpertSupport(EXPERTS[self.name].words)
 
     @property
     def _by_marlin(self) -> bool:

@@ -20,7 +20,7 @@ from lowbit_quantize.schemes.affine import stored
 from lowbit_quantize.schemes.grids import FP8, INT8
 from lowbit_quantize.schemes.inputs import SMALLEST_FP8_SCALE, InputQuantizer
 from lowbit_quantize.schemes.integer import Integer
-from lowbit_quantize.schemes.processors import PROCESSORS
+from lowbit_quantize.schemes.processors.experts import EXPERTS
 from lowbit_quantize.schemes.scheme import ExpertSupport, GroupSize, Kernel, Params, Preset
 
 with without_compiler():  # the library compiles a function for 4-bit floats, which is not called here
@@ -76,8 +76,7 @@ class HopperIntegers(RoundedIntegers):
 
     @property
     def experts(self) -> ExpertSupport:
-        row = PROCESSORS[self.name]
-        return ExpertSupport(f"{row.gpus}; {row.cpus}")
+        return ExpertSupport(EXPERTS[self.name].words)
 
     def expert_obstacles(self, kernel: Kernel, hidden: int, middle: int) -> list[str]:
         odd = [size for size in (hidden, middle) if size % HOPPER_EXPERTS_MULTIPLE]

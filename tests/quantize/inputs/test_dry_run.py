@@ -25,6 +25,8 @@ from lowbit_quantize.recipe import Recipe, load_recipe
 from lowbit_quantize.run.directory import STATE
 from lowbit_quantize.run.hidden_states import MEMORY_BYTES
 from lowbit_quantize.schemes.integer import Integer
+from lowbit_quantize.schemes.processors.experts import EXPERTS
+from lowbit_quantize.schemes.processors.linears import LINEARS
 
 SMALL = (
     "calibration.num_samples=4",
@@ -171,6 +173,18 @@ def test_experts_are_split_or_dealt_out_whole(tiny_model: Callable[[str], Path])
     ]
     assert obstacles(plan, "gpu", 2, expert_parallel=True) == []
     assert "6 experts cannot be dealt evenly to 4 ranks" in obstacles(plan, "gpu", 4, expert_parallel=True)
+
+
+@pytest.mark.parametrize("scheme", ["W8A8", "MXFP4"])
+def test_routed_experts_have_a_line_of_their_own(tiny_model: Callable[[str], Path], scheme: str) -> None:
+    """vLLM's kernels for them are others than for linears."""
+    recipe = recipe_of("w8a8", f"modules.0.scheme={scheme}", "modules.0.methods=[rtn]")
+    report = dry_run(str(tiny_model("qwen3_moe")), recipe, GPU_MEMORY_GIB, MEMORY_BYTES)
+    (found,) = report["schemes"]
+    assert found["experts"] == EXPERTS[scheme].words
+    assert found["experts"] != LINEARS[scheme].words == f"{found['gpus']}; {found['cpus']}"
+    (dense,) = dry_run(str(tiny_model("llama")), recipe, GPU_MEMORY_GIB, MEMORY_BYTES)["schemes"]
+    assert dense["experts"] is None
 
 
 def test_serving_figures_are_those_of_the_sizing_table(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from lowbit_quantize.check.preflight import dry_run, table
 from lowbit_quantize.check.unopened import unpacking_problem
 from lowbit_quantize.pipeline import quantize
 from lowbit_quantize.run.journal import UnopenedLinear
+from lowbit_quantize.schemes.processors.experts import EXPERTS
 from lowbit_quantize.schemes.scheme import SAMPLE_NUMBERS, sample_of
 
 W8A8 = {"match": "*", "scheme": "W8A8", "methods": ["rtn"]}
@@ -53,7 +54,7 @@ def test_the_manifest_and_the_dry_run_say_which_reader_opens_them(
     words = f"does not open {len(experts)} linears in W8A8 ({experts[0]}, …); compressed-tensors does"
     for shown in (table(report), describe(manifest, verified=False)):
         assert words in printed(shown)
-    assert "CPUs with AMX, AMD's with zentorch" in printed(table(report))
+    assert f"run on {EXPERTS['W8A8'].words}" in printed(table(report))
     with pytest.raises(RuntimeError, match="conversion"):  # once it opens them, it is the reader again
         AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16)
 
