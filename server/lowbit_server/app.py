@@ -33,7 +33,7 @@ from lowbit_server.engine.interface import EngineFacts, ServingEngine
 from lowbit_server.engine.kv_scales import prove_kv_scales, read_checkpoint_scales
 from lowbit_server.engine.memory import MemoryReader, host_memory_bytes
 from lowbit_server.engine.nvml import GpuMemory, Nvml
-from lowbit_server.engine.preflight import refuse_unfit_machine, refuse_unknown_parsers
+from lowbit_server.engine.preflight import Machine, refuse_unfit_machine, refuse_unknown_parsers
 from lowbit_server.engine.throughput import Throughput
 from lowbit_server.gateway.keys import KeyStore
 from lowbit_server.gateway.middleware import AdminPort, Gateway
@@ -78,7 +78,8 @@ async def serve(config: ServeConfig, checkpoint: Checkpoint, held: socket.socket
     from lowbit_server.engine import vllm_engine as vllm  # takes seconds: only when needed
 
     device = vllm.engine_device()
-    refuse_unfit_machine(config, checkpoint, device, vllm.runs_quantized_experts)
+    machine = Machine(vllm.runs_quantized_experts, vllm.runs_fp8_blocks)
+    refuse_unfit_machine(config, checkpoint, device, machine)
     nvml = Nvml()
     refuse_what_does_not_fit(config, checkpoint, device, host_memory_bytes(), nvml.read())
     refuse_unknown_parsers(config, vllm.known_parsers())

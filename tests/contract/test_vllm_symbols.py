@@ -128,3 +128,12 @@ def test_this_machine_is_asked_for_expert_kernels_as_vllm_asks_it() -> None:
         assert not runs(8, -1, "float")  # nor for FP8 ones with a scale a channel
         if platform.machine() == "x86_64" and find_spec("zentorch") is None:
             assert runs(8, -1, "int") is torch.cpu._is_amx_tile_supported()
+
+
+def test_this_machine_is_asked_for_kernels_of_fp8_in_blocks_as_vllm_asks_it() -> None:
+    runs = resolve("lowbit_server.engine.vllm_engine:runs_fp8_blocks")
+    cpu = resolve("vllm.platforms:current_platform.is_cpu")
+    assert callable(runs)
+    assert callable(cpu)
+    if cpu():
+        assert runs() is (platform.machine() == "x86_64" and torch.cpu._is_amx_tile_supported())

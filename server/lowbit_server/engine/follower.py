@@ -19,7 +19,7 @@ from lowbit_server.engine.arguments import derive_engine_arguments
 from lowbit_server.engine.forecast import refuse_what_does_not_fit
 from lowbit_server.engine.memory import host_memory_bytes
 from lowbit_server.engine.nvml import Nvml
-from lowbit_server.engine.preflight import refuse_unfit_machine
+from lowbit_server.engine.preflight import Machine, refuse_unfit_machine
 from lowbit_server.lifecycle import DrainState, Liveness, end_children, unless_stopped
 
 WATCH_S = 1.0
@@ -33,12 +33,13 @@ async def follow(config: ServeConfig, checkpoint: Checkpoint) -> None:
     """Run this node until the leader ends or a signal comes; raises EngineError when the engine or the leader fails."""
     from lowbit_server.engine.vllm_engine import (
         engine_device,
+        runs_fp8_blocks,
         runs_quantized_experts,
         start_follower,
     )  # vLLM: seconds
 
     device = engine_device()
-    refuse_unfit_machine(config, checkpoint, device, runs_quantized_experts)
+    refuse_unfit_machine(config, checkpoint, device, Machine(runs_quantized_experts, runs_fp8_blocks))
     refuse_what_does_not_fit(config, checkpoint, device, host_memory_bytes(), Nvml().read())
     leader = address(config.master_addr, config.master_port)
     log.info("node %d of %d on the %s, led by %s", config.node_rank, config.nnodes, device, leader)

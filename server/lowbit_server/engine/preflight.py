@@ -14,6 +14,7 @@ from lowbit_core.cpu_speeds import ZENTORCH_EXTRA
 from lowbit_core.errors import CheckpointError, ConfigError
 from lowbit_server.checkpoint import Checkpoint
 from lowbit_server.config import Device, ServeConfig
+from lowbit_server.engine.cpu_linears import groups_of, unfit_kind
 from lowbit_server.engine.interface import Rounded
 from lowbit_server.engine.kv_scales import read_checkpoint_scales
 from lowbit_server.engine.stored_numbers import tensor_names
@@ -21,7 +22,6 @@ from lowbit_server.engine.stored_numbers import tensor_names
 EXPERT_CODES = re.compile(r"\.experts\.(?:.*\.)?(?:weight_packed|qweight)$")
 EXPERT_SCALES = re.compile(r"\.experts\.(?:.*\.)?weight_scale$")
 EIGHT = 8
-PACKED_BITS = 4
 ZENTORCH = f"an AMD processor with zentorch ({ZENTORCH_EXTRA})"
 NEEDS: Mapping[Rounded, str] = {
     "none": f"it needs AMX with 4 bits in groups of 64 or 128, or {ZENTORCH}",
@@ -50,16 +50,22 @@ class QuantizedExperts:
 RunsExperts = Callable[[int, int, Rounded], bool]
 
 
+@dataclass(frozen=True)
+class Machine:
+    """What vLLM says of this machine, asked only where a checkpoint hangs on it."""
+
+    runs_experts: RunsExperts
+    runs_fp8_blocks: Callable[[], bool]
+
+
 def refuse_unfit_machine(
-    config: ServeConfig, checkpoint: Checkpoint, device: Device, runs_experts: RunsExperts
+    config: ServeConfig, checkpoint: Checkpoint, device: Device, machine: Machine
 ) -> None:
     """Raise CheckpointError when the engine on this machine cannot run the checkpoint as it was measured."""
     if device == "cpu":
-        _refuse_blocks_of_floats(checkpoint)
-        _refuse_quantized_experts(checkpoint, runs_experts)
+        _refuse_unfit_linears(checkpoint, machine.runs_fp8_blocks)
+        _refuse_quantized_experts(checkpoint, machine.runs_experts)
         _refuse_plain_positions(checkpoint)
-        _refuse_packed_bits(checkpoint)
-        _refuse_static_fp8(checkpoint)
         _refuse_scales_of_heads(config, checkpoint)
     _refuse_latent_scales(config, checkpoint)
 
@@ -128,6 +134,19 @@ def _refuse_quantized_experts(checkpoint: Checkpoint, runs_experts: RunsExperts)
         )
 
 
+def _refuse_unfit_linears(checkpoint: Checkpoint, runs_fp8_blocks: Callable[[], bool]) -> None:
+    """vLLM 0.32 has no CPU kernel for most schemes that GPUs have one for, and for some it needs AMX."""
+    for group in groups_of(checkpoint.quantization):
+        kind = unfit_kind(group)
+        if kind is None or (kind.needs_amx and runs_fp8_blocks()):
+            continue
+        where = "without AMX, which this one has not" if kind.needs_amx else ""
+        raise CheckpointError(
+            f"{checkpoint.directory} has {kind.words(group['weights'])}, for which this engine has no kernel on a "
+            f"CPU{f' {where}' if where else ''}; serve it on a GPU, or quantize with {kind.instead}"
+        )
+
+
 def _refuse_plain_positions(checkpoint: Checkpoint) -> None:
     """vLLM 0.32's CPU kernel for plain rotary embeddings rotates the wrong numbers of a latent (log.md)."""
     given = checkpoint.config.get("rope_parameters") or checkpoint.config.get("rope_scaling") or {}
@@ -137,45 +156,6 @@ def _refuse_plain_positions(checkpoint: Checkpoint) -> None:
             f"{checkpoint.directory} has latent attention with plain rotary positions (rope_type: default), which "
             "this engine computes wrong on a CPU; its answers would be wrong; serve it on a GPU"
         )
-
-
-def _refuse_packed_bits(checkpoint: Checkpoint) -> None:
-    """vLLM 0.32's CPU kernel for integer weights whose inputs are as they are takes 4 bits alone."""
-    for group in checkpoint.quantization.get("config_groups", {}).values():
-        weights = group.get("weights") or {}
-        bits, packed = weights.get("num_bits"), group.get("format") == "pack-quantized"
-        if weights.get("type") == "int" and bits != PACKED_BITS and packed:
-            raise CheckpointError(
-                f"{checkpoint.directory} has weights of {bits} bits, for which this engine has no kernel on a CPU; "
-                "serve it on a GPU, or quantize with W4A16 or W8A8"
-            )
-
-
-def _refuse_static_fp8(checkpoint: Checkpoint) -> None:
-    """vLLM 0.32's CPU build lacks the operation that loads such weights, and its other kernel ends at a token."""
-    for group in checkpoint.quantization.get("config_groups", {}).values():
-        inputs = group.get("input_activations") or {}
-        if inputs.get("type") == "float" and inputs.get("num_bits") == EIGHT and not inputs.get("dynamic"):
-            raise CheckpointError(
-                f"{checkpoint.directory} rounds inputs to FP8 by a static scale, which this engine does not run on a "
-                "CPU; serve it on a GPU, or quantize with FP8_DYNAMIC or W8A8"
-            )
-
-
-def _refuse_blocks_of_floats(checkpoint: Checkpoint) -> None:
-    """vLLM 0.32 has no CPU kernel for NVFP4, MXFP4 and MXFP8, nor for 4-bit integers with FP8 inputs (Hopper's)."""
-    for group in checkpoint.quantization.get("config_groups", {}).values():
-        weights, inputs = group.get("weights") or {}, group.get("input_activations") or {}
-        in_blocks = weights.get("type") == "float" and weights.get("strategy") in ("group", "tensor_group")
-        fp8_inputs = weights.get("type") == "int" and inputs.get("type") == "float"
-        if in_blocks or fp8_inputs:
-            what = (
-                f"{weights.get('num_bits')}-bit floats in blocks" if in_blocks else "integers with FP8 inputs"
-            )
-            raise CheckpointError(
-                f"{checkpoint.directory} holds {what}, for which this engine has no CPU kernel; serve it on a GPU, or "
-                "quantize with W4A16 or W8A8"
-            )
 
 
 def _refuse_scales_of_heads(config: ServeConfig, checkpoint: Checkpoint) -> None:

@@ -58,6 +58,7 @@ __all__ = [
     "Engine",
     "engine_device",
     "known_parsers",
+    "runs_fp8_blocks",
     "runs_quantized_experts",
     "start_engine",
     "start_follower",
@@ -96,6 +97,15 @@ def runs_quantized_experts(bits: int, group_size: int, rounded: Rounded = "none"
     weights = {4: four_bits, 8: quant_utils.kInt8Static}.get(bits)
     backends = [int_wna16.backend_to_kernel_cls(one) for one in int_wna16._get_priority_backends()]
     return weights is not None and _runs(backends, (weights, None))
+
+
+def runs_fp8_blocks() -> bool:
+    """Whether vLLM has a kernel on this CPU for FP8 weights in blocks."""
+    from vllm.model_executor.kernels import linear  # seconds: only where asked
+    from vllm.platforms.interface import PlatformEnum
+
+    kernels = linear._POSSIBLE_FP8_BLOCK_KERNELS[PlatformEnum.CPU]
+    return any(kernel.is_supported()[0] for kernel in kernels)
 
 
 def _runs(backends: Iterable[Iterable[Any]], keys: tuple[Any, Any]) -> bool:

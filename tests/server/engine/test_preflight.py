@@ -12,7 +12,12 @@ import pytest
 from lowbit_core.errors import CheckpointError, ConfigError
 from lowbit_server.checkpoint import Checkpoint, open_checkpoint
 from lowbit_server.config import ServeConfig
-from lowbit_server.engine.preflight import quantized_experts, refuse_unfit_machine, refuse_unknown_parsers
+from lowbit_server.engine.preflight import (
+    Machine,
+    quantized_experts,
+    refuse_unfit_machine,
+    refuse_unknown_parsers,
+)
 
 if TYPE_CHECKING:
     from tests.server.conftest import MakeCheckpoint
@@ -50,12 +55,12 @@ def write_names(path: Path, name: str) -> None:
     path.write_bytes(struct.pack("<Q", len(header)) + header)
 
 
-def able(_bits: int, _group_size: int, _rounded: str) -> bool:
-    return True
+def machine(experts: bool, fp8_blocks: bool = True) -> Machine:
+    """A machine that runs quantized experts, and FP8 in blocks, or not."""
+    return Machine(lambda _bits, _group_size, _rounded: experts, lambda: fp8_blocks)
 
 
-def unable(_bits: int, _group_size: int, _rounded: str) -> bool:
-    return False
+ABLE, UNABLE = machine(True), machine(False)
 
 
 @pytest.mark.parametrize(
@@ -79,11 +84,11 @@ def test_int4_experts_need_a_kernel(
     assert ((found.bits, found.group_size), found.tensor) == (bits_and_group_size, tensor)
     config = ServeConfig(checkpoint.directory)
     with pytest.raises(CheckpointError, match="has 4-bit experts in groups of") as refused:
-        refuse_unfit_machine(config, checkpoint, "cpu", unable)
+        refuse_unfit_machine(config, checkpoint, "cpu", UNABLE)
     assert "\n" not in str(refused.value)
     assert "scheme: none" in str(refused.value)
-    refuse_unfit_machine(config, checkpoint, "cpu", able)
-    refuse_unfit_machine(config, checkpoint, "gpu", unable)  # vLLM has several kernels there and picks one
+    refuse_unfit_machine(config, checkpoint, "cpu", ABLE)
+    refuse_unfit_machine(config, checkpoint, "gpu", UNABLE)  # vLLM has several kernels there and picks one
 
 
 @pytest.mark.parametrize(
@@ -93,7 +98,7 @@ def test_int4_experts_need_a_kernel(
 def test_experts_in_bfloat16_run_anywhere(open_with: OpenWith, tensor: str) -> None:
     checkpoint = open_with({"quantization_config": PACKED}, tensor)
     assert quantized_experts(checkpoint) is None
-    refuse_unfit_machine(ServeConfig(checkpoint.directory), checkpoint, "cpu", unable)
+    refuse_unfit_machine(ServeConfig(checkpoint.directory), checkpoint, "cpu", UNABLE)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
@@ -101,14 +106,14 @@ def test_packed_weights_of_other_than_four_bits_are_refused_on_a_cpu(open_with: 
     weights = {"num_bits": bits, "type": "int", "strategy": "group", "group_size": 64}
     group = {"targets": ["model.layers.0.mlp.up_proj"], "weights": weights, "format": "pack-quantized"}
     checkpoint = open_with({"quantization_config": {"config_groups": {"group_0": group}}})
-    refuse_unfit_machine(ServeConfig(checkpoint.directory), checkpoint, "gpu", able)
+    refuse_unfit_machine(ServeConfig(checkpoint.directory), checkpoint, "gpu", ABLE)
     if bits == 4:
-        refuse_unfit_machine(ServeConfig(checkpoint.directory), checkpoint, "cpu", able)
+        refuse_unfit_machine(ServeConfig(checkpoint.directory), checkpoint, "cpu", ABLE)
         return
     with pytest.raises(
         CheckpointError, match=f"has weights of {bits} bits, for which .* no kernel on a CPU"
     ) as refused:
-        refuse_unfit_machine(ServeConfig(checkpoint.directory), checkpoint, "cpu", able)
+        refuse_unfit_machine(ServeConfig(checkpoint.directory), checkpoint, "cpu", ABLE)
     assert "\n" not in str(refused.value)
 
 
@@ -116,19 +121,19 @@ def test_scales_of_heads_are_refused_on_a_cpu_unless_the_cache_is_bfloat16(open_
     scheme = {"num_bits": 8, "type": "float", "strategy": "attn_head", "symmetric": True}
     checkpoint = open_with({"quantization_config": {"config_groups": {}, "kv_cache_scheme": scheme}})
     with pytest.raises(CheckpointError, match="has KV scales for each head") as refused:
-        refuse_unfit_machine(ServeConfig(checkpoint.directory), checkpoint, "cpu", able)
+        refuse_unfit_machine(ServeConfig(checkpoint.directory), checkpoint, "cpu", ABLE)
     assert "\n" not in str(refused.value)
     plain = ServeConfig(checkpoint.directory, kv_cache_dtype="bfloat16")
-    refuse_unfit_machine(plain, checkpoint, "cpu", able)
-    refuse_unfit_machine(ServeConfig(checkpoint.directory), checkpoint, "gpu", able)
+    refuse_unfit_machine(plain, checkpoint, "cpu", ABLE)
+    refuse_unfit_machine(ServeConfig(checkpoint.directory), checkpoint, "gpu", ABLE)
 
 
 def test_the_engine_is_not_asked_about_a_model_without_quantized_experts(open_with: OpenWith) -> None:
-    def asked(_bits: int, _group_size: int, _rounded: str) -> bool:
+    def asked(*_: object) -> bool:
         raise AssertionError("a dense model has no experts to ask about")
 
     checkpoint = open_with({})
-    refuse_unfit_machine(ServeConfig(checkpoint.directory), checkpoint, "cpu", asked)
+    refuse_unfit_machine(ServeConfig(checkpoint.directory), checkpoint, "cpu", Machine(asked, asked))
 
 
 def eight_bits(kind: str, target: str, strategy: str = "channel", **inputs: Any) -> dict[str, Any]:
@@ -160,12 +165,12 @@ def test_experts_whose_inputs_are_rounded_need_a_kernel_too(
     checkpoint = open_with({"quantization_config": eight_bits(kind, target)}, tensor)
     config = ServeConfig(checkpoint.directory)
     with pytest.raises(CheckpointError, match=words) as refused:
-        refuse_unfit_machine(config, checkpoint, "cpu", refusing)
+        refuse_unfit_machine(config, checkpoint, "cpu", Machine(refusing, lambda: True))
     assert asked == [(8, -1, kind)]
     assert "\n" not in str(refused.value)
     assert "scheme: none" in str(refused.value)
-    refuse_unfit_machine(config, checkpoint, "cpu", able)
-    refuse_unfit_machine(config, checkpoint, "gpu", unable)
+    refuse_unfit_machine(config, checkpoint, "cpu", ABLE)
+    refuse_unfit_machine(config, checkpoint, "gpu", UNABLE)
 
 
 @pytest.mark.parametrize(
@@ -188,10 +193,10 @@ def test_latent_attention_with_plain_positions_is_refused_on_a_cpu(open_with: Op
     checkpoint = open_with({**LATENT, "quantization_config": {}})
     config = ServeConfig(checkpoint.directory)
     with pytest.raises(CheckpointError, match="its answers would be wrong"):
-        refuse_unfit_machine(config, checkpoint, "cpu", able)
-    refuse_unfit_machine(config, checkpoint, "gpu", able)
+        refuse_unfit_machine(config, checkpoint, "cpu", ABLE)
+    refuse_unfit_machine(config, checkpoint, "gpu", ABLE)
     stretched = replace(checkpoint, config=checkpoint.config | YARN)
-    refuse_unfit_machine(config, stretched, "cpu", able)
+    refuse_unfit_machine(config, stretched, "cpu", ABLE)
 
 
 @pytest.mark.parametrize(
@@ -212,11 +217,11 @@ def test_static_fp8_is_refused_on_a_cpu(
     checkpoint = open_with({"quantization_config": PACKED | {"config_groups": groups}})
     config = ServeConfig(checkpoint.directory)
     if runs:
-        refuse_unfit_machine(config, checkpoint, "cpu", able)
+        refuse_unfit_machine(config, checkpoint, "cpu", ABLE)
     else:
         with pytest.raises(CheckpointError, match="or quantize with FP8_DYNAMIC or W8A8"):
-            refuse_unfit_machine(config, checkpoint, "cpu", able)
-    refuse_unfit_machine(config, checkpoint, "gpu", able)
+            refuse_unfit_machine(config, checkpoint, "cpu", ABLE)
+    refuse_unfit_machine(config, checkpoint, "gpu", ABLE)
 
 
 FLOAT = {"num_bits": 4, "type": "float", "symmetric": True}
@@ -247,18 +252,48 @@ def test_floats_in_blocks_and_hoppers_integers_are_refused_on_a_cpu(
     checkpoint = open_with({"quantization_config": PACKED | {"config_groups": {"group_0": group}}})
     config = ServeConfig(checkpoint.directory)
     if words is None:
-        refuse_unfit_machine(config, checkpoint, "cpu", able)
+        refuse_unfit_machine(config, checkpoint, "cpu", ABLE)
     else:
-        with pytest.raises(CheckpointError, match=f"holds {words}, for which this engine has no CPU kernel"):
-            refuse_unfit_machine(config, checkpoint, "cpu", able)
-    refuse_unfit_machine(config, checkpoint, "gpu", able)
+        with pytest.raises(
+            CheckpointError, match=f"has {words}, for which this engine has no kernel on a CPU;"
+        ):
+            refuse_unfit_machine(config, checkpoint, "cpu", ABLE)
+    refuse_unfit_machine(config, checkpoint, "gpu", ABLE)
+
+
+BLOCKS = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]}
+GROUPS_OF_128 = {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 128, "dynamic": True}
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        PACKED
+        | {"config_groups": {"group_0": {**GROUP, "weights": BLOCKS, "input_activations": GROUPS_OF_128}}},
+        {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"},
+    ],
+    ids=["compressed-tensors", "fp8"],
+)
+def test_fp8_in_blocks_is_refused_on_a_cpu_without_amx(
+    open_with: OpenWith, quantization: dict[str, Any]
+) -> None:
+    checkpoint = open_with({"quantization_config": quantization})
+    config = ServeConfig(checkpoint.directory)
+    refuse_unfit_machine(config, checkpoint, "cpu", ABLE)
+    with pytest.raises(
+        CheckpointError, match=r"FP8 weights in blocks, .* no kernel on a CPU without AMX"
+    ) as refused:
+        refuse_unfit_machine(config, checkpoint, "cpu", machine(True, fp8_blocks=False))
+    assert "\n" not in str(refused.value)
+    assert "quantize with FP8_DYNAMIC or W8A8" in str(refused.value)
+    refuse_unfit_machine(config, checkpoint, "gpu", machine(True, fp8_blocks=False))
 
 
 def test_an_fp8_cache_is_refused_where_latent_attention_would_drop_its_scales(open_with: OpenWith) -> None:
     checkpoint = open_with(LATENT | YARN)
     with pytest.raises(CheckpointError, match="would run with 1"):
-        refuse_unfit_machine(ServeConfig(checkpoint.directory, kv_cache_dtype="fp8"), checkpoint, "gpu", able)
-    refuse_unfit_machine(ServeConfig(checkpoint.directory), checkpoint, "gpu", able)
+        refuse_unfit_machine(ServeConfig(checkpoint.directory, kv_cache_dtype="fp8"), checkpoint, "gpu", ABLE)
+    refuse_unfit_machine(ServeConfig(checkpoint.directory), checkpoint, "gpu", ABLE)
 
 
 def test_an_unknown_parser_is_refused_with_the_known_ones(tmp_path: Path) -> None:
