@@ -22,10 +22,14 @@ LEAST_S = 1.0  # an alarm of 0 s would be none
 
 @dataclass(frozen=True)
 class Found:
-    """What a section found; `wrong` says in one sentence each what should have been otherwise."""
+    """What a section found; `wrong` says in one sentence each what should have been otherwise.
+
+    `skipped` says why there was nothing to find here; empty where there was.
+    """
 
     values: dict[str, Any]
     wrong: tuple[str, ...] = ()
+    skipped: str = ""
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,8 @@ class Report:
         except Exception as error:  # whatever it is, the other sections still have something to say
             traceback.print_exc()
             return {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+        if found.skipped:
+            return {"status": "skipped", "why": found.skipped, **found.values}
         status = "failed" if found.wrong else "passed"
         return {"status": status, **({"wrong": found.wrong} if found.wrong else {}), **found.values}
 

@@ -71,6 +71,31 @@ def quantize_by_gptq(weight: Tensor, hessian: Tensor) -> Tensor:
     return Gptq().quantize(weight, hessian, scheme).codes
 
 
+def rounded_to_nearest(name: str, weight: Tensor) -> Any:
+    """A weight (out, in) in a scheme, to the nearest (`schemes.scheme.Quantized`)."""
+    from lowbit_quantize.catalog import CATALOG
+    from lowbit_quantize.methods.rtn import RoundToNearest
+
+    preset = next(preset for preset in CATALOG.presets if preset.name == name)
+    return RoundToNearest().quantize(weight, torch.eye(weight.shape[1]), preset.make(preset.group_size))
+
+
+def rounded_inputs(linear: Any, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes (tokens, in) of inputs as the linear's scheme rounds them, and their scales, (tokens, groups)."""
+    codes, scales = linear.scheme.input_quantizer.encode(inputs, linear.input_scale)
+    return codes, scales
+
+
+def product(linear: Any, inputs: Tensor) -> Tensor:
+    """What engines are to compute of inputs (tokens, in), float32: by the weight that the walk goes on with."""
+    weight: Tensor = linear.dequantize()
+    read = inputs.float()
+    if linear.scheme.input_quantizer is not None:
+        codes, scales = rounded_inputs(linear, inputs)
+        read = (codes.float().unflatten(-1, (scales.shape[1], -1)) * scales.unsqueeze(-1)).flatten(-2)
+    return read @ weight.T
+
+
 def hessian_of(inputs: Tensor) -> Tensor:
     """The mean of x xᵀ over (tokens, features) as the walk computes it."""
     from lowbit_quantize.statistics.hessian import Hessian

@@ -5,15 +5,18 @@ import os
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from benchmarks.gpu import seams
+from benchmarks.gpu import kernels, seams
 from benchmarks.gpu.place import Place, Spent
 from benchmarks.gpu.report import Found, Report, Section
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "gpu-check"
+HAS_VLLM = find_spec("vllm") is not None
 PLACE = Place(torch.device("cpu"), tiny=False)
 
 
@@ -26,6 +29,11 @@ def test_every_section_passes_on_the_cpu(tmp_path: Path) -> None:
     assert {name: section["status"] for name, section in sections.items()} == {
         "machine": "passed",
         "Hessian": "passed",
+        "the kernels of W4A16": "passed",
+        "the kernels of FP8_BLOCK": "passed"
+        if torch.cpu._is_amx_tile_supported() and HAS_VLLM
+        else "skipped",
+        "the kernels of NVFP4A16": "skipped",
         "qwen3_moe by gptq-g64": "passed",
         "a layer of Llama-3.1-8B": "passed",
         "a layer of Qwen3-30B-A3B": "passed",
@@ -33,6 +41,10 @@ def test_every_section_passes_on_the_cpu(tmp_path: Path) -> None:
         "an expert of DeepSeek-V3 671B": "passed",
         "operations of an expert": "passed",
     }
+    ours = sections["the kernels of W4A16"]
+    assert ours["torch"]["relative_error"] < 5e-3
+    assert not HAS_VLLM or ours["vLLM"]["relative_error"] < 5e-3
+    assert all(maker in sections["the kernels of NVFP4A16"]["why"] for maker in ("torch:", "vLLM:"))
     parts = sections["an expert of Qwen3-30B-A3B"]["blocks for a GPU"]["ms"]
     assert parts["all"] == pytest.approx(
         sum(taken for part, taken in parts.items() if part != "all"), abs=0.1
@@ -54,6 +66,24 @@ def test_a_section_that_fails_is_recorded_and_the_next_one_runs(tmp_path: Path) 
     assert "ZeroDivisionError" in sections["raises"]["error"]
     assert sections["finds a fault"]["wrong"] == ["a KL of 9"]
     assert sections["passes"]["kld"] == 0
+
+
+def test_a_section_that_has_nothing_to_find_says_why_and_is_no_failure(tmp_path: Path) -> None:
+    report = Report(tmp_path / "gpu.json", budget_s=60)
+    report.run(Section("nothing", 1, lambda _: Found({}, skipped="no kernel here")), PLACE)
+    section = json.loads((tmp_path / "gpu.json").read_text())["sections"]["nothing"]
+    assert (section["status"], section["why"], report.failed) == ("skipped", "no kernel here", [])
+
+
+@pytest.mark.parametrize("name", ["W4A16", "FP8_BLOCK", "NVFP4A16"])
+def test_a_kernel_that_reads_a_layout_otherwise_is_off(name: str) -> None:
+    def reversed_columns(linear: Any, read: torch.Tensor) -> torch.Tensor:
+        return seams.product(linear, read.flip(-1))
+
+    section = kernels.kernel(name, {"torch": seams.product, "other": reversed_columns})
+    found = section(Place(torch.device("cpu"), tiny=True))
+    assert found.values["torch"]["relative_error"] == 0
+    assert found.wrong == (f"other's kernel is off by {found.values['other']['relative_error']:.1e}",)
 
 
 def test_a_section_that_does_not_fit_the_budget_is_skipped_and_one_that_outlasts_it_is_stopped(
