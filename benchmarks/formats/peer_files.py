@@ -17,6 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks" / "quantizers")]
 from environments import environment  # noqa: E402
+from headers import headers  # noqa: E402
 from provenance import versions  # noqa: E402
 
 # 128 divides what FP8_BLOCK and groups of 128 need it to divide, and no more.
@@ -59,12 +60,7 @@ model.save_pretrained(out, save_compressed=True)
 
 def listing(directory: Path) -> dict[str, Any]:
     """Types and shapes of a directory's tensors by name, from the headers, and its `quantization_config`."""
-    tensors: dict[str, list[Any]] = {}
-    for path in sorted(directory.glob("*.safetensors")):
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        header.pop("__metadata__", None)
-        tensors |= {name: [entry["dtype"], entry["shape"]] for name, entry in header.items()}
+    tensors = {name: [entry["dtype"], entry["shape"]] for name, entry in headers(directory).items()}
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     return {"tensors": dict(sorted(tensors.items())), "quantization_config": config["quantization_config"]}
 

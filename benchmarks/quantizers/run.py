@@ -23,6 +23,7 @@ from typing import Any
 
 from cases import CASES, Case, Scenario, command
 from environments import PACKAGES, REPOSITORY, environment
+from headers import bits_a_weight
 from measurement import measured, numbers
 from provenance import hardware, revision, sha256
 
@@ -136,6 +137,7 @@ def one_run(case: Case, pythons: dict[str, Path], scenario: Scenario, work: Path
         "git_revision": started_from,
         **asdict(measurement),
         "cpu_s": round(measurement.cpu_s, 1),
+        "bits_a_weight": round(bits_a_weight(checkpoint, scenario.model), 3),
         "weights_sha256": digest,
         "quality": judged(pythons["lowbit"], scenario, "quality", checkpoint, digest, runs),
         "unseen": judged(pythons["lowbit"], scenario, "unseen", checkpoint, digest, runs),
