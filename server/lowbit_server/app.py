@@ -45,7 +45,9 @@ from lowbit_server.http.listeners import bind, listener_of
 from lowbit_server.http.loading import Loading
 from lowbit_server.http.serving import serve_until_stopped, serving
 from lowbit_server.lifecycle import DrainState, end_children, unless_stopped
+from lowbit_server.live import Live, proof_document
 from lowbit_server.metrics import LowbitCollector
+from lowbit_server.page.page import Page
 from lowbit_server.predictions import add_predictions_route
 from lowbit_server.production import Production
 from lowbit_server.report import (
@@ -61,6 +63,7 @@ from lowbit_server.routes import (
     add_health_routes,
     add_metrics_route,
     add_models_routes,
+    add_page_routes,
     keep_allowed_routes,
 )
 from lowbit_server.shadow.base_endpoint import BaseEndpoint
@@ -106,7 +109,14 @@ async def serve(config: ServeConfig, checkpoint: Checkpoint, held: socket.socket
         loading.next_stage()
         await engines.enter_async_context(production.kept(engine, service.facts.max_model_len))
         return engine, await build_app(
-            engine, service, throughput, tracker, nvml.read, lambda: state.draining, production
+            engine,
+            service,
+            throughput,
+            tracker,
+            nvml.read,
+            lambda: state.draining,
+            production,
+            page=not config.no_page,
         )
 
     async with contextlib.AsyncExitStack() as stack:
@@ -116,9 +126,10 @@ async def serve(config: ServeConfig, checkpoint: Checkpoint, held: socket.socket
         listener = stack.enter_context(listener_of(config) if held is None else held)
         admin = stack.enter_context(bind(config.host, config.admin_port)) if config.admin_port else None
         state.listen_to_signals()
-        loading = Loading()
+        loading, with_page = Loading(), _page_of(config)
         front, operators = (
-            Entrance(loading, config.root_path, config.max_body_bytes, dict(config.aliases)) for _ in range(2)
+            Entrance(one, config.root_path, config.max_body_bytes, dict(config.aliases))
+            for one in (with_page(loading), loading)
         )
         server = await stack.enter_async_context(serving(with_cors(front, config), listener, config))
         if admin is not None:
@@ -128,10 +139,10 @@ async def serve(config: ServeConfig, checkpoint: Checkpoint, held: socket.socket
         app.state.server = server.server  # vLLM's error handler asks it to stop when the engine is dead
         await engines.enter_async_context(app.router.lifespan_context(app))
         operators.open(AdminPort(app))
-        front.open(Gateway(
+        front.open(with_page(Gateway(
             app, _limits(config), keys, tracker, models,
             is_draining=lambda: state.draining, admin_elsewhere=admin is not None, usage=usage,
-        ))  # fmt: skip
+        )))  # fmt: skip
         log.info("ready in %.1f s: %s at %s", time.monotonic() - began, ", ".join(names), base_url(config))
         await serve_until_stopped(server, engine, state)
     log.info("stopped")
@@ -168,6 +179,13 @@ def with_cors(app: ASGIApp, config: ServeConfig) -> ASGIApp:
     return CORSMiddleware(
         app, allow_origins=config.cors_origins, allow_methods=["*"], allow_headers=["*"], expose_headers=["*"]
     )
+
+
+def _page_of(config: ServeConfig) -> Callable[[ASGIApp], ASGIApp]:
+    """Puts the page before an app, unless it is turned off."""
+    if config.no_page:
+        return lambda app: app
+    return Page(config.root_path, keys=config.api_keys is not None).before
 
 
 def _limits(config: ServeConfig) -> ServerLimits:
@@ -218,8 +236,10 @@ async def build_app(
     gpus: Callable[[], Iterable[GpuMemory]],
     is_draining: Callable[[], bool],
     production: Production,
+    *,
+    page: bool = True,
 ) -> FastAPI:
-    """The whole app: vLLM's OpenAI routes, health, one page of metrics, and the checkpoint's facts."""
+    """The whole app: vLLM's OpenAI routes, health, metrics, the checkpoint's facts, and what the page asks for."""
     app = FastAPI(
         title="Lowbit", version=__version__, lifespan=engine.lifespan, docs_url=None, redoc_url=None
     )
@@ -235,6 +255,10 @@ async def build_app(
     add_metrics_route(app, engine.metrics_registry(), collector, memory)
     add_predictions_route(app)
     add_checkpoint_route(app, lambda: checkpoint_document(service, memory.devices), memory)
+    if page:
+        registry = engine.metrics_registry()
+        live = Live(service, throughput, tracker, registry, lambda: memory.devices, is_draining)
+        add_page_routes(app, live, proof_document(service), memory)
     return app
 
 

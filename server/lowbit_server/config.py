@@ -152,6 +152,7 @@ class ServeConfig:
     drain_timeout_s: int = _http("longest wait at SIGTERM for running requests", between(0, 3600), 30)
     otlp_traces_endpoint: str | None = _http("OpenTelemetry collector to send traces to (default: none)", str)
     no_request_log: bool = _http("do not write a line for each request")
+    no_page: bool = _http("no page at / and nothing that only it asks for")
 
     aliases: tuple[tuple[tuple[str, str], str], ...] = ()  # (method, path) that a cloud asks for, and ours
 

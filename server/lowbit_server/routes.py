@@ -14,6 +14,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from lowbit_server.engine.memory import MemoryReader
 from lowbit_server.gateway.route_table import is_allowed
 from lowbit_server.lifecycle import Liveness
+from lowbit_server.live import Live
 from lowbit_server.metrics import LowbitCollector, exposition
 
 
@@ -83,6 +84,19 @@ def add_models_routes(app: FastAPI, models: Models, facts: dict[str, Any]) -> No
         if card is None:
             raise HTTPException(404, f"there is no model {model!r} here; /v1/models lists those there are")
         return JSONResponse(card)
+
+
+def add_page_routes(app: FastAPI, live: Live, proof: dict[str, Any], memory: MemoryReader) -> None:
+    """`/lowbit/live` and `/lowbit/proof`: what the page at `/` shows, for any key."""
+
+    @app.get("/lowbit/live", tags=["lowbit"])
+    async def load() -> JSONResponse:
+        await memory.refresh()
+        return JSONResponse(live.document(), headers={"cache-control": "no-store"})
+
+    @app.get("/lowbit/proof", tags=["lowbit"])
+    async def proven() -> JSONResponse:
+        return JSONResponse(proof)
 
 
 def add_checkpoint_route(app: FastAPI, document: Callable[[], dict[str, Any]], memory: MemoryReader) -> None:

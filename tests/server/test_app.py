@@ -200,8 +200,9 @@ async def test_a_model_whose_name_holds_a_slash_is_found_under_it(
 async def test_the_openapi_document_names_each_status_and_no_closed_route(running: Running) -> None:
     document = (await running.get("/openapi.json")).json()
     assert set(document["paths"]) == {
-        "/health", "/livez", "/readyz", "/startupz", "/metrics", "/lowbit/checkpoint", "/v1/models",
-        "/v1/models/{model}", "/v1/chat/completions", "/ping", "/invocations",
+        "/health", "/livez", "/readyz", "/startupz", "/metrics", "/lowbit/checkpoint", "/lowbit/live", "/lowbit/proof",
+        "/v1/models", "/v1/models/{model}", "/v1/chat/completions",
+        "/ping", "/invocations",
     }  # fmt: skip
     chat = document["paths"]["/v1/chat/completions"]["post"]["responses"]
     assert {"200", "401", "403", "404", "431", "500"} <= set(chat)

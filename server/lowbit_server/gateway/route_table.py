@@ -76,6 +76,8 @@ ROUTES = (
     Route("/version", GET, "vLLM's version", access="everyone", errors="state"),
     Route("/metrics", GET, "[metrics](metrics.md) of vLLM and of Lowbit", access="admin", ours=True),
     Route("/lowbit/checkpoint", GET, "the checkpoint as measured, the engine as it runs", access="admin", ours=True),
+    Route("/lowbit/live", GET, "[the load](metrics.md#the-pages-feed) of this moment, as the page draws it", ours=True),
+    Route("/lowbit/proof", GET, "what was proven of the checkpoint, as the page shows it", ours=True),
     Route("/openapi.json", GET, "this API as an OpenAPI document", access="admin"),
 )  # fmt: skip
 UNLISTED = Route("", (), "what no route has", access="key")  # a 404 is for those with a key

@@ -49,7 +49,7 @@ class Entrance:
 
         ASGI's `root_path` stays empty: routers strip it too, and stripped twice a path is another one for the gateway.
         """
-        below = path.removeprefix(self._root_path)
+        below = path.removeprefix(self._root_path) or "/"
         return below if below.startswith("/") else path
 
 
