@@ -126,10 +126,10 @@ async def serve(config: ServeConfig, checkpoint: Checkpoint, held: socket.socket
         listener = stack.enter_context(listener_of(config) if held is None else held)
         admin = stack.enter_context(bind(config.host, config.admin_port)) if config.admin_port else None
         state.listen_to_signals()
-        loading, with_page = Loading(), _page_of(config)
+        loading, page = Loading(), with_page(config)
         front, operators = (
             Entrance(one, config.root_path, config.max_body_bytes, dict(config.aliases))
-            for one in (with_page(loading), loading)
+            for one in (page(loading), loading)
         )
         server = await stack.enter_async_context(serving(with_cors(front, config), listener, config))
         if admin is not None:
@@ -139,7 +139,7 @@ async def serve(config: ServeConfig, checkpoint: Checkpoint, held: socket.socket
         app.state.server = server.server  # vLLM's error handler asks it to stop when the engine is dead
         await engines.enter_async_context(app.router.lifespan_context(app))
         operators.open(AdminPort(app))
-        front.open(with_page(Gateway(
+        front.open(page(Gateway(
             app, _limits(config), keys, tracker, models,
             is_draining=lambda: state.draining, admin_elsewhere=admin is not None, usage=usage,
         )))  # fmt: skip
@@ -181,8 +181,8 @@ def with_cors(app: ASGIApp, config: ServeConfig) -> ASGIApp:
     )
 
 
-def _page_of(config: ServeConfig) -> Callable[[ASGIApp], ASGIApp]:
-    """Puts the page before an app, unless it is turned off."""
+def with_page(config: ServeConfig) -> Callable[[ASGIApp], ASGIApp]:
+    """What puts the page before an app, or leaves the app as it is where the page is turned off."""
     if config.no_page:
         return lambda app: app
     return Page(config.root_path, keys=config.api_keys is not None).before

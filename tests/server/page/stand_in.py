@@ -126,10 +126,14 @@ def serving_the_page(
     *,
     keys: Path | None = None,
     root_path: str = "",
+    told: bool = True,
     name: str = MODELS[0],
     loads_first: bool = False,
 ) -> Iterator[str]:
-    """The URL of the page, with its server in a thread of its own. `loads_first`: it loads until `script.loaded`."""
+    """The URL of the page, with its server in a thread of its own.
+
+    `told`: the page knows of the prefix; else a proxy strips it. `loads_first`: it loads until `script.loaded`.
+    """
     started: list[str] = []
     ready, loops = threading.Event(), list[tuple[asyncio.AbstractEventLoop, asyncio.Event]]()
 
@@ -141,7 +145,7 @@ def serving_the_page(
             app, tracker = await _app(config, script)
             listener = stack.enter_context(bind("127.0.0.1", 0))
             gateway = _gateway(app, config, tracker)
-            page = Page(root_path, keys=keys is not None)
+            page = Page(root_path if told else "", keys=keys is not None)
             front = Entrance(page.before(Loading() if loads_first else gateway), root_path, 1 << 20)
             await stack.enter_async_context(serving(front, listener, config))
             started.append(f"http://127.0.0.1:{listener.getsockname()[1]}{root_path}")

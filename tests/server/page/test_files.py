@@ -11,6 +11,8 @@ import httpx
 import pytest
 from starlette.types import Receive, Scope, Send
 
+from lowbit_server.app import with_page
+from lowbit_server.config import ServeConfig
 from lowbit_server.http.entrance import Entrance
 from lowbit_server.page.page import FILES, STATIC, Page
 
@@ -134,6 +136,16 @@ async def test_behind_a_prefix_addresses_are_below_it(path: str) -> None:
 @pytest.mark.parametrize("keys", [True, False])
 async def test_the_page_knows_whether_a_key_is_needed_and_not_which(keys: bool) -> None:
     async with client_of(Page(keys=keys)) as client:
+        assert f"data-keys={'yes' if keys else 'no'}" in (await client.get("/")).text
+
+
+@pytest.mark.parametrize("keys", [None, Path("keys.yaml")])
+async def test_without_the_page_everything_is_the_gateways_as_before(keys: Path | None) -> None:
+    off, on = (ServeConfig(Path("unused"), api_keys=keys, no_page=no_page) for no_page in (True, False))
+    assert with_page(off)(behind) is behind
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(with_page(on)(behind)), base_url="http://test"
+    ) as client:
         assert f"data-keys={'yes' if keys else 'no'}" in (await client.get("/")).text
 
 

@@ -168,18 +168,22 @@ def test_the_page_asks_for_a_key_keeps_it_in_memory_only_and_never_writes_it_dow
         dialog.wait_for()
 
 
+@pytest.mark.parametrize(
+    ("path", "told"), [("", True), ("/", True), ("/#proof", True), ("/", False), ("/#proof", False)]
+)
 def test_behind_a_proxys_prefix_everything_is_asked_for_below_it(
-    browser: Any, make_checkpoint: "MakeCheckpoint", script: Script
+    browser: Any, make_checkpoint: "MakeCheckpoint", script: Script, path: str, told: bool
 ) -> None:
-    with serving_the_page(make_checkpoint(), script, root_path="/llm") as url:
-        for path in ("", "/", "/#proof"):
-            with watching(browser, url) as tab:
-                tab.open(path)
-                tab.page.get_by_role("link", name="Chat").click()
-                tab.ask()
-                assert tab.answer.inner_text() == "Hello."
-                assert all(one.startswith(url) for one in tab.requests), tab.requests
-                assert f"{url}/v1" in tab.page.locator("#api .address").text_content()
+    with (
+        serving_the_page(make_checkpoint(), script, root_path="/llm", told=told) as url,
+        watching(browser, url) as tab,
+    ):
+        tab.open(path)
+        tab.page.get_by_role("link", name="Chat").click()
+        tab.ask()
+        assert tab.answer.inner_text() == "Hello."
+        assert all(one.startswith(url) for one in tab.requests), tab.requests
+        assert f"{url}/v1" in tab.page.locator("#api .address").text_content()
 
 
 def test_while_the_model_loads_the_page_says_how_far_and_then_begins(
