@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 import pytest
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-WAIT_S = 20
+WAIT_S = 60  # a loaded machine answers slowly
 SERIOUS = ("serious", "critical")
 WIDE, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 
@@ -64,6 +64,20 @@ class Watched:
         self.page.fill("#question", question)
         self.page.keyboard.press("Enter")
         self.wait_for_answers()
+
+    def settings(self, tokens: int, temperature: str = "0") -> None:
+        """Answers of at most so many tokens, greedy unless it is said otherwise."""
+        self.page.get_by_role("button", name="Settings").click()
+        self.page.fill("#temperature", temperature)
+        self.page.fill("#max-tokens", str(tokens))
+        self.page.get_by_role("button", name="Settings").click()
+
+    def give_key(self, key: str) -> None:
+        """Answer the page's question for a key, and wait until the server has taken it."""
+        self.page.goto(self.url)
+        self.page.fill("#key", key)
+        self.page.keyboard.press("Enter")
+        self.wait_until_ready()
 
     def wait_for_answers(self) -> None:
         self.page.wait_for_selector(".turns > li:last-child .answer")

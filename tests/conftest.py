@@ -11,6 +11,7 @@ SHARE_THE_DEMO = (
     "evaluate",
     "features",
     "main_job",
+    "page",
     "pod",
 )  # its checkpoint, and the server of it
 

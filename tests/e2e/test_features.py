@@ -16,6 +16,7 @@ import yaml
 from openai import NotFoundError, OpenAI, PermissionDeniedError
 from safetensors.torch import save_file
 from scripts.demo import KV_CACHE_GIB, LOWBIT, MODEL
+from tests.browser import chromium, watching
 from tests.e2e.conftest import Demo
 from tests.e2e.streams import until
 
@@ -156,6 +157,20 @@ def test_a_key_may_be_for_one_adapter(served: Served) -> None:
     for model in (MODEL, "painter"):
         with pytest.raises(PermissionDeniedError):
             served.ask(served.poets_key, model=model)
+
+
+def test_the_page_with_a_key_has_an_adapter_answer_beside_the_model(served: Served) -> None:
+    with chromium() as browser, watching(browser, served.url) as tab:
+        tab.give_key(served.key)
+        tab.page.select_option("#beside", "poet")
+        tab.settings(12)
+        tab.ask(QUESTION["messages"][0]["content"])
+        assert tab.page.locator(".answer .who").all_inner_texts() == [MODEL, "poet"]
+        models, adapters = tab.page.locator(".answer .content").all_inner_texts()
+        assert models.strip() == served.ask().strip()
+        assert adapters.strip()
+        assert adapters != models
+        assert tab.page.locator(".failed:visible").count() == 0
 
 
 def test_a_strict_tool_call_obeys_its_schema(served: Served) -> None:

@@ -250,10 +250,7 @@ def test_the_lines_for_other_programs_work_as_they_stand(
     with serving_the_page(make_checkpoint(), script, keys=keys, name=name) as url:
         with watching(browser, url) as tab:
             if keyed:
-                tab.page.goto(url)
-                tab.page.fill("#key", "team-secret")
-                tab.page.keyboard.press("Enter")
-                tab.wait_until_ready()
+                tab.give_key("team-secret")
             else:
                 tab.open()
             curl, python, _javascript = tab.page.locator("#api pre").all_text_contents()
