@@ -175,6 +175,10 @@ def runs_quantized_experts(bits: int, group_size: int, rounded: str = "none") ->
     return True
 
 
+def runs_fp8_blocks() -> bool:
+    return True
+
+
 @contextlib.asynccontextmanager
 async def start_engine(_arguments: Any, throughput: Any, *_: Any) -> AsyncIterator[MockEngine]:
     yield MockEngine(throughput)

@@ -256,8 +256,8 @@ async def build_app(
     add_predictions_route(app)
     add_checkpoint_route(app, lambda: checkpoint_document(service, memory.devices), memory)
     if page:
-        registry = engine.metrics_registry()
-        live = Live(service, throughput, tracker, registry, lambda: memory.devices, is_draining)
+        sources = engine.metrics_registry(), lambda: memory.devices, is_draining, production.joules
+        live = Live(service, throughput, tracker, *sources)
         add_page_routes(app, live, proof_document(service), memory)
     return app
 

@@ -41,6 +41,11 @@ class Production:
                 await stack.enter_async_context(self.shadow.kept(engine.score, max_model_len))
             yield
 
+    def joules(self) -> float | None:
+        """What all devices have used since the server was ready; None where none of them tells."""
+        read = self.energy.read() if self.energy is not None else {}
+        return sum(read.values()) if read else None
+
     def families(self, model: str) -> Iterator[Metric]:
         """The families, in the order of docs/metrics.md."""
         if self.energy is not None:

@@ -210,6 +210,10 @@ async def test_the_openapi_document_names_each_status_and_no_closed_route(runnin
     assert document == (await running.get("/openapi.json")).json()
 
 
+async def test_the_pages_feed_has_the_joules_that_the_devices_used(running: Running) -> None:
+    assert (await running.get("/lowbit/live")).json()["energy_joules"] == 7
+
+
 async def test_metrics_page_is_prometheus_text(running: Running) -> None:
     assert (await running.get("/metrics")).headers["content-type"].startswith("text/plain; version=")
 

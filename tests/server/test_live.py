@@ -17,6 +17,7 @@ from lowbit_server.engine.memory import DeviceMemory
 from lowbit_server.engine.throughput import Throughput
 from lowbit_server.gateway.request_tracker import RequestTracker
 from lowbit_server.live import Live, proof_document
+from lowbit_server.production import Production
 from lowbit_server.report import Service
 
 if TYPE_CHECKING:
@@ -133,7 +134,9 @@ async def test_without_the_page_its_feed_is_gone_too(
 ) -> None:
     service = await service_of(engine, make_checkpoint())
     tracker = RequestTracker(write_log=False)
-    app = await build_app(engine, service, Throughput(), tracker, lambda: (), lambda: False, page=page)
+    app = await build_app(
+        engine, service, Throughput(), tracker, lambda: (), lambda: False, Production(), page=page
+    )
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
         for path in ("/lowbit/live", "/lowbit/proof"):
             assert (await client.get(path)).status_code == (200 if page else 404)
