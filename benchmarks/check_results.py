@@ -131,7 +131,15 @@ def dropping_loses_less_than_merging_and_no_more_than_it_did() -> None:
             assert dropped["mean_kld"] < known["mean_kld"] + 1e-4, share
 
 
+def the_shadow_agrees_with_evaluate_on_the_same_tokens() -> None:
+    rows = _read("shadow/results/smollm2-awq.json")["rows"]
+    assert [row["sampling"] for row in rows][-1] == "all"
+    assert all(abs(row["shadow"] - row["evaluate"]) <= row["evaluate_stderr"] for row in rows)
+    assert rows[-1]["tokens"] == sum(row["tokens"] for row in rows[:-1])
+
+
 CHECKS = (
+    the_shadow_agrees_with_evaluate_on_the_same_tokens,
     the_readmes_show_the_tables_of_the_comparison_with_other_quantizers,
     the_readme_shows_the_table_of_the_schemes,
     the_page_on_deploying_shows_the_table_of_the_runtimes,
