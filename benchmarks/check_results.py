@@ -138,6 +138,30 @@ def the_shadow_agrees_with_evaluate_on_the_same_tokens() -> None:
     assert rows[-1]["tokens"] == sum(row["tokens"] for row in rows[:-1])
 
 
+def the_readme_shows_the_table_of_families() -> None:
+    printed = _families()["_table"](_read("families/results/families.json")["families"])
+    text = (BENCHMARKS / "README.md").read_text()
+    shown = text.split("<!-- families/run.py --table -->")[1].split("<!-- end -->")[0]
+    assert shown.strip() == printed.strip(), (
+        "benchmarks/README.md differs from what families/run.py --table prints"
+    )
+
+
+def what_is_not_rounded_reloads_to_what_the_walk_measured_in_every_family_that_was_run() -> None:
+    result = _read("families/results/families.json")
+    rows = result["families"]
+    assert set(_families()["FAMILIES"]) == {*rows, *result["not_run"]}
+    found = [
+        row["recipes"][name] for row in rows.values() if "no" not in row for name in ("gptq", "awq+gptq")
+    ]
+    assert len(found) >= 100
+    assert all("no" in run or run["equal"] for run in found)
+
+
+def _families() -> dict[str, Any]:
+    return runpy.run_path(str(BENCHMARKS / "families" / "run.py"))
+
+
 CHECKS = (
     the_shadow_agrees_with_evaluate_on_the_same_tokens,
     the_readmes_show_the_tables_of_the_comparison_with_other_quantizers,
@@ -154,6 +178,8 @@ CHECKS = (
     the_picture_of_pruned_experts_is_drawn_from_its_result,
     the_readme_shows_the_table_of_merged_experts,
     dropping_loses_less_than_merging_and_no_more_than_it_did,
+    the_readme_shows_the_table_of_families,
+    what_is_not_rounded_reloads_to_what_the_walk_measured_in_every_family_that_was_run,
 )
 
 

@@ -34,7 +34,7 @@ FAMILIES = [
     "granite", "granitemoe", "granitemoehybrid", "lfm2", "lfm2_moe", "cohere", "cohere2", "exaone4", "ernie4_5",
     "ernie4_5_moe", "smollm3", "seed_oss", "olmo3", "hunyuan_v1_dense", "hunyuan_v1_moe", "phi", "phimoe",
     "starcoder2", "falcon_h1", "llama4_text", "mistral4", "qwen4_exp_text", "arcee", "apertus",
-    "qwen3_vl", "qwen3_5_moe", "gemma3", "mistral3",
+    "qwen3_vl", "qwen3_5", "qwen3_5_moe", "gemma3", "mistral3", "glm5_next",
 ]  # fmt: skip
 RECIPES: dict[str, dict[str, Any]] = {
     "gptq": {"scheme": "W4A16", "group_size": 32, "methods": ["gptq"]},
@@ -48,7 +48,14 @@ STACKS_ONLY = "transformers opens in stacks only"
 # transformers does in bfloat16 and the walk as engines do; the latter as a share of the KL.
 EQUAL, EQUAL_SHARE, ROUNDED_SHARE = 2e-3, 0.005, 0.2
 # As wide as in the default: vLLM's latent attention on a CPU has kernels for one size, and groups of 32 need 32 inputs.
-KEPT_WIDE = ("kv_lora_rank", "qk_rope_head_dim", "hidden_size_per_layer_input", "laurel_rank")
+# A chunk of attention must hold whole blocks of vLLM's cache.
+KEPT_WIDE = (
+    "kv_lora_rank",
+    "qk_rope_head_dim",
+    "hidden_size_per_layer_input",
+    "laurel_rank",
+    "attention_chunk_size",
+)
 LATE_SHARED = {  # as gemma's E-models have it: the last layers read the keys and values of earlier ones
     "num_hidden_layers": 5,
     "layer_types": ["sliding_attention"] * 2 + ["full_attention", "sliding_attention", "full_attention"],
@@ -70,6 +77,10 @@ SIZES: dict[str, dict[str, Any]] = {
     "gemma4_text": LATE_SHARED,
     "falcon_h1": {"mamba_d_ssm": 512, "mamba_d_state": 32, "mamba_chunk_size": 32},  # torch's own loops are slow
     "glm4_moe": {"head_dim": 128},
+    "qwen4_exp_text": {  # its default names none of its indexer's sizes
+        "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 256, "indexer_budget": 64,
+        "indexer_compress_ratio": 4,
+    },
     "hunyuan_v1_dense": PLAIN_POSITIONS,
     "hunyuan_v1_moe": {**PLAIN_POSITIONS, "num_experts": 8, "moe_topk": 2},
     "granitemoehybrid": {
@@ -114,8 +125,9 @@ def main() -> int:
         rows[family] = row = _apart(family)
         print(_line(family, row), flush=True)
         if arguments.json:
-            text = json.dumps({**_facts(), "families": rows}, indent=1) + "\n"
-            arguments.json.write_text(text, encoding="utf-8")
+            left = [name for name in FAMILIES if name not in rows]
+            result = {**_facts(), "not_run": left, "families": rows}
+            arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
@@ -233,6 +245,8 @@ def _write(family: str, directory: Path) -> bool:
     text.vocab_size = VOCABULARY
     if getattr(text, "mamba_num_heads", None):  # its CPU kernel for 4 bits takes outputs in multiples of 32
         text.mamba_num_heads = 32
+    if getattr(shallow.get_text_config(), "num_experts_per_tok", None) == 1:
+        text.num_experts_per_tok = 1  # as before: what multiplies inputs is not added up
     if getattr(text, "vocab_size_per_layer_input", None):
         text.vocab_size_per_layer_input = VOCABULARY
     for key in KEPT_WIDE:
