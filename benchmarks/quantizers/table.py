@@ -13,27 +13,26 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULT = Path(__file__).parent / "results" / "field.json"
 START, END = "<!-- quantizers/table.py -->\n", "<!-- end -->"
 FAMILIES = {
-    "gptq": "GPTQ and tuned rounding, symmetric",
+    "gptq": "GPTQ, symmetric",
     "awq": "AWQ, symmetric",
     "awq-asymmetric": "AWQ, asymmetric",
 }
 FLOORS = {"gptq": "rtn", "awq": "rtn", "awq-asymmetric": "rtn-asymmetric"}
-QUALITY = ["KL, unseen text", "KL, bundled text", "top-1, unseen"]
 Run = dict[str, Any]
 Cases = dict[str, list[Run]]
 
 
 def by_case(runs: list[Run], families: set[str]) -> Cases:
-    """The runs of each case of `families`, the lowest divergence on the unseen text first."""
+    """The runs of each case of `families`, the lowest divergence first."""
     found: Cases = {}
     for run in runs:
         if run["case"]["family"] in families:
             found.setdefault(run["case"]["name"], []).append(run)
-    return dict(sorted(found.items(), key=lambda item: kl(item[1], "unseen")))
+    return dict(sorted(found.items(), key=lambda item: kl(item[1])))
 
 
-def kl(runs: list[Run], text: str) -> float:
-    return fmean(run[text]["mean_kl_nats"] for run in runs)
+def kl(runs: list[Run]) -> float:
+    return fmean(run["quality"]["mean_kl_nats"] for run in runs)
 
 
 def cpu_s(runs: list[Run]) -> float:
@@ -51,8 +50,7 @@ def label(runs: list[Run]) -> str:
     if case["tool"] == "lowbit":
         return f"**{tool}** {rest}"
     settings = ", ".join(f"{key}={value}" for key, value in case["settings"].items())
-    versions = {name.replace("-", ""): version for name, version in runs[-1]["versions"].items()}
-    return f"{tool} {versions[case['tool']]} {rest}" + (f" ({settings})" if settings else "")
+    return f"{tool} {runs[-1]['versions'][case['tool']]} {rest}" + (f" ({settings})" if settings else "")
 
 
 def each(runs: list[Run], key: str) -> str:
@@ -61,16 +59,13 @@ def each(runs: list[Run], key: str) -> str:
 
 
 def quality(runs: list[Run]) -> list[str]:
-    """Divergence on both texts and agreement; runs that wrote other weights are listed one by one."""
-    different = list({run["weights_sha256"]: run for run in runs}.values())
-    divergences = [
-        ", ".join(
-            f"{run[text]['mean_kl_nats']:.4f} ± {run[text]['mean_kl_standard_error']:.4f}"
-            for run in different
-        )
-        for text in ("unseen", "quality")
+    """Divergence, perplexity and agreement; runs that wrote other weights are listed one by one."""
+    different = list({run["weights_sha256"]: run["quality"] for run in runs}.values())
+    return [
+        ", ".join(f"{q['mean_kl_nats']:.4f} ± {q['mean_kl_standard_error']:.4f}" for q in different),
+        ", ".join(f"{q['perplexity']:.2f}" for q in different),
+        ", ".join(f"{100 * q['top1_agreement']:.1f} %" for q in different),
     ]
-    return [*divergences, ", ".join(f"{100 * run['unseen']['top1_agreement']:.1f} %" for run in different)]
 
 
 def grid(head: list[str], rows: list[list[str]]) -> str:
@@ -92,7 +87,7 @@ def family_table(result: dict[str, Any], family: str) -> str:
         ]
         for runs in cases.values()
     ]
-    head = ["CPU s", "wall s", "peak RSS MB", "output MB", *QUALITY]
+    head = ["CPU s", "wall s", "peak RSS MB", "output MB", "KL (nats)", "perplexity", "top-1"]
     return grid([FAMILIES[family], *head], rows)
 
 
@@ -105,15 +100,14 @@ def comparison(result: dict[str, Any]) -> str:
         for name, runs in cases.items():
             if not name.startswith("lowbit") or not peers:
                 continue
-            ratios = [
-                kl(runs, text) / min(kl(peer, text) for peer in peers) for text in ("unseen", "quality")
-            ]
-            ratios.append(cpu_s(runs) / min(map(cpu_s, peers)))
+            ratios = [kl(runs) / min(map(kl, peers)), cpu_s(runs) / min(map(cpu_s, peers))]
             ratios.append(peak(runs) / min(map(peak, peers)))
             symmetry = FAMILIES[family].rpartition(" ")[2]
             rows.append([f"{label(runs)}, {symmetry}", *(f"{ratio:.2f}" for ratio in ratios)])
-    head = ["", "KL of the lowest peer's, unseen text", "bundled", "CPU s of the fastest peer's"]
-    return grid([*head, "peak RSS of the smallest peer's"], rows)
+    return grid(
+        ["", "KL of the lowest peer's", "CPU s of the fastest peer's", "peak RSS of the smallest peer's"],
+        rows,
+    )
 
 
 def brief_table(result: dict[str, Any]) -> str:
@@ -122,9 +116,10 @@ def brief_table(result: dict[str, Any]) -> str:
     for family in FAMILIES:
         symmetry = FAMILIES[family].rpartition(" ")[2]
         for runs in by_case(result["runs"], {family}).values():
-            figures = [each(runs, "cpu_s"), f"{peak(runs) / 1e6:.0f}", *quality(runs)]
+            divergence, _, agreement = quality(runs)
+            figures = [each(runs, "cpu_s"), f"{peak(runs) / 1e6:.0f}", divergence, agreement]
             rows.append([f"{label(runs)}, {symmetry}", *figures])
-    return grid(["", "CPU s", "peak RSS MB", *QUALITY], rows)
+    return grid(["", "CPU s", "peak RSS MB", "mean KL", "top-1"], rows)
 
 
 def tables() -> dict[Path, str]:
