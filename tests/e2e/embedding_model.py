@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from tests.tiny_models import CONFIGS, seeded_model, tiny_tokenizer
 from torch import Tensor
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 FORMS = ("tied", "headless")
 MODULES = [
@@ -39,10 +39,12 @@ def write_embedding_model(directory: Path, form: str) -> Path:
 
 def embeddings(directory: Path, texts: list[str]) -> Tensor:
     """What transformers makes of the texts, each of length 1: (texts, hidden)."""
-    model, tokenizer = (
-        AutoModel.from_pretrained(directory, dtype=torch.bfloat16),
-        AutoTokenizer.from_pretrained(directory),
-    )
+    config, tokenizer = AutoConfig.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
+    if (quantized := getattr(config, "quantization_config", None)) is not None:
+        quantized.pop(
+            "kv_cache_scheme", None
+        )  # a cache that transformers rounds in another way than engines do
+    model = AutoModel.from_pretrained(directory, config=config, dtype=torch.bfloat16)
     found = []
     with torch.no_grad():
         for text in texts:
