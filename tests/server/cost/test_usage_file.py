@@ -68,6 +68,7 @@ import os, signal, sqlite3, sys
 from lowbit_server.cost.usage_file import ADD
 connection = sqlite3.connect(sys.argv[1], isolation_level=None)
 connection.execute("PRAGMA cache_size = 1")  # pages are written before the transaction ends
+connection.execute(ADD, ("2026-11", "b", 1, 1, 1, 1))
 connection.execute("BEGIN IMMEDIATE")
 connection.executemany(ADD, (("2026-11", f"key-{number}", 1, 1, 1, 1) for number in range(5000)))
 os.kill(os.getpid(), signal.SIGKILL)
@@ -76,13 +77,15 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 def test_what_a_killed_server_had_begun_to_write_is_not_there_for_a_reader_either(tmp_path: Path) -> None:
     path = tmp_path / "usage.db"
-    before = {("2026-11", "a"): Counts(1, 10, 20, 5)}
-    open_usage_file(path).add(before, "2026-11")
-    size = path.stat().st_size
+    file = open_usage_file(path)
+    file.add({("2026-11", "a"): Counts(1, 10, 20, 5)}, "2026-11")
+    file.close()
+    assert [one.name for one in tmp_path.iterdir()] == ["usage.db"]
     assert subprocess.run([sys.executable, "-c", KILLED, str(path)], check=False).returncode == -9
-    assert path.stat().st_size > size  # half of it is in the file
-    assert rows_of(path) == before
-    assert open_usage_file(path).add({}, "2026-11") == {"a": Counts(1, 10, 20, 5)}
+    assert (tmp_path / "usage.db-wal").stat().st_size > 100_000  # half of it is there
+    expected = {"a": Counts(1, 10, 20, 5), "b": Counts(1, 1, 1, 1)}
+    assert rows_of(path) == {("2026-11", key): counts for key, counts in expected.items()}
+    assert open_usage_file(path).add({}, "2026-11") == expected
 
 
 def another_database(path: Path) -> None:
