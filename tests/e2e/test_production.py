@@ -105,7 +105,8 @@ def test_tokens_are_counted_as_the_client_sees_them_cached_ones_too(watched: Wat
     again = used(client.chat.completions.create(**question))
     until(lambda: written(watched).get("user", Counts()).requests == 2, 10)
     counts = written(watched)["user"]
-    assert (counts.prompt, counts.completion) == (first + again).prompt, (first + again).completion
+    both = first + again
+    assert (counts.prompt, counts.completion) == (both.prompt, both.completion)
     assert 0 < counts.cached < again.prompt
     found = watched.metrics()
     assert found["lowbit_key_cached_tokens_total user"] == counts.cached

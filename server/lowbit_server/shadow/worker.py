@@ -20,7 +20,8 @@ from lowbit_server.shadow.sampler import Answer
 MOST_WAITING = 64  # answers
 LOOK_S = 0.05  # how often is looked whether the server is idle
 LONGEST_PAUSE_S = 300.0  # after errors of the base
-OUTCOMES = ("scored", "queue_full", "too_long", "base_failed", "engine_failed")
+MOST_INTERRUPTIONS = 50  # of one answer: a base that is this very server would interrupt it for ever
+OUTCOMES = ("scored", "queue_full", "too_long", "interrupted", "base_failed", "engine_failed")
 
 Score = Callable[[Sequence[int], int, int], Awaitable[list[LogProbs]]]  # tokens, first position, top
 T = TypeVar("T")
@@ -77,6 +78,7 @@ class Shadow:
             await self._base.close()
 
     async def _work(self, served: Score) -> None:
+        interruptions = 0
         while True:
             await self._came.wait()
             while self._waiting:
@@ -84,8 +86,14 @@ class Shadow:
                 answer = self._waiting.popleft()
                 try:
                     await self._score(answer, served)
+                    interruptions = 0
                 except _InterruptedError:
-                    self._waiting.appendleft(answer)
+                    interruptions += 1
+                    if interruptions < MOST_INTERRUPTIONS:
+                        self._waiting.appendleft(answer)
+                    else:
+                        self.outcomes["interrupted"] += 1
+                        interruptions = 0
                 del answer  # it is gone as soon as it is scored
                 if self._failures:
                     await asyncio.sleep(min(self._longest_pause_s, 2.0 ** min(self._failures, 10)))

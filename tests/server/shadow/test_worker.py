@@ -111,6 +111,27 @@ async def test_a_request_that_comes_ends_a_scoring_which_is_done_again_later(ben
     assert sum(bench.shadow.outcomes.values()) == 1
 
 
+async def test_a_base_that_is_this_very_server_does_not_keep_it_busy_for_ever(bench: Bench) -> None:
+    """Its scoring is a request here, which interrupts the scoring."""
+    bench.base.gate.clear()
+
+    async def busy() -> None:
+        while not bench.count("interrupted"):
+            await bench.until(lambda: len(bench.base.asked) > 0)
+            bench.idle = False
+            bench.base.asked.clear()
+            await bench.until(lambda: bench.shadow.waiting == 1 or bench.count("interrupted") == 1)
+            bench.idle = True
+
+    async with bench.shadow.kept(bench.served, 1000):
+        bench.shadow.take(ANSWER)
+        await asyncio.wait_for(busy(), 30)
+        assert bench.shadow.waiting == 0
+        bench.base.gate.set()
+        bench.shadow.take(ANSWER)
+        await bench.until(lambda: bench.count("scored") == 1)
+
+
 async def test_a_full_queue_drops_what_comes_and_counts_it(bench: Bench) -> None:
     for _ in range(MOST_WAITING + 7):
         bench.shadow.take(ANSWER)
