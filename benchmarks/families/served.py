@@ -69,16 +69,16 @@ def _greedy(what: str, checkpoint: Path) -> dict[str, Any]:
         return {"no": f"no answer after {LIMIT_S:.0f} s"}
     line = next((one for one in done.stdout.splitlines() if one.startswith("TEXTS ")), None)
     if line is None:
-        return {"no": last_error(done.stderr, done.returncode)}
+        return {"no": last_error(f"{done.stdout}\n{done.stderr}", done.returncode)}  # vLLM logs to stdout
     found: dict[str, Any] = json.loads(line.removeprefix("TEXTS "))[str(checkpoint)]
     return found
 
 
-def last_error(stderr: str, status: int) -> str:
+def last_error(printed: str, status: int) -> str:
     """The last error without what marks the process that wrote it; the one before, where it sends people to the log."""
     lines = [
         re.sub(r"^(\(.*?\)\s*|\[rank\d+\]:\s*|ERROR.*?\]\s*)+", "", one).strip()
-        for one in stderr.splitlines()
+        for one in printed.splitlines()
     ]
     named = [place for place, one in enumerate(lines) if re.match(r"[\w.]*(Error|Exception)\b", one)]
     errors = [_error(lines[place:]) for place in named]
