@@ -232,14 +232,12 @@ def _report(arguments: argparse.Namespace, recipe: Recipe, device: "torch.device
 
 def _device(name: str) -> "torch.device":
     try:
-        import torch
+        from lowbit_quantize.device.chosen import chosen_device
     except ImportError:
         raise ConfigError(
             "`lowbit quantize` needs torch and transformers; run `pip install 'lowbit[cpu]'` or [gpu]"
         ) from None
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch sees no CUDA device here; allowed: auto, cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    return chosen_device(name)
 
 
 def summary(manifest: Manifest, out: Path) -> dict[str, Any]:

@@ -214,7 +214,7 @@ def make_plan(reference: ModelReference, recipe: Recipe, catalog: Catalog = CATA
     passes = make_passes(recipe.passes, reference, architecture, catalog)
     recipe = without_unread_scales(recipe, architecture)
     _check_positions(reference, recipe)
-    modules, left_because = _table(skeleton, architecture, recipe, catalog)
+    modules, left_because = table_of(skeleton, architecture, recipe, catalog)
     if modules and not any(one.name == QUANTIZE for one in passes):
         raise RecipeError(
             f"modules quantize {len(modules)} linears and passes lacks {QUANTIZE}; add it to passes"
@@ -244,7 +244,7 @@ def decoder_linears(skeleton: nn.Module, architecture: Architecture) -> dict[str
     }
 
 
-def _table(
+def table_of(
     skeleton: nn.Module, architecture: Architecture, recipe: Recipe, catalog: Catalog
 ) -> tuple[Modules, dict[str, str]]:
     """The entry of each linear that a rule quantizes, in the order of the layers, and why the others have none.
@@ -257,7 +257,7 @@ def _table(
     published = {name: names.published(name) for name in dict.fromkeys([*linears, *others])}
     head, fixed = _outside(skeleton, architecture)
     wanted = resolve(recipe.modules, published, linears.keys(), catalog, head.keys(), fixed)
-    sets = list(_fused_sets(skeleton, architecture))
+    sets = list(fused_sets(skeleton, architecture))
     modules: dict[str, ModulePlan] = {}
     for one in sets:
         entry = _shared_entry(one, wanted, published)
@@ -321,7 +321,7 @@ def _one_matrix(skeleton: nn.Module, architecture: Architecture) -> Iterator[lis
             yield [f"{prefix}.{name}" for name in group.linears]
 
 
-def _fused_sets(skeleton: nn.Module, architecture: Architecture) -> Iterator[list[str]]:
+def fused_sets(skeleton: nn.Module, architecture: Architecture) -> Iterator[list[str]]:
     """Linears that engines make one matrix of: those of a group, and all experts of a layer."""
     for prefix, layer in decoder_layers(skeleton, architecture):
         experts: list[str] = []

@@ -18,5 +18,11 @@ class LogitsForm:
             logits = logits.mul_(self.factor)
         return logits if self.cap is None else logits.div_(self.cap).tanh_().mul_(self.cap)
 
+    def slope(self, logits: Tensor) -> Tensor | None:
+        """How logits change with what a head gives, where they are `logits`: (…, words), None where that is one."""
+        if self.cap is None:
+            return None if self.factor == 1 else logits.new_full((), self.factor)
+        return (1 - (logits / self.cap).square()).mul_(self.factor)
+
 
 PLAIN = LogitsForm()

@@ -1,0 +1,82 @@
+"""What a measurement of sensitivities needs: arithmetic on shapes, before any token."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowbit_quantize.check.effort import rate
+from lowbit_quantize.check.forecast import BOUND_FACTOR, BOUND_REST_BYTES, stream_width
+from lowbit_quantize.model.architecture import kind_of
+from lowbit_quantize.model.decoder import BATCH_TOKENS
+from lowbit_quantize.plan import decoder_layers
+from lowbit_quantize.sensitivity.gradients import LOGITS_BYTES
+from lowbit_quantize.sensitivity.measure import Prepared
+
+PASSES = 5  # of one text: two go forward, one is observed, one goes forward and back
+LOGITS_COPIES = 4  # that are in memory at once: themselves, their logarithms, and gradients of both
+OTHERS = 2.0  # a run's time over its products'
+LAYER_COPIES = 3  # of a layer in float32: itself, a group's weights and what a candidate serves of them
+SEARCHES = 4  # a candidate costs about so many products of its weight by a square as wide as its inputs
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Bytes and seconds, at most and about."""
+
+    memory_bytes: int
+    disk_bytes: int
+    streams_bytes: int
+    seconds_here: float
+
+    def report(self) -> dict[str, Any]:
+        return {
+            "memory_bound_bytes": self.memory_bytes,
+            "streams_bytes": self.streams_bytes,
+            "run_disk_bytes": self.disk_bytes,
+            "seconds_here": round(self.seconds_here, 1),
+        }
+
+
+def forecast(prepared: Prepared, memory_limit_bytes: int) -> Forecast:
+    """Of a run whose hidden states are files beyond `memory_limit_bytes`."""
+    plan, tokens = prepared.plan, prepared.scored.ids.numel()
+    length, item = prepared.scored.ids.shape[1], plan.dtype.itemsize
+    layers = [layer for _, layer in decoder_layers(plan.skeleton, plan.architecture)]
+    streams = 2 * tokens * stream_width(plan) * item * (len(layers) + 1)
+    spilled = max(0, streams - memory_limit_bytes)
+    largest = max(_layer_bytes(layer, tokens, min(tokens, max(BATCH_TOKENS, length))) for layer in layers)
+    words, hidden = plan.config.vocab_size, plan.config.hidden_size
+    head = words * hidden * (item + 4) + LOGITS_COPIES * max(LOGITS_BYTES, 4 * words)
+    memory = BOUND_FACTOR * (max(largest, head) + streams - spilled) + BOUND_REST_BYTES
+    unpacked = plan.parameters * item if plan.reference.kind == "gguf" else 0
+    return Forecast(int(memory), spilled + unpacked, streams, _seconds(prepared, layers))
+
+
+def _layer_bytes(layer: nn.Module, tokens: int, batch: int) -> int:
+    """Of a layer in float32, its Hessians, and what its linears read and gave, of a batch with its graph besides."""
+    weights = sum(parameter.numel() for parameter in layer.parameters())
+    shapes = [one.weight.shape for one in layer.modules() if isinstance(one, nn.Linear)]
+    routed = layer.get_submodule(kind_of(layer).experts) if kind_of(layer).experts else None
+    experts = len(routed) if routed is not None else 1  # type: ignore[arg-type]
+    seen = sum(outputs + inputs for outputs, inputs in shapes) // experts
+    squares = sum(inputs * inputs for inputs in {inputs for _, inputs in shapes})
+    return 4 * (LAYER_COPIES * weights + squares * 2 + 3 * batch * seen) + 2 * tokens * seen
+
+
+def _seconds(prepared: Prepared, layers: list[nn.Module]) -> float:
+    """At the rates of this process's threads, which are measured for a moment."""
+    plan, tokens = prepared.plan, prepared.scored.ids.numel()
+    weights = sum(parameter.numel() for layer in layers for parameter in layer.parameters())
+    candidates = len(prepared.tables)
+    forward = (
+        2.0
+        * tokens
+        * (weights * (PASSES + candidates) + 4 * plan.config.vocab_size * plan.config.hidden_size)
+    )
+    shapes = [one.weight.shape for layer in layers for one in layer.modules() if isinstance(one, nn.Linear)]
+    exact = sum(
+        inputs * inputs * (tokens / 3 + SEARCHES * candidates * outputs) for outputs, inputs in shapes
+    )
+    return OTHERS * (forward / rate(torch.bfloat16) + exact / rate(torch.float32))
