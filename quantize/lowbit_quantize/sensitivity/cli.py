@@ -17,7 +17,7 @@ from lowbit_quantize.sensitivity.assignment import Assignment, best, of_checkpoi
 from lowbit_quantize.sensitivity.correction import factors_of
 from lowbit_quantize.sensitivity.report import Sensitivity, read_sensitivity, write_sensitivity, write_whole
 
-RECIPE, CANDIDATES, TOKENS = "gptq-g64", "W4A16,W8A8", 4096
+RECIPE, CANDIDATES, TOKENS = "gptq-g64", "W4A16,W8A8:smoothquant+gptq", 4096
 GIB = 1 << 30
 UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 

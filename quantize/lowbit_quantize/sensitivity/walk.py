@@ -121,7 +121,8 @@ class SensitivityWalk:
         layer = decoder.load_layer(index)
         cache = any(one.kind == CACHE for one in here)
         seen_of = self._observed(layer, index, kept[: self._made_on], linears)
-        layer.to(backward_dtype(decoder))
+        if backward_dtype(decoder) != decoder.dtype:
+            layer.float()
         seen = backward(decoder, layer, index, kept[self._made_on :], gradient, linears, cache=cache)
         for one in here:
             if one.kind == CACHE:
