@@ -102,8 +102,8 @@ def best(
         for one, names in zip(decisions, options, strict=True)
     ]
     picked = allocate(losses, limits)
-    names = {one.name: row[place] for one, row, place in zip(decisions, options, picked, strict=True)}
-    return Assignment(found, names, factors)
+    chosen = {one.name: row[place] for one, row, place in zip(decisions, options, picked, strict=True)}
+    return Assignment(found, chosen, factors)
 
 
 def of_checkpoint(found: Sensitivity, directory: Path) -> tuple[Assignment, Manifest]:

@@ -10,7 +10,9 @@ from lowbit_quantize.check.effort import rate
 from lowbit_quantize.check.forecast import BOUND_FACTOR, BOUND_REST_BYTES, stream_width
 from lowbit_quantize.model.architecture import kind_of
 from lowbit_quantize.model.decoder import BATCH_TOKENS
+from lowbit_quantize.model.routing import USED
 from lowbit_quantize.plan import decoder_layers
+from lowbit_quantize.sensitivity.changes import SAMPLED_ROWS
 from lowbit_quantize.sensitivity.gradients import LOGITS_BYTES
 from lowbit_quantize.sensitivity.measure import Prepared
 
@@ -18,6 +20,7 @@ PASSES = 5  # of one text: two go forward, one is observed, one goes forward and
 LOGITS_COPIES = 4  # that are in memory at once: themselves, their logarithms, and gradients of both
 OTHERS = 2.0  # a run's time over its products'
 LAYER_COPIES = 3  # of a layer in float32: itself, a group's weights and what a candidate serves of them
+HEAD_PASSES = 2  # the logits, and their gradient back
 SEARCHES = 4  # a candidate costs about so many products of its weight by a square as wide as its inputs
 
 
@@ -67,16 +70,24 @@ def _layer_bytes(layer: nn.Module, tokens: int, batch: int) -> int:
 
 def _seconds(prepared: Prepared, layers: list[nn.Module]) -> float:
     """At the rates of this process's threads, which are measured for a moment."""
-    plan, tokens = prepared.plan, prepared.scored.ids.numel()
-    weights = sum(parameter.numel() for layer in layers for parameter in layer.parameters())
-    candidates = len(prepared.tables)
-    forward = (
-        2.0
-        * tokens
-        * (weights * (PASSES + candidates) + 4 * plan.config.vocab_size * plan.config.hidden_size)
-    )
-    shapes = [one.weight.shape for layer in layers for one in layer.modules() if isinstance(one, nn.Linear)]
-    exact = sum(
-        inputs * inputs * (tokens / 3 + SEARCHES * candidates * outputs) for outputs, inputs in shapes
-    )
+    plan, candidates = prepared.plan, len(prepared.tables)
+    head = plan.config.vocab_size * plan.config.hidden_size
+    forward, exact = 2.0 * prepared.scored.ids.numel() * HEAD_PASSES * head, 0.0
+    for layer in layers:
+        for name, one in layer.named_modules():
+            if not isinstance(one, nn.Linear):
+                continue
+            tokens = prepared.scored.ids.numel() * _share(prepared, layer, name)
+            inputs, rows = one.in_features, min(one.out_features, SAMPLED_ROWS)
+            forward += 2.0 * tokens * inputs * (PASSES * one.out_features + rows * candidates)
+            exact += inputs * inputs * (tokens + inputs * candidates / 3 + SEARCHES * candidates * rows)
     return OTHERS * (forward / rate(torch.bfloat16) + exact / rate(torch.float32))
+
+
+def _share(prepared: Prepared, layer: nn.Module, name: str) -> float:
+    """Of all tokens, those that go through a linear of a layer: a routed expert's get some."""
+    experts, config = kind_of(layer).experts, prepared.plan.config
+    if not experts or not name.startswith(f"{experts}."):
+        return 1.0
+    used = next((getattr(config, key) for key in USED if hasattr(config, key)), 1)
+    return float(used) / len(layer.get_submodule(experts))  # type: ignore[arg-type]

@@ -123,7 +123,7 @@ def test_a_dry_run_forecasts_and_writes_nothing(
     assert not list(tmp_path.iterdir())
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "scheme": (("--candidates", "W4A17"), "W4A17"),
     "twice": (("--candidates", "W4A16,W4A16"), "different schemes"),
     "group": (("--candidates", "W4A16:96"), "W4A16:96"),
@@ -150,9 +150,9 @@ def test_too_little_text_and_odd_families_are_refused(
 ) -> None:
     ids = tmp_path / "ids.json"
     ids.write_text(json.dumps({"input_ids": [[number] * 64 for number in range(6)]}))
-    flags = (*FLAGS, "--set", f"calibration.token_ids={ids}", "--out", tmp_path / "out.json")
+    flags: tuple[str | Path, ...] = ("--set", f"calibration.token_ids={ids}", "--out", tmp_path / "out.json")
     with pytest.raises(InputError, match="as many again"):
-        run(sensitivity_command, tiny_model("llama"), *flags)
+        run(sensitivity_command, tiny_model("llama"), *FLAGS, *flags)
     with pytest.raises(InputError, match="more than hidden states"):
         run(sensitivity_command, tiny_model("gemma3n_text"), *FLAGS, "--out", tmp_path / "out.json")
     with pytest.raises(InputError, match="directory that exists"):
@@ -160,7 +160,7 @@ def test_too_little_text_and_odd_families_are_refused(
     assert [path.name for path in tmp_path.iterdir()] == ["ids.json"]
 
 
-ALLOCATE = {
+ALLOCATE: dict[str, tuple[tuple[str, ...], str]] = {
     "no budget": ((), "--bits 4.5"),
     "too few bits": (("--bits", "2"), "3 is the least"),
     "too few bytes": (("--bytes", "1KB"), "--bytes"),

@@ -84,7 +84,8 @@ def test_keys_and_values_are_seen_with_their_gradients(tiny_model: Callable[[str
         cache = HookedCache(lambda k, v: (k + sign * step, v + sign * step))
         with torch.no_grad():
             output = decoder.load_layer(0)(given, *args, **kwargs, **{CACHE: cache})
-        return ((output[0] if isinstance(output, tuple) else output) * gradient).double().sum()
+        given = output[0] if isinstance(output, tuple) else output
+        return torch.sum((given * gradient).double())
 
     assert kind_of(decoder.layer(0)).attention
     assert keys.shape == by_keys.shape == values.shape
@@ -100,7 +101,7 @@ def test_labels_drawn_from_the_model_give_its_fisher_matrix(form: LogitsForm) ->
     state = torch.randn(6, generator=generator)
 
     def logits_of(x: torch.Tensor) -> torch.Tensor:
-        logits = form.factor * (norm(x) @ head.T)
+        logits = form.factor * torch.mv(head, norm(x))
         return logits if form.cap is None else form.cap * (logits / form.cap).tanh()
 
     jacobian = torch.autograd.functional.jacobian(logits_of, state)
