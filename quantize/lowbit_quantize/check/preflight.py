@@ -46,7 +46,7 @@ def dry_run(
     if out is not None:
         refuse_foreign(out)
     texts = load_texts(recipe.calibration, recipe.quality, reference.tokenizer(), plan.config.vocab_size)
-    carried = _carried_bytes(plan)
+    carried = carried_bytes(plan)
     streams = forecast.streams_bytes(plan, *texts)
     run_disk = forecast.run_disk_bytes(plan, streams, stream_memory_bytes, carried)
     if out is not None:
@@ -70,7 +70,7 @@ def dry_run(
     }
 
 
-def _carried_bytes(plan: Plan) -> int:
+def carried_bytes(plan: Plan) -> int:
     """Check the weights, and count what lies beside the model; a hub model's are not fetched for this."""
     if plan.reference.kind == "hub":
         return 0

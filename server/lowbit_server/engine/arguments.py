@@ -8,13 +8,13 @@ import math
 from typing import Any
 
 from lowbit_core.errors import ConfigError
+from lowbit_core.kv_cache import BLOCK_TOKENS, tokens_that_fit
 from lowbit_server.checkpoint import Checkpoint, served_names
 from lowbit_server.config import Device, ServeConfig
 from lowbit_server.flags import GIB
 from lowbit_server.shadow.divergence import SERVED_TOP
 
 DEFAULT_CPU_KV_CACHE_BYTES = 2 * GIB  # the host's memory is shared with everything else that runs there
-KV_BLOCK_TOKENS = 128  # the CPU engine's block; a multiple of every GPU block size
 
 
 def derive_engine_arguments(config: ServeConfig, checkpoint: Checkpoint, device: Device) -> dict[str, Any]:
@@ -135,14 +135,13 @@ def _max_model_len(config: ServeConfig, checkpoint: Checkpoint, kv_bytes: int | 
 
 def _tokens_that_fit(config: ServeConfig, checkpoint: Checkpoint, kv_bytes: int) -> int:
     per_token = _kv_bytes_per_token_and_device(config, checkpoint)
-    # The engine keeps one block for itself, its null block.
-    blocks = kv_bytes // (per_token * KV_BLOCK_TOKENS) - 1
-    if blocks < 1:
+    fits = tokens_that_fit(kv_bytes, per_token)
+    if not fits:
         raise ConfigError(
-            f"{kv_bytes / GIB:.3f} GiB of KV cache do not hold {KV_BLOCK_TOKENS} tokens of "
+            f"{kv_bytes / GIB:.3f} GiB of KV cache do not hold {BLOCK_TOKENS} tokens of "
             f"{per_token} bytes each; raise --kv-cache-gib"
         )
-    return blocks * KV_BLOCK_TOKENS
+    return fits
 
 
 def _kv_bytes_per_token_and_device(config: ServeConfig, checkpoint: Checkpoint) -> int:

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lowbit_core.errors import ConfigError
+from lowbit_core.kv_cache import CPU_RUNTIME_BYTES
 from lowbit_server.checkpoint import Checkpoint
 from lowbit_server.config import Device, ServeConfig
 from lowbit_server.engine.arguments import DEFAULT_CPU_KV_CACHE_BYTES
 from lowbit_server.engine.nvml import GpuMemory
 from lowbit_server.flags import GIB
 
-CPU_RUNTIME_BYTES = GIB
 ENGINE_UTILIZATION = 0.9  # the engine's default of --gpu-memory-utilization
 
 

@@ -1,0 +1,19 @@
+"""How many tokens a KV cache of so many bytes holds in the CPU engine, and what its server takes beside it.
+
+`lowbit serve` and `lowbit plan` count alike, by this file.
+"""
+
+GIB = 1 << 30
+BLOCK_TOKENS = 128  # the CPU engine's block; a multiple of every GPU block size
+CPU_RUNTIME_BYTES = GIB  # of the server's two processes, beside weights and cache
+
+
+def tokens_that_fit(kv_bytes: int, bytes_per_token: int) -> int:
+    """Whole blocks, of which the engine keeps one for itself, its null block; 0 where there is no other."""
+    return max(0, kv_bytes // (bytes_per_token * BLOCK_TOKENS) - 1) * BLOCK_TOKENS
+
+
+def bytes_for(streams: int, tokens: int, bytes_per_token: int) -> int:
+    """The least cache that holds so many streams of so many tokens each; blocks are of one stream."""
+    blocks = streams * -(-tokens // BLOCK_TOKENS) + 1
+    return blocks * BLOCK_TOKENS * bytes_per_token
