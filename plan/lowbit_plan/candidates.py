@@ -1,0 +1,124 @@
+"""What a model may become: one scheme everywhere, a cache as it is or in FP8, experts pruned or not; as recipes.
+
+What each loses is ordered by what was measured of one small model (`known_kl.json`): an order, and no prediction for
+another model, which takes sensitivities (program.py).
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from lowbit_core.errors import ConfigError, RecipeError
+from lowbit_core.log import get_logger
+from lowbit_plan.place import Place
+from lowbit_plan.sections import Sections, planned
+from lowbit_quantize.model.reference import ModelReference
+from lowbit_quantize.plan import Plan
+from lowbit_quantize.recipe import NONE
+
+log = get_logger("plan")
+
+PRUNED = (0.0, 0.25, 0.5)  # shares of the routed experts, by REAP
+PLAIN_EXPERTS = {"match": "*.experts.*", "scheme": NONE}
+PLAIN = "bf16"  # what `none` is called: weights as they are
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A recipe's sections and the model that they make. `known_kl` orders candidates; `kl` is predicted, or None.
+
+    `pruned` is the share of experts that go; of these no KL is known before the run.
+    """
+
+    name: str
+    sections: Sections
+    plan: Plan
+    known_kl: float
+    pruned: float = 0.0
+    kl: float | None = None
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """What loses less comes first: all that is pruned after all that is not."""
+        return self.pruned, self.known_kl if self.kl is None else self.kl
+
+
+@cache
+def known_kl() -> dict[str, Any]:
+    """The figures that candidates are ordered by, with where they were measured."""
+    found: dict[str, Any] = json.loads(
+        files(__package__).joinpath("known_kl.json").read_text(encoding="utf-8")
+    )
+    return found
+
+
+def candidates(
+    reference: ModelReference, place: Place, schemes: Sequence[str] | None, *, fp8_cache: bool | None
+) -> list[Candidate]:
+    """All that the place runs and that fit the model, best first; `schemes` and `fp8_cache` narrow them down.
+
+    Raises ConfigError for a scheme that is none of them.
+    """
+    _, base = planned(reference)
+    caches = [False, True] if fp8_cache is None else [fp8_cache]
+    found: list[Candidate] = []
+    for scheme in _schemes(place, schemes):
+        for fp8 in caches:
+            if fp8 and not place.caches_fp8(base):
+                continue
+            for share in PRUNED if base.experts else PRUNED[:1]:
+                found += _made(reference, place, scheme, share, fp8=fp8)
+    if not found:
+        raise ConfigError(
+            f"none of the schemes {', '.join(_schemes(place, schemes))} fits {reference.name} on {place.name}; give "
+            "others"
+        )
+    return sorted(found, key=lambda one: one.rank)
+
+
+def _schemes(place: Place, asked: Sequence[str] | None) -> list[str]:
+    known = known_kl()["schemes"]
+    runs = [scheme for scheme in known if scheme == NONE or place.runs(scheme)]
+    if asked is None:
+        return runs
+    names = [NONE if one in (NONE, PLAIN) else one for one in asked]
+    if odd := [one for one in names if one not in runs]:
+        why = "is not run there" if odd[0] in known else "has no measured figure to be ordered by"
+        raise ConfigError(
+            f"--schemes: {odd[0]} {why}; on {place.name} allowed are {', '.join([PLAIN, *runs[1:]])}"
+        )
+    return names
+
+
+def _made(
+    reference: ModelReference, place: Place, scheme: str, share: float, *, fp8: bool
+) -> Iterator[Candidate]:
+    """The candidate, or nothing and a line that says why the model cannot have it."""
+    figures = known_kl()
+    lost = figures["schemes"][scheme]["kl"] + (figures["fp8_cache"]["kl"] if fp8 else 0.0)
+    name, rules = _name(scheme, share, fp8=fp8), _rules(scheme)
+    before = [{"prune_experts": {"prune_ratio": share, "criterion": "reap"}}] if share else []
+    try:
+        sections, plan = planned(reference, rules, fp8=fp8, before=before)
+        if plan.experts and not place.runs_experts(plan):
+            sections, plan = planned(reference, [*rules, PLAIN_EXPERTS], fp8=fp8, before=before)
+            name += ", experts as they are"
+    except RecipeError as error:
+        log.info("%s is no candidate: %s", name, error)
+        return
+    yield Candidate(name, sections, plan, lost, share)
+
+
+def _name(scheme: str, share: float, *, fp8: bool) -> str:
+    pruned = f", {share:.0%} of experts pruned" if share else ""
+    return (PLAIN if scheme == NONE else scheme) + (", FP8 cache" if fp8 else "") + pruned
+
+
+def _rules(scheme: str) -> list[dict[str, Any]]:
+    """Of a scheme everywhere, by the methods that its figure was measured with."""
+    figures = known_kl()["schemes"][scheme]
+    settings = {key: figures[key] for key in ("group_size", "methods") if key in figures}
+    return [] if scheme == NONE else [{"match": "*", "scheme": scheme, **settings}]

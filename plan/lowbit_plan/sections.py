@@ -1,0 +1,31 @@
+"""A recipe's sections, with the texts that bundled recipes have, and the model that they make."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lowbit_quantize.model.reference import ModelReference
+from lowbit_quantize.plan import Plan, make_plan
+from lowbit_quantize.recipe import NONE, QUANTIZE, parse_recipe
+
+SEQUENCE = 512  # tokens of a calibration sequence, fewer where the model has fewer positions
+Sections = dict[str, Any]
+
+
+def planned(
+    reference: ModelReference,
+    rules: Sequence[Mapping[str, Any]] = (),
+    *,
+    fp8: bool = False,
+    before: Sequence[Mapping[str, Any]] = (),
+) -> tuple[Sections, Plan]:
+    """The recipe of some rules and a cache, after the passes `before`, and its plan; raises RecipeError."""
+    sections: Sections = {"modules": [dict(rule) for rule in rules]} if rules else {}
+    sections["passes"] = [*before, QUANTIZE] if any(rule["scheme"] != NONE for rule in rules) else [*before]
+    sections |= {"kv_cache": {"dtype": "fp8" if fp8 else NONE}} | _texts(reference)
+    return sections, make_plan(reference, parse_recipe(sections, "the plan"))
+
+
+def _texts(reference: ModelReference) -> Sections:
+    positions = getattr(reference.config.get_text_config(), "max_position_embeddings", None) or SEQUENCE
+    text = {"dataset": "default", "max_seq_length": min(SEQUENCE, positions), "seed": 0}
+    return {"calibration": {"num_samples": 32, **text}, "quality": {"num_samples": 16, **text}}
