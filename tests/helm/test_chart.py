@@ -333,6 +333,18 @@ def test_another_recipe_is_another_job() -> None:
     assert len(names) == 2
 
 
+def test_a_quantize_job_takes_a_plans_recipe_from_a_config_map() -> None:
+    resources = render("one-gpu", quantize={"recipeConfigMap": "planned"})
+    spec = resources["Job"]["spec"]["template"]["spec"]
+    (job,) = spec["containers"]
+    asked = parse(quantize, job["args"][1:])
+    (mounted,) = [mount for mount in job["volumeMounts"] if mount["name"] == "recipe"]
+    assert (asked.recipe, mounted["readOnly"]) == (f"{mounted['mountPath']}/recipe.yaml", True)
+    (volume,) = [volume for volume in spec["volumes"] if volume["name"] == "recipe"]
+    assert volume["configMap"] == {"name": "planned"}
+    assert resources["Job"]["metadata"]["name"] != render("one-gpu")["Job"]["metadata"]["name"]
+
+
 def test_schema_knows_the_bundled_recipes() -> None:
     schema = yaml.safe_load((CHART / "values.schema.json").read_text())
     assert schema["properties"]["quantize"]["properties"]["recipe"]["enum"] == sorted(bundled_recipes())
