@@ -27,8 +27,8 @@ sys.path[:0] = [str(ROOT / "benchmarks" / "quantizers")]
 from provenance import hardware, versions  # noqa: E402
 
 from lowbit_quantize.schemes.integer import Integer  # noqa: E402
-from lowbit_quantize.schemes.packed_words import pack, unpack  # noqa: E402
 from lowbit_quantize.schemes.scheme import Quantized  # noqa: E402
+from lowbit_quantize.schemes.storage.packed_words import pack, unpack  # noqa: E402
 
 BITS = range(2, 9)
 SHAPES = ((8, 96), (33, 64), (40, 100), (5, 31), (64, 576))

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from lowbit_core.log import get_logger
 from lowbit_quantize.schemes import block_fp8, float_blocks, rounded_integers
 from lowbit_quantize.schemes.eight_bits import EightBits
-from lowbit_quantize.schemes.grids import FP8, INT8
 from lowbit_quantize.schemes.inputs import InputQuantizer
+from lowbit_quantize.schemes.numbers.grids import FP8, INT8
 from lowbit_quantize.schemes.rounding_linear import RoundingLinear
 from lowbit_quantize.schemes.scheme import Scheme
 

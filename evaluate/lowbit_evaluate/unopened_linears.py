@@ -2,8 +2,8 @@
 
 transformers opens experts in int8 or in blocks of floats, and integers that lie across words, not at all, and FP8
 experts without rounding what they read. So it is given all of these as plain weights, unpacked by another reader
-(`schemes/stored_linears.py`), and where experts round, a list of single ones with the codes then takes their place.
-Static scales of inputs in FP8, which engines share between experts, are left to transformers.
+(`schemes/storage/stored_linears.py`), and where experts round, a list of single ones with the codes then takes their
+place. Static scales of inputs in FP8, which engines share between experts, are left to transformers.
 """
 
 import re
@@ -23,7 +23,7 @@ from lowbit_quantize.model.files.published_names import PublishedNames
 from lowbit_quantize.model.files.unopened_linears import schemes_of, without_linears
 from lowbit_quantize.model.weights import WeightFiles
 from lowbit_quantize.schemes.scheme import Scheme
-from lowbit_quantize.schemes.stored_linears import CODEC, is_ours, opens_experts, parts_of, unpacked
+from lowbit_quantize.schemes.storage.stored_linears import CODEC, is_ours, opens_experts, parts_of, unpacked
 
 EXPERT = re.compile(r"(?P<linear>.*\.experts\.\d+\.\w+)\.weight(_packed)?")
 PACKED = re.compile(r"(?P<linear>.*)\.weight_packed")

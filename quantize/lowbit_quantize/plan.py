@@ -30,7 +30,7 @@ from lowbit_quantize.pass_list import make_passes
 from lowbit_quantize.recipe import QUANTIZE, Recipe
 from lowbit_quantize.rules import Wanted, resolve
 from lowbit_quantize.schemes.scheme import Scheme
-from lowbit_quantize.schemes.stored_linears import reader_of
+from lowbit_quantize.schemes.storage.stored_linears import reader_of
 from lowbit_quantize.walk.baselines import baseline_sequences
 from lowbit_quantize.walk.layer import Pass
 from lowbit_quantize.walk.module_plan import ModulePlan, Modules

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lowbit_quantize.schemes.block_fp8 import BLOCK, BlockFP8
-from lowbit_quantize.schemes.grids import FP8
 from lowbit_quantize.schemes.inputs import SMALLEST_GROUP_ABSMAX, GroupInputs
+from lowbit_quantize.schemes.numbers.grids import FP8
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
 

@@ -13,9 +13,9 @@ from lowbit_quantize.misfits import OF_WHOLE_TENSORS
 from lowbit_quantize.plan import EMBEDDING_STAYS
 from lowbit_quantize.run.served_config import quantization_config
 from lowbit_quantize.schemes.integer import BITS, Integer
-from lowbit_quantize.schemes.packed_words import words_of
 from lowbit_quantize.schemes.processors.linears import LINEARS
 from lowbit_quantize.schemes.scheme import Scheme
+from lowbit_quantize.schemes.storage.packed_words import words_of
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
 

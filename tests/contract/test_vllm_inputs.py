@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowbit_quantize.schemes.grids import FP4, FP8, INT8
 from lowbit_quantize.schemes.inputs import BlockInputs, InputQuantizer
+from lowbit_quantize.schemes.numbers.grids import FP4, FP8, INT8
 from lowbit_quantize.schemes.rounded_integers import kept_scales
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from lowbit_quantize.schemes.affine import stored
 from lowbit_quantize.schemes.integer import Integer
+from lowbit_quantize.schemes.numbers.affine import stored
 from lowbit_quantize.schemes.scheme import Quantized
 
 Tensors = dict[str, torch.Tensor]

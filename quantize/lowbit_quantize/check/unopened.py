@@ -19,7 +19,7 @@ from lowbit_quantize.model.files.unopened_linears import schemes_of
 from lowbit_quantize.plan import Plan
 from lowbit_quantize.run.journal import UnopenedLinear
 from lowbit_quantize.schemes.scheme import sample_of
-from lowbit_quantize.schemes.stored_linears import parts_of, stored_codes, unpacked
+from lowbit_quantize.schemes.storage.stored_linears import parts_of, stored_codes, unpacked
 
 
 def unopened_records(plan: Plan) -> list[UnopenedRecord]:

@@ -20,8 +20,8 @@ from torch.nn.functional import pad
 from lowbit_quantize.device import ranks
 from lowbit_quantize.device.blocks import solve_rows
 from lowbit_quantize.device.memory import without_compiler
-from lowbit_quantize.schemes.grids import FP8
 from lowbit_quantize.schemes.inputs import GroupInputs
+from lowbit_quantize.schemes.numbers.grids import FP8
 from lowbit_quantize.schemes.processors.experts import EXPERTS
 from lowbit_quantize.schemes.processors.linears import LINEARS
 from lowbit_quantize.schemes.scheme import (

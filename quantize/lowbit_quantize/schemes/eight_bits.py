@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from lowbit_quantize.device.memory import without_compiler
-from lowbit_quantize.schemes.grids import FP8, INT8, Grid
 from lowbit_quantize.schemes.inputs import InputQuantizer
+from lowbit_quantize.schemes.numbers.grids import FP8, INT8, Grid
 from lowbit_quantize.schemes.processors.experts import EXPERTS
 from lowbit_quantize.schemes.processors.linears import LINEARS
 from lowbit_quantize.schemes.scheme import (

@@ -22,13 +22,11 @@ import torch
 from torch import Tensor
 
 from lowbit_quantize.device.memory import without_compiler
-from lowbit_quantize.schemes.block_search import Blocks
-from lowbit_quantize.schemes.grids import FP4, FP8, Grid
 from lowbit_quantize.schemes.inputs import BlockInputs
-from lowbit_quantize.schemes.packed_fp4 import packed_fp4, unpacked_fp4
+from lowbit_quantize.schemes.numbers.grids import FP4, FP8, Grid
+from lowbit_quantize.schemes.numbers.scale_grids import FP8_SCALES, POWERS_OF_TWO, power_of_two_for
 from lowbit_quantize.schemes.processors.experts import EXPERTS
 from lowbit_quantize.schemes.processors.linears import LINEARS
-from lowbit_quantize.schemes.scale_grids import FP8_SCALES, POWERS_OF_TWO, power_of_two_for
 from lowbit_quantize.schemes.scheme import (
     ExpertSupport,
     GroupSize,
@@ -40,6 +38,8 @@ from lowbit_quantize.schemes.scheme import (
     cost_blocks,
     take_rows,
 )
+from lowbit_quantize.schemes.search.block_search import Blocks
+from lowbit_quantize.schemes.storage.packed_fp4 import packed_fp4, unpacked_fp4
 
 with without_compiler():  # the library compiles a function for 4-bit floats, which is not called here
     from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowbit_quantize.schemes.grids import Grid
 from lowbit_quantize.schemes.kv_cache import choose_scale
-from lowbit_quantize.schemes.scale_grids import power_of_two_for
+from lowbit_quantize.schemes.numbers.grids import Grid
+from lowbit_quantize.schemes.numbers.scale_grids import power_of_two_for
 
 SMALLEST_FP8_SCALE = 1 / (448.0 * 512.0)  # vLLM's
 SMALLEST_INPUT = 2.0**-20  # the largest input of a linear that has read nothing but zeros is taken to be this

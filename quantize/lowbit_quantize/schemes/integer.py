@@ -12,16 +12,8 @@ import torch
 from torch import Tensor
 
 from lowbit_quantize.device.memory import without_compiler
-from lowbit_quantize.schemes.affine import SCALE_DTYPE, Affine, encode, range_params
-from lowbit_quantize.schemes.affine_search import (
-    best_of,
-    candidates,
-    search_params,
-    solve_scales,
-    split_groups,
-)
 from lowbit_quantize.schemes.inputs import InputQuantizer
-from lowbit_quantize.schemes.packed_words import pack, unpack, words_of
+from lowbit_quantize.schemes.numbers.affine import SCALE_DTYPE, Affine, encode, range_params
 from lowbit_quantize.schemes.processors.experts import EXPERTS
 from lowbit_quantize.schemes.processors.linears import LINEARS
 from lowbit_quantize.schemes.scheme import (
@@ -34,6 +26,14 @@ from lowbit_quantize.schemes.scheme import (
     Quantized,
     take_rows,
 )
+from lowbit_quantize.schemes.search.affine_search import (
+    best_of,
+    candidates,
+    search_params,
+    solve_scales,
+    split_groups,
+)
+from lowbit_quantize.schemes.storage.packed_words import pack, unpack, words_of
 
 with without_compiler():  # the library compiles a function for 4-bit floats, which is not called here
     from compressed_tensors.quantization import QuantizationArgs

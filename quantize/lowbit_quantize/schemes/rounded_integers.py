@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from lowbit_quantize.device.memory import without_compiler
-from lowbit_quantize.schemes.affine import stored
-from lowbit_quantize.schemes.grids import FP8, INT8
 from lowbit_quantize.schemes.inputs import SMALLEST_FP8_SCALE, InputQuantizer
 from lowbit_quantize.schemes.integer import Integer
+from lowbit_quantize.schemes.numbers.affine import stored
+from lowbit_quantize.schemes.numbers.grids import FP8, INT8
 from lowbit_quantize.schemes.processors.experts import EXPERTS
 from lowbit_quantize.schemes.scheme import ExpertSupport, GroupSize, Kernel, Params, Preset
 

@@ -29,7 +29,7 @@ from lowbit_quantize.run.clock import BASE, BASELINES, COMPARE, COMPRESSED, EXPE
 from lowbit_quantize.run.hidden_states import HiddenStates
 from lowbit_quantize.run.journal import Conclusion, HeadRecord, Journal, LayerRecord, UnopenedLinear
 from lowbit_quantize.run.writer import CheckpointWriter
-from lowbit_quantize.schemes.stored_linears import reader_of
+from lowbit_quantize.schemes.storage.stored_linears import reader_of
 from lowbit_quantize.walk.baselines import Baselines
 from lowbit_quantize.walk.head import QuantizedHead, quantize_head
 from lowbit_quantize.walk.layer import LayerContext, LayerResult, Pass, QuantizedLinear

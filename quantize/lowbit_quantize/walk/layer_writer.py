@@ -12,7 +12,7 @@ from lowbit_quantize.run.journal import ShardRecord, UnopenedLinear
 from lowbit_quantize.run.writer import CheckpointWriter
 from lowbit_quantize.schemes.kv_cache import KVScales
 from lowbit_quantize.schemes.scheme import Quantized
-from lowbit_quantize.schemes.stored_linears import reader_of
+from lowbit_quantize.schemes.storage.stored_linears import reader_of
 from lowbit_quantize.walk.head import QuantizedHead
 from lowbit_quantize.walk.layer import QuantizedLinear
 from lowbit_quantize.walk.module_plan import ModulePlan, Modules

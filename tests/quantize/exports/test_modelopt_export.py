@@ -16,7 +16,7 @@ from lowbit_quantize.export.checkpoint import Checkpoint
 from lowbit_quantize.export.exporter import export
 from lowbit_quantize.export.modelopt import FILE, ModelOpt
 from lowbit_quantize.pipeline import quantize
-from lowbit_quantize.schemes.packed_fp4 import unpacked_fp4
+from lowbit_quantize.schemes.storage.packed_fp4 import unpacked_fp4
 
 GROUPED: dict[str, Any] = {"scheme": "W4A16", "group_size": 64, "methods": ["rtn"]}
 

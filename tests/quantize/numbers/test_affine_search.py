@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from lowbit_quantize.methods.awq import Awq
-from lowbit_quantize.schemes.affine import encode, range_params
-from lowbit_quantize.schemes.affine_search import (
+from lowbit_quantize.schemes.integer import TRIAL_CLIPS, Integer
+from lowbit_quantize.schemes.numbers.affine import encode, range_params
+from lowbit_quantize.schemes.scheme import diagonal_blocks
+from lowbit_quantize.schemes.search.affine_search import (
     Best,
     best_of,
     block_error,
@@ -15,8 +17,6 @@ from lowbit_quantize.schemes.affine_search import (
     solve_scales,
     split_groups,
 )
-from lowbit_quantize.schemes.integer import TRIAL_CLIPS, Integer
-from lowbit_quantize.schemes.scheme import diagonal_blocks
 from lowbit_quantize.statistics.hessian import output_error
 
 SYMMETRIC = Integer(4, 32, symmetric=True, name="W4A16")

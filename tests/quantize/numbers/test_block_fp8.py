@@ -11,7 +11,7 @@ from lowbit_quantize.methods.rtn import RoundToNearest
 from lowbit_quantize.schemes.block_fp8 import BLOCK, BlockFP8
 from lowbit_quantize.schemes.rounding_linear import RoundingLinear
 from lowbit_quantize.schemes.scheme import Quantized
-from lowbit_quantize.schemes.stored_linears import OURS, reader_of, unpacked
+from lowbit_quantize.schemes.storage.stored_linears import OURS, reader_of, unpacked
 
 SCHEME = BlockFP8()
 GROUP = QuantizationScheme(targets=["Linear"], format="float-quantized", **SCHEME.quantization_args())

@@ -9,8 +9,8 @@ from torch import Tensor
 from lowbit_quantize.device.precision import int8_product
 from lowbit_quantize.methods.gptq import Gptq
 from lowbit_quantize.schemes.eight_bits import PRESETS, EightBits
-from lowbit_quantize.schemes.grids import FP8, INT8, Grid
 from lowbit_quantize.schemes.inputs import SMALLEST_FP8_SCALE, InputQuantizer
+from lowbit_quantize.schemes.numbers.grids import FP8, INT8, Grid
 from lowbit_quantize.schemes.rounding_linear import RoundingLinear
 
 SCHEMES = {preset.name: preset.make("channel") for preset in PRESETS}

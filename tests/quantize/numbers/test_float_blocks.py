@@ -10,15 +10,15 @@ from torch import Tensor
 from lowbit_quantize.device.memory import without_compiler
 from lowbit_quantize.methods.gptq import Gptq
 from lowbit_quantize.methods.method import refined_nearest
-from lowbit_quantize.schemes.block_search import Blocks
 from lowbit_quantize.schemes.float_blocks import PRESETS, FloatBlocks
-from lowbit_quantize.schemes.grids import FP4, FP8, Grid
 from lowbit_quantize.schemes.inputs import BlockInputs
-from lowbit_quantize.schemes.packed_fp4 import MAGNITUDES, packed_fp4, unpacked_fp4
+from lowbit_quantize.schemes.numbers.grids import FP4, FP8, Grid
+from lowbit_quantize.schemes.numbers.scale_grids import FP8_SCALES, POWERS_OF_TWO, ScaleGrid
 from lowbit_quantize.schemes.rounding_linear import RoundingLinear
-from lowbit_quantize.schemes.scale_grids import FP8_SCALES, POWERS_OF_TWO, ScaleGrid
 from lowbit_quantize.schemes.scheme import Quantized, Scheme, diagonal_blocks
-from lowbit_quantize.schemes.stored_linears import parts_of, unpacked
+from lowbit_quantize.schemes.search.block_search import Blocks
+from lowbit_quantize.schemes.storage.packed_fp4 import MAGNITUDES, packed_fp4, unpacked_fp4
+from lowbit_quantize.schemes.storage.stored_linears import parts_of, unpacked
 
 with without_compiler():
     from compressed_tensors.compressors.mx_utils import compress_mx_scale

@@ -4,10 +4,10 @@ import pytest
 import torch
 from compressed_tensors.quantization.lifecycle.forward import dequantize
 
-from lowbit_quantize.schemes.affine import range_params, stored
 from lowbit_quantize.schemes.integer import PRESETS, Integer
-from lowbit_quantize.schemes.packed_words import unpack
+from lowbit_quantize.schemes.numbers.affine import range_params, stored
 from lowbit_quantize.schemes.scheme import Quantized
+from lowbit_quantize.schemes.storage.packed_words import unpack
 from lowbit_quantize.statistics.hessian import output_error
 
 SCHEMES = [

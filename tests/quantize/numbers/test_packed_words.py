@@ -12,10 +12,10 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lowbit_quantize.schemes import packed_words
 from lowbit_quantize.schemes.integer import Integer
-from lowbit_quantize.schemes.packed_words import pack, unpack, words_of
-from lowbit_quantize.schemes.stored_linears import is_ours, unpacked
+from lowbit_quantize.schemes.storage import packed_words
+from lowbit_quantize.schemes.storage.packed_words import pack, unpack, words_of
+from lowbit_quantize.schemes.storage.stored_linears import is_ours, unpacked
 
 BITS = range(2, 9)
 LIBRARY = load_file(Path(__file__).with_name("dense_packing.safetensors"))

@@ -20,7 +20,7 @@ from lowbit_quantize.export.exporter import export
 from lowbit_quantize.model.reference import find_model
 from lowbit_quantize.pipeline import quantize
 from lowbit_quantize.recipe import Recipe
-from lowbit_quantize.schemes.stored_linears import OURS
+from lowbit_quantize.schemes.storage.stored_linears import OURS
 
 SIZES: dict[str, Any] = {
     "hidden_size": 256,

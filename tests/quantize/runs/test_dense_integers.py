@@ -30,7 +30,7 @@ from lowbit_quantize.pipeline import quantize
 from lowbit_quantize.plan import make_plan
 from lowbit_quantize.quality.dataset import load_texts
 from lowbit_quantize.run.journal import UnopenedLinear
-from lowbit_quantize.schemes.stored_linears import OURS
+from lowbit_quantize.schemes.storage.stored_linears import OURS
 
 METHODS = (["rtn"], ["awq"], ["gptq"], ["awq", "gptq"])
 ACROSS_WORDS = ("W3A16", "W5A16", "W6A16")

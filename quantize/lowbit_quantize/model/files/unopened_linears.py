@@ -3,8 +3,8 @@
 transformers (5.19) stacks a layer's experts and unpacks them itself, from FP8 by channel and packed integers only; int8
 experts (`int-quantized`) and those in blocks of floats (`nvfp4-pack-quantized`, `mxfp4-pack-quantized`,
 `mxfp8-quantized`) end in an error, and so do integers that lie across words, anywhere. Another reader unpacks such a
-linear (`schemes/stored_linears.py`), and the rest of the checkpoint is transformers' under a configuration that says
-these linears are not quantized.
+linear (`schemes/storage/stored_linears.py`), and the rest of the checkpoint is transformers' under a configuration that
+says these linears are not quantized.
 """
 
 import json

@@ -12,7 +12,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32,
 from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
-from lowbit_quantize.schemes.affine import stored
+from lowbit_quantize.schemes.numbers.affine import stored
 from lowbit_quantize.schemes.scheme import (
     ExpertSupport,
     GroupSize,

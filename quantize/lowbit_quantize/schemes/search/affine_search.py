@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lowbit_quantize.device import ranks
 from lowbit_quantize.device.blocks import search_weights, solve_rows
-from lowbit_quantize.schemes.affine import Affine, encode, range_params, stored
+from lowbit_quantize.schemes.numbers.affine import Affine, encode, range_params, stored
 from lowbit_quantize.schemes.scheme import cost_blocks
 
 CLIPS = (1.0, 0.93, 0.86, 0.79, 0.72, 0.65)

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from lowbit_quantize.device import ranks
 from lowbit_quantize.device.blocks import search_weights, solve_rows
-from lowbit_quantize.schemes.affine_search import block_error, relative_error, scale_system
-from lowbit_quantize.schemes.grids import Grid
-from lowbit_quantize.schemes.scale_grids import ScaleGrid
+from lowbit_quantize.schemes.numbers.grids import Grid
+from lowbit_quantize.schemes.numbers.scale_grids import ScaleGrid
 from lowbit_quantize.schemes.scheme import cost_blocks
+from lowbit_quantize.schemes.search.affine_search import block_error, relative_error, scale_system
 
 SWEEPS = 3
 SYSTEM_NUMBERS = 1 << 25  # of the systems that are held at once

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lowbit_quantize.schemes.grids import Grid
+from lowbit_quantize.schemes.numbers.grids import Grid
 
 BIAS = 127  # of a power of two
 LOWEST_FP8, HIGHEST_FP8 = 2.0**-9, 448.0

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from lowbit_quantize.device.memory import without_compiler
 from lowbit_quantize.schemes.block_fp8 import BLOCK, BlockFP8
-from lowbit_quantize.schemes.packed_words import AT_ONCE, WORD_BITS, words_of
 from lowbit_quantize.schemes.scheme import Scheme
+from lowbit_quantize.schemes.storage.packed_words import AT_ONCE, WORD_BITS, words_of
 
 with without_compiler():  # the library compiles a function for 4-bit floats, which is not called here
     from compressed_tensors.compressors import BaseCompressor
