@@ -24,7 +24,7 @@ def lines(runs: list[Run]) -> list[str]:
             rows.setdefault((case["scheme"], case["tool"]), {})[case["method"]] = run
 
     def bits(found: dict[str, Run]) -> float:
-        return max(run["bits_a_weight"] for run in found.values())
+        return max(float(run["bits_a_weight"]) for run in found.values())
 
     table = [
         f"| scheme | | bits | directory | {' | '.join(METHODS.values())} |",

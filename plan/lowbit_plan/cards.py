@@ -14,14 +14,8 @@ from importlib.resources import files
 from lowbit_core.errors import ConfigError
 from lowbit_core.names import did_you_mean
 from lowbit_plan.work import Attention, Product, RoutedExperts, steps_of
-from lowbit_quantize.schemes.processors import (
-    EMULATED,
-    PROCESSORS,
-    UNROUNDED,
-    LinearKernel,
-    Platform,
-    Processors,
-)
+from lowbit_quantize.schemes.processors.kernels import EMULATED, UNROUNDED, EngineKernel, Platform
+from lowbit_quantize.schemes.processors.linears import LINEARS
 
 SHARE_OF_BANDWIDTH = 0.8
 SHARE_OF_RATE = 0.6
@@ -46,20 +40,17 @@ class Card:
     rates: dict[str, float | None]
     source: str
 
-    def kernel(self, scheme: str) -> LinearKernel | None:
+    def kernel(self, scheme: str) -> EngineKernel | None:
         """vLLM's first kernel for a scheme that needs nothing beside vLLM here and does not emulate; None for none."""
-        row = PROCESSORS.get(scheme)
+        row = LINEARS.get(scheme)
         if row is None:
             return None
-        takes = (one for one in row.on(self.platform) if one.how != EMULATED and self._takes(one, row))
-        return next(takes, None)
+        taken = row.on(self.platform) if self.capability is None else row.on_nvidia(self.capability)
+        return next((one for one in taken if one.how != EMULATED and self._has(one)), None)
 
-    def _takes(self, kernel: LinearKernel, row: Processors) -> bool:
-        if self.capability is None:
-            return not kernel.needs or "CDNA3" in kernel.needs
-        older = row.older_lowest if kernel.how == UNROUNDED else None
-        least = max(kernel.lowest, row.lowest if older is None else older)
-        return not kernel.needs and least <= self.capability <= (kernel.highest or self.capability)
+    def _has(self, kernel: EngineKernel) -> bool:
+        """Whether a kernel needs nothing beside vLLM on this card."""
+        return not kernel.needs or (self.capability is None and "CDNA3" in kernel.needs)
 
     def rate(self, scheme: str | None) -> float:
         """Operations a second of a scheme's products."""

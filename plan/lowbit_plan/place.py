@@ -9,7 +9,7 @@ from lowbit_plan.cards import Card, find_card
 from lowbit_plan.profile import processor, this_machine
 from lowbit_quantize.check import forecast
 from lowbit_quantize.plan import Plan
-from lowbit_quantize.schemes.processors import PROCESSORS
+from lowbit_quantize.schemes.processors.linears import LINEARS
 
 FP8_CACHE_CPUS = (
     "amx_int8",
@@ -40,7 +40,7 @@ class Place:
         """Whether vLLM has a kernel for linears of this scheme that is meant to be served with."""
         if self.card is not None:
             return self.card.kernel(scheme) is not None
-        row = PROCESSORS.get(scheme)
+        row = LINEARS.get(scheme)
         return row is not None and bool(row.cpu_kernels) and scheme not in FP8_CPU
 
     def runs_experts(self, plan: Plan) -> bool:

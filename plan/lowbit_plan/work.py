@@ -13,7 +13,7 @@ from torch import nn
 
 from lowbit_core.model_shape import ModelShape, shape_from_config
 from lowbit_quantize.model.architecture import LinearGroup, kind_of, linear_of
-from lowbit_quantize.model.routing import USED
+from lowbit_quantize.model.experts.routing import USED
 from lowbit_quantize.plan import Plan, decoder_layers
 from lowbit_quantize.recipe import NONE
 from lowbit_quantize.schemes.scheme import Scheme

@@ -15,8 +15,8 @@ from torch.nn.functional import linear
 
 from lowbit_quantize.methods.method import InputScale, Site, SitePart
 from lowbit_quantize.model.architecture import LinearGroup, linear_of
+from lowbit_quantize.model.experts.visited import RoutedCall
 from lowbit_quantize.model.folds import tied
-from lowbit_quantize.model.visited_experts import RoutedCall
 from lowbit_quantize.schemes.inputs import InputQuantizer
 from lowbit_quantize.sensitivity.gradients import STORED, Seen
 from lowbit_quantize.statistics.layer import LayerStatistics

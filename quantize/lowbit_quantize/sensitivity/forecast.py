@@ -10,7 +10,7 @@ from lowbit_quantize.check.effort import rate
 from lowbit_quantize.check.forecast import BOUND_FACTOR, BOUND_REST_BYTES, stream_width
 from lowbit_quantize.model.architecture import kind_of
 from lowbit_quantize.model.decoder import BATCH_TOKENS
-from lowbit_quantize.model.routing import USED
+from lowbit_quantize.model.experts.routing import USED
 from lowbit_quantize.plan import decoder_layers
 from lowbit_quantize.sensitivity.changes import SAMPLED_ROWS
 from lowbit_quantize.sensitivity.gradients import LOGITS_BYTES
@@ -81,7 +81,8 @@ def _seconds(prepared: Prepared, layers: list[nn.Module]) -> float:
             inputs, rows = one.in_features, min(one.out_features, SAMPLED_ROWS)
             forward += 2.0 * tokens * inputs * (PASSES * one.out_features + rows * candidates)
             exact += inputs * inputs * (tokens + inputs * candidates / 3 + SEARCHES * candidates * rows)
-    return OTHERS * (forward / rate(torch.bfloat16) + exact / rate(torch.float32))
+    seconds: float = OTHERS * (forward / rate(torch.bfloat16) + exact / rate(torch.float32))
+    return seconds
 
 
 def _share(prepared: Prepared, layer: nn.Module, name: str) -> float:
@@ -90,4 +91,5 @@ def _share(prepared: Prepared, layer: nn.Module, name: str) -> float:
     if not experts or not name.startswith(f"{experts}."):
         return 1.0
     used = next((getattr(config, key) for key in USED if hasattr(config, key)), 1)
-    return float(used) / len(layer.get_submodule(experts))  # type: ignore[arg-type]
+    share: float = used / len(layer.get_submodule(experts))  # type: ignore[arg-type]
+    return share

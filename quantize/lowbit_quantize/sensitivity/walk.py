@@ -18,7 +18,7 @@ from lowbit_core.progress import track
 from lowbit_quantize.device.memory import return_freed_memory
 from lowbit_quantize.model.architecture import LayerKind, LinearGroup, kind_of
 from lowbit_quantize.model.decoder import Decoder
-from lowbit_quantize.model.visited_experts import RoutedCall
+from lowbit_quantize.model.experts.visited import RoutedCall
 from lowbit_quantize.quality.kl import compare
 from lowbit_quantize.run.hidden_states import HiddenStates
 from lowbit_quantize.schemes.kv_cache import calibrated_scales

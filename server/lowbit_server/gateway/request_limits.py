@@ -52,11 +52,12 @@ def demand_of_all(works: Iterable[tuple[dict[str, Any], Route]], limits: ServerL
     if len(demands) == 1:
         return demands[0]
     return Demand(
-        sum(one.prompts for one in demands),
-        max(one.choices for one in demands),
-        sum(one.prompt_tokens for one in demands),
-        sum(one.output_tokens for one in demands),
-        sum(one.default_tokens for one in demands),
+        prompts=sum(one.prompts for one in demands),
+        choices=max(one.choices for one in demands),
+        of_month=any(one.of_month for one in demands),
+        prompt_tokens=sum(one.prompt_tokens for one in demands),
+        output_tokens=sum(one.output_tokens for one in demands),
+        default_tokens=sum(one.default_tokens for one in demands),
     )
 
 

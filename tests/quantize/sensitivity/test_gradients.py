@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from lowbit_quantize.model.architecture import kind_of
 from lowbit_quantize.model.decoder import CACHE
-from lowbit_quantize.model.experts import unstack_experts
+from lowbit_quantize.model.experts.linears import unstack_experts
 from lowbit_quantize.model.hooks import HookedCache
 from lowbit_quantize.model.logits import LogitsForm
 from lowbit_quantize.sensitivity.gradients import STORED, backward, sampled_loss_gradient

@@ -10,7 +10,7 @@ from tests.quantize.small_runs import recipe_with
 from transformers import AutoModelForCausalLM
 
 from lowbit_quantize.methods.rtn import RoundToNearest
-from lowbit_quantize.model.experts import unstack_experts
+from lowbit_quantize.model.experts.linears import unstack_experts
 from lowbit_quantize.recipe import Recipe
 from lowbit_quantize.run.hidden_states import HiddenStates
 from lowbit_quantize.schemes.rounding_linear import RoundingLinear

@@ -33,6 +33,7 @@ from lowbit_server.http.listeners import bind
 from lowbit_server.http.loading import Loading
 from lowbit_server.http.serving import serving
 from lowbit_server.page.page import Page
+from lowbit_server.production import Production
 
 PIECE = re.compile(r"\S+\s*|\s+")
 Metric = TypeVar("Metric", Counter, Gauge)
@@ -179,7 +180,9 @@ async def _app(config: ServeConfig, script: Script) -> tuple[FastAPI, RequestTra
     engine = StandInEngine(script, replace(FACTS, kv_scales=tuple(scales.values())))
     service = await inspect_engine(engine, config, open_checkpoint(config))
     tracker = RequestTracker(write_log=False)
-    return await build_app(engine, service, Throughput(), tracker, lambda: (), lambda: False), tracker
+    return await build_app(
+        engine, service, Throughput(), tracker, lambda: (), lambda: False, Production()
+    ), tracker
 
 
 def _gateway(app: FastAPI, config: ServeConfig, tracker: RequestTracker) -> Gateway:
