@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from tests.tiny_models import CONFIGS, seeded_model, tiny_tokenizer
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 FORMS = ("tied", "headless")
 MODULES = [
@@ -44,10 +44,11 @@ def embeddings(directory: Path, texts: list[str]) -> Tensor:
         quantized.pop(
             "kv_cache_scheme", None
         )  # a cache that transformers rounds in another way than engines do
-    model = AutoModel.from_pretrained(directory, config=config, dtype=torch.bfloat16)
+    # The whole model: of a checkpoint the quantized modules are named as it names them, and its call unpacks them.
+    model = AutoModelForCausalLM.from_pretrained(directory, config=config, dtype=torch.bfloat16)
     found = []
     with torch.no_grad():
         for text in texts:
             ids = tokenizer(text, return_tensors="pt").input_ids
-            found.append(model(ids).last_hidden_state[0, -1].float())
+            found.append(model(ids, output_hidden_states=True).hidden_states[-1][0, -1].float())
     return torch.nn.functional.normalize(torch.stack(found), dim=-1)
