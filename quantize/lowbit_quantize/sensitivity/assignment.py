@@ -10,12 +10,23 @@ from lowbit_core.errors import ConfigError
 from lowbit_core.manifest import Manifest, ModuleRecord, read_manifest
 from lowbit_quantize.recipe import NONE
 from lowbit_quantize.sensitivity.allocation import Limit, allocate
-from lowbit_quantize.sensitivity.report import HEAD, Candidate, Choice, DecisionRecord, Sensitivity
+from lowbit_quantize.sensitivity.report import (
+    CACHE,
+    FP8_CACHE,
+    HEAD,
+    Candidate,
+    Choice,
+    DecisionRecord,
+    Sensitivity,
+)
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """The name of a candidate for each decision; `factors` are what each candidate's predictions are multiplied by."""
+    """The name of a candidate for each decision, and of those on caches that are in FP8 its choice.
+
+    `factors` are what each candidate's predictions are multiplied by.
+    """
 
     found: Sensitivity
     names: Mapping[str, str]
@@ -23,7 +34,7 @@ class Assignment:
 
     @cached_property
     def choices(self) -> list[tuple[DecisionRecord, str, Choice]]:
-        """Every decision, the name of its candidate, and what that is for it."""
+        """Every decision, the name of its candidate, and what that is for it; caches come last."""
         return [
             (one, self.names[one.name], one.choices[self.names[one.name]])
             for one in self.found.decisions
@@ -44,15 +55,16 @@ class Assignment:
     @property
     def bytes(self) -> int:
         """Of all tensors of the checkpoint, but for scales of a cache."""
+        chosen = sum(choice.bytes for one, _, choice in self.choices if one.modules)
         undecided = sum(
             2 * one.weights for one in self.found.decisions if one.modules and one.name not in self.names
         )
-        return self.found.base.other_bytes + undecided + sum(choice.bytes for _, _, choice in self.choices)
+        return self.found.base.other_bytes + undecided + chosen
 
     @property
     def counts(self) -> dict[str, int]:
         """How many decisions each candidate has, the most frequent first."""
-        return dict(Counter(name for _, name, _ in self.choices).most_common())
+        return dict(Counter(name for one, name, _ in self.choices if one.modules).most_common())
 
 
 def decided(found: Sensitivity, *, head: bool) -> list[DecisionRecord]:
@@ -62,7 +74,14 @@ def decided(found: Sensitivity, *, head: bool) -> list[DecisionRecord]:
 
 def uniform(found: Sensitivity, candidate: str) -> Assignment:
     """The same candidate everywhere, but for the head."""
-    return Assignment(found, {one.name: candidate for one in decided(found, head=False)})
+    return Assignment(found, {one.name: candidate for one in decided(found, head=False)} | caches(found))
+
+
+def caches(found: Sensitivity) -> dict[str, str]:
+    """The choice of each cache that the recipe keeps in FP8."""
+    return {
+        one.name: FP8_CACHE for one in found.decisions if one.kind == CACHE and one.layer in found.fp8_layers
+    }
 
 
 def best(
@@ -103,7 +122,7 @@ def best(
     ]
     picked = allocate(losses, limits)
     chosen = {one.name: row[place] for one, row, place in zip(decisions, options, picked, strict=True)}
-    return Assignment(found, chosen, factors)
+    return Assignment(found, chosen | caches(found), factors)
 
 
 def of_checkpoint(found: Sensitivity, directory: Path) -> tuple[Assignment, Manifest]:
@@ -119,7 +138,7 @@ def of_checkpoint(found: Sensitivity, directory: Path) -> tuple[Assignment, Mani
             "files; give a checkpoint of the same base"
         )
     records = {record.name: record for record in manifest.modules}
-    names = {}
+    names = caches(found) if manifest.quality.kv_cache_included else {}
     for one in found.decisions:
         record = records.get(one.modules[0]) if one.modules else None
         if not one.modules or (one.kind == HEAD and record is None):

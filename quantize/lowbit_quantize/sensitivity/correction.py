@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lowbit_quantize.sensitivity.assignment import Assignment
+from lowbit_quantize.sensitivity.report import FP8_CACHE
 
 RIDGE = 0.1  # against one checkpoint's error
 LEAST = 0.1  # of the common factor
@@ -22,7 +23,7 @@ def factors_of(measured: Sequence[tuple[Assignment, float]]) -> dict[str, float]
     """
     if not measured:
         return {}
-    names = [one.name for one in measured[0][0].found.candidates]
+    names = [*(one.name for one in measured[0][0].found.candidates), FP8_CACHE]
     predicted = np.array(
         [
             [sum(c.kl for _, chosen, c in one.choices if chosen == name) for name in names]

@@ -91,5 +91,6 @@ def _share(prepared: Prepared, layer: nn.Module, name: str) -> float:
     if not experts or not name.startswith(f"{experts}."):
         return 1.0
     used = next((getattr(config, key) for key in USED if hasattr(config, key)), 1)
-    share: float = used / len(layer.get_submodule(experts))  # type: ignore[arg-type]
+    routed: Any = layer.get_submodule(experts)
+    share: float = used / len(routed)
     return share

@@ -89,6 +89,7 @@ def measure(
         calibration=calibration.record,
         scored=scored.record,
         seed=seed,
+        fp8_layers=tuple(sorted(plan.fp8_layers)),
         decisions=tuple(_records(prepared, candidates, state)),
         run=clock.record(str(device)),
     )

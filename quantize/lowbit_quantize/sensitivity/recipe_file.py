@@ -19,7 +19,7 @@ def recipe_text(assignment: Assignment, budget: str) -> str:
     corrected = ", as measured checkpoints correct it" if assignment.factors else ""
     lines = [
         f"# {found.base.name} within {budget}, by `lowbit allocate`: what loses least by prediction.",
-        f"# {len(assignment.choices)} decisions: {counts}; {assignment.bits:.3f} bits of a code, "
+        f"# {sum(assignment.counts.values())} decisions: {counts}; {assignment.bits:.3f} bits of a code, "
         f"{assignment.bytes / 1e6:.1f} MB.",
         f"# Predicted KL {assignment.kl:.4f} nats a token{corrected}; behind each decision its part in millinats.",
         f"description: {json.dumps(_description(assignment, budget))}",

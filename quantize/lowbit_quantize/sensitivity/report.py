@@ -61,7 +61,10 @@ class ModelRecord(_Record):
 
 
 class Sensitivity(_Record):
-    """The document. Candidates were made on the text `calibration`, and what they err was felt on the text `scored`."""
+    """The document. Candidates were made on the text `calibration`, and what they err was felt on the text `scored`.
+
+    `fp8_layers` are those whose keys and values the recipe keeps in FP8.
+    """
 
     lowbit_sensitivity: int = VERSION
     base: ModelRecord
@@ -70,6 +73,7 @@ class Sensitivity(_Record):
     calibration: TextRecord
     scored: TextRecord
     seed: int
+    fp8_layers: tuple[int, ...] = ()
     decisions: tuple[DecisionRecord, ...]
     run: RunRecord = Field(description="what it took")
 

@@ -89,7 +89,7 @@ def assignment(**kl: float) -> Assignment:
 
 def test_one_checkpoint_corrects_all_candidates_alike() -> None:
     factors = factors_of([(assignment(low=0.02, high=0.01), 0.06)])
-    assert list(factors) == ["low", "middle", "high"]
+    assert list(factors) == ["low", "middle", "high", "fp8"]
     assert all(one == pytest.approx(2.0) for one in factors.values())
     assert factors_of([]) == {}
 

@@ -14,9 +14,10 @@ from lowbit_core.cli import Command, Parser
 from lowbit_core.errors import InputError
 from lowbit_core.manifest import read_manifest
 from lowbit_quantize.pipeline import quantize
-from lowbit_quantize.recipe import load_recipe
-from lowbit_quantize.sensitivity.assignment import best, of_checkpoint, uniform
+from lowbit_quantize.recipe import Recipe, load_recipe
+from lowbit_quantize.sensitivity.assignment import Assignment, best, of_checkpoint, uniform
 from lowbit_quantize.sensitivity.cli import allocate_command, sensitivity_command, size_of
+from lowbit_quantize.sensitivity.recipe_file import recipe_text
 from lowbit_quantize.sensitivity.report import Sensitivity, read_sensitivity
 
 CPU = torch.device("cpu")
@@ -101,6 +102,40 @@ def test_what_was_measured_corrects_what_is_predicted(
     second = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert second["predicted_kl"] == pytest.approx(kl)
     assert second["corrected_by"]["W4A16"] == pytest.approx(kl / first["predicted_kl"])
+
+
+def test_a_cache_in_fp8_is_part_of_what_is_predicted(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    flags = [flag for flag in FLAGS if flag != "kv_cache.dtype=none"]
+    flags[flags.index("--tokens") - 1 : flags.index("--tokens")] = []  # the --set that it had
+    flags += [
+        "--set",
+        "kv_cache.skip_layers=[1]",
+        "--candidates",
+        "W4A16",
+        "--out",
+        str(tmp_path / "out.json"),
+    ]
+    assert run(sensitivity_command, tiny_model("llama"), *flags) == 0
+    found = read_sensitivity(tmp_path / "out.json")
+    assert found.fp8_layers == (0, 2)
+    one = best(found, ["W4A16"], bits=4)
+    weights = sum(record.choices["W4A16"].kl for record in found.decisions if record.modules)
+    caches = {record.layer: record.choices["fp8"].kl for record in found.decisions if not record.modules}
+    assert one.kl == pytest.approx(weights + caches[0] + caches[2])
+    assert one.bits == 4
+    assert "fp8" not in one.counts
+    quantize(str(tiny_model("llama")), _recipe_of(one, tmp_path), tmp_path / "out", CPU)
+    again, manifest = of_checkpoint(found, tmp_path / "out")
+    assert manifest.quality.kv_cache_included
+    assert again.kl == pytest.approx(one.kl)
+
+
+def _recipe_of(one: Assignment, directory: Path) -> Recipe:
+    file = directory / "recipe.yaml"
+    file.write_text(recipe_text(one, "4 bits"))
+    return load_recipe(str(file))
 
 
 def test_a_page_and_tables_stand_beside_the_numbers(measured: dict[str, Path]) -> None:
