@@ -18,6 +18,7 @@ COPY pyproject.toml README.md LICENSE ./
 COPY core core
 COPY quantize quantize
 COPY evaluate evaluate
+COPY plan plan
 COPY server server
 COPY loadtest loadtest
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheel .

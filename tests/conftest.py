@@ -7,12 +7,15 @@ import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads sleep: the machine is shared
 SHARE_THE_DEMO = (
+    "clouds",
     "endpoint",
     "evaluate",
     "features",
     "main_job",
+    "messages",
     "page",
     "pod",
+    "production",
 )  # its checkpoint, and the server of it
 
 

@@ -21,6 +21,7 @@ SYMBOLS: list[tuple[str, ...]] = [
     ("vllm.entrypoints.serve.exception_handling.register:init_exception_handler",),
     ("vllm.entrypoints.serve.middleware.register:init_entrypoints_middleware",),
     ("vllm.model_executor.kernels.linear:_POSSIBLE_FP8_BLOCK_KERNELS",),
+    ("vllm.platforms.interface:PlatformEnum",),
     ("vllm.model_executor.layers.fused_moe.modular_kernel:FusedMoEExperts._supports_current_device",),
     ("vllm.model_executor.layers.fused_moe.modular_kernel:FusedMoEExperts._supports_quant_scheme",),
     ("vllm.model_executor.layers.fused_moe.oracle.fp8:Fp8MoeBackend.CPU",),

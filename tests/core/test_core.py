@@ -209,10 +209,10 @@ def test_inspect_refuses_what_is_no_checkpoint(tmp_path: Path, capsys: pytest.Ca
 
 def test_an_unknown_command_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["quantise"]) == 2
-    assert (
-        "commands are: compare, evaluate, export, frontier, inspect, key, loadtest, quantize, serve"
-        in capsys.readouterr().err
+    commands = (
+        "allocate, compare, evaluate, export, frontier, inspect, key, loadtest, plan, quantize, sensitivity, "
     )
+    assert f"commands are: {commands}serve, usage" in capsys.readouterr().err
 
 
 def subclasses(error: type[LowbitError]) -> Iterator[type[LowbitError]]:

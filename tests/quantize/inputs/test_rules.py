@@ -234,8 +234,9 @@ def test_the_base_model_walks_beside_where_one_linear_is_aimed_at_it(
     tiny_model: Callable[[str], Path],
 ) -> None:
     aimed = {"match": "*.2.mlp.down_proj", "scheme": "W4A16", "group_size": 32, "methods": ["gptq"]}
-    assert not plan_of(tiny_model("qwen3_moe"), ALL).paired
-    assert plan_of(tiny_model("qwen3"), ALL, aimed).paired
+    assert not plan_of(tiny_model("qwen3_moe"), {**ALL, "methods": ["rtn"]}).paired
+    assert plan_of(tiny_model("qwen3_moe"), {**ALL, "methods": ["awq"]}).paired
+    assert plan_of(tiny_model("qwen3"), {**ALL, "methods": ["rtn"]}, aimed).paired
     everywhere = {**ALL, "methods": ["awq", "gptq"]}
     assert plan_of(tiny_model("qwen3_moe"), everywhere).paired
     assert not plan_of(tiny_model("qwen3_moe"), everywhere, passes=[PRUNE, "quantize"]).paired

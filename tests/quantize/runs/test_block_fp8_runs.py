@@ -62,7 +62,10 @@ def test_every_method_runs_and_what_is_written_is_what_was_measured(base: Path, 
     config = Checkpoint(tmp_path / "gptq", CATALOG).config["quantization_config"]
     assert tensorrt_llm_reads(config) == ("FP8_BLOCK_SCALES", "")
     (of_scheme,) = report["schemes"]
-    assert of_scheme["cpus"] == "CPUs with AMX-FP8 or AMX with inputs as they are"
+    assert (
+        of_scheme["cpus"]
+        == "CPUs with AMX-FP8 with inputs rounded by token or with AMX with inputs as they are"
+    )
     assert of_scheme["vllm"]["class"] == "CompressedTensorsW8A8Fp8"
     for target in ("autoawq", "autogptq", "gguf", "mlx", "onnx", "openvino", "modelopt"):
         with pytest.raises(CheckpointError, match="FP8_BLOCK"):
