@@ -39,6 +39,15 @@ class HookedCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         return self._hook(key_states, value_states)
 
+    def update_conv_state(self, conv_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
+        """A mixer beside attention (Falcon-H1) is given the same cache: a whole text has no state before it."""
+        return conv_states
+
+    def update_recurrent_state(
+        self, recurrent_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        return recurrent_states
+
     def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:
         """The keys by which sparse attention chooses tokens stay as they are: engines keep them in a cache apart."""
         return indexer_key_states
