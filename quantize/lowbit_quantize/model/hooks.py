@@ -27,16 +27,36 @@ class SeenAll(Exception):
     """All that was to be seen has been seen; nothing reads the rest of the layer."""
 
 
+class PassedLayer:
+    """A cache's layer for who asks how much it holds (sparse attention): of a whole text, what has just been passed."""
+
+    def __init__(self, keys: Tensor) -> None:
+        self.keys = keys
+
+    def get_seq_length(self) -> int:
+        return self.keys.shape[-2]
+
+
+class PassedLayers(list[PassedLayer]):
+    """No layers, though whichever is asked for is the one that is running."""
+
+    running: PassedLayer
+
+    def __getitem__(self, _: Any) -> Any:
+        return self.running
+
+
 class HookedCache(Cache):
     """A cache that keeps nothing: it passes keys and values through a hook."""
 
     def __init__(self, hook: KVCacheHook) -> None:
-        super().__init__(layers=[])
+        super().__init__(layers=PassedLayers())
         self._hook = hook
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
+        self.layers.running = PassedLayer(key_states)
         return self._hook(key_states, value_states)
 
     def update_conv_state(self, conv_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
