@@ -57,7 +57,7 @@ def test_the_answer_streams_and_the_numbers_move_and_come_to_rest(browser: Any, 
     with watching(browser, server) as tab:
         tab.open()
         tab.settings(400)
-        tab.page.fill("#question", "Count from one to two hundred in words.")
+        tab.page.fill("#question", "Write a long story about a lighthouse and a fox.")
         tab.page.keyboard.press("Enter")
         tab.until("document.querySelector('.content')?.innerText.length > 20")
         lengths = [len(tab.answer.inner_text())]

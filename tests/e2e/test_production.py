@@ -5,6 +5,7 @@ benchmarks/shadow has a quantized model against its real base, and `lowbit evalu
 
 import json
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ pytestmark = pytest.mark.engine
 
 QUOTA = 900
 SCORED_S = 240.0  # two engines on a small machine
+REST_S = 10.0  # longer than one answer is scored for
 LONG = "Read this list of words and say which is the longest: " + "sea bridge piano lantern " * 40
 
 
@@ -139,8 +141,17 @@ def test_answers_are_scored_again_and_the_same_model_is_near_itself(watched: Wat
         found = watched.metrics()
         return {name: found[f"lowbit_shadow_answers_total {name}"] for name in OUTCOMES}
 
-    until(lambda: watched.metrics()["lowbit_shadow_waiting"] == 0, SCORED_S)
-    before, tokens = outcomes(), watched.metrics()["lowbit_shadow_tokens_total"]
+    def scored_tokens() -> float:
+        return watched.metrics()["lowbit_shadow_tokens_total"]
+
+    def at_rest() -> bool:
+        """Nothing waits, and nothing is being scored: the sum stands still."""
+        before = scored_tokens()
+        time.sleep(REST_S)
+        return watched.metrics()["lowbit_shadow_waiting"] == 0 and scored_tokens() == before
+
+    until(at_rest, SCORED_S)
+    before, tokens = outcomes(), scored_tokens()
     question: Any = {
         "model": MODEL,
         "messages": [{"role": "user", "content": "Name three seas."}],
