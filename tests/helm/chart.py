@@ -8,6 +8,7 @@ from typing import Any
 import helm_python
 import yaml
 
+from lowbit_core.cli import Command
 from lowbit_server.cli import add_serve_arguments, config_from
 from lowbit_server.config import ServeConfig
 
@@ -86,3 +87,9 @@ def parsed(environment: dict[str, str]) -> ServeConfig:
     parser = argparse.ArgumentParser()
     add_serve_arguments(parser, environment)
     return config_from(parser.parse_args([]))
+
+
+def parse(command: Command, arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return parser.parse_args(arguments)

@@ -1,6 +1,5 @@
 """What the rendered chart says: settings, hardening, probes, selectors, scaling."""
 
-import argparse
 import os
 import re
 import subprocess
@@ -10,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from tests.helm.chart import (
-    CHART,
     EXAMPLES,
     ROOT,
     Resource,
     container,
+    parse,
     parsed,
     pod,
     render,
@@ -25,10 +23,7 @@ from tests.helm.chart import (
 from tests.helm.kubernetes_rules import pods
 from tests.helm.test_clusters import LOADTEST
 
-from lowbit_core.cli import Command
 from lowbit_loadtest.cli import command as loadtest
-from lowbit_quantize.cli import command as quantize
-from lowbit_quantize.recipe import bundled_recipes
 from lowbit_server.config import ServeConfig
 from lowbit_server.flags import GIB, flags_of
 
@@ -293,61 +288,6 @@ def test_key_entries_become_a_file_that_the_server_reads(tmp_path: Path) -> None
     assert [key.tokens_per_month for key in read_keys(tmp_path / "quota.yaml").values()] == [50_000_000]
     assert settings(resources)["LOWBIT_API_KEYS"] == "/etc/lowbit/keys/keys.yaml"
     assert container(resources)["volumeMounts"][-1]["mountPath"] == "/etc/lowbit/keys"
-
-
-def parse(command: Command, arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    return parser.parse_args(arguments)
-
-
-def test_quantize_job_writes_what_the_server_waits_for() -> None:
-    resources = render("one-gpu")
-    (job,) = resources["Job"]["spec"]["template"]["spec"]["containers"]
-    name, *arguments = job["args"]
-    assert name == "quantize"
-    asked = parse(quantize, arguments)
-    assert str(asked.out) == settings(resources)["LOWBIT_DIR"]
-    assert (asked.model, asked.recipe, asked.set) == (
-        "Qwen/Qwen3-8B@main",
-        "awq",
-        ["quality.max_mean_kld=0.1"],
-    )
-    (waiting,) = pod(resources)["initContainers"]
-    assert "$LOWBIT_DIR/lowbit.json" in waiting["command"][-1]
-    assert {"name": "HF_HUB_OFFLINE", "value": "0"} in job["env"]
-
-
-@pytest.mark.parametrize(("ranks", "flags"), [(1, []), (4, ["--ranks=4"])])
-def test_a_quantize_job_shares_its_work_among_ranks(ranks: int, flags: list[str]) -> None:
-    resources = render("one-gpu", quantize={"ranks": ranks})
-    (job,) = resources["Job"]["spec"]["template"]["spec"]["containers"]
-    assert [argument for argument in job["args"] if argument.startswith("--ranks")] == flags
-    assert parse(quantize, job["args"][1:]).ranks == ranks
-
-
-def test_another_recipe_is_another_job() -> None:
-    names = {
-        render("one-gpu", quantize={"recipe": r})["Job"]["metadata"]["name"] for r in ("awq", "gptq-g64")
-    }
-    assert len(names) == 2
-
-
-def test_a_quantize_job_takes_a_plans_recipe_from_a_config_map() -> None:
-    resources = render("one-gpu", quantize={"recipeConfigMap": "planned"})
-    spec = resources["Job"]["spec"]["template"]["spec"]
-    (job,) = spec["containers"]
-    asked = parse(quantize, job["args"][1:])
-    (mounted,) = [mount for mount in job["volumeMounts"] if mount["name"] == "recipe"]
-    assert (asked.recipe, mounted["readOnly"]) == (f"{mounted['mountPath']}/recipe.yaml", True)
-    (volume,) = [volume for volume in spec["volumes"] if volume["name"] == "recipe"]
-    assert volume["configMap"] == {"name": "planned"}
-    assert resources["Job"]["metadata"]["name"] != render("one-gpu")["Job"]["metadata"]["name"]
-
-
-def test_schema_knows_the_bundled_recipes() -> None:
-    schema = yaml.safe_load((CHART / "values.schema.json").read_text())
-    assert schema["properties"]["quantize"]["properties"]["recipe"]["enum"] == sorted(bundled_recipes())
 
 
 def test_helm_test_is_a_load_test_of_the_service() -> None:
