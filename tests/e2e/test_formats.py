@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from openai import OpenAI
-from scripts.demo import LOWBIT, MODEL, get, serving
-from tests.e2e.test_main_job import quantize_demo_model
+from scripts.demo import serving
 from tests.tiny_models import write_tiny_model
 
 from lowbit_core.server_process import free_port
@@ -22,8 +21,13 @@ from lowbit_quantize.recipe import load_recipe
 
 pytestmark = pytest.mark.engine
 
-FEW = ("calibration.num_samples=8", "quality.num_samples=2")
-SHORT = (*FEW, "calibration.max_seq_length=64", "quality.max_seq_length=64", "kv_cache.dtype=none")
+SHORT = (
+    "calibration.num_samples=8",
+    "quality.num_samples=2",
+    "calibration.max_seq_length=64",
+    "quality.max_seq_length=64",
+    "kv_cache.dtype=none",
+)
 PROMPTS = [[1 + (start * step) % 500 for step in range(1, 24)] for start in (3, 17, 101, 251)]
 TOKENS = 48
 STOCK = """
@@ -85,27 +89,3 @@ def test_the_server_answers_where_every_linear_has_4_bits(model: Path, tmp_path:
     assert answer.usage is not None
     assert answer.usage.prompt_tokens == len(PROMPTS[0])
     assert answer.choices[0].finish_reason in ("length", "stop")
-
-
-def test_the_server_runs_an_exported_checkpoint_whose_cache_scales_were_left_out(tmp_path: Path) -> None:
-    sets = [part for override in FEW for part in ("--set", override)]
-    quantize_demo_model(tmp_path / "default", "--recipe", "awq-g64", *sets)
-    command = [
-        *LOWBIT,
-        "export",
-        str(tmp_path / "default"),
-        "--to",
-        "autoawq",
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    assert json.loads(done.stdout.strip().splitlines()[-1])["left_out"] == ["scales of an FP8 KV cache"]
-    with serving(tmp_path / "out", free_port()) as url:
-        document = get(f"{url}/lowbit/checkpoint")
-        client = OpenAI(base_url=f"{url}/v1", api_key="none")
-        messages = [{"role": "user", "content": "What is the capital of France?"}]
-        answer = client.chat.completions.create(model=MODEL, messages=messages, temperature=0, max_tokens=24)  # type: ignore[arg-type]
-    assert document["manifest"]["kv_cache"] is None
-    assert not document["engine"]["kv_cache_dtype"].startswith("fp8")
-    assert "Paris" in (answer.choices[0].message.content or "")

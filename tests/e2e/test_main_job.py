@@ -15,11 +15,12 @@ import pytest
 import torch
 from openai import OpenAI
 from safetensors import safe_open
-from scripts.demo import LOWBIT, MODEL, find_demo_model, get
+from scripts.demo import LOWBIT, MODEL, find_demo_model, get, serving
 from tests.e2e.conftest import Demo
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from lowbit_core.manifest import Manifest, read_manifest
+from lowbit_core.server_process import free_port
 from lowbit_quantize.quality.dataset import load_texts
 from lowbit_quantize.recipe import parse_recipe
 
@@ -173,6 +174,22 @@ def test_awq_has_at_most_half_the_divergence_of_round_to_nearest(demo: Demo, tmp
     assert ours.calibration is not None
     assert (ours.calibration.num_samples, ours.calibration.max_seq_length) == (32, 512)
     assert demo.report["mean_kld"] <= 0.5 * rtn["mean_kld"]
+
+
+def test_the_demo_exported_without_its_cache_scales_is_served_with_a_cache_of_16_bits(
+    demo: Demo, tmp_path: Path
+) -> None:
+    command = [*LOWBIT, "export", str(demo.checkpoint), "--to", "autoawq", "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    assert json.loads(done.stdout.strip().splitlines()[-1])["left_out"] == ["scales of an FP8 KV cache"]
+    with serving(tmp_path / "out", free_port()) as url:
+        document = get(f"{url}/lowbit/checkpoint")
+        client = OpenAI(base_url=f"{url}/v1", api_key="none")
+        messages = [{"role": "user", "content": "What is the capital of France?"}]
+        answer = client.chat.completions.create(model=MODEL, messages=messages, temperature=0, max_tokens=24)  # type: ignore[arg-type]
+    assert document["manifest"]["kv_cache"] is None
+    assert not document["engine"]["kv_cache_dtype"].startswith("fp8")
+    assert "Paris" in (answer.choices[0].message.content or "")
 
 
 def test_quality_of_the_walk_is_what_a_reload_in_plain_transformers_measures(tmp_path: Path) -> None:

@@ -38,7 +38,9 @@ class Forecast:
             "memory_bound_bytes": self.memory_bytes,
             "streams_bytes": self.streams_bytes,
             "run_disk_bytes": self.disk_bytes,
-            "seconds_here": round(self.seconds_here, 1),
+            "seconds_here": float(
+                f"{self.seconds_here:.2g}"
+            ),  # two digits: a tiny model takes less than a tenth
         }
 
 
