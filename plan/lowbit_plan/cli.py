@@ -28,27 +28,7 @@ log = get_logger("plan")
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="as --model of lowbit quantize")
-    targets = parser.add_argument_group("targets")
-    targets.add_argument(
-        "--context", type=int, metavar="N", help="tokens kept of each stream, prompt and output"
-    )
-    targets.add_argument(
-        "--streams", type=int, default=1, metavar="N", help="that generate at once (default 1)"
-    )
-    targets.add_argument(
-        "--fit", metavar="SIZE", help="8GiB: for weights, cache and runtime (default: the card's)"
-    )
-    targets.add_argument("--itl-ms", type=float, metavar="N", help="between two tokens of a stream")
-    targets.add_argument(
-        "--ttft-ms", type=float, metavar="N", help="to the first token, where nothing else runs"
-    )
-    targets.add_argument(
-        "--prompt",
-        type=int,
-        metavar="N",
-        help=f"tokens of the prompt of --ttft-ms (default {PROMPT}, or half of the context)",
-    )
-    targets.add_argument("--max-kld", type=float, metavar="N", help="nats a token; needs --sensitivity")
+    _add_targets(parser.add_argument_group("targets"))
     place = parser.add_argument_group("where")
     place.add_argument(
         "--on", default="cpu", metavar="CARD", help="cpu, which is measured, or a card: H100, L4, …"
@@ -83,6 +63,29 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="with --run: as of lowbit quantize"
     )
     parser.add_argument("--trust-remote-code", action="store_true", help="as of lowbit quantize")
+
+
+def _add_targets(targets: argparse._ArgumentGroup) -> None:
+    targets.add_argument(
+        "--context", type=int, metavar="N", help="tokens kept of each stream, prompt and output"
+    )
+    targets.add_argument(
+        "--streams", type=int, default=1, metavar="N", help="that generate at once (default 1)"
+    )
+    targets.add_argument(
+        "--fit", metavar="SIZE", help="8GiB: for weights, cache and runtime (default: the card's)"
+    )
+    targets.add_argument("--itl-ms", type=float, metavar="N", help="between two tokens of a stream")
+    targets.add_argument(
+        "--ttft-ms", type=float, metavar="N", help="to the first token, where nothing else runs"
+    )
+    targets.add_argument(
+        "--prompt",
+        type=int,
+        metavar="N",
+        help=f"tokens of the prompt of --ttft-ms (default {PROMPT}, or half of the context)",
+    )
+    targets.add_argument("--max-kld", type=float, metavar="N", help="nats a token; needs --sensitivity")
 
 
 def _run(arguments: argparse.Namespace) -> int:

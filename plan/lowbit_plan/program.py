@@ -15,11 +15,9 @@ from lowbit_core.log import get_logger
 from lowbit_plan.candidates import PLAIN, Candidate
 from lowbit_plan.latency import Speeds, predicted
 from lowbit_plan.place import Place
-from lowbit_plan.sections import planned
+from lowbit_plan.sections import checkpoint_bytes, planned
 from lowbit_plan.targets import Targets
 from lowbit_plan.work import CHUNK, Part, Product, Work, parts_of, work_of
-from lowbit_quantize.check import forecast
-from lowbit_quantize.check.preflight import carried_bytes
 from lowbit_quantize.model.reference import ModelReference
 from lowbit_quantize.plan import Plan
 from lowbit_quantize.recipe import NONE
@@ -132,7 +130,7 @@ def _solved(
             return None
         picked = {one.name: names[at][row[at]] for at, one in enumerate(known.decisions)}
         plan = _candidate(reference, known, picked, 0.0, fp8=fp8).plan
-        over = forecast.disk_bytes(plan, carried_bytes(plan)) - _most_bytes(plan, place, targets)
+        over = checkpoint_bytes(plan) - _most_bytes(plan, place, targets)
         if over <= 0:
             return picked
         beyond += over
@@ -162,7 +160,7 @@ def _limits(
     _, plain = planned(reference, fp8=fp8)
     work = work_of(plain)
     decided_bytes = plain.dtype.itemsize * sum(one.weights for one in known.decisions)
-    rest = forecast.disk_bytes(plain, carried_bytes(plain)) - decided_bytes
+    rest = checkpoint_bytes(plain) - decided_bytes
     costs = [
         [float(one.choices[name].bytes) for name in row]
         for one, row in zip(known.decisions, names, strict=True)

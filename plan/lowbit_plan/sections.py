@@ -1,8 +1,11 @@
 """A recipe's sections, with the texts that bundled recipes have, and the model that they make."""
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
+from lowbit_quantize.check.forecast import disk_bytes
+from lowbit_quantize.check.preflight import carried_bytes
 from lowbit_quantize.model.reference import ModelReference
 from lowbit_quantize.plan import Plan, make_plan
 from lowbit_quantize.recipe import NONE, QUANTIZE, parse_recipe
@@ -23,6 +26,16 @@ def planned(
     sections["passes"] = [*before, QUANTIZE] if any(rule["scheme"] != NONE for rule in rules) else [*before]
     sections |= {"kv_cache": {"dtype": "fp8" if fp8 else NONE}} | _texts(reference)
     return sections, make_plan(reference, parse_recipe(sections, "the plan"))
+
+
+def checkpoint_bytes(plan: Plan) -> int:
+    """Of the checkpoint that a plan makes; what is carried over beside the model is the same in all, and read once."""
+    return disk_bytes(plan, _carried(plan.reference))
+
+
+@cache
+def _carried(reference: ModelReference) -> int:
+    return carried_bytes(planned(reference)[1])
 
 
 def _texts(reference: ModelReference) -> Sections:

@@ -8,10 +8,10 @@ from lowbit_core.kv_cache import GIB
 from lowbit_plan.candidates import Candidate
 from lowbit_plan.latency import Latency, Speeds, predicted
 from lowbit_plan.place import Place
+from lowbit_plan.sections import checkpoint_bytes
 from lowbit_plan.targets import Targets
 from lowbit_plan.work import work_of
 from lowbit_quantize.check import forecast
-from lowbit_quantize.check.preflight import carried_bytes
 
 CONTEXT_STEP = 128
 MEMORY, ITL, TTFT, KL = "memory", "inter-token latency", "time to first token", "mean KL"
@@ -71,7 +71,7 @@ class Verdict:
 def judge(candidate: Candidate, place: Place, speeds: Speeds, targets: Targets) -> Verdict:
     """Predict a candidate and hold it against the targets."""
     plan = candidate.plan
-    weights = forecast.disk_bytes(plan, carried_bytes(plan))
+    weights = checkpoint_bytes(plan)
     kv_bytes = place.kv_bytes(plan, targets.streams, targets.context)
     needed = int((weights + kv_bytes + place.runtime) / place.share)
     itl, ttft = predicted(work_of(plan), speeds, targets)

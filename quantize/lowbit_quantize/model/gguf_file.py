@@ -56,6 +56,22 @@ class _Place:
         return (1, *sizes) if SHARED_GATE in self.tensor.name and len(sizes) == 1 else sizes
 
 
+class _Level:
+    """A module as transformers asks it for names, without the modules so far below it.
+
+    transformers makes the whole table of names anew for each module that it comes to, of which only the model and
+    its base have names that GGUF knows.
+    """
+
+    def __init__(self, module: nn.Module, below: int) -> None:
+        self._module, self._below = module, below
+        self.config, self.state_dict = getattr(module, "config", None), module.state_dict
+
+    def named_children(self) -> list[tuple[str, "_Level"]]:
+        children = self._module.named_children() if self._below else ()
+        return [(name, _Level(child, self._below - 1)) for name, child in children]
+
+
 class GgufFile:
     """Its tensors, of all its parts, as bfloat16, by the names of `skeleton`, the model without weights.
 
@@ -68,7 +84,7 @@ class GgufFile:
         self.path, self.files = reference.path, {part.name for part in self._model.parts}
         processor = TENSOR_PROCESSORS.get(self._model.architecture, TensorProcessor)
         self._processor = processor(self._config.to_dict())
-        names = get_gguf_hf_weights_map(skeleton, self._processor)
+        names = get_gguf_hf_weights_map(_Level(skeleton, 1), self._processor)
         self._places: dict[str, _Place] = {}
         for path in self._model.parts:
             reader = open_part(path)
