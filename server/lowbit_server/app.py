@@ -9,7 +9,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from fastapi import FastAPI
@@ -25,7 +25,7 @@ from lowbit_server.cost.energy import EnergyMeter, read_rapl
 from lowbit_server.cost.price import Cost
 from lowbit_server.cost.usage_book import UsageBook
 from lowbit_server.cost.usage_file import open_usage_file
-from lowbit_server.engine.adapters import open_adapters
+from lowbit_server.engine.adapters import Adapters, open_adapters
 from lowbit_server.engine.arguments import derive_engine_arguments
 from lowbit_server.engine.forecast import refuse_what_does_not_fit
 from lowbit_server.engine.input_scales import prove_input_scales, read_input_scales
@@ -73,16 +73,47 @@ from lowbit_server.shadow.worker import Shadow
 log = get_logger("serve")
 
 
-async def serve(config: ServeConfig, checkpoint: Checkpoint, held: socket.socket | None = None) -> None:
-    """Serve a checked checkpoint until SIGTERM or SIGINT; raises EngineError when the engine fails it.
+@dataclass(frozen=True)
+class Parts:
+    """What a server is made of before its engine starts; everything that can be refused has been."""
 
-    `held`: the socket to listen on, where it has been opened.
-    """
+    config: ServeConfig
+    checkpoint: Checkpoint
+    device: Device
+    engine_arguments: dict[str, Any]
+    names: tuple[str, ...]
+    adapters: Adapters
+    nvml: Nvml
+    usage: UsageBook | None
+    keys: KeyStore | None
+    throughput: Throughput
+    tracker: RequestTracker
+    production: Production
+    state: DrainState
+
+    @property
+    def is_draining(self) -> Callable[[], bool]:
+        return lambda: self.state.draining
+
+    def gateway(self, app: FastAPI) -> Gateway:
+        """The loaded app behind its limits and keys."""
+        models = Models(
+            self.names[0], lambda name: name in self.names or self.adapters.path_of(name) is not None
+        )
+        return Gateway(
+            app, _limits(self.config), self.keys, self.tracker, models, is_draining=self.is_draining,
+            admin_elsewhere=self.config.admin_port is not None, usage=self.usage,
+        )  # fmt: skip
+
+
+def prepare(config: ServeConfig, checkpoint: Checkpoint) -> Parts:
+    """Check that this machine can serve the checkpoint so, and make all but the engine; raises ConfigError."""
     from lowbit_server.engine import vllm_engine as vllm  # takes seconds: only when needed
 
     device = vllm.engine_device()
-    machine = Machine(vllm.runs_quantized_experts, vllm.runs_fp8_blocks)
-    refuse_unfit_machine(config, checkpoint, device, machine)
+    refuse_unfit_machine(
+        config, checkpoint, device, Machine(vllm.runs_quantized_experts, vllm.runs_fp8_blocks)
+    )
     nvml = Nvml()
     refuse_what_does_not_fit(config, checkpoint, device, host_memory_bytes(), nvml.read())
     refuse_unknown_parsers(config, vllm.known_parsers())
@@ -90,42 +121,30 @@ async def serve(config: ServeConfig, checkpoint: Checkpoint, held: socket.socket
     adapters = open_adapters(config, names)
     usage = UsageBook(open_usage_file(config.usage_file)) if config.usage_file else None
     keys = KeyStore(config.api_keys, counts_months=usage is not None) if config.api_keys else None
-    arguments = _engine_arguments(config, checkpoint, device)
-    throughput, state, began = Throughput(), DrainState(), time.monotonic()
-    tracker = RequestTracker(write_log=not config.no_request_log, usage=usage)
+    tracker, throughput = RequestTracker(write_log=not config.no_request_log, usage=usage), Throughput()
     production = _production(config, nvml, usage, keys, tracker)
-    sampler = Sampler(config.shadow_share, production.shadow.take) if production.shadow else None
     throughput.on_finished = tracker.engine_finished
     throughput.on_step = production.cost.add if production.cost else None
-    models = Models(names[0], lambda name: name in names or adapters.path_of(name) is not None)
+    arguments = _engine_arguments(config, checkpoint, device)
+    return Parts(
+        config, checkpoint, device, arguments, names, adapters, nvml, usage, keys, throughput, tracker, production,
+        DrainState(),
+    )  # fmt: skip
 
-    async def load(engines: contextlib.AsyncExitStack) -> tuple[ServingEngine, FastAPI]:
-        log.info("starting vLLM on the %s with %s", device, _readable(arguments))
-        engine = await engines.enter_async_context(
-            vllm.start_engine(arguments, throughput, adapters, sampler)
-        )
-        loading.next_stage()
-        service = await inspect_engine(engine, config, checkpoint)
-        loading.next_stage()
-        await engines.enter_async_context(production.kept(engine, service.facts.max_model_len))
-        return engine, await build_app(
-            engine,
-            service,
-            throughput,
-            tracker,
-            nvml.read,
-            lambda: state.draining,
-            production,
-            page=not config.no_page,
-        )
 
+async def serve(config: ServeConfig, checkpoint: Checkpoint, held: socket.socket | None = None) -> None:
+    """Serve a checked checkpoint until SIGTERM or SIGINT; raises EngineError when the engine fails it.
+
+    `held`: the socket to listen on, where it has been opened.
+    """
+    parts, began = prepare(config, checkpoint), time.monotonic()
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(end_children)
-        if usage is not None:
-            await stack.enter_async_context(usage.kept())
+        if parts.usage is not None:
+            await stack.enter_async_context(parts.usage.kept())
         listener = stack.enter_context(listener_of(config) if held is None else held)
         admin = stack.enter_context(bind(config.host, config.admin_port)) if config.admin_port else None
-        state.listen_to_signals()
+        parts.state.listen_to_signals()
         loading, page = Loading(), with_page(config)
         front, operators = (
             Entrance(one, config.root_path, config.max_body_bytes, dict(config.aliases))
@@ -135,17 +154,38 @@ async def serve(config: ServeConfig, checkpoint: Checkpoint, held: socket.socket
         if admin is not None:
             await stack.enter_async_context(serving(operators, admin, config))
         engines = await stack.enter_async_context(contextlib.AsyncExitStack())  # ends before the servers
-        engine, app = await unless_stopped(load(engines), state.requested)
+        engine, app = await unless_stopped(_load(parts, engines, loading), parts.state.requested)
         app.state.server = server.server  # vLLM's error handler asks it to stop when the engine is dead
         await engines.enter_async_context(app.router.lifespan_context(app))
         operators.open(AdminPort(app))
-        front.open(page(Gateway(
-            app, _limits(config), keys, tracker, models,
-            is_draining=lambda: state.draining, admin_elsewhere=admin is not None, usage=usage,
-        )))  # fmt: skip
-        log.info("ready in %.1f s: %s at %s", time.monotonic() - began, ", ".join(names), base_url(config))
-        await serve_until_stopped(server, engine, state)
+        front.open(page(parts.gateway(app)))
+        log.info(
+            "ready in %.1f s: %s at %s", time.monotonic() - began, ", ".join(parts.names), base_url(config)
+        )
+        await serve_until_stopped(server, engine, parts.state)
     log.info("stopped")
+
+
+async def _load(
+    parts: Parts, engines: contextlib.AsyncExitStack, loading: Loading
+) -> tuple[ServingEngine, FastAPI]:
+    """Start the engine, prove it, and build the app around it."""
+    from lowbit_server.engine import vllm_engine as vllm
+
+    config, production = parts.config, parts.production
+    sampler = Sampler(config.shadow_share, production.shadow.take) if production.shadow else None
+    log.info("starting vLLM on the %s with %s", parts.device, _readable(parts.engine_arguments))
+    engine = await engines.enter_async_context(
+        vllm.start_engine(parts.engine_arguments, parts.throughput, parts.adapters, sampler)
+    )
+    loading.next_stage()
+    service = await inspect_engine(engine, config, parts.checkpoint)
+    loading.next_stage()
+    await engines.enter_async_context(production.kept(engine, service.facts.max_model_len))
+    page, gpus = not config.no_page, parts.nvml.read
+    return engine, await build_app(
+        engine, service, parts.throughput, parts.tracker, gpus, parts.is_draining, production, page=page
+    )
 
 
 def _production(
