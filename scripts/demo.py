@@ -24,6 +24,7 @@ QUESTION = "What is the capital of France?"
 MODEL = "smollm2"
 KV_CACHE_GIB = "1"
 STREAMS = 8
+PLAN_FLAGS = ("--on", "L4", "--fit", "2.5GiB", "--context", "2048", "--streams", "4", "--prompt", "256")
 LOWBIT = (str(Path(sys.executable).with_name("lowbit")),)
 
 
@@ -32,6 +33,8 @@ def main() -> int:
     arguments = parse_arguments()
     WORK.mkdir(exist_ok=True)
     port = arguments.port or free_port()
+    say("the model's plan for 2.5 GiB of an NVIDIA L4, by its data sheet (--on cpu measures this machine)")
+    report_plan()
     say(f"1/4 quantize (recipe {RECIPE})")
     checkpoint = WORK / f"smollm2-{RECIPE}"
     report = quantize(checkpoint)
@@ -61,6 +64,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--keep", action="store_true", help="leave the server up")
     parser.add_argument("--port", type=int, help="port to serve on (default: a free one)")
     return parser.parse_args()
+
+
+def report_plan() -> None:
+    """One line of `lowbit plan`: the scheme that loses least of those that fit, and what is predicted of it."""
+    command = [*LOWBIT, "plan", str(find_demo_model()), *PLAN_FLAGS]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode != 0:
+        sys.stderr.write(done.stderr)
+        raise SystemExit(f"demo: lowbit plan ended with status {done.returncode}")
+    print(f"    {json.loads(done.stdout.strip().splitlines()[-1])['line']}", file=sys.stderr)
 
 
 def quantize(checkpoint: Path) -> dict[str, Any]:
