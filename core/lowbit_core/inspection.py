@@ -128,6 +128,7 @@ def describe(manifest: Manifest, *, verified: bool) -> Table:
         "size": f"{size.base_bytes / 2**20:.1f} MiB to {size.bytes / 2**20:.1f} MiB",
         "mean KL": f"{quality.mean_kld:.4f} ± {quality.kld_stderr:.4f} nats on {quality.predictions:,} predictions",
         "on calibration text": _overfitting(quality),
+        "on text set aside": _alone(quality.set_aside),
         "KL, 99th percentile": _with_error(quality.kld_p99, quality.kld_p99_stderr, ".3f"),
         "KL, maximum": _with_error(quality.kld_max, quality.kld_max_stderr, ".3f"),
         "FP8 cache alone": _alone(quality.kv_cache_alone),
@@ -170,7 +171,8 @@ def _with_error(value: float, stderr: float | None, digits: str) -> str:
 def _overfitting(quality: QualityRecord) -> str:
     if quality.calibration is None or quality.overfitting is None:
         return _alone(None)
-    return f"{_alone(quality.calibration)}; held-out text loses {quality.overfitting:.2f} times as much"
+    other = "held-out text" if quality.set_aside is None else "text set aside"
+    return f"{_alone(quality.calibration)}; {other} loses {quality.overfitting:.2f} times as much"
 
 
 def _alone(measured: DivergenceRecord | None) -> str:

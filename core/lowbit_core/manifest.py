@@ -168,6 +168,7 @@ class TextRecord(_Record):
     tokens: int
     seed: int
     sha256: str
+    set_aside_sha256: str | None = None  # of the calibration text: what was set aside of it
 
 
 class DivergenceRecord(_Record):
@@ -193,7 +194,8 @@ class QualityRecord(_Record):
     `noise_floor` is the base model in the serving dtype against itself in float32, `kv_cache_alone` the base model
     with nothing but the FP8 cache against itself, `calibration` the compressed model on text that it was calibrated
     with (where a method lets the base model's calibration text walk too): what it loses less there is fitted to that.
-    What is null was not measured, or is of an older version.
+    `set_aside` is on text of the same source that it was not calibrated with. What is null was not measured, or is of
+    an older version.
     """
 
     heldout: TextRecord
@@ -215,13 +217,15 @@ class QualityRecord(_Record):
     noise_floor: DivergenceRecord | None = None
     kv_cache_alone: DivergenceRecord | None = None
     calibration: DivergenceRecord | None = None
+    set_aside: DivergenceRecord | None = None
 
     @property
     def overfitting(self) -> float | None:
-        """Mean KL on the held-out text, times that on the calibration text."""
+        """Mean KL on what was set aside of the calibration text, or else on held-out text, over that on the rest."""
         if self.calibration is None or not self.calibration.mean_kld > 0:
             return None
-        return self.mean_kld / self.calibration.mean_kld
+        other = self.mean_kld if self.set_aside is None else self.set_aside.mean_kld
+        return other / self.calibration.mean_kld
 
 
 class GateRecord(_Record):

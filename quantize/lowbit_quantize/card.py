@@ -131,6 +131,7 @@ def _quality(manifest: Manifest) -> Iterator[str]:
         ("the base in its own type, beside float32", quality.noise_floor),
         ("the FP8 cache alone", quality.kv_cache_alone),
         ("this checkpoint on its calibration text", quality.calibration),
+        ("this checkpoint on what was set aside of that text", quality.set_aside),
     ):
         if one is not None:
             yield _row(name, one)

@@ -248,7 +248,7 @@ def summary(manifest: Manifest, out: Path) -> dict[str, Any]:
             "heldout",
             "domains",
             "kv_cache_included",
-            *(alone := ("noise_floor", "kv_cache_alone", "calibration")),
+            *(alone := ("noise_floor", "kv_cache_alone", "calibration", "set_aside")),
         }
     )
     for name in alone:

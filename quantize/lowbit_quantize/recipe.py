@@ -141,6 +141,15 @@ class Text(Section):
     token_ids: Annotated[str, document_path()] | None = None
 
 
+class Calibration(Text):
+    """What a model is calibrated on; `set_aside` more sequences of the same source only judge, as many as it has.
+
+    What is lost on them and not on those that calibrate is fitted to the text. Of `token_ids` none are set aside.
+    """
+
+    set_aside: int = Field(default=4, ge=0)
+
+
 class Quality(Text):
     """Held-out text and the gate: a result past a limit is marked rejected and the exit status is 3.
 
@@ -163,7 +172,7 @@ class Recipe(Section):
     modules: tuple[Rule, ...] = ()
     kv_cache: KVCache = KVCache()
     passes: tuple[PassStep, ...] = (PassStep.model_validate(QUANTIZE),)
-    calibration: Text = Text()
+    calibration: Calibration = Calibration()
     quality: Quality = Quality()
 
 

@@ -60,6 +60,13 @@ def calibration_ids(base: Path, recipe: Recipe) -> Tensor:
     return load_texts(recipe.calibration, recipe.quality, tokenizer, 512)[0].ids[: recipe.quality.num_samples]
 
 
+def set_aside_ids(base: Path, recipe: Recipe) -> Tensor:
+    """What of the calibration text only judges."""
+    found = load_texts(recipe.calibration, recipe.quality, AutoTokenizer.from_pretrained(base), 512)[0].aside
+    assert found is not None
+    return found
+
+
 def mean_kld(base: Any, other: Any, ids: Tensor) -> float:
     """Of two models of transformers, in nats."""
     with torch.inference_mode():

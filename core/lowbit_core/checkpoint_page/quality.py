@@ -16,6 +16,7 @@ ALONE = {
     "noise_floor": "base model, serving dtype",
     "kv_cache_alone": "FP8 cache alone",
     "calibration": "on its calibration text",
+    "set_aside": "on what was set aside of that text",
 }
 # Column or chart, the field, that of its error, how it is written.
 FIGURES = (

@@ -17,7 +17,7 @@ from torch import nn
 from lowbit_quantize.model.architecture import LayerKind, LinearGroup, linear_of
 from lowbit_quantize.model.experts.routing import USED
 from lowbit_quantize.plan import Plan
-from lowbit_quantize.quality.dataset import TokenText
+from lowbit_quantize.quality.dataset import TokenText, judging_ids
 from lowbit_quantize.statistics.error_compensation import COMPONENT_BLOCK
 from lowbit_quantize.walk.baselines import FLOAT32
 from lowbit_quantize.walk.module_plan import ModulePlan
@@ -54,7 +54,11 @@ def effort(plan: Plan, calibration: TokenText, heldout: TokenText) -> Effort:
     """That of a run of a plan on these texts."""
     rows = plan.baselines(heldout.domains)
     float32 = len(rows.get(FLOAT32, ())) * heldout.ids.shape[1]
-    judged = 2 * heldout.ids.numel() + sum(map(len, rows.values())) * heldout.ids.shape[1] - float32
+    judged = (
+        2 * judging_ids(calibration, heldout).numel()
+        + sum(map(len, rows.values())) * heldout.ids.shape[1]
+        - float32
+    )
     calibrated, streams = calibration.ids.numel(), 2 if plan.paired else 1
     forward = exact = 0.0
     for index, kind, layers in _kinds(plan):

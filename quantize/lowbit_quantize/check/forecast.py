@@ -15,7 +15,7 @@ from lowbit_quantize.model.architecture import Architecture, kind_of, linear_of
 from lowbit_quantize.model.skeleton import text_tensors
 from lowbit_quantize.model.streams.form import DIGITS
 from lowbit_quantize.plan import Plan, decoder_layers
-from lowbit_quantize.quality.dataset import TokenText
+from lowbit_quantize.quality.dataset import TokenText, judging_ids
 from lowbit_quantize.walk.baselines import FLOAT32
 
 GIB = 1 << 30
@@ -75,7 +75,9 @@ def streams_bytes(plan: Plan, calibration: TokenText, heldout: TokenText) -> int
 
     With them go a few held-out sequences as baselines.
     """
-    tokens = (2 if plan.paired else 1) * calibration.ids.numel() + 2 * heldout.ids.numel()
+    tokens = (2 if plan.paired else 1) * calibration.ids.numel() + 2 * judging_ids(
+        calibration, heldout
+    ).numel()
     for name, rows in plan.baselines(heldout.domains).items():
         tokens += (2 if name == FLOAT32 else 1) * len(rows) * heldout.ids.shape[1]
     return tokens * stream_width(plan) * BASE_BYTES

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lowbit_core.errors import RecipeError
@@ -19,22 +20,29 @@ from lowbit_quantize.quality.overlap import OVERLAP_TOKENS, OVERLAP_WORDS, drop_
 from lowbit_quantize.quality.packing import pack
 from lowbit_quantize.quality.sources import HELDOUT_SHARE, find_documents, is_shared
 from lowbit_quantize.quality.token_ids import read_token_ids
-from lowbit_quantize.recipe import Text
+from lowbit_quantize.recipe import Calibration, Text
 
 
 @dataclass(frozen=True)
 class TokenText:
-    """Token ids (sequences, tokens), the domain of each sequence, and a record of where they came from."""
+    """Token ids (sequences, tokens), the domain of each sequence, and a record of where they came from.
+
+    `aside`, (fewer sequences, tokens), are of the same source, but of other documents: they only judge.
+    """
 
     ids: Tensor
     domains: tuple[str, ...]
     record: TextRecord
+    aside: Tensor | None = None
 
 
 def load_texts(
     calibration: Text, heldout: Text, tokenizer: Any, vocabulary: int
 ) -> tuple[TokenText, TokenText]:
-    """The calibration and held-out sequences of a recipe; raises RecipeError where a source gives too little."""
+    """The calibration and held-out sequences of a recipe; raises RecipeError where a source gives too little.
+
+    What is set aside of the calibration text has the length of held-out sequences, beside which it is judged.
+    """
     to_use = find_documents(calibration, "calibration", heldout)
     held = find_documents(heldout, "heldout", calibration)
     split = _split_note(len(to_use), len(held)) if is_shared(calibration, heldout) else ""
@@ -49,7 +57,27 @@ def load_texts(
             f"calibration and held-out tokens share a run of {OVERLAP_TOKENS} tokens: quality would be measured "
             "on what the model was calibrated with; give other token ids or text for one of them"
         )
-    return ours, theirs
+    aside = _set_aside(calibration, to_use, used, theirs, tokenizer)
+    record = ours.record.model_copy(update={"set_aside_sha256": None if aside is None else _digest(aside)})
+    return TokenText(ours.ids, ours.domains, record, aside), theirs
+
+
+def judging_ids(calibration: TokenText, heldout: TokenText) -> Tensor:
+    """All that judges, (sequences, tokens): the held-out text, then what is set aside of the calibration text."""
+    return heldout.ids if calibration.aside is None else torch.cat([heldout.ids, calibration.aside])
+
+
+def _set_aside(
+    text: Text, documents: list[Document], used: list[Document], heldout: TokenText, tokenizer: Any
+) -> Tensor | None:
+    """Sequences of documents that were not used and that share no run of words with those that were."""
+    if text.token_ids or not isinstance(text, Calibration) or not text.set_aside:
+        return None
+    taken = {id(document) for document in used}
+    rest = drop_overlap([document for document in documents if id(document) not in taken], used)
+    wanted = text.model_copy(update={"num_samples": text.set_aside, "max_seq_length": heldout.ids.shape[1]})
+    rows = pack(wanted, rest, tokenizer)[0]
+    return rows if len(rows) else None
 
 
 def _split_note(used: int, held: int) -> str:
@@ -70,18 +98,27 @@ def _sequences(
     if text.token_ids:
         (ids, domains), used = read_token_ids(Path(text.token_ids), vocabulary, section), documents
     else:
-        ids, domains, used = pack(text, documents, tokenizer, section, note)
+        ids, domains, used = pack(text, documents, tokenizer)
+        if len(ids) < text.num_samples:
+            raise RecipeError(
+                f"{section}: {text.dataset} gives {len(ids)} sequences of {text.max_seq_length} tokens from "
+                f"{len(documents)} documents, the recipe wants {text.num_samples}; lower {section}.num_samples or "
+                f"give more text{note}"
+            )
     if int(ids.max()) >= vocabulary:
         raise RecipeError(
             f"{section}: token {int(ids.max())} is outside the model's vocabulary of {vocabulary}"
         )
-    digest = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
     record = TextRecord(
         dataset=text.token_ids or text.dataset,
         num_samples=ids.shape[0],
         max_seq_length=ids.shape[1],
         tokens=ids.numel(),
         seed=text.seed,
-        sha256=digest,
+        sha256=_digest(ids),
     )
     return TokenText(ids, domains, record), used
+
+
+def _digest(ids: Tensor) -> str:
+    return hashlib.sha256(ids.numpy().tobytes()).hexdigest()

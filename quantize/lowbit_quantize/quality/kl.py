@@ -219,6 +219,7 @@ def summarize(
     noise_floor: DivergenceRecord | None = None,
     kv_cache_alone: DivergenceRecord | None = None,
     calibration: DivergenceRecord | None = None,
+    set_aside: DivergenceRecord | None = None,
 ) -> QualityRecord:
     """The quality section of the manifest."""
     return QualityRecord(
@@ -230,6 +231,7 @@ def summarize(
         noise_floor=noise_floor,
         kv_cache_alone=kv_cache_alone,
         calibration=calibration,
+        set_aside=set_aside,
     )
 
 

@@ -8,19 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit_core.errors import RecipeError
 from lowbit_quantize.quality.document import Document
 from lowbit_quantize.quality.templates import encode
 from lowbit_quantize.recipe import Text
 
 
 def pack(
-    text: Text, documents: list[Document], tokenizer: Any, section: str, note: str = ""
+    text: Text, documents: list[Document], tokenizer: Any
 ) -> tuple[Tensor, tuple[str, ...], list[Document]]:
-    """Fill sequences from each domain's documents; also their domains and the documents that were used.
-
-    `note` explains where documents went, if they are too few.
-    """
+    """Fill sequences from each domain's documents, fewer of little text; also their domains and the used documents."""
     by_domain: dict[str, list[Document]] = defaultdict(list)
     for document in documents:
         by_domain[document.domain].append(document)
@@ -39,12 +35,6 @@ def pack(
             elif len(rows) < text.num_samples:
                 rows.append(chunk)
                 domains.append(domain)
-    if len(rows) < text.num_samples:
-        raise RecipeError(
-            f"{section}: {text.dataset} gives {len(rows)} sequences of {text.max_seq_length} tokens from "
-            f"{len(documents)} documents, the recipe wants {text.num_samples}; lower {section}.num_samples or give "
-            f"more text{note}"
-        )
     return torch.tensor(rows, dtype=torch.int64), tuple(domains), used
 
 

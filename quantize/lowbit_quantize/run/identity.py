@@ -74,8 +74,12 @@ def identity_in(manifest: Manifest) -> Identity:
 
 
 def texts_of(calibration: TextRecord | None, heldout: TextRecord) -> dict[str, str | None]:
-    """The hashes of both texts, by what they are called in words."""
-    return {"calibration": calibration.sha256 if calibration else None, "held-out": heldout.sha256}
+    """The hashes of all texts, by what they are called in words."""
+    return {
+        "calibration": calibration.sha256 if calibration else None,
+        "set-aside": calibration.set_aside_sha256 if calibration else None,
+        "held-out": heldout.sha256,
+    }
 
 
 def deciding(recipe: Recipe) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """One walk down the decoder: the streams are held here and move one layer at a time; each finished layer is recorded.
 
-Two streams of hidden states walk: the base model's, on held-out text, and the compressed model's, on held-out and on
-calibration text. Each layer is observed on what the compressed layers before it really give. Where weights make up
-for earlier errors, the base model's calibration text walks too (stages.py), and for the noise floor some of its
-held-out text in float32 (baselines.py).
+Two streams of hidden states walk: the base model's, on text that judges, and the compressed model's, on that and on
+calibration text. The held-out text judges, and what is set aside of the calibration text. Each layer is observed on
+what the compressed layers before it really give. Where weights make up for earlier errors, the base model's
+calibration text walks too (stages.py), and for the noise floor some of its held-out text in float32 (baselines.py).
 """
 
 import copy
@@ -24,7 +24,7 @@ from lowbit_quantize.model.decoder import Decoder
 from lowbit_quantize.model.discovery.hold import drop_broken_folds
 from lowbit_quantize.model.weights import is_finite
 from lowbit_quantize.quality import kl
-from lowbit_quantize.quality.dataset import TokenText
+from lowbit_quantize.quality.dataset import TokenText, judging_ids
 from lowbit_quantize.run.clock import BASE, BASELINES, COMPARE, COMPRESSED, EXPERTS, PREPARE, WRITE, Clock
 from lowbit_quantize.run.hidden_states import HiddenStates
 from lowbit_quantize.run.journal import Conclusion, HeadRecord, Journal, LayerRecord, UnopenedLinear
@@ -84,6 +84,7 @@ class Walk:
         self.decoder, self.work, self.writer, self.journal = decoder, work, writer, journal
         self._clock = clock
         self._calibration_text, self._heldout_text = texts
+        self._judging = judging_ids(*texts)
         self._streams = HiddenStates(decoder.device, journal.directory, stream_memory_bytes)
         self._held: set[LayerKind] = set()
         self._baselines = Baselines(decoder, self._streams, self._heldout_text, work.baselines)
@@ -116,16 +117,13 @@ class Walk:
             return_freed_memory()
 
     def _embed(self) -> None:
-        texts = {
-            "calibration": self._calibration_text,
-            "heldout": self._heldout_text,
-            "heldout_base": self._heldout_text,
-        }
+        calibrating = self._calibration_text.ids
+        texts = {"calibration": calibrating, "heldout": self._judging, "heldout_base": self._judging}
         if self.work.paired:
-            texts["calibration_base"] = self._calibration_text
-        for name, text in texts.items():
-            shape = (*text.ids.shape, self.decoder.width)
-            self.decoder.embed(text.ids, self._streams.new(name, shape, self.decoder.dtype))
+            texts["calibration_base"] = calibrating
+        for name, ids in texts.items():
+            shape = (*ids.shape, self.decoder.width)
+            self.decoder.embed(ids, self._streams.new(name, shape, self.decoder.dtype))
         self._baselines.embed()
 
     def _take_up(self) -> int:
@@ -265,12 +263,14 @@ class Walk:
         our_norm, found = self._quantized_head(copy.deepcopy(norm), head)
         our_head = found.weight if found else None
         form = self.decoder.architecture.logits
-        predictions = kl.compare(base, ours, norm, our_norm, head, self._heldout_text.ids, our_head, form)
+        predictions = kl.compare(base, ours, norm, our_norm, head, self._judging, our_head, form)
+        heldout, aside = torch.arange(len(self._judging)).tensor_split([len(self._heldout_text.ids)])
         measured = kl.summarize(
-            predictions,
+            predictions.of(heldout),
             self._heldout_text,
             kv_cache_included=any(record.kv_scales for record in self.layers),
             calibration=self._on_calibration(norm, our_norm, head, our_head),
+            set_aside=kl.divergence(predictions.of(aside)) if len(aside) else None,
             **self._baselines.measure(base, norm, head),
         )
         files = self._base_files

@@ -1,6 +1,7 @@
 """Calibration and held-out text."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,12 +9,12 @@ import torch
 from tests.tiny_models import VOCABULARY, tiny_tokenizer
 
 from lowbit_core.errors import RecipeError
-from lowbit_quantize.quality.dataset import load_texts
+from lowbit_quantize.quality.dataset import TokenText, judging_ids, load_texts
 from lowbit_quantize.quality.document import Document
-from lowbit_quantize.quality.overlap import drop_overlap, word_runs
+from lowbit_quantize.quality.overlap import drop_overlap, token_runs, word_runs
 from lowbit_quantize.quality.sources import find_documents
 from lowbit_quantize.quality.templates import render
-from lowbit_quantize.recipe import Quality, Text
+from lowbit_quantize.recipe import Calibration, Quality, Text
 
 
 def test_default_calibration_and_heldout_text_never_overlap() -> None:
@@ -46,6 +47,40 @@ def test_the_same_seed_gives_the_same_tokens_and_another_seed_others() -> None:
 
     assert torch.equal(ids(1), ids(1))
     assert not torch.equal(ids(1), ids(2))
+
+
+def test_what_is_set_aside_is_of_other_documents_than_those_that_calibrate(tmp_path: Path) -> None:
+    lines = [" ".join(f"{chr(97 + number)}{word}" for word in range(40)) for number in range(12)]
+    path = tmp_path / "own.jsonl"
+    path.write_text("\n".join(json.dumps({"text": line}) for line in lines))
+
+    def texts(count: int, aside: int) -> tuple[TokenText, TokenText]:
+        text = Calibration(dataset=str(path), num_samples=count, max_seq_length=32, set_aside=aside)
+        return load_texts(text, Quality(num_samples=2, max_seq_length=48), tiny_tokenizer(), VOCABULARY)
+
+    calibration, heldout = texts(2, 1)
+    assert calibration.aside is not None
+    assert calibration.aside.shape == (1, 48)  # as long as the sequences that it is judged beside
+    assert token_runs(calibration.ids).isdisjoint(token_runs(calibration.aside))
+    judging = judging_ids(calibration, heldout)
+    assert torch.equal(judging, torch.cat([heldout.ids, calibration.aside]))
+    assert calibration.record.set_aside_sha256
+    assert texts(2, 0)[0].record.sha256 == calibration.record.sha256
+    assert texts(2, 0)[0].aside is None
+    most = texts(2, 1000)[0].aside
+    assert most is not None
+    assert 1 < len(most) < 1000  # as many as the source has
+    every = next(count for count in range(1000, 0, -1) if _gives(texts, count))
+    assert texts(every, 4)[0].aside is None  # all of it calibrates
+    assert torch.equal(judging_ids(*texts(every, 4)), heldout.ids)
+
+
+def _gives(texts: Callable[[int, int], object], count: int) -> bool:
+    try:
+        texts(count, 0)
+    except RecipeError:
+        return False
+    return True
 
 
 def test_conversations_go_through_the_chat_template() -> None:
@@ -112,8 +147,12 @@ def test_exact_token_ids_are_used_as_given(tmp_path: Path) -> None:
     path = tmp_path / "ids.json"
     path.write_text(json.dumps({"input_ids": [[1] * 32, [2] * 32]}))
     calibration, _ = load_texts(
-        Text(token_ids=str(path)), Quality(num_samples=2, max_seq_length=32), tiny_tokenizer(), VOCABULARY
+        Calibration(token_ids=str(path)),
+        Quality(num_samples=2, max_seq_length=32),
+        tiny_tokenizer(),
+        VOCABULARY,
     )
+    assert calibration.aside is None
     assert calibration.ids.tolist() == [[1] * 32, [2] * 32]
 
 

@@ -170,3 +170,7 @@ def test_the_gate_bounds_how_much_more_held_out_text_loses_than_the_calibration_
     gate = judge(measured, Quality(max_overfitting=2.9))
     assert gate.reasons == ["max_overfitting: measured 3, limit 2.9"]
     assert not judge(record(mean_kld=0.06), Quality(max_overfitting=9)).accepted  # it was not measured
+    aside = seen.model_copy(update={"mean_kld": 0.05})
+    assert measured.model_copy(update={"set_aside": aside}).overfitting == pytest.approx(
+        2.5
+    )  # of the same source

@@ -19,6 +19,7 @@ from tests.quantize.small_runs import (
     recipe_of,
     recipe_with,
     reloaded_kld,
+    set_aside_ids,
 )
 
 from lowbit_core.checkpoint_page.page import as_html
@@ -57,6 +58,13 @@ def test_quality_of_the_walk_is_what_a_reload_measures(
         manifest.quality.mean_kld, abs=1e-3
     )
     assert manifest.quality.mean_kld > 1e-4
+    aside = manifest.quality.set_aside
+    assert aside is not None
+    ids = set_aside_ids(tiny_model(kind), recipe)
+    assert len(ids) == aside.sequences == 4
+    assert reloaded_kld(tiny_model(kind), tmp_path / "out", recipe, ids) == pytest.approx(
+        aside.mean_kld, abs=1e-3
+    )
     seen = manifest.quality.calibration
     assert (seen is not None) == bool(
         {"awq", "gptq"} & set(RUNS[kind]["methods"])
@@ -66,7 +74,7 @@ def test_quality_of_the_walk_is_what_a_reload_measures(
         assert reloaded_kld(tiny_model(kind), tmp_path / "out", recipe, ids) == pytest.approx(
             seen.mean_kld, abs=1e-3
         )
-        assert manifest.quality.overfitting == manifest.quality.mean_kld / seen.mean_kld
+        assert manifest.quality.overfitting == aside.mean_kld / seen.mean_kld
     assert manifest.kv_cache is None
     assert {module.scheme for module in manifest.modules} == {RUNS[kind]["scheme"]}
 
