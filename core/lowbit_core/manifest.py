@@ -55,10 +55,23 @@ class SizeRecord(_Record):
     linear_bits_per_weight: float
 
 
-class ModuleRecord(_Record):
-    """One quantized linear. `error` is the relative squared output error on the calibration tokens.
+class SparsityRecord(_Record):
+    """Weights of a linear that a method set to zero: `pattern` is 2:4, 4:8 or the share that was asked for.
 
-    `scheme` is a name of compressed-tensors; `group_size` is null where parameters span all inputs of an output
+    `zeros` is the share that is zero in what is served, those that a scheme rounds to zero as well; `sha256` is of
+    where they are, a bit for each weight, row by row.
+    """
+
+    pattern: str
+    zeros: float
+    sha256: str
+
+
+class ModuleRecord(_Record):
+    """One linear that is quantized, or pruned and kept in 16 bits.
+
+    `error` is the relative squared output error on the calibration tokens. `scheme` is a name of compressed-tensors, or
+    BF16 or FP16; `group_size` is null where parameters span all inputs of an output
     channel; `methods` were applied in this order; `alpha` is the exponent of the scale of its inputs, if it has one
     (1 where SmoothQuant's is the minimum itself, and no power).
     `inputs` says how engines round what it reads ("int8 by token"), `input_scale` is what they divide it by where
@@ -78,6 +91,7 @@ class ModuleRecord(_Record):
     input_scale: float | None = None
     weights: int | None = None
     bytes: int | None = None
+    sparsity: SparsityRecord | None = None
 
 
 class KVLayerRecord(_Record):

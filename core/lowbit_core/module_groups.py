@@ -1,6 +1,6 @@
 """The mix of a checkpoint: its quantized linears, those that are stored and were made alike together."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lowbit_core.manifest import Manifest, ModuleRecord
@@ -17,6 +17,8 @@ class ModuleGroup:
     linears: int
     weights: int | None = None  # of all of them, where each says how many
     stored_bytes: int | None = None
+    sparsity: str | None = None  # the pattern of its zeros, where a method made them
+    zeros: float | None = None  # their share
 
     @property
     def bits_per_weight(self) -> float | None:
@@ -25,19 +27,40 @@ class ModuleGroup:
 
     def __str__(self) -> str:
         size = "channels" if self.group_size is None else f"groups of {self.group_size}"
-        return f"{self.linears} x {self.scheme} in {size} by {', then '.join(self.methods)}"
+        words = f"{self.linears} x {self.scheme} in {size} by {', then '.join(self.methods)}"
+        return words if self.sparsity is None else f"{words}, {self.sparse}"
+
+    @property
+    def sparse(self) -> str:
+        """The pattern of its zeros and their share; empty where no method made any."""
+        return "" if self.zeros is None else f"sparsity {self.sparsity}, {self.zeros:.1%} zeros"
 
 
 def module_groups(manifest: Manifest) -> list[ModuleGroup]:
     """The mix of a checkpoint, the most frequent first."""
-    alike: dict[tuple[str, float, int | None, tuple[str, ...]], list[ModuleRecord]] = {}
+    alike: dict[tuple[tuple[str, float, int | None, tuple[str, ...]], str | None], list[ModuleRecord]] = {}
     for one in manifest.modules:
-        alike.setdefault((one.scheme, one.bits, one.group_size, tuple(one.methods)), []).append(one)
+        pattern = one.sparsity.pattern if one.sparsity else None
+        kind = (one.scheme, one.bits, one.group_size, tuple(one.methods))
+        alike.setdefault((kind, pattern), []).append(one)
     ordered = sorted(alike.items(), key=lambda item: -len(item[1]))
     return [
-        ModuleGroup(*kind, len(some), _sum(one.weights for one in some), _sum(one.bytes for one in some))
-        for kind, some in ordered
+        ModuleGroup(
+            *kind,
+            len(some),
+            _sum(one.weights for one in some),
+            _sum(one.bytes for one in some),
+            pattern,
+            _zeros(some),
+        )
+        for (kind, pattern), some in ordered
     ]
+
+
+def _zeros(some: Sequence[ModuleRecord]) -> float | None:
+    """The share of zeros in all of them, where a method made some."""
+    counts = [(one.sparsity.zeros, one.weights or 1) for one in some if one.sparsity]
+    return sum(share * count for share, count in counts) / sum(n for _, n in counts) if counts else None
 
 
 def _sum(counts: Iterable[int | None]) -> int | None:

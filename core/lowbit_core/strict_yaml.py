@@ -1,5 +1,9 @@
-"""YAML in which a key may stand only once: what a person wrote twice, one of the two is a mistake."""
+"""YAML in which a key may stand only once: what a person wrote twice, one of the two is a mistake.
 
+Digits with colons between them (2:4) are text, as in YAML 1.2, and no number to the base of 60.
+"""
+
+import re
 from typing import Any
 
 import yaml
@@ -14,6 +18,21 @@ class _StrictLoader(yaml.SafeLoader):
                 None, None, f"the key {twice!r} stands twice", node.start_mark
             )
         return super().construct_mapping(node, deep)
+
+
+SEXAGESIMAL = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
+
+
+def _text_of_colons(loader: _StrictLoader, node: yaml.ScalarNode) -> Any:
+    """A number, or the text of one that YAML 1.1 writes to the base of 60."""
+    if SEXAGESIMAL.fullmatch(node.value):
+        return loader.construct_yaml_str(node)
+    integer = node.tag.endswith(":int")
+    return loader.construct_yaml_int(node) if integer else loader.construct_yaml_float(node)
+
+
+for _tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float"):
+    _StrictLoader.add_constructor(_tag, _text_of_colons)
 
 
 def strict_load(text: str) -> Any:

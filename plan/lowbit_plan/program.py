@@ -231,7 +231,7 @@ def _rules(matches: Sequence[tuple[Option, Sequence[str]]]) -> list[dict[str, An
             "match": list(names),
             "scheme": option.scheme,
             **({} if option.group_size is None else {"group_size": option.group_size}),
-            **({"methods": list(option.methods)} if option.methods else {}),
+            **({"methods": [step.model_dump() for step in option.methods]} if option.methods else {}),
         }
         for option, names in matches
         if option.scheme != NONE

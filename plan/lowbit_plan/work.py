@@ -144,7 +144,7 @@ def experts_used(plan: Plan) -> int:
 def _product(plan: Plan, prefix: str, layer: nn.Module, group: LinearGroup) -> Product:
     linears = [linear_of(layer, name) for name in group.linears]
     entry = plan.modules.get(f"{prefix}.{group.linears[0]}")
-    scheme = entry.scheme if entry else None
+    scheme = entry.scheme if entry and entry.compressed else None
     inputs, outputs = linears[0].in_features, sum(one.out_features for one in linears)
     size = (
         sum(scheme.bytes(one.out_features, inputs)[0] for one in linears)
@@ -157,7 +157,7 @@ def _product(plan: Plan, prefix: str, layer: nn.Module, group: LinearGroup) -> P
 def _head(plan: Plan) -> Product:
     inputs, outputs = int(plan.config.hidden_size), int(plan.config.vocab_size)
     entry = plan.modules.get(plan.architecture.head)
-    if entry is None:
+    if entry is None or not entry.compressed:
         return Product(inputs, outputs, None, inputs * outputs * plan.dtype.itemsize)
     return Product(inputs, outputs, entry.scheme, entry.scheme.bytes(outputs, inputs)[0])
 

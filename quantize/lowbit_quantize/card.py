@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from lowbit_core.manifest import DivergenceRecord, Manifest
+from lowbit_core.module_groups import module_groups
 from lowbit_core.serving import serving_commands
 from lowbit_core.tensorrt_llm import tensorrt_llm_reads
 from lowbit_quantize.run.companions import CARD
@@ -79,7 +80,7 @@ def _lines(manifest: Manifest, quantization: Mapping[str, Any]) -> Iterator[str]
     yield (
         f"Made of `{manifest.base.name}` ({manifest.base.model_type}, {manifest.base.dtype}) by Lowbit: "
         f"{size.bytes / 1e9:.2f} GB where the base has {size.base_bytes / 1e9:.2f} GB, "
-        f"{size.linear_bits_per_weight:.2f} bits for each weight that is quantized."
+        f"{size.linear_bits_per_weight:.2f} bits for each weight of the linears below."
     )
     yield from _modules(manifest)
     yield from _quality(manifest)
@@ -87,7 +88,10 @@ def _lines(manifest: Manifest, quantization: Mapping[str, Any]) -> Iterator[str]
 
 
 def _words(manifest: Manifest) -> str:
-    return " and ".join(sorted({module.scheme for module in manifest.modules}))
+    sparse = (f" ({one.sparsity.pattern} sparse)" if one.sparsity else "" for one in manifest.modules)
+    return " and ".join(
+        sorted({one.scheme + words for one, words in zip(manifest.modules, sparse, strict=True)})
+    )
 
 
 def _modules(manifest: Manifest) -> Iterator[str]:
@@ -103,6 +107,7 @@ def _modules(manifest: Manifest) -> Iterator[str]:
     yield from ("", "| scheme | groups | chosen by | inputs | linears |", "|---|---|---|---|---|")
     for (scheme, group, methods, inputs), count in sorted(counted.items(), key=str):
         yield f"| {scheme} | {group} | {methods} | {inputs} | {count} |"
+    yield from (f"\n{words}" for words in _zeros(manifest))
     if manifest.kv_cache:
         yield from ("", f"Keys and values: {manifest.kv_cache.dtype}, with calibrated scales in the files.")
     if manifest.experts and manifest.experts.kept < manifest.experts.experts:
@@ -112,6 +117,16 @@ def _modules(manifest: Manifest) -> Iterator[str]:
             f"Routed experts: {manifest.experts.kept} of {manifest.experts.experts} in each layer, chosen by "
             f"{manifest.experts.criterion}; the others were {how}.",
         )
+
+
+def _zeros(manifest: Manifest) -> Iterator[str]:
+    """What of the weights a method set to zero, by pattern."""
+    for group in module_groups(manifest):
+        if group.zeros is not None:
+            yield (
+                f"Of {group.linears} linears {group.zeros:.1%} of the weights are zero (sparsity {group.sparsity}, by "
+                f"{' and '.join(group.methods)}). They are stored as zeros: the files are no smaller for them."
+            )
 
 
 def _quality(manifest: Manifest) -> Iterator[str]:
@@ -169,7 +184,7 @@ def _serving(manifest: Manifest, quantization: Mapping[str, Any]) -> Iterator[st
             "`lowbit export ./DIRECTORY --to gguf --out model.gguf` writes it for llama.cpp where its scheme fits; "
             "`--help` has the other runtimes.",
         )
-    if manifest.export is None and manifest.modules:
+    if manifest.export is None and quantization.get("config_groups"):
         algorithm, reason = tensorrt_llm_reads(quantization)
         read = f"reads it as it is, as {algorithm}" if algorithm else f"does not read it as it is: {reason}"
         yield from ("", f"TensorRT-LLM, by its own rules and not run, {read}.")

@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from lowbit_core.names import did_you_mean
 from lowbit_quantize.methods.awq import Awq
 from lowbit_quantize.methods.gptq import Gptq
+from lowbit_quantize.methods.magnitude import Magnitude
 from lowbit_quantize.methods.method import Method
 from lowbit_quantize.methods.rtn import RoundToNearest
 from lowbit_quantize.methods.smoothquant import SmoothQuant
+from lowbit_quantize.methods.sparsegpt import SparseGpt
+from lowbit_quantize.methods.wanda import Wanda
 from lowbit_quantize.passes.distill_router import DistillRouterKind
 from lowbit_quantize.passes.kind import PassKind
 from lowbit_quantize.passes.prune_experts import PruneExpertsKind
@@ -35,7 +38,7 @@ CATALOG = Catalog(
         *float_blocks.PRESETS,
         *rounded_integers.PRESETS,
     ),
-    methods=(RoundToNearest(), Awq(), SmoothQuant(), Gptq()),
+    methods=(RoundToNearest(), Awq(), SmoothQuant(), Gptq(), Magnitude(), Wanda(), SparseGpt()),
     passes=(PruneExpertsKind(), DistillRouterKind(), QuantizeKind()),
 )
 

@@ -56,7 +56,8 @@ def check_opened(modules: Mapping[str, ModulePlan], names: PublishedNames, skele
 
 
 def check_width(name: str, inputs: int, entry: ModulePlan, linears: Any, *, fixed_size: bool) -> None:
-    """A linear's inputs must fill whole groups, of which a scheme with a `fixed_size` has no others."""
+    """A linear's inputs must fill its pattern of zeros and whole groups, of which a `fixed_size` has no others."""
+    _check_pattern(name, inputs, entry)
     reason = entry.scheme.misfit(inputs)
     if reason is None:
         return
@@ -76,6 +77,18 @@ def check_width(name: str, inputs: int, entry: ModulePlan, linears: Any, *, fixe
         f"modules: {entry.scheme.name} does not fit the {inputs} inputs of {name}: {reason}; {hint}, "
         "or leave it as it is with scheme: none"
     )
+
+
+def _check_pattern(name: str, inputs: int, entry: ModulePlan) -> None:
+    """A linear's inputs must fill whole groups of a pattern of zeros."""
+    pruner = entry.pruner
+    reason = pruner.sparsity.misfit(inputs) if pruner else None
+    if pruner is not None and reason is not None:
+        raise RecipeError(
+            f"modules: {pruner.name} with sparsity {pruner.sparsity} does not fit the {inputs} inputs of {name}: "
+            f"{reason}; give a ratio, such as sparsity: {pruner.sparsity.zeros:g}, or a rule for it without "
+            f"{pruner.name}"
+        )
 
 
 def check_outputs(names: Sequence[str], outputs: Sequence[int], entry: ModulePlan) -> None:

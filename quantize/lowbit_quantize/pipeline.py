@@ -13,6 +13,7 @@ from lowbit_quantize.catalog import CATALOG, Catalog
 from lowbit_quantize.check.forecast import run_disk_bytes, streams_bytes
 from lowbit_quantize.check.reload import TokenizerAnswers, answers_of, check_reload
 from lowbit_quantize.check.weights import Base, base_of, check_numbers, checked_base, say_rest, stored_weights
+from lowbit_quantize.check.zeros import check_zeros
 from lowbit_quantize.device import ranks
 from lowbit_quantize.device.memory import return_freed_memory
 from lowbit_quantize.model.decoder import Decoder
@@ -92,6 +93,7 @@ def quantize(
             beside = write_rest(plan, base, walk, run)
             check_reload(out, base.foreign, answers, walk.unopened, trust_remote_code=trust_remote_code)
             manifest = manifest_of(plan, base, beside, walk, texts[0], measured, clock, run)
+            check_zeros(plan, out, manifest.modules)
             card = write_card(out, manifest, base.weights.files.directory)
             manifest = manifest.model_copy(update={"files": manifest.files | {card.name: file_record(card)}})
             write_manifest(out, manifest)
@@ -179,10 +181,10 @@ def _configuration(plan: Plan, base: Base) -> dict[str, Any]:
     schemes = {
         known: entry.scheme
         for name, entry in plan.modules.items()
-        if plan.stays(name)
+        if plan.stays(name) and entry.compressed
         for known in plan.architecture.engine_names(name, plan.names.published(name))
     }
-    unquantized = (*plan.unquantized, *draft_linears(base.rest.carried))
+    unquantized = (*plan.unquantized, *plan.plain, *draft_linears(base.rest.carried))
     return served_config(
         plan.reference.config,
         plan.reference.written_config,

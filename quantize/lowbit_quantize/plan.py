@@ -25,7 +25,7 @@ from lowbit_quantize.model.files.kept_types import KeptTypes
 from lowbit_quantize.model.files.published_floats import PublishedFloats, published_floats
 from lowbit_quantize.model.files.published_names import PublishedNames
 from lowbit_quantize.model.reference import ModelReference
-from lowbit_quantize.model.skeleton import is_tied, text_config
+from lowbit_quantize.model.skeleton import half_precision, is_tied, text_config
 from lowbit_quantize.pass_list import make_passes
 from lowbit_quantize.recipe import QUANTIZE, Recipe
 from lowbit_quantize.rules import Wanted, resolve
@@ -80,11 +80,7 @@ class Plan:
     @property
     def dtype(self) -> torch.dtype:
         """What the model computes in, and what is not quantized is stored in."""
-        asked = self.recipe.base.dtype
-        named = (
-            (self.reference.config.dtype or self.config.dtype) if asked == "auto" else getattr(torch, asked)
-        )
-        return named if named in (torch.bfloat16, torch.float16) else torch.bfloat16
+        return half_precision(self.reference.config, self.recipe.base.dtype)
 
     @property
     def paired(self) -> bool:
@@ -172,8 +168,14 @@ class Plan:
         return tuple(published(name) for name in names if name not in self.modules and self.stays(name))
 
     @cached_property
+    def plain(self) -> tuple[str, ...]:
+        """Published names of the linears with an entry that are stored as the base stores its own, pruned alone."""
+        names = (name for name, one in self.modules.items() if not one.compressed and self.stays(name))
+        return tuple(map(self.names.published, names))
+
+    @cached_property
     def unquantized(self) -> tuple[str, ...]:
-        """Published names of all that a checkpoint says is not quantized: the head, routers and gates as well."""
+        """Published names of all that keeps its numbers: the head, routers and gates as well."""
         published = self.names.published
         gates = dict.fromkeys(
             published(f"{prefix}.{name}")
@@ -214,7 +216,8 @@ def make_plan(reference: ModelReference, recipe: Recipe, catalog: Catalog = CATA
     passes = make_passes(recipe.passes, reference, architecture, catalog)
     recipe = without_unread_scales(recipe, architecture)
     _check_positions(reference, recipe)
-    modules, left_because = table_of(skeleton, architecture, recipe, catalog)
+    dtype = half_precision(reference.config, recipe.base.dtype)
+    modules, left_because = table_of(skeleton, architecture, recipe, catalog, dtype)
     if modules and not any(one.name == QUANTIZE for one in passes):
         raise RecipeError(
             f"modules quantize {len(modules)} linears and passes lacks {QUANTIZE}; add it to passes"
@@ -245,26 +248,27 @@ def decoder_linears(skeleton: nn.Module, architecture: Architecture) -> dict[str
 
 
 def table_of(
-    skeleton: nn.Module, architecture: Architecture, recipe: Recipe, catalog: Catalog
+    skeleton: nn.Module, architecture: Architecture, recipe: Recipe, catalog: Catalog, dtype: torch.dtype
 ) -> tuple[Modules, dict[str, str]]:
-    """The entry of each linear that a rule quantizes, in the order of the layers, and why the others have none.
+    """The entry of each linear that a rule changes, in the order of the layers, and why the others have none.
 
-    Raises RecipeError.
+    `dtype` is what is not quantized is stored in. Raises RecipeError.
     """
     linears = decoder_linears(skeleton, architecture)
     others = [name for name, module in skeleton.named_modules() if _has_matrix(module)]
     names = PublishedNames(skeleton)
     published = {name: names.published(name) for name in dict.fromkeys([*linears, *others])}
     head, fixed = _outside(skeleton, architecture)
-    wanted = resolve(recipe.modules, published, linears.keys(), catalog, head.keys(), fixed)
+    wanted = resolve(recipe.modules, published, linears.keys(), catalog, head.keys(), fixed, dtype)
     sets = list(fused_sets(skeleton, architecture))
     modules: dict[str, ModulePlan] = {}
     for one in sets:
         entry = _shared_entry(one, wanted, published)
         modules.update(dict.fromkeys(one, entry) if entry else {})
     modules = {name: modules[name] for name in linears if name in modules}
-    check_experts(modules, linears, architecture, published)
-    check_opened(modules, names, skeleton)
+    compressed = {name: entry for name, entry in modules.items() if entry.compressed}
+    check_experts(compressed, linears, architecture, published)
+    check_opened(compressed, names, skeleton)
     modules |= {name: entry for name in head if (entry := wanted[name].entry)}
     fixed_sizes = {preset.name for preset in catalog.presets if preset.fixed_size}
     for name, entry in modules.items():

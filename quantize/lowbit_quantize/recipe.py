@@ -46,18 +46,52 @@ def _is_file(text: str, path: Path) -> bool:
     return text not in ("", BUNDLED) and not text.startswith("hub:")
 
 
+class Step(Section):
+    """Something by name with its options, written `name` or `name: {option: value}`."""
+
+    name: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_key(cls, data: Any) -> Any:
+        if isinstance(data, str):
+            return {"name": str(data)}
+        if isinstance(data, dict) and len(data) == 1:
+            name, options = next(iter(data.items()))
+            return {"name": str(name), "options": {} if options is None else options}
+        raise ValueError(f"{cls._noun()} is its name, or `name: {{option: value}}`")
+
+    @classmethod
+    def _noun(cls) -> str:
+        return "a step"
+
+    @model_serializer
+    def _as_written(self) -> str | dict[str, Any]:
+        return {self.name: self.options} if self.options else self.name
+
+
+class MethodStep(Step):
+    """A method of a rule."""
+
+    @classmethod
+    def _noun(cls) -> str:
+        return "a method"
+
+
 class Rule(Section):
     """How the linears that `match` names are stored, and how their numbers are chosen.
 
     `match` is a full name, a pattern with `*`, or `re:` and a regular expression; or a list of these. `scheme` is a
     name of the table (catalog.py) or `none`; `group_size` inputs share parameters, `channel` means all of a
-    row. `methods` in order: the last one quantizes.
+    row. `methods` in order: the last one quantizes. With `none` a method may set weights to zero, and the others keep
+    their numbers' type.
     """
 
     match: tuple[str, ...] = Field(min_length=1)
     scheme: str
     group_size: Literal["channel"] | int | None = None
-    methods: tuple[str, ...] | None = None
+    methods: tuple[MethodStep, ...] | None = None
 
     @field_validator("group_size", mode="plain")
     @classmethod
@@ -68,10 +102,8 @@ class Rule(Section):
 
     @model_validator(mode="after")
     def _none_has_nothing(self) -> "Rule":
-        if self.scheme == NONE and (self.group_size is not None or self.methods):
-            raise ValueError(
-                "scheme none leaves linears as they are; group_size and methods go with another scheme"
-            )
+        if self.scheme == NONE and self.group_size is not None:
+            raise ValueError("scheme none has no groups; group_size goes with another scheme")
         return self
 
 
@@ -109,25 +141,12 @@ class KVCache(Section):
         return self
 
 
-class PassStep(Section):
-    """A pass by name with its options, written `name` or `name: {option: value}`."""
+class PassStep(Step):
+    """A pass."""
 
-    name: str
-    options: dict[str, Any] = Field(default_factory=dict)
-
-    @model_validator(mode="before")
     @classmethod
-    def _one_key(cls, data: Any) -> Any:
-        if isinstance(data, str):
-            return {"name": str(data)}
-        if isinstance(data, dict) and len(data) == 1:
-            name, options = next(iter(data.items()))
-            return {"name": str(name), "options": {} if options is None else options}
-        raise ValueError("a pass is its name, or `name: {option: value}`")
-
-    @model_serializer
-    def _as_written(self) -> str | dict[str, Any]:
-        return {self.name: self.options} if self.options else self.name
+    def _noun(cls) -> str:
+        return "a pass"
 
 
 class Text(Section):

@@ -45,7 +45,8 @@ def _linear_bytes(manifest: Manifest) -> float:
 
 def _name(group: ModuleGroup) -> str:
     size = "channel" if group.group_size is None else str(group.group_size)
-    return short(f"{group.scheme}, {size}, {'+'.join(group.methods)}")
+    sparse = f", {group.sparse}" if group.sparse else ""
+    return short(f"{group.scheme}, {size}, {'+'.join(group.methods)}{sparse}")
 
 
 def _table(manifest: Manifest, groups: Sequence[ModuleGroup]) -> Table:

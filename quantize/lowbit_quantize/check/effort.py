@@ -100,10 +100,12 @@ def _shape(layer: nn.Module, group: LinearGroup) -> tuple[int, int]:
 
 def _quantizing(entry: ModulePlan, group: LinearGroup, inputs: int, outputs: int, tokens: float) -> float:
     """Operations in float32 for one group: Hessian, factor, codes, refined scales, and what it aims at."""
-    if "hessian" not in entry.quantizer.needs:
+    if not any("hessian" in method.needs for method in entry.methods):
         return 0.0
     square = inputs * inputs
     total = tokens * square * 7 / 6 + 3 * outputs * square  # the Hessian's blocks, and refining
+    if entry.pruner is not None:
+        total += 2 * entry.pruner.products * outputs * square
     if not entry.compensates:
         return total
     total += inputs * square / 3 + outputs * square

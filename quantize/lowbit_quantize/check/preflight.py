@@ -24,6 +24,7 @@ from lowbit_quantize.quality.dataset import load_texts
 from lowbit_quantize.recipe import Recipe
 from lowbit_quantize.run.directory import check_disk, refuse_foreign
 from lowbit_quantize.schemes.processors.linears import LINEARS, SCALES_OF_HEADS
+from lowbit_quantize.schemes.processors.sparsity import gains
 from lowbit_quantize.schemes.scheme import KERNELS, Scheme
 
 GIB = 1 << 30
@@ -65,6 +66,7 @@ def dry_run(
         "experts": plan.experts,
         "unopened": [record.model_dump() for record in unopened_records(plan)],
         "schemes": _schemes(plan),
+        "sparsity": _sparsity(plan),
         "scales_of_heads": SCALES_OF_HEADS if plan.scales_by_head else None,
         "tensor_parallel": [_serving(plan, size, gpu_memory_gib) for size in PARALLEL_SIZES],
     }
@@ -110,6 +112,22 @@ def _schemes(plan: Plan) -> list[dict[str, Any]]:
             "measured_here": [asdict(row) for row in of_kernels(scheme.cpu_kernels, here)],
         }
         for scheme, count in counts.items()
+    ]
+
+
+def _sparsity(plan: Plan) -> list[dict[str, Any]]:
+    """Of each pattern of zeros: how many linears get it, by what, and which runtime gains from it."""
+    pruners = Counter(entry.pruner for entry in plan.modules.values() if entry.pruner)
+    return [
+        {
+            "sparsity": str(pruner.sparsity),
+            "method": pruner.name,
+            "linears": count,
+            "zeros": pruner.sparsity.zeros,
+            "bytes_saved": 0,
+            "gains": gains(pruner.sparsity),
+        }
+        for pruner, count in pruners.items()
     ]
 
 
@@ -162,6 +180,9 @@ def table(report: dict[str, Any]) -> Group:
         facts.add_row("plain transformers", str(UnopenedRecord(**record)))
     for name, words in _scheme_rows(report):
         facts.add_row(name, words)
+    for found in report["sparsity"]:
+        words = f"{found['linears']} linears by {found['method']}; zeros are stored, so no bytes are saved"
+        facts.add_row(f"sparsity {found['sparsity']}", f"{words}; {found['gains']}")
     if report["scales_of_heads"]:
         facts.add_row("FP8 cache, scales of heads", f"read by {report['scales_of_heads']}")
     serving = Table(

@@ -13,6 +13,7 @@ from lowbit_core.errors import CheckpointError
 from lowbit_core.manifest import MANIFEST_NAME, Manifest, ModuleRecord, read_manifest, verify_files
 from lowbit_quantize.catalog import Catalog
 from lowbit_quantize.model.weights import INDEX_NAME
+from lowbit_quantize.schemes.dense import NAMES as DENSE
 from lowbit_quantize.schemes.scheme import Quantized, Scheme
 
 
@@ -33,7 +34,9 @@ class Checkpoint:
         verify_files(directory, manifest, hashes=False)
         self.manifest: Manifest = manifest
         self._presets = {preset.name: preset for preset in catalog.presets}
-        self.modules: Mapping[str, ModuleRecord] = {module.name: module for module in manifest.modules}
+        self.modules: Mapping[str, ModuleRecord] = {
+            module.name: module for module in manifest.modules if module.scheme not in DENSE.values()
+        }
 
     @cached_property
     def config(self) -> dict[str, Any]:

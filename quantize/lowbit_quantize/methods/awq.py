@@ -46,7 +46,9 @@ class Awq:
     def cost(self, hessian: Tensor) -> Tensor:
         return hessian
 
-    def quantize(self, weight: Tensor, hessian: Tensor, scheme: Scheme) -> Quantized:
+    def quantize(
+        self, weight: Tensor, hessian: Tensor, scheme: Scheme, mask: Tensor | None = None
+    ) -> Quantized:
         return refined_nearest(weight, hessian, scheme)
 
 

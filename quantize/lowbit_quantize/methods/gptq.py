@@ -49,20 +49,24 @@ class Gptq:
         """What an error in each column costs once the columns after it have made up for it: L_jj², (in,)."""
         return _remaining_variance(*ordered_factor(hessian.unsqueeze(0)))[0]
 
-    def quantize(self, weight: Tensor, hessian: Tensor, scheme: Scheme) -> Quantized:
+    def quantize(
+        self, weight: Tensor, hessian: Tensor, scheme: Scheme, mask: Tensor | None = None
+    ) -> Quantized:
         if weight.dim() == 2:
-            (one,) = _quantized(weight.unsqueeze(0), hessian.unsqueeze(0), scheme).split()
+            alone = None if mask is None else mask.unsqueeze(0)
+            (one,) = _quantized(weight.unsqueeze(0), hessian.unsqueeze(0), scheme, alone).split()
             return one
-        return _quantized(weight, hessian, scheme)
+        return _quantized(weight, hessian, scheme, mask)
 
 
-def _quantized(weight: Tensor, hessian: Tensor, scheme: Scheme) -> Quantized:
+def _quantized(weight: Tensor, hessian: Tensor, scheme: Scheme, mask: Tensor | None) -> Quantized:
     """Weights of one shape, (n, out, in), on Hessians (n, in, in)."""
     order, factor = ordered_factor(hessian)
     params = scheme.search(weight, _remaining_variance(order, factor))
     groups = order // scheme.width(weight.shape[-1])
     factor.div_(factor.diagonal(dim1=1, dim2=2).unsqueeze(1))
-    ordered = dealt_codes(take_rows(weight.mT, order), params, groups, factor, scheme)
+    kept = None if mask is None else take_rows(mask.mT, order)
+    ordered = dealt_codes(take_rows(weight.mT, order), params, groups, factor, scheme, kept)
     codes = torch.empty_like(ordered)
     for one, rank, found in zip(codes, order, ordered, strict=True):
         one[rank] = found
@@ -70,16 +74,41 @@ def _quantized(weight: Tensor, hessian: Tensor, scheme: Scheme) -> Quantized:
     return Quantized(codes, scheme.refine(codes, params, weight, hessian), scheme)
 
 
-def dealt_codes(turned: Tensor, params: Params, groups: Tensor, shares: Tensor, scheme: Scheme) -> Tensor:
-    """`gptq_codes` of weights that lie transposed and ordered, (n, in, out), block of rows by block of rows."""
+def dealt_codes(
+    turned: Tensor,
+    params: Params,
+    groups: Tensor,
+    shares: Tensor,
+    scheme: Scheme,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """`gptq_codes` of weights that lie transposed and ordered, (n, in, out), block of rows by block of rows.
+
+    What `mask`, (n, in, out), does not keep is zero before and after.
+    """
 
     def rows(block: slice) -> Tensor:
         columns = scheme.columns({name: values[:, block] for name, values in params.items()}, groups)
+        if mask is not None:
+            columns = _masked(columns, mask[:, :, block])
         return gptq_codes(turned[:, :, block], columns, shares, scheme.code_dtype)
 
     step = column_rows(turned.device)
     blocks = [slice(start, start + step) for start in range(0, turned.shape[2], step)]
     return torch.cat(ranks.spread(rows, blocks, turned.device), dim=2)
+
+
+def _masked(
+    columns: Callable[[slice], Sequence[QuantizeColumn]], mask: Tensor
+) -> Callable[[slice], Sequence[QuantizeColumn]]:
+    """The same quantizers, which aim at zero wherever the mask, (n, in, rows), does not keep a weight."""
+
+    def one(quantize: QuantizeColumn, kept: Tensor) -> QuantizeColumn:
+        return lambda aim, column, code, left: quantize(aim.mul_(kept), column, code, left)
+
+    return lambda block: [
+        one(quantize, kept) for quantize, kept in zip(columns(block), mask[:, block].unbind(1), strict=True)
+    ]
 
 
 def _remaining_variance(order: Tensor, factor: Tensor) -> Tensor:
@@ -88,14 +117,16 @@ def _remaining_variance(order: Tensor, factor: Tensor) -> Tensor:
     return torch.empty_like(variance).scatter_(1, order, variance)
 
 
-def ordered_factor(hessian: Tensor) -> tuple[Tensor, Tensor]:
+def ordered_factor(hessian: Tensor, together: int = 1) -> tuple[Tensor, Tensor]:
     """How columns lie, (n, in), the first to be quantized last, and the lower L of L Lᵀ = H' + λI in this order.
+
+    So many columns stay `together`, side by side as they were, in the order of their mean.
 
     Of Hessians (n, in, in). H' is H with a tenth less between inputs (shrunk towards its diagonal, as by Ledoit and
     Wolf 2004): what inputs have in common on one text they have less on another. λ is raised until all of them can be
     factored; raises NumericsError.
     """
-    order = hessian.diagonal(dim1=1, dim2=2).argsort(descending=True, stable=True).flip(1)
+    order = _rising(hessian.diagonal(dim1=1, dim2=2), together)
     for damping in DAMPING:  # one name for all steps: few of these large matrices are held
         factor = torch.empty_like(hessian)
         for one, matrix, rank in zip(factor, hessian, order, strict=True):
@@ -109,6 +140,14 @@ def ordered_factor(hessian: Tensor) -> tuple[Tensor, Tensor]:
         if not failed.any() and torch.isfinite(torch.stack(torch.aminmax(factor.mT))).all():
             return order, factor
     raise NumericsError(f"an input Hessian cannot be factored even with damping {DAMPING[-1]}")
+
+
+def _rising(variance: Tensor, together: int) -> Tensor:
+    """Places of columns by rising variance, (n, in); runs of `together` are not torn apart."""
+    if together == 1:
+        return variance.argsort(descending=True, stable=True).flip(1)
+    runs = variance.unflatten(1, (-1, together)).mean(-1).argsort(descending=True, stable=True).flip(1)
+    return (runs.unsqueeze(-1) * together + torch.arange(together, device=variance.device)).flatten(1)
 
 
 def gptq_codes(

@@ -49,7 +49,8 @@ class Method(Protocol):
 
     `needs`: what it must be given beside the weight; `base_stream` lets the base model's calibration tokens walk too,
     and weights are then aimed at what makes up for earlier errors (statistics/error_compensation.py).
-    `scales_inputs`: whether `input_scale` may give a scale. Only such methods may stand before another.
+    `scales_inputs`: whether `input_scale` may give a scale. Only such methods, and those that prune (pruner.py), may
+    stand before another.
     """
 
     @property
@@ -67,10 +68,13 @@ class Method(Protocol):
         """What an error costs when this method quantizes, (in, in) or its diagonal (in,)."""
         ...
 
-    def quantize(self, weight: Tensor, hessian: Tensor, scheme: Scheme) -> Quantized:
+    def quantize(
+        self, weight: Tensor, hessian: Tensor, scheme: Scheme, mask: Tensor | None = None
+    ) -> Quantized:
         """Quantize a weight (out, in) on inputs of this Hessian (in, in); raises NumericsError.
 
-        Or several of one shape at once, (n, out, in) and (n, in, in): each becomes what it would by itself.
+        Or several of one shape at once, (n, out, in) and (n, in, in): each becomes what it would by itself. The weight
+        is zero off the `mask`, (out, in) of booleans, of a method before this one, and stays so.
         """
         ...
 

@@ -19,6 +19,8 @@ class RoundToNearest:
     def cost(self, hessian: Tensor) -> Tensor:
         return hessian
 
-    def quantize(self, weight: Tensor, hessian: Tensor, scheme: Scheme) -> Quantized:
+    def quantize(
+        self, weight: Tensor, hessian: Tensor, scheme: Scheme, mask: Tensor | None = None
+    ) -> Quantized:
         params = scheme.search(weight, None)
         return Quantized(scheme.quantize(weight, params), params, scheme)

@@ -25,6 +25,12 @@ def text_config(config: Any) -> Any:
     return config.get_text_config(decoder=True)
 
 
+def half_precision(config: Any, asked: str = "auto") -> torch.dtype:
+    """What a model computes in: as asked, or as its configuration says; bfloat16 where that is no half precision."""
+    named = (config.dtype or text_config(config).dtype) if asked == "auto" else getattr(torch, asked)
+    return named if named in HALF else torch.bfloat16
+
+
 def given(config: Any, name: str) -> Any:
     """A value of a configuration; None where there is none, or one for each layer."""
     try:

@@ -162,7 +162,7 @@ def _candidate_of(record: ModuleRecord | None, candidates: Sequence[Candidate]) 
         elif (
             one.scheme == record.scheme
             and (one.group_size in (None, record.group_size or "channel"))
-            and list(one.methods or ()) == list(record.methods)
+            and [step.name for step in one.methods or ()] == list(record.methods)
         ):
             return one.name
     return None

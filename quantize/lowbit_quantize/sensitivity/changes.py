@@ -82,7 +82,7 @@ class FeltGroup:
         scale = _input_scale(self.group, entry, weight, hessian, inputs)
         if scale is not None:
             weight, hessian = weight * scale, hessian / torch.outer(scale, scale)
-        served = entry.quantizer.quantize(weight, hessian, entry.scheme).dequantize()
+        served = entry.quantized(weight, hessian).dequantize()
         difference = served - weight if scale is None else (served - weight) / scale
         quantizer, input_scale = entry.scheme.input_quantizer, None
         if quantizer is not None and quantizer.static and sample is not None and inputs is not None:

@@ -9,7 +9,7 @@ from lowbit_quantize.cache_layers import layers_in_fp8
 from lowbit_quantize.catalog import CATALOG
 from lowbit_quantize.model.architecture import linear_of
 from lowbit_quantize.plan import Plan, fused_sets, table_of
-from lowbit_quantize.recipe import NONE, KVCache, Recipe, Rule
+from lowbit_quantize.recipe import NONE, KVCache, MethodStep, Recipe, Rule
 from lowbit_quantize.rules import DEFAULT_METHODS
 from lowbit_quantize.sensitivity.report import CACHE, HEAD, Candidate
 from lowbit_quantize.walk.module_plan import ModulePlan, Modules
@@ -57,7 +57,7 @@ def _candidate(text: str, recipe: Recipe) -> Candidate:
         if part.isdigit() or part == "channel":
             size = "channel" if part == "channel" else int(part)
         elif part:
-            methods = tuple(part.split("+"))
+            methods = tuple(MethodStep.model_validate(name) for name in part.split("+"))
         else:
             raise ConfigError(
                 f"--candidates {text}: allowed is SCHEME[:GROUP_SIZE][:METHOD+METHOD], such as W4A16:64:awq+gptq"
@@ -116,7 +116,7 @@ def _table(plan: Plan, candidate: Candidate, match: str) -> Modules:
         match=(match,), scheme=candidate.scheme, group_size=candidate.group_size, methods=candidate.methods
     )
     recipe = plan.recipe.model_copy(update={"modules": (rule,)})
-    return table_of(plan.skeleton, plan.architecture, recipe, CATALOG)[0]
+    return table_of(plan.skeleton, plan.architecture, recipe, CATALOG, plan.dtype)[0]
 
 
 def stored_bytes(plan: Plan, decision: Decision, entry: ModulePlan | None) -> int:

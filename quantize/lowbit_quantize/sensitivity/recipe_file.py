@@ -47,7 +47,7 @@ def _scheme(candidate: Candidate) -> str:
         if candidate.group_size is not None:
             rule["group_size"] = candidate.group_size
         if candidate.methods:
-            rule["methods"] = list(candidate.methods)
+            rule["methods"] = [step.model_dump() for step in candidate.methods]
     (first, scheme), *others = rule.items()
     lines = [f"{first}: {scheme}", *(f"    {key}: {json.dumps(value)}" for key, value in others)]
     return "\n".join(lines)

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from lowbit_core.durable import move
 from lowbit_core.errors import ConfigError
 from lowbit_core.manifest import RunRecord, TextRecord
+from lowbit_quantize.recipe import MethodStep
 
 VERSION = 1
 HEAD, CACHE = "head", "kv_cache"  # kinds of decisions
@@ -25,7 +26,7 @@ class Candidate(_Record):
     name: str
     scheme: str
     group_size: Literal["channel"] | int | None = None
-    methods: tuple[str, ...] | None = None
+    methods: tuple[MethodStep, ...] | None = None
 
 
 class Choice(_Record):

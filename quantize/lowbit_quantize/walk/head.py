@@ -61,7 +61,7 @@ def quantize_head(
     codes, served, errors, powers = [], torch.empty_like(weight), 0.0, 0.0
     for rows in _blocks(weight, block_bytes):
         target = weight[rows].float() * (1.0 if folded is None else folded.scale)
-        found = entry.quantizer.quantize(target, hessian, entry.scheme)
+        found = entry.quantized(target, hessian)
         wide = found.dequantize()
         with exact_products(torch.bfloat16):  # not exact here: three digits are enough for a report
             errors += float(output_error(target - wide, hessian))

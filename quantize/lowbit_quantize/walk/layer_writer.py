@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lowbit_core.manifest import ModuleRecord
+from lowbit_core.manifest import ModuleRecord, SparsityRecord
 from lowbit_quantize.model.architecture import Architecture
 from lowbit_quantize.model.files.published_names import PublishedNames
 from lowbit_quantize.run.journal import ShardRecord, UnopenedLinear
@@ -13,6 +13,7 @@ from lowbit_quantize.run.writer import CheckpointWriter
 from lowbit_quantize.schemes.kv_cache import KVScales
 from lowbit_quantize.schemes.scheme import Quantized
 from lowbit_quantize.schemes.storage.stored_linears import reader_of
+from lowbit_quantize.schemes.storage.zeros import zeros_of
 from lowbit_quantize.walk.head import QuantizedHead
 from lowbit_quantize.walk.layer import QuantizedLinear
 from lowbit_quantize.walk.module_plan import ModulePlan, Modules
@@ -107,6 +108,18 @@ def record_of(
         input_scale=linear.quantized.input_scale if isinstance(linear, QuantizedLinear) else None,
         weights=weights,
         bytes=stored_bytes,
+        sparsity=_sparsity(entry, linear),
+    )
+
+
+def _sparsity(entry: ModulePlan, linear: QuantizedLinear | QuantizedHead) -> SparsityRecord | None:
+    """Of the weight that is served, where a method set some of it to zero."""
+    if entry.pruner is None:
+        return None
+    served = linear.quantized.dequantize() if isinstance(linear, QuantizedLinear) else linear.weight
+    zeros = zeros_of(served)
+    return SparsityRecord(
+        pattern=str(entry.pruner.sparsity), zeros=round(zeros.share, 6), sha256=zeros.sha256
     )
 
 

@@ -152,9 +152,9 @@ def serve_alike(layer: nn.Module, waiting: Sequence[tuple[QuantizedLayer, Sequen
 
 def _quantized(states: Sequence[Waiting], plan: ModulePlan) -> list[Quantized]:
     if len(states) == 1:
-        return [plan.quantizer.quantize(states[0].weight, states[0].hessian, plan.scheme)]
+        return [plan.quantized(states[0].weight, states[0].hessian)]
     weight, hessian = (torch.stack([getattr(state, of) for state in states]) for of in ("weight", "hessian"))
-    return plan.quantizer.quantize(weight, hessian, plan.scheme).split()
+    return plan.quantized(weight, hessian).split()
 
 
 def fold_norms(

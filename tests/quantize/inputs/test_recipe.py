@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lowbit_core.errors import RecipeError
-from lowbit_quantize.recipe import RENAMED, Recipe, bundled_recipes, load_recipe
+from lowbit_quantize.recipe import RENAMED, MethodStep, Recipe, bundled_recipes, load_recipe
 
 
 @pytest.mark.parametrize("name", list(bundled_recipes()))
@@ -23,7 +23,10 @@ def test_overrides_reach_into_sections_and_lists() -> None:
 
 def test_one_name_stands_for_a_list_of_one() -> None:
     recipe = load_recipe("awq", ("modules=[{match: '*', scheme: W8A16, methods: gptq}]",))
-    assert (recipe.modules[0].match, recipe.modules[0].methods) == (("*",), ("gptq",))
+    assert (recipe.modules[0].match, recipe.modules[0].methods) == (
+        ("*",),
+        (MethodStep.model_validate("gptq"),),
+    )
 
 
 @pytest.mark.parametrize(
@@ -44,7 +47,7 @@ def test_one_name_stands_for_a_list_of_one() -> None:
         ("modules.0.group_size=true", r"modules.0.group_size = True: allowed are channel and"),
         ("modules.0.group_size=row", r"modules.0.group_size = 'row'"),
         ("modules.0.match=[]", r"modules.0.match"),
-        ("modules.0.scheme=none", r"scheme none leaves linears as they are; group_size and methods go with"),
+        ("modules.0.scheme=none", r"scheme none has no groups; group_size goes with another scheme"),
         ("passes=[{quantize: {}, distill_router: {}}]", r"passes.0.*a pass is its name, or `name: \{option"),
         ("passes=[1]", r"passes.0.*a pass is its name"),
         ("kv_cache.dtype=int8", r"kv_cache.dtype = 'int8'"),

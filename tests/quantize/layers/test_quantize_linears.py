@@ -76,7 +76,13 @@ class ScalesOnly(Awq):
 
     name = "scales only"
 
-    def quantize(self, weight: torch.Tensor, hessian: torch.Tensor, scheme: Scheme) -> Quantized:
+    def quantize(
+        self,
+        weight: torch.Tensor,
+        hessian: torch.Tensor,
+        scheme: Scheme,
+        mask: torch.Tensor | None = None,
+    ) -> Quantized:
         return Quantized(weight, scheme.search(weight, None), scheme)
 
 

@@ -51,6 +51,8 @@ def made(arguments: Sequence[str], log: Path, ranks: int) -> None:
         ("llama", WIDE, "awq-g64", 3),
         ("gemma3_text", {}, "gptq-g64", 3),
         ("qwen3_moe", {}, "gptq-g64", 2),
+        ("llama", WIDE, "sparse24-gptq-g64", 2),
+        ("qwen3_moe", {}, "sparse24-gptq-g64", 3),
         ("deepseek_v2", {}, "awq-g64", 2),
         ("gemma3n_text", {}, "gptq-g64", 2),
     ],

@@ -28,7 +28,9 @@ class RandomRounding:
     def cost(self, hessian: Tensor) -> Tensor:
         return hessian
 
-    def quantize(self, weight: Tensor, hessian: Tensor, scheme: Scheme) -> Quantized:
+    def quantize(
+        self, weight: Tensor, hessian: Tensor, scheme: Scheme, mask: Tensor | None = None
+    ) -> Quantized:
         params = scheme.search(weight, None)
         width = scheme.width(weight.shape[1])
         off = (weight - scheme.dequantize(scheme.quantize(weight, params), params)).abs()
