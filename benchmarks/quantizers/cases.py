@@ -20,7 +20,12 @@ LABELS = {
     "gptq": "GPTQ",
     "awq+gptq": "AWQ, then GPTQ",
     "smoothquant+gptq": "SmoothQuant, then GPTQ",
+    "magnitude": "magnitude, 2:4",
+    "wanda": "Wanda, 2:4",
+    "sparsegpt": "SparseGPT, 2:4",
+    "sparsegpt+gptq": "SparseGPT, 2:4, then GPTQ",
 }
+PRUNERS = ("magnitude", "wanda", "sparsegpt")
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,8 @@ class Case:
     @property
     def family(self) -> str:
         """Cases of one family are compared with each other."""
+        if any(method in PRUNERS for method in self.method.split("+")):
+            return "2:4"
         if self.scheme:
             return self.scheme
         family = "gptq" if "gptq" in self.method or self.method == "autoround" else self.method
@@ -79,6 +86,23 @@ def compressor_of_preset(scheme: str, method: str) -> Case:
     name = f"llmcompressor-{scheme.lower().replace('_', '-')}-{method}"
     return Case(name, "llmcompressor", f"llm-compressor {LABELS[method]}", method, scheme=scheme)
 
+
+# Of every four inputs two are zero; `none`: what stays keeps its 16 bits.
+SPARSE = (
+    *(
+        Case(
+            f"lowbit-{method}",
+            "lowbit",
+            f"Lowbit {LABELS[method]}",
+            method,
+            recipe_settings=BARE,
+            scheme="none",
+        )
+        for method in PRUNERS
+    ),
+    Case("llmcompressor-sparsegpt", "llmcompressor", "llm-compressor SparseGPT, 2:4", "sparsegpt"),
+    lowbit("sparsegpt+gptq", bare=True),
+)
 
 CASES = (
     lowbit("gptq"),
@@ -125,6 +149,7 @@ CASES = (
     ),
     *(compressor_of_preset(scheme, method) for scheme in ("NVFP4", "MXFP4") for method in FORMAT_METHODS),
     *(of_preset(scheme, method) for method in FORMAT_METHODS for scheme in FORMATS),
+    *SPARSE,
     *(  # of a model whose widths are multiples of 128 (`pad.py`)
         case("FP8_BLOCK", method) for case in (of_preset, compressor_of_preset) for method in ("gptq", "rtn")
     ),

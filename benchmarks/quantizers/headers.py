@@ -7,7 +7,10 @@ from typing import Any
 
 
 def bits_a_weight(checkpoint: Path, base: Path) -> float:
-    """Bits that a checkpoint has for each weight of its quantized linears in `base`, scales and all."""
+    """Bits that a checkpoint has for each weight of its quantized linears in `base`, scales and all.
+
+    Where nothing is quantized, for each weight of the layers' matrices.
+    """
     sizes: dict[str, int] = {}
     for name, entry in headers(checkpoint).items():
         start, stop = entry["data_offsets"]
@@ -16,7 +19,11 @@ def bits_a_weight(checkpoint: Path, base: Path) -> float:
     scaled = {
         name.rpartition(".")[0] for name in headers(checkpoint) if name.endswith((".weight_scale", ".scales"))
     }
-    weights = {name: math.prod(entry["shape"]) for name, entry in headers(base).items()}
+    stored = headers(base)
+    weights = {name: math.prod(entry["shape"]) for name, entry in stored.items()}
+    if not scaled:
+        matrices = (name for name, entry in stored.items() if len(entry["shape"]) == 2 and ".layers." in name)
+        scaled = {name.removesuffix(".weight") for name in matrices}
     return 8 * sum(sizes[owner] for owner in scaled) / sum(weights[f"{owner}.weight"] for owner in scaled)
 
 

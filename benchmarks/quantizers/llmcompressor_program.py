@@ -11,6 +11,7 @@ from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.pruning.sparsegpt import SparseGPTModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
@@ -38,6 +39,9 @@ def of_preset(task: Task) -> list[Modifier]:
 
 
 def recipe(task: Task) -> list[Modifier]:
+    if task.method == "sparsegpt":
+        pattern = {"sparsity": 0.5, "mask_structure": "2:4"}
+        return [SparseGPTModifier(targets=["Linear"], ignore=["re:.*lm_head"], **pattern, **task.settings)]
     if task.scheme:
         return of_preset(task)
     settings = dict(task.settings)

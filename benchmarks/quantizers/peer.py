@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-METHODS = ("awq", "gptq", "rtn", "autoround", "awq+gptq", "smoothquant+gptq")
+METHODS = ("awq", "gptq", "rtn", "autoround", "awq+gptq", "smoothquant+gptq", "sparsegpt")
 
 
 @dataclass(frozen=True)
