@@ -20,6 +20,7 @@ from lowbit_core.checkpoint_page.page import as_html
 from lowbit_core.cli import Command, file_path
 from lowbit_core.durable import write_text
 from lowbit_core.errors import CheckpointError, ConfigError, OutputError
+from lowbit_core.evals.broken import MARK, broken_domains, said_of_domain
 from lowbit_core.log import get_logger
 from lowbit_core.manifest import (
     MANIFEST_NAME,
@@ -184,9 +185,12 @@ def _alone(measured: DivergenceRecord | None) -> str:
 def domain_table(manifest: Manifest) -> Table:
     """Quality by domain of text."""
     table = Table("domain", "sequences", "mean KL", "99th percentile", "maximum", "top-1", "perplexity ratio")
+    broken = broken_domains(manifest.quality.domains)
+    if broken:
+        table.caption = "; ".join(map(said_of_domain, broken))
     for name, row in manifest.quality.domains.items():
         table.add_row(
-            name,
+            f"{name} ({MARK})" if name in [one.name for one in broken] else name,
             f"{row['sequences']:.0f}",
             _with_error(row["mean_kld"], row.get("kld_stderr"), ".4f"),
             _with_error(row["kld_p99"], row.get("kld_p99_stderr"), ".3f") if "kld_p99" in row else "",

@@ -14,11 +14,21 @@ from lowbit_core.access import access_of, add_access_arguments, given_flag
 from lowbit_core.cli import Command, file_path
 from lowbit_core.errors import ConfigError, EngineError
 from lowbit_core.evals.items import Item
-from lowbit_core.evals.tasks import TASKS, load_items, load_own_items
+from lowbit_core.evals.tasks import (
+    REPRESENTATIVE,
+    REPRESENTATIVE_ITEMS,
+    TASKS,
+    find_tasks_dir,
+    load_items,
+    load_own_items,
+)
+from lowbit_core.log import get_logger
 from lowbit_core.names import did_you_mean
 from lowbit_evaluate import report
 from lowbit_evaluate.run import Outcome, evaluate
 from lowbit_evaluate.settings import FROM_MANIFEST, Evaluation, Settings
+
+log = get_logger("evaluate")
 
 TABLE_COLUMNS = 180  # where stdout is no terminal
 
@@ -34,12 +44,21 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="BASE",
         help="model to compare with, or RESULT.json of an earlier `lowbit evaluate --json`",
     )
-    parser.add_argument("--tasks", metavar="A,B,…", type=_names, default=(), help=f"of: {', '.join(TASKS)}")
+    parser.add_argument(
+        "--tasks",
+        metavar="A,B,…",
+        type=_names,
+        default=(),
+        help=f"of: {', '.join(TASKS)}; by default, where nothing else is asked, {', '.join(REPRESENTATIVE)}",
+    )
     parser.add_argument(
         "--items", metavar="FILE.jsonl", type=file_path, help="your own items (docs/evaluate.md)"
     )
     parser.add_argument(
-        "--limit", metavar="N", type=_at_least_1, help="items of each task, drawn by --seed (all)"
+        "--limit",
+        metavar="N",
+        type=_at_least_1,
+        help=f"items of each task, drawn by --seed (all; {REPRESENTATIVE_ITEMS} of the tasks that run by default)",
     )
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="(0)")
     parser.add_argument(
@@ -85,6 +104,7 @@ def _add_process_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    _take_defaults(arguments)
     _check_flags(arguments)
     items = _items(arguments)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads: idle threads sleep, not spin
@@ -116,9 +136,25 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _take_defaults(arguments: argparse.Namespace) -> None:
+    """Tasks of several kinds, where nothing is asked and their data is there."""
+    if arguments.tasks or arguments.items is not None or arguments.text is not None:
+        return
+    try:
+        find_tasks_dir(arguments.tasks_dir)
+    except ConfigError as error:
+        raise ConfigError(
+            f"nothing is asked: give --items or --text, or let tasks be asked: {error}"
+        ) from error
+    arguments.tasks, arguments.limit = REPRESENTATIVE, arguments.limit or REPRESENTATIVE_ITEMS
+    log.info(
+        "nothing is asked: %s, %d items of each (--tasks, --limit)",
+        ", ".join(REPRESENTATIVE),
+        arguments.limit,
+    )
+
+
 def _check_flags(arguments: argparse.Namespace) -> None:
-    if not arguments.tasks and arguments.items is None and arguments.text is None:
-        raise ConfigError("nothing is asked: give --tasks, --items, --text or several of them")
     if not arguments.target and (flag := given_flag(arguments)):
         raise ConfigError(f"{flag} says how --target is asked; give --target too")
     if arguments.text is not None and arguments.target:
@@ -146,7 +182,7 @@ def _document(arguments: argparse.Namespace, items: Sequence[Item], outcome: Out
     settings = {name: getattr(arguments, name) for name in ("limit", "seed", "dtype", "kv_cache", "device")}
     document = report.header(arguments.model, arguments.base, arguments.target, {**settings, **outcome.found})
     if outcome.text:
-        document["text"] = outcome.text
+        document["text"] = outcome.text | {"broken": report.broken_of_text(outcome.text)}
     return document | (report.tasks_document(items, outcome.answers, outcome.base) if items else {})
 
 
@@ -157,6 +193,8 @@ def _show(arguments: argparse.Namespace, outcome: Outcome) -> None:
         console.print(report.tasks_table(f"{arguments.model}{against}", outcome.answers, outcome.base))
     if outcome.text:
         console.print(report.text_table(outcome.text))
+    for line in report.broken_lines(outcome.text, outcome.answers, outcome.base):
+        console.print(line)
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from rich.table import Table
 from lowbit_core import __version__
 from lowbit_core.errors import ConfigError
 from lowbit_core.evals.arithmetic import Estimate
+from lowbit_core.evals.broken import MARK, TIMES, broken_domains, broken_tasks, said_of_domain, said_of_task
 from lowbit_core.evals.items import Item, Key
 from lowbit_core.evals.results import (
     Answers,
@@ -45,6 +46,7 @@ def tasks_document(items: Sequence[Item], ours: Answers, base: Answers | None) -
             }
             for task, result in results.items()
         },
+        "broken": [asdict(one) for one in broken_tasks(changed)],
         "items_sha256": fingerprint(items),
         "answers": {"model": as_rows(ours), "base": as_rows(base) if base else None},
     }
@@ -90,6 +92,7 @@ def tasks_table(title: str, ours: Answers, base: Answers | None) -> Table:
     """One row per task; shares in per cent with 95 % intervals."""
     results, of_base = summarize(ours), summarize(base) if base else {}
     changed = changes_by_task(base, ours) if base else {}
+    broken = [one.name for one in broken_tasks(changed)]
     columns = ["task", "items", "acc_norm", "acc", "perplexity"]
     if base:
         columns += ["base acc_norm", "change, points", "flips", "lost/gained", "McNemar p"]
@@ -98,8 +101,28 @@ def tasks_table(title: str, ours: Answers, base: Answers | None) -> Table:
     )
     for task, result in results.items():
         compared = _compared(of_base.get(task), changed.get(task)) if base else []
-        shown.add_row(task, *_row(result), *compared, end_section=task in [*results][-2:-1])
+        name = f"{task} ({MARK})" if task in broken else task
+        shown.add_row(name, *_row(result), *compared, end_section=task in [*results][-2:-1])
     return shown
+
+
+def broken_lines(text: Mapping[str, Any] | None, ours: Answers, base: Answers | None) -> list[str]:
+    """What broke though the mean did not, a line each; and that nothing did, where that can be said."""
+    domains = (text or {}).get("domains") or {}
+    changed = changes_by_task(base, ours) if base else {}
+    lines = [said_of_task(one) for one in broken_tasks(changed)]
+    lines += [said_of_domain(one) for one in broken_domains(domains)]
+    judged = [name for name, count in (("task", len(changed) - 1), ("domain", len(domains))) if count > 1]
+    if not lines and judged:
+        return [
+            f"no {' and no '.join(judged)} broke: none lost {TIMES:g} times the mean, beyond its own error"
+        ]
+    return lines
+
+
+def broken_of_text(text: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Domains that broke, for the JSON."""
+    return [asdict(one) for one in broken_domains(text.get("domains") or {})]
 
 
 def text_table(text: dict[str, Any]) -> Table:
@@ -115,6 +138,10 @@ def text_table(text: dict[str, Any]) -> Table:
         shown.add_row("top-1 agreement", f"{text['top1_agreement']:.2%} ± {text['top1_stderr']:.2%}")
         shown.add_row("perplexity of the base", f"{text['perplexity_base']:.4f}")
     shown.add_row("perplexity", f"{text['perplexity']:.4f}")
+    for name, row in (text.get("domains") or {}).items():
+        mark = f" ({MARK})" if name in [one.name for one in broken_domains(text["domains"])] else ""
+        error = f" ± {row['kld_stderr']:.5f}" if "kld_stderr" in row else ""
+        shown.add_row(f"mean KL, {name}{mark}", f"{row['mean_kld']:.5f}{error}")
     shown.add_row("FP8 cache", "included" if text["kv_cache_included"] else "not included")
     if manifest := text.get("manifest"):
         verdict = "agrees" if manifest["agrees"] else "DIFFERS by more than the standard error"

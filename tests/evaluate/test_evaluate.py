@@ -1,5 +1,6 @@
 """`lowbit evaluate` in process, on tiny models: against plain transformers, against the walk, and what it refuses."""
 
+import gzip
 import json
 import shutil
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from lowbit_core.cli import main
 from lowbit_core.errors import ConfigError
 from lowbit_core.evals.items import Item, Request
-from lowbit_core.evals.tasks import load_own_items
+from lowbit_core.evals.tasks import CLOZE, REPRESENTATIVE, TASKS, load_own_items
 from lowbit_core.manifest import read_manifest
 from lowbit_evaluate.endpoint import GROUP, find_connect
 from lowbit_evaluate.heldout_text import TextStates, compare_text, load_heldout, run_text
@@ -233,6 +234,40 @@ def test_models_with_other_heads_are_compared_each_through_its_own(tiny_model: C
     assert measured.mean_kld == pytest.approx(float(apart), rel=1e-3)
 
 
+def test_where_nothing_is_asked_tasks_of_several_kinds_run_before_and_after(
+    tiny_model: Callable[[str], Path], checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "tasks"
+    for task in REPRESENTATIVE:
+        cloze = task in CLOZE
+        rows = [
+            {"doc_id": doc, "label": ["x"] if cloze else doc % 2, "request": request}
+            for doc in range(12)
+            for word in ((" goes",) if cloze else (" red", " blue"))
+            for request in [{"context": f"Question {doc}:", "continuation": word}]
+        ]
+        file = folder / TASKS[task] / "requests.jsonl.gz"
+        file.parent.mkdir(parents=True)
+        with gzip.open(file, "wt", encoding="utf-8") as lines:
+            lines.writelines(json.dumps(row) + "\n" for row in rows)
+    asked = (checkpoint, "--base", tiny_model("llama"), "--tasks-dir", folder, "--limit", 10)
+    status, shown, _ = run(capsys, *asked, "--json", tmp_path / "out.json")
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert status == 0
+    assert len(REPRESENTATIVE) >= 3
+    assert set(found["tasks"]) == {*REPRESENTATIVE, "all"}
+    each = [found["tasks"][task] for task in REPRESENTATIVE]
+    assert {one[who]["items"] for one in each for who in ("model", "base")} == {10}
+    assert found["broken"] == []
+    assert "no task broke" in shown
+    status, shown, _ = run(capsys, *asked[:-2], "--text", "--json", tmp_path / "text.json")
+    found = json.loads((tmp_path / "text.json").read_text())
+    assert (status, "tasks" in found) == (0, False)
+    assert found["text"]["broken"] == []
+    assert "mean KL, " in shown
+    assert "no domain broke" in shown
+
+
 def test_what_is_wrong_is_said_in_one_line(
     tiny_model: Callable[[str], Path],
     checkpoint: Path,
@@ -247,7 +282,7 @@ def test_what_is_wrong_is_said_in_one_line(
     twice.write_text(line + line)
     long.write_text(json.dumps({"context": "word " * 2000, "choices": [" b", " c"]}) + "\n")
     cases: list[tuple[tuple[object, ...], str]] = [
-        ((base,), "nothing is asked"),
+        ((base, "--tasks-dir", tmp_path), "nothing is asked: give --items or --text, or let tasks"),
         ((base, "--tasks", "arc"), "unknown task 'arc'; did you mean arc_easy? tasks are: arc_challenge"),
         ((base, "--tasks", "piqa", "--tasks-dir", tmp_path), "has no arc_easy"),
         ((base, "--items", tmp_path / "none.jsonl"), "cannot be read"),

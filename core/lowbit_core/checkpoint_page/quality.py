@@ -1,10 +1,11 @@
 """How close the checkpoint is to its base: the figures with their errors, whole, by domain and by themselves."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from lowbit_core.checkpoint_page.places import short
 from lowbit_core.evals.arithmetic import Estimate
+from lowbit_core.evals.broken import MARK, broken_domains, said_of_domain
 from lowbit_core.manifest import DivergenceRecord, QualityRecord, TrialRecord
 from lowbit_core.pages.chart import COLORS, GREY, Chart, Table
 from lowbit_core.pages.html import paragraph, wide
@@ -43,13 +44,14 @@ def quality_parts(quality: QualityRecord, trial: TrialRecord | None) -> list[str
         f"{'with' if quality.kv_cache_included else 'without'} the FP8 cache. Brackets and bars are ± one standard "
         "error over sequences."
     )
-    rows = _rows(quality)
+    rows, broken = _rows(quality), broken_domains(quality.domains)
     left = len(quality.domains) - MOST_DOMAINS
     return [
         paragraph(about, "quiet"),
         *([paragraph(f"{left} domains with a lower KL are not shown.", "quiet")] if left > 0 else []),
         *([paragraph(_trial(trial))] if trial else []),
-        wide(_table(rows)),
+        *(paragraph(short(said_of_domain(one)), "warning") for one in broken),
+        wide(_table(rows, [short(one.name) for one in broken])),
         *(_chart(rows, title, *figure) for figure in FIGURES if (title := DRAWN.get(figure[1]))),
     ]
 
@@ -82,9 +84,13 @@ def _estimate(row: Row, value: str, stderr: str) -> Estimate | None:
     return Estimate(known, known - error, known + error)
 
 
-def _table(rows: Mapping[str, Row]) -> Table:
+def _table(rows: Mapping[str, Row], broken: Collection[str]) -> Table:
     cells = [
-        [name, f"{row.get('sequences') or 0:.0f}", *(_cell(row, *figure) for figure in FIGURES)]
+        [
+            f"{name} ({MARK})" if name in broken else name,
+            f"{row.get('sequences') or 0:.0f}",
+            *(_cell(row, *figure) for figure in FIGURES),
+        ]
         for name, row in rows.items()
     ]
     return Table(["", "sequences", *(name for name, *_ in FIGURES)], cells)

@@ -31,6 +31,9 @@ TASKS = {  # our name: its folder in the package
     "siqa": "socialiqa/rc_0shot",
     "winogrande": "winogrande/rc_0shot",
 }
+# Of several kinds: knowledge, what happens next, everyday physics, long context.
+REPRESENTATIVE = ("arc_easy", "hellaswag", "piqa", "lambada")
+REPRESENTATIVE_ITEMS = 200
 CLOZE = ("lambada",)
 UNCONDITIONAL = 1_000_000  # from this doc_id on, the same continuations come without their question
 NOT_NORMALIZED = ("boolq",)  # " yes" and " no" are one token each
