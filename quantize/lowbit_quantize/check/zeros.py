@@ -5,7 +5,7 @@ Quantized linears are unpacked by compressed-tensors' codec (or the unpacker of 
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,40 +31,40 @@ def check_zeros(plan: Plan, out: Path, modules: Sequence[ModuleRecord]) -> None:
     inner = {plan.names.published(name): name for name in plan.modules}
     files, plain = WeightFiles(out), set(plan.plain)
     weights = BaseWeights(files, wanted_of(plan.skeleton, plan.architecture), None)
-    config: Mapping[str, Any] = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    schemes = (
-        schemes_of(config["quantization_config"], expected.keys() - plain) if expected.keys() - plain else {}
-    )
-    stored = _parts(files, expected.keys() - plain)
-    for name, sparsity in expected.items():
-        if name in plain:
-            weight = weights.read(f"{inner[name]}.weight")
-        else:
-            with safe_open(out / stored[name][0], framework="pt") as opened:
-                parts = {part: opened.get_tensor(f"{name}.{part}") for part in stored[name][1]}
-            weight = unpacked(parts, schemes[name])
-        if problem := _problem(weight, plan.modules[inner[name]].pruner, sparsity):
+    packed = _Packed(files, expected.keys() - plain)
+    for name, said in expected.items():
+        weight = weights.read(f"{inner[name]}.weight") if name in plain else packed.read(name)
+        pruner = plan.modules[inner[name]].pruner
+        if problem := _problem(weight, said, holds=pruner is not None and pruner.sparsity.holds(weight)):
             raise NumericsError(
                 f"the checkpoint in {out} is not what was measured: {name} {problem}; {AGAIN}"
             )
 
 
-def _parts(files: WeightFiles, linears: Any) -> dict[str, tuple[str, list[str]]]:
-    """The file of each linear, and the last parts of the names of what it is stored as there."""
-    found: dict[str, tuple[str, list[str]]] = {}
-    for file in files.files:
-        with safe_open(files.directory / file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 (not a dict)
-                linear, _, part = name.rpartition(".")
-                if linear in linears and part != "bias":
-                    found.setdefault(linear, (file, []))[1].append(part)
-    return found
+class _Packed:
+    """Quantized linears of a directory, by what its configuration says of them."""
+
+    def __init__(self, files: WeightFiles, linears: Collection[str]) -> None:
+        self._directory, self._parts = files.directory, dict[str, tuple[str, list[str]]]()
+        config: Mapping[str, Any] = json.loads((files.directory / "config.json").read_text(encoding="utf-8"))
+        self._schemes = schemes_of(config["quantization_config"], linears) if linears else {}
+        for file in files.files if linears else ():
+            with safe_open(files.directory / file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 (not a dict)
+                    linear, _, part = name.rpartition(".")
+                    if linear in linears and part != "bias":
+                        self._parts.setdefault(linear, (file, []))[1].append(part)
+
+    def read(self, linear: str) -> Tensor:
+        """Its weight, (out, in)."""
+        file, parts = self._parts[linear]
+        with safe_open(self._directory / file, framework="pt") as opened:
+            tensors = {part: opened.get_tensor(f"{linear}.{part}") for part in parts}
+        return unpacked(tensors, self._schemes[linear])
 
 
-def _problem(weight: Tensor, pruner: Any, sparsity: SparsityRecord) -> str | None:
+def _problem(weight: Tensor, said: SparsityRecord, *, holds: bool) -> str | None:
     found = zeros_of(weight)
-    if found.sha256 != sparsity.sha256:
-        return f"has other zeros ({found.share:.4f} of its weights, {sparsity.zeros:.4f} were measured)"
-    if not pruner.sparsity.holds(weight):
-        return f"is not {sparsity.pattern}"
-    return None
+    if found.sha256 != said.sha256:
+        return f"has other zeros ({found.share:.4f} of its weights, {said.zeros:.4f} were measured)"
+    return None if holds else f"has not the pattern {said.pattern}"
