@@ -141,6 +141,8 @@ def describe(manifest: Manifest, *, verified: bool) -> Table:
         + ("" if gate.limits else " (no limits set)"),
         "files": f"{len(manifest.files)}, {'every hash verified' if verified else 'not verified (--verify)'}",
     }
+    if manifest.structure:
+        rows["structure"] = str(manifest.structure)
     if manifest.unopened:
         rows["plain transformers"] = "\n".join(map(str, manifest.unopened))
     for name, value in rows.items():

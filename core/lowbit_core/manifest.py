@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lowbit_core.documents import describe_error
 from lowbit_core.errors import CheckpointError
+from lowbit_core.structure import StructureRecord
 
 MANIFEST_NAME = "lowbit.json"
 PROGRESS_NAME = "lowbit.partial.json"  # present while a quantize run is unfinished
@@ -293,6 +294,7 @@ class Manifest(_Record):
     unopened: list[UnopenedRecord] = []
     kv_cache: KVCacheRecord | None
     experts: ExpertsRecord | None = None
+    structure: StructureRecord | None = None
     trial: TrialRecord | None = None
     figures: dict[int, dict[str, float]] = {}
     calibration: TextRecord | None

@@ -13,8 +13,10 @@ from lowbit_quantize.methods.smoothquant import SmoothQuant
 from lowbit_quantize.methods.sparsegpt import SparseGpt
 from lowbit_quantize.methods.wanda import Wanda
 from lowbit_quantize.passes.distill_router import DistillRouterKind
+from lowbit_quantize.passes.drop_layers import DropLayersKind
 from lowbit_quantize.passes.kind import PassKind
 from lowbit_quantize.passes.prune_experts import PruneExpertsKind
+from lowbit_quantize.passes.prune_width import PruneWidthKind
 from lowbit_quantize.passes.quantize import QuantizeKind
 from lowbit_quantize.recipe import NONE
 from lowbit_quantize.schemes import block_fp8, eight_bits, float_blocks, integer, rounded_integers
@@ -39,7 +41,7 @@ CATALOG = Catalog(
         *rounded_integers.PRESETS,
     ),
     methods=(RoundToNearest(), Awq(), SmoothQuant(), Gptq(), Magnitude(), Wanda(), SparseGpt()),
-    passes=(PruneExpertsKind(), DistillRouterKind(), QuantizeKind()),
+    passes=(DropLayersKind(), PruneWidthKind(), PruneExpertsKind(), DistillRouterKind(), QuantizeKind()),
 )
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lowbit_core.durable import move
+from lowbit_core.errors import RecipeError
 from lowbit_core.log import get_logger
 from lowbit_core.manifest import Manifest, QualityRecord, file_record, write_manifest
 from lowbit_quantize.card import write_card
@@ -14,11 +15,14 @@ from lowbit_quantize.check.forecast import run_disk_bytes, streams_bytes
 from lowbit_quantize.check.reload import TokenizerAnswers, answers_of, check_reload
 from lowbit_quantize.check.weights import Base, base_of, check_numbers, checked_base, say_rest, stored_weights
 from lowbit_quantize.check.zeros import check_zeros
+from lowbit_quantize.depth.choice import kept_layers
 from lowbit_quantize.device import ranks
 from lowbit_quantize.device.memory import return_freed_memory
-from lowbit_quantize.model.decoder import Decoder
+from lowbit_quantize.model.decoder import Decoder, Weights
 from lowbit_quantize.model.files.leftovers import draft_linears
 from lowbit_quantize.model.reference import ModelReference, fetch_weights, find_model
+from lowbit_quantize.model.resized import OpenModel
+from lowbit_quantize.model.shallower import KeptLayers
 from lowbit_quantize.model.weights import WeightFiles
 from lowbit_quantize.plan import Plan, make_plan
 from lowbit_quantize.quality.dataset import TokenText, load_texts
@@ -35,10 +39,11 @@ from lowbit_quantize.run.directory import (
 )
 from lowbit_quantize.run.hidden_states import MEMORY_BYTES
 from lowbit_quantize.run.identity import identity_of, texts_of
-from lowbit_quantize.run.journal import TrialResult
+from lowbit_quantize.run.journal import ChosenLayers, TrialResult
 from lowbit_quantize.run.older_readers import name_known_tokenizer
 from lowbit_quantize.run.served_config import quantization_config, served_config
 from lowbit_quantize.run.writer import CheckpointWriter
+from lowbit_quantize.walk.dropped import DroppedLayers
 from lowbit_quantize.walk.forward import Walk, Work
 from lowbit_quantize.walk.layer import Pass
 
@@ -74,6 +79,7 @@ def quantize(
     _fetch(reference)
     stored = stored_weights(plan)
     base = checked_base(plan, stored)
+    check_drafts(plan, base)
     hashes = texts_of(texts[0].record, texts[1].record)
     identity = ranks.by_first(lambda: identity_of(plan.recipe, reference.sha256, hashes, device))
     finished = ranks.by_first(lambda: None if overwrite else finished_before(out, identity))
@@ -86,6 +92,7 @@ def quantize(
     ranks.by_first(lambda: check_disk(out, needed))
     with run_of_ranks(out, identity, overwrite=overwrite) as run:
         base = _ready(plan, stored, base, run)
+        plan = _decided(plan, base, texts[0], run, device, catalog)
         walk, measured = _finished_walk(device, plan, base, texts, run, stream_memory_bytes, clock)
         clock.begin(CONCLUDE)
 
@@ -100,6 +107,40 @@ def quantize(
             return manifest
 
         return ranks.by_first(conclude)
+
+
+def check_drafts(plan: Plan, base: Base | None) -> None:
+    """Draft layers are numbered after the model's own, of which there will be fewer; raises RecipeError."""
+    drafts = list(draft_linears(base.rest.carried)) if base is not None and plan.dropping else []
+    if drafts:
+        raise RecipeError(
+            f"drop_layers: {plan.reference.name} carries draft layers ({drafts[0]}), whose numbers follow those of all "
+            "its layers; leave them out by base.leave_out, or leave the pass out"
+        )
+
+
+def _decided(
+    plan: Plan, base: Base, text: TokenText, run: RunDirectory, device: torch.device, catalog: Catalog
+) -> Plan:
+    """The plan with the layers that go, which are measured on the base unless that was done before."""
+    dropping, model = plan.dropping, plan.base
+    if dropping is None or dropping.kept is not None:
+        return plan
+    asked = dropping.recipe
+
+    def chosen() -> ChosenLayers:
+        found = run.layers
+        if found is None:
+            decoder = Decoder(
+                model.config, model.architecture, base.weights, device, model.skeleton, plan.dtype
+            )
+            ids = text.ids[: asked.num_samples]
+            kept, scores = kept_layers(decoder, ids, dropping.count, asked.criterion, asked.seed)
+            found = ChosenLayers(kept=list(kept), scores=scores)
+            run.choose_layers(found)
+        return found
+
+    return make_plan(plan.reference, plan.recipe, catalog, ranks.by_first(chosen).kept)
 
 
 def _texts(plan: Plan) -> tuple[tuple[TokenText, TokenText], TokenizerAnswers]:
@@ -126,13 +167,14 @@ def _finished_walk(
     clock: Clock,
 ) -> tuple[Walk, QualityRecord]:
     """The walk whose shards lie in the output, and its quality; passes on trial stay if they lower held-out KL."""
-    config, weights = plan.reference.config, base.weights
-    decoder = Decoder(config, plan.architecture, weights, device, plan.skeleton, plan.dtype)
+    decoder, dropped = _decoders(plan, base, device)
 
     def prepared(name: str, passes: tuple[Pass, ...], directory: Path) -> Walk:
         baselines, alone = plan.baselines(texts[1].domains), not base.foreign
         by_head = plan.scales_by_head
-        work = Work(plan.modules, passes, plan.paired, plan.fp8_layers, baselines, alone, by_head)
+        work = Work(
+            plan.modules, passes, plan.paired, plan.fp8_layers, baselines, alone, by_head, plan.names, dropped
+        )
         shards = decoder.depth + plan.quantizes_head + 1 + len(base.carried_shards)
         writer = CheckpointWriter(directory, shards, scratch=run.scratch)
         return Walk(decoder, work, texts, writer, run.journal(name), memory_bytes, clock)
@@ -155,6 +197,19 @@ def _finished_walk(
         return walked(prepared(WALK, plan.passes, run.out))
     ranks.by_first(lambda: run.keep_shards(WITHOUT, run.journal(WITHOUT).shards))
     return walked(prepared(WITHOUT, settled, run.out))
+
+
+def _decoders(plan: Plan, base: Base, device: torch.device) -> tuple[Decoder, DroppedLayers | None]:
+    """The model that walks, and the base's layers that do not."""
+
+    def opened(model: OpenModel, weights: Weights) -> Decoder:
+        return Decoder(model.config, model.architecture, weights, device, model.skeleton, plan.dtype)
+
+    kept = plan.dropping.kept if plan.dropping else None
+    if kept is None:
+        return opened(plan.walked, base.weights), None
+    weights = KeptLayers(base.weights, plan.architecture.layers, kept)
+    return opened(plan.walked, weights), DroppedLayers(opened(plan.base, base.weights), kept)
 
 
 def write_rest(plan: Plan, base: Base, walk: Walk, run: RunDirectory) -> Companions:
@@ -186,7 +241,7 @@ def _configuration(plan: Plan, base: Base) -> dict[str, Any]:
     }
     unquantized = (*plan.unquantized, *plan.plain, *draft_linears(base.rest.carried))
     return served_config(
-        plan.reference.config,
+        plan.served.config,
         plan.reference.written_config,
         plan.configuration | base.rest.changed,
         quantization_config(schemes, unquantized, fp8_cache=plan.fp8_cache, by_head=plan.scales_by_head),

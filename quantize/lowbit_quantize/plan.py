@@ -19,14 +19,16 @@ from lowbit_quantize.cache_layers import layers_in_fp8, without_unread_scales
 from lowbit_quantize.catalog import CATALOG, Catalog
 from lowbit_quantize.misfits import check_experts, check_opened, check_outputs, check_width, check_words
 from lowbit_quantize.model.architecture import Architecture, linear_of
-from lowbit_quantize.model.discovery.found import open_model
 from lowbit_quantize.model.experts.routing import COUNTS
 from lowbit_quantize.model.files.kept_types import KeptTypes
-from lowbit_quantize.model.files.published_floats import PublishedFloats, published_floats
+from lowbit_quantize.model.files.published_floats import PublishedFloats
 from lowbit_quantize.model.files.published_names import PublishedNames
 from lowbit_quantize.model.reference import ModelReference
+from lowbit_quantize.model.resized import OpenModel
 from lowbit_quantize.model.skeleton import half_precision, is_tied, text_config
+from lowbit_quantize.opening import Cut, cut_by, floats_of, open_base
 from lowbit_quantize.pass_list import make_passes
+from lowbit_quantize.passes.drop_layers import DropLayers
 from lowbit_quantize.recipe import QUANTIZE, Recipe
 from lowbit_quantize.rules import Wanted, resolve
 from lowbit_quantize.schemes.scheme import Scheme
@@ -56,6 +58,28 @@ class Plan:
     passes: tuple[Pass, ...]
     floats: PublishedFloats | None = None  # what the base is published in, if not in ordinary floats
     left_because: Mapping[str, str] = field(default_factory=dict)  # why others have no entry in `modules`
+    cut: Cut | None = None  # where passes make another model of the base
+
+    @property
+    def served(self) -> OpenModel:
+        """The model of the checkpoint; tensors that passes of another kind take out of it are still there (`shape`)."""
+        config = self.cut.config if self.cut else self.reference.config
+        return OpenModel(config, self.architecture, self.skeleton)
+
+    @property
+    def base(self) -> OpenModel:
+        """The model as it was published."""
+        return self.cut.base if self.cut else self.served
+
+    @property
+    def walked(self) -> OpenModel:
+        """The model whose layers walk: as deep as the served one, as wide as the base."""
+        return self.cut.walked if self.cut else self.served
+
+    @property
+    def dropping(self) -> DropLayers | None:
+        """The pass that drops layers; it may still be to be measured which ones."""
+        return next((one for one in self.passes if isinstance(one, DropLayers)), None)
 
     @property
     def tied(self) -> bool:
@@ -64,8 +88,8 @@ class Plan:
 
     @property
     def config(self) -> Any:
-        """The configuration of the decoder."""
-        return text_config(self.reference.config)
+        """The configuration of the decoder, in the checkpoint."""
+        return text_config(self.served.config)
 
     @cached_property
     def names(self) -> PublishedNames:
@@ -80,7 +104,7 @@ class Plan:
     @property
     def dtype(self) -> torch.dtype:
         """What the model computes in, and what is not quantized is stored in."""
-        return half_precision(self.reference.config, self.recipe.base.dtype)
+        return half_precision(self.served.config, self.recipe.base.dtype)
 
     @property
     def paired(self) -> bool:
@@ -139,7 +163,7 @@ class Plan:
     def parameters(self) -> int:
         """Parameters of the base model; tied ones count once."""
         tied = f"{self.architecture.head}.weight" if self.tied else ""
-        return sum(p.numel() for name, p in self.skeleton.named_parameters() if name != tied)
+        return sum(p.numel() for name, p in self.base.skeleton.named_parameters() if name != tied)
 
     @cached_property
     def unopened(self) -> dict[str, tuple[Scheme, str]]:
@@ -208,15 +232,21 @@ class Plan:
         return found
 
 
-def make_plan(reference: ModelReference, recipe: Recipe, catalog: Catalog = CATALOG) -> Plan:
-    """Check that the recipe fits the model; raises ModelError or RecipeError."""
-    floats = _floats_of(reference)
-    architecture, skeleton = open_model(reference)
-    _say_found(reference, architecture)
-    passes = make_passes(recipe.passes, reference, architecture, catalog)
+def make_plan(
+    reference: ModelReference, recipe: Recipe, catalog: Catalog = CATALOG, kept: Sequence[int] | None = None
+) -> Plan:
+    """Check that the recipe fits the model; raises ModelError or RecipeError.
+
+    `kept` are the numbers of the base's layers that stay, where that was measured for a pass.
+    """
+    floats = floats_of(reference)
+    base = open_base(reference)
+    passes = make_passes(recipe.passes, reference, base.architecture, catalog)
+    served, passes, cut = cut_by(passes, base, recipe, kept)
+    architecture, skeleton = served.architecture, served.skeleton
     recipe = without_unread_scales(recipe, architecture)
     _check_positions(reference, recipe)
-    dtype = half_precision(reference.config, recipe.base.dtype)
+    dtype = half_precision(served.config, recipe.base.dtype)
     modules, left_because = table_of(skeleton, architecture, recipe, catalog, dtype)
     if modules and not any(one.name == QUANTIZE for one in passes):
         raise RecipeError(
@@ -226,8 +256,8 @@ def make_plan(reference: ModelReference, recipe: Recipe, catalog: Catalog = CATA
         raise RecipeError(
             f"modules leave no linear to quantize; give a rule with a scheme, or leave {QUANTIZE} out of passes"
         )
-    layers_in_fp8(recipe.kv_cache, architecture, text_config(reference.config))
-    return Plan(reference, recipe, architecture, skeleton, modules, passes, floats, left_because)
+    layers_in_fp8(recipe.kv_cache, architecture, text_config(served.config))
+    return Plan(reference, recipe, architecture, skeleton, modules, passes, floats, left_because, cut)
 
 
 def decoder_layers(skeleton: nn.Module, architecture: Architecture) -> Iterator[tuple[str, nn.Module]]:
@@ -361,32 +391,6 @@ def _shared_entry(
             f"or methods ({wanted[first].words}; {wanted[other].words}); give one rule that matches both"
         )
     return entries[first]
-
-
-def _say_found(reference: ModelReference, architecture: Architecture) -> None:
-    """What was found by running a twin, where no test of ours has held it against the model; and folds that failed."""
-    if not architecture.tested:
-        folds = sum(
-            group.fold is not None for kind in dict.fromkeys(architecture.kinds) for group in kind.groups
-        )
-        log.warning(
-            "%s (%s) was found by running it, with %d folds, and is not among our tests",
-            reference.name,
-            architecture.model_type,
-            folds,
-        )
-    for line in dict.fromkeys(line for kind in architecture.kinds for line in kind.dropped):
-        log.info("a scale does not fold there: %s", line)
-
-
-def _floats_of(reference: ModelReference) -> PublishedFloats | None:
-    quantized = getattr(reference.config, "quantization_config", None)
-    if not quantized or reference.kind == "gguf":
-        return None
-    data = quantized if isinstance(quantized, dict) else quantized.to_dict()
-    floats = published_floats(data, reference.name)
-    log.info("%s is published in %s and is dequantized while it is read", reference.name, floats.words)
-    return floats
 
 
 def _check_positions(reference: ModelReference, recipe: Recipe) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from lowbit_core.model_shape import BYTES_PER_VALUE, shape_from_config
 from lowbit_quantize.check.sharding import key_value_heads, parts
@@ -27,6 +28,7 @@ KV_SCALES_BYTES = 2 * 4  # of a layer, or of a head
 BASE_BYTES = 2  # of a number that is not quantized
 DISK_MARGIN_BYTES = 64 << 20
 BLOCK_TOKENS = 16  # of the paged cache
+SQUARES = 6  # float32 matrices of a linear's inputs by its inputs, while channels are chosen
 BOUND_FACTOR, BOUND_REST_BYTES = 1.25, 1_500_000_000  # docs/checkpoint.md, "Memory"
 
 
@@ -110,15 +112,22 @@ def memory_bound_bytes(plan: Plan, streams: int) -> int:
 
     Where the model's own code around its layers is run, all that this holds counts as well as the embedding.
     Of layers that route, twice what is around the experts counts, and four experts; of their streams, four times as
-    much: what experts are called with, and what they have given so far.
+    much: what experts are called with, and what they have given so far. Where channels are pruned, the Hessians of the
+    widest linear count.
     """
     config = plan.config
     embedding = config.vocab_size * config.hidden_size * BASE_BYTES
     outside = (embedding if plan.tied else 2 * embedding) + _around_bytes(plan)
-    layers: Any = plan.skeleton.get_submodule(plan.architecture.layers)
-    largest = max(_at_once(layer, plan.architecture) for layer in layers) * BASE_BYTES
+    largest = max(_at_once(layer, plan.architecture) for layer in plan.walked.layers) * BASE_BYTES
+    squares = SQUARES * 4 * _widest(plan) ** 2 if any(one.resizes for one in plan.passes) else 0
     kept = streams * (4 if plan.architecture.experts else 1)
-    return int(BOUND_FACTOR * (outside + 2 * largest + kept)) + BOUND_REST_BYTES
+    return int(BOUND_FACTOR * (outside + 2 * largest + kept)) + squares + BOUND_REST_BYTES
+
+
+def _widest(plan: Plan) -> int:
+    """Inputs of the widest linear of a layer that walks."""
+    linears = (one for layer in plan.walked.layers for one in layer.modules())
+    return max(one.in_features for one in linears if isinstance(one, nn.Linear))
 
 
 def _around_bytes(plan: Plan) -> int:

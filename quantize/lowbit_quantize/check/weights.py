@@ -12,6 +12,7 @@ from lowbit_core.log import get_logger
 from lowbit_quantize.model.decoder import read_as
 from lowbit_quantize.model.files.base_weights import BaseWeights, wanted_of
 from lowbit_quantize.model.files.leftovers import Leftovers, leftovers
+from lowbit_quantize.model.files.published_names import PublishedNames
 from lowbit_quantize.model.weights import WeightFiles
 from lowbit_quantize.plan import Plan
 
@@ -69,7 +70,7 @@ def stored_weights(plan: Plan) -> "WeightFiles | GgufFile":
     if plan.reference.kind == "gguf":
         from lowbit_quantize.model.gguf_file import GgufFile  # other models do without its imports
 
-        return GgufFile(plan.reference, plan.skeleton)
+        return GgufFile(plan.reference, plan.base.skeleton)
     return WeightFiles(plan.reference.path)
 
 
@@ -83,10 +84,14 @@ def checked_base(plan: Plan, stored: "WeightFiles | GgufFile") -> Base | None:
 
 def base_of(plan: Plan, files: WeightFiles) -> Base:
     """The weights in these files, whole and in their shapes; raises ModelError where they are not."""
-    weights = BaseWeights(files, wanted_of(plan.skeleton, plan.architecture), plan.floats)
+    weights = BaseWeights(files, wanted_of(plan.base.skeleton, plan.base.architecture), plan.floats)
     check_weights(plan, weights)
     rest = leftovers(
-        weights, plan.skeleton, plan.architecture, plan.recipe.base.leave_out, plan.reference.name
+        weights,
+        plan.base.skeleton,
+        plan.base.architecture,
+        plan.recipe.base.leave_out,
+        plan.reference.name,
     )
     return Base(weights, rest)
 
@@ -112,8 +117,9 @@ def check_weights(plan: Plan, weights: "BaseWeights | GgufFile") -> None:
     """
     name, head = plan.reference.name, f"{plan.architecture.head}.weight"
     missing = []
-    for inner, parameter in plan.skeleton.state_dict().items():
-        weight = plan.names.published(inner)
+    names = PublishedNames(plan.base.skeleton)
+    for inner, parameter in plan.base.skeleton.state_dict().items():
+        weight = names.published(inner)
         if inner not in weights:
             missing += [] if inner == head and plan.tied else [inner]
             continue
@@ -149,7 +155,7 @@ def check_numbers(plan: Plan, base: Base) -> None:
 
 def _refuse_missing(plan: Plan, missing: list[str], weights: "BaseWeights | GgufFile") -> None:
     name, head = plan.reference.name, f"{plan.architecture.head}.weight"
-    published = plan.names.published(missing[0])
+    published = PublishedNames(plan.base.skeleton).published(missing[0])
     if missing == [head]:
         raise ModelError(
             f"{name} lacks {published} and its embeddings are not tied: it gives no next tokens, by which quality is "

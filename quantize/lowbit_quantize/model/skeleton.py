@@ -4,6 +4,7 @@ A model that reads pictures or sounds too is built whole, by its own class; its 
 """
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -37,6 +38,20 @@ def given(config: Any, name: str) -> Any:
         return getattr(config, name, None)
     except Exception:  # what transformers raises where layers differ
         return None
+
+
+def change(data: dict[str, Any], changed: Mapping[str, Any], config: Any) -> None:
+    """Set keys of the decoder's part of what was written of a configuration."""
+    text = text_config(config)
+    part = next((key for key in data if given(config, key) is text), None)
+    if part is not None:
+        data[part] = dict(data[part])
+    place = data if part is None else data[part]
+    for key, value in changed.items():
+        stored = text.attribute_map.get(key, key)
+        for other in (key, *(alias for alias, meant in text.attribute_map.items() if meant == stored)):
+            place.pop(other, None)
+        place[stored] = value
 
 
 def is_wrapper(config: Any) -> bool:

@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 from lowbit_core.documents import Section
 from lowbit_quantize.model.architecture import Architecture
+from lowbit_quantize.model.resized import OpenModel
 from lowbit_quantize.walk.layer import Pass
 
 
@@ -29,6 +30,10 @@ class PlainPass:
     changes_function = False
     on_trial = False
     before_quantize = True
+    resizes = False
+
+    def fitted(self, walked: OpenModel, served: OpenModel) -> Any:
+        return self
 
     def shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
         return shape

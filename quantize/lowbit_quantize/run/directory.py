@@ -24,6 +24,7 @@ from lowbit_quantize.model.weights import INDEX_NAME
 from lowbit_quantize.run.identity import Identity, identity_in
 from lowbit_quantize.run.journal import (
     OVERWRITE,
+    ChosenLayers,
     Journal,
     ShardRecord,
     TrialResult,
@@ -35,6 +36,7 @@ log = get_logger("quantize")
 
 STATE = ".run"  # what an unfinished run needs to go on; gone when it has finished
 TRIAL_NAME = "trial.json"
+LAYERS_NAME = "layers.json"
 COPIES_NAME = "copies.json"  # what a run has copied from its base, or is about to
 OURS = ("model-*.safetensors", INDEX_NAME, "config.json", "quantize_config.json")
 
@@ -78,6 +80,16 @@ class RunDirectory:
     def end_trial(self, result: TrialResult) -> None:
         """Note which walk is kept."""
         write_text(self.out / STATE / TRIAL_NAME, result.model_dump_json() + "\n", self.scratch)
+
+    @property
+    def layers(self) -> ChosenLayers | None:
+        """Which layers stay, once that was measured."""
+        path = self.out / STATE / LAYERS_NAME
+        return read_record(path, ChosenLayers) if path.is_file() else None
+
+    def choose_layers(self, chosen: ChosenLayers) -> None:
+        """Note which layers stay: a run that goes on does not measure again."""
+        write_text(self.out / STATE / LAYERS_NAME, chosen.model_dump_json() + "\n", self.scratch)
 
     def keep_shards(self, walk: str, shards: Sequence[ShardRecord]) -> None:
         """Move the shards of a walk that is kept into the output; those that are there already are checked."""

@@ -84,6 +84,13 @@ class TrialResult(_Record):
     kld_with: float
 
 
+class ChosenLayers(_Record):
+    """The numbers of the base's layers that stay, and what the model would lose by each, by the recipe's criterion."""
+
+    kept: list[int]
+    scores: dict[int, float]
+
+
 class Journal:
     """The records of one walk, in a directory of their own."""
 

@@ -16,7 +16,7 @@ import transformers
 
 from lowbit_quantize.device.memory import without_compiler
 from lowbit_quantize.model.files.unopened_linears import read_plain_experts
-from lowbit_quantize.model.skeleton import given, text_config
+from lowbit_quantize.model.skeleton import change, given, text_config
 from lowbit_quantize.run.older_readers import with_older_keys
 from lowbit_quantize.schemes.scheme import Scheme
 
@@ -47,7 +47,7 @@ def served_config(
     data = dict(config.to_diff_dict() if written is None else written)
     for key in GONE:
         data.pop(key, None)
-    _change(data, changed, config)
+    change(data, changed, config)
     data["architectures"] = _classes(data.get("architectures"), config) or [architecture]
     data["dtype"] = str(dtype).removeprefix("torch.")
     data["tie_word_embeddings"] = bool(config.tie_word_embeddings)
@@ -63,20 +63,6 @@ def _heads(config: Any) -> dict[str, Any]:
     text = text_config(config)
     found = {} if text is config else {key: given(text, key) for key in HEADS}
     return {key: value for key, value in found.items() if value is not None}
-
-
-def _change(data: dict[str, Any], changed: Mapping[str, Any], config: Any) -> None:
-    """Set keys of the decoder's configuration, which is a part of a wrapper's."""
-    text = text_config(config)
-    part = next((key for key in data if given(config, key) is text), None)
-    if part is not None:
-        data[part] = dict(data[part])
-    place = data if part is None else data[part]
-    for key, value in changed.items():
-        stored = text.attribute_map.get(key, key)
-        for other in (key, *(alias for alias, meant in text.attribute_map.items() if meant == stored)):
-            place.pop(other, None)
-        place[stored] = value
 
 
 def _classes(named: Any, config: Any) -> list[str] | None:

@@ -52,6 +52,11 @@ class Baselines:
             shape = len(rows), self._ids.shape[1], self._decoder.width
             self._decoder.embed(self._ids[rows], self._streams.new(name, shape, dtype))
 
+    @property
+    def hidden(self) -> list[Tensor]:
+        """All the streams."""
+        return [self._streams[name] for name in self._rows]
+
     def in_float32(self, index: int) -> list[Traveller]:
         """The float32 stream on its way through a layer, where there is one."""
         if FLOAT32 not in self._rows:

@@ -22,6 +22,7 @@ from lowbit_quantize.device.memory import keep_freed_memory, keep_no_freed_memor
 from lowbit_quantize.model.architecture import LayerKind, kind_of
 from lowbit_quantize.model.decoder import Decoder
 from lowbit_quantize.model.discovery.hold import drop_broken_folds
+from lowbit_quantize.model.files.published_names import PublishedNames
 from lowbit_quantize.model.weights import is_finite
 from lowbit_quantize.quality import kl
 from lowbit_quantize.quality.dataset import TokenText, judging_ids
@@ -31,6 +32,7 @@ from lowbit_quantize.run.journal import Conclusion, HeadRecord, Journal, LayerRe
 from lowbit_quantize.run.writer import CheckpointWriter
 from lowbit_quantize.schemes.storage.stored_linears import reader_of
 from lowbit_quantize.walk.baselines import Baselines
+from lowbit_quantize.walk.dropped import DroppedLayers
 from lowbit_quantize.walk.head import QuantizedHead, quantize_head
 from lowbit_quantize.walk.layer import LayerContext, LayerResult, Pass, QuantizedLinear
 from lowbit_quantize.walk.layer_writer import LayerWriter, beside, kv_tensors, record_of
@@ -46,7 +48,8 @@ PARTS = 6  # that a tensor of a layer may be stored in, at most
 class Work:
     """What a walk does: the table, the passes in order, whether the base model's calibration text walks too, the layers
     with an FP8 cache, the held-out sequences of each baseline, and whether a scale of the head's inputs may fold into
-    the final norm.
+    the final norm. `names` are those of what is served, where its sizes are not those of what walks; `dropped` are the
+    base's layers that do not walk.
     """
 
     modules: Modules
@@ -56,6 +59,8 @@ class Work:
     baselines: Mapping[str, list[int]]
     fold_head: bool = True
     scales_by_head: bool = False
+    names: PublishedNames | None = None
+    dropped: DroppedLayers | None = None
 
 
 @dataclass(frozen=True)
@@ -136,11 +141,21 @@ class Walk:
         return len(self.journal.layers)
 
     def _step(self, index: int) -> None:
+        self._pass_dropped(index)
         self._hold_folds(index)
         if self.decoder.architecture.kinds[index].experts:
             self._visit(index)
         else:
             self._pass_through(index)
+
+    def _pass_dropped(self, place: int) -> None:
+        """Take the base's streams through what stood before a layer, or behind the last one."""
+        if self.work.dropped is None:
+            return
+        self._clock.begin(BASE)
+        paired = ["calibration_base"] if self.work.paired else []
+        streams = [self._streams[name] for name in ("heldout_base", *paired)]
+        self.work.dropped.take(place, [*streams, *self._baselines.hidden])
 
     def _pass_through(self, index: int) -> None:
         """A layer without routed experts: one copy of it at a time for each stream."""
@@ -331,7 +346,7 @@ class Walk:
         most = PARTS * len(layer.state_dict()) if kind_of(layer).experts else None
         return LayerWriter(
             self.writer,
-            decoder.names,
+            self.work.names or decoder.names,
             decoder.architecture,
             self.work.modules,
             decoder.layer_name(index),
@@ -340,6 +355,8 @@ class Walk:
 
     def _finish(self, layer: nn.Module, index: int, result: LayerResult, written: LayerWriter | None) -> None:
         """Write what is left of a layer, and note that it is done."""
+        if index + 1 == self.decoder.depth:
+            self._pass_dropped(index + 1)
         self._clock.begin(WRITE)
         files = self._base_files
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lowbit_quantize.model.architecture import kind_of
 from lowbit_quantize.model.decoder import Decoder
 from lowbit_quantize.model.experts.visited import RoutedCall
+from lowbit_quantize.model.resized import OpenModel
 from lowbit_quantize.run.clock import Clock
 from lowbit_quantize.schemes.kv_cache import KVScales, calibrated_scales
 from lowbit_quantize.schemes.scheme import Quantized
@@ -144,7 +145,8 @@ class Pass(Protocol):
 
     `changes_function`: what the layer computes is not to stay what it was, so that later errors are not measured
     against the base model's layer. `on_trial`: it is kept only if held-out KL falls. `before_quantize`: it changes
-    weights or their names, and so stands before `quantize`.
+    weights or their names, and so stands before `quantize`. `resizes`: its configuration is one of other sizes, of
+    which a model is built before the walk begins; its layers must have these shapes afterwards.
     """
 
     @property
@@ -155,6 +157,12 @@ class Pass(Protocol):
     def on_trial(self) -> bool: ...
     @property
     def before_quantize(self) -> bool: ...
+    @property
+    def resizes(self) -> bool: ...
+
+    def fitted(self, walked: OpenModel, served: OpenModel) -> "Pass":
+        """The pass for layers of one model that become those of another; raises RecipeError. For one that `resizes`."""
+        ...
 
     def run(self, layer: nn.Module, context: LayerContext) -> None:
         """Change the layer in place."""

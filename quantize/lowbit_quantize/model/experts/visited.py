@@ -107,9 +107,10 @@ class VisitedExperts(Routed):
         """Hold no expert."""
         self._held = {}
 
-    def change(self, change: Change) -> None:
-        """Make one more change to every expert, from now on."""
+    def change(self, change: Change, pattern: nn.Module | None = None) -> None:
+        """Make one more change to every expert, from now on; where shapes change, `pattern` has them."""
         self._changes.append(change)
+        self._pattern = self._pattern if pattern is None else (pattern,)
         self.let_go()
 
     def multiply(self, linear: str, scale: Tensor) -> None:

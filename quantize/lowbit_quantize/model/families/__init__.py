@@ -42,3 +42,21 @@ OTHERS = {  # that no test runs whole
     "jamba": EngineFacts(kv_scales=False),
     "zamba2": EngineFacts(kv_scales=False),
 }
+# Whose attention vLLM 0.32 gives heads of `head_dim` where the configuration says it; it divides the hidden size by the
+# number of heads elsewhere (read in its models; Qwen 2 and OLMoE are of these).
+_HEAD_DIM = frozenset(
+    ("llama", "mistral", "mixtral", "phi3", "qwen3", "qwen3_moe", "gemma2", "gemma3_text", "granite", "glm4")
+)
+# Where `mlp_bias` and `attention_bias` give every linear a bias in transformers and in vLLM 0.32 alike (Qwen 3's
+# attention has one of its last linear in transformers alone).
+_BIASES = frozenset(("llama", "granite"))
+
+
+def reads_biases(model_type: str) -> bool:
+    """Whether engines take biases of networks and of attention where the configuration says that there are some."""
+    return model_type in _BIASES
+
+
+def reads_head_dim(model_type: str) -> bool:
+    """Whether engines take a number of heads that do not fill the hidden size."""
+    return model_type in _HEAD_DIM
