@@ -19,6 +19,7 @@ COPY core core
 COPY quantize quantize
 COPY evaluate evaluate
 COPY plan plan
+COPY recover recover
 COPY server server
 COPY loadtest loadtest
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheel .
