@@ -274,13 +274,41 @@ class ExportRecord(_Record):
     left_out: list[str]
 
 
+class StepRecord(_Record):
+    """One of the steps that made a checkpoint, in their order: what it cost and how close to the base it left it.
+
+    `what` is for a person; KL is to the base of all steps, on the held-out text of the last. A step that trained has
+    more: KL before it, how many numbers it trained, how many bytes of the files are others now, what it was told
+    (`settings`), its text, and its curve as (step, mean KL on rows set aside, mean loss since); `best_step` of it is
+    what the checkpoint has. `identity` is what decided its result.
+    """
+
+    step: str
+    what: str
+    mean_kld: float
+    kld_stderr: float
+    bytes: int
+    seconds: float
+    cpu_seconds: float
+    kld_before: float | None = None
+    kld_before_stderr: float | None = None
+    trained_parameters: int | None = None
+    changed_bytes: int | None = None
+    settings: dict[str, Any] = {}
+    data: TextRecord | None = None
+    curve: list[tuple[int, float, float | None]] = []
+    best_step: int | None = None
+    identity: dict[str, Any] = {}
+
+
 class Manifest(_Record):
     """The whole manifest; `unquantized` names the decoder's linears that stay as they are, `unquantized_because` says
     why, and why the head, routers and gates do.
 
     `unopened` is empty where plain transformers has opened all of the checkpoint.
 
-    `figures` are what passes have measured of each layer, by their names.
+    `figures` are what passes have measured of each layer, by their names. `steps` is empty of a checkpoint that one run
+    of quantize has made; after a recovery errors of modules are those before it.
     """
 
     format_version: int = FORMAT_VERSION
@@ -304,6 +332,7 @@ class Manifest(_Record):
     versions: dict[str, str]
     run: RunRecord
     export: ExportRecord | None = None
+    steps: list[StepRecord] = []
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from rich.console import Console
@@ -21,16 +21,25 @@ Item = TypeVar("Item")
 LINE_EVERY_S = 10.0
 
 
-def track(items: Iterable[Item], total: int, what: str, done: int = 0) -> Iterator[Item]:
-    """Iterate while showing how far it is; `done` of the `total` were done before."""
+def track(
+    items: Iterable[Item], total: int, what: str, done: int = 0, said: Callable[[], str] | None = None
+) -> Iterator[Item]:
+    """Iterate while showing how far it is; `done` of the `total` were done before, `said` is told beside it."""
     console = Console(file=sys.stderr)
     if console.is_terminal:
-        yield from _bar(items, total, what, done, console)
+        yield from _bar(items, total, what, done, console, said)
     else:
-        yield from _lines(items, total, what, done)
+        yield from _lines(items, total, what, done, said)
 
 
-def _bar(items: Iterable[Item], total: int, what: str, done: int, console: Console) -> Iterator[Item]:
+def _bar(
+    items: Iterable[Item],
+    total: int,
+    what: str,
+    done: int,
+    console: Console,
+    said: Callable[[], str] | None,
+) -> Iterator[Item]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -40,10 +49,15 @@ def _bar(items: Iterable[Item], total: int, what: str, done: int, console: Conso
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as progress:
-        yield from progress.track(items, total=total, completed=done, description=what)
+        task = progress.add_task(what, total=total, completed=done)
+        for item in items:
+            yield item
+            progress.update(task, advance=1, description=f"{what}, {said()}" if said else what)
 
 
-def _lines(items: Iterable[Item], total: int, what: str, before: int) -> Iterator[Item]:
+def _lines(
+    items: Iterable[Item], total: int, what: str, before: int, said: Callable[[], str] | None
+) -> Iterator[Item]:
     log = get_logger("quantize")
     start = last = time.monotonic()
     for done, item in enumerate(items, before + 1):
@@ -51,5 +65,6 @@ def _lines(items: Iterable[Item], total: int, what: str, before: int) -> Iterato
         now = time.monotonic()
         if now - last >= LINE_EVERY_S or done == total:
             left = (now - start) / (done - before) * (total - done)
-            log.info("%s %d of %d, %.0f s, about %.0f s left", what, done, total, now - start, left)
+            more = f", {said()}" if said else ""
+            log.info("%s %d of %d, %.0f s, about %.0f s left%s", what, done, total, now - start, left, more)
             last = now
