@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lowbit_core.checkpoint_page.page import as_html
+from lowbit_core.checkpoint_page.steps import step_table
 from lowbit_core.cli import Command, file_path
 from lowbit_core.durable import write_text
 from lowbit_core.errors import CheckpointError, ConfigError, OutputError
@@ -36,6 +37,7 @@ from lowbit_core.module_groups import module_groups
 log = get_logger("inspect")
 
 ARCHITECTURE_GROUP = "lowbit.architecture"
+BAR = 24  # characters of the largest KL of a step
 MOST_NAMES = 4  # that are shown of linears which are not quantized
 
 
@@ -76,6 +78,8 @@ def _run(arguments: argparse.Namespace) -> int:
     console = Console()
     console.print(describe(manifest, verified=arguments.verify))
     console.print(domain_table(manifest))
+    if manifest.steps:
+        console.print(waterfall(manifest))
     return 0
 
 
@@ -202,6 +206,16 @@ def domain_table(manifest: Manifest) -> Table:
                 row["perplexity"] / row["perplexity_base"], row.get("perplexity_ratio_stderr"), ".4f"
             ),
         )
+    return table
+
+
+def waterfall(manifest: Manifest) -> Table:
+    """The steps that made it: KL and bytes after each, and a bar of the KL."""
+    found = step_table(manifest.steps)
+    table = Table(*found.columns, "")
+    largest = max(one.mean_kld for one in manifest.steps) or 1.0
+    for row, step in zip(found.rows, manifest.steps, strict=True):
+        table.add_row(*row, "█" * max(1, round(BAR * max(0.0, step.mean_kld) / largest)))
     return table
 
 

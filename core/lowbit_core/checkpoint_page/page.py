@@ -8,6 +8,7 @@ from lowbit_core.checkpoint_page.left_out import left_out_parts
 from lowbit_core.checkpoint_page.modules import module_parts
 from lowbit_core.checkpoint_page.places import short
 from lowbit_core.checkpoint_page.quality import quality_parts
+from lowbit_core.checkpoint_page.steps import step_parts
 from lowbit_core.manifest import MANIFEST_NAME, Manifest
 from lowbit_core.pages.chart import Chart
 from lowbit_core.pages.html import code, heading, page, paragraph, verdict
@@ -27,6 +28,7 @@ def as_html(manifest: Manifest, name: str, *, verified: bool = False) -> str:
         _verdict(manifest),
         "<h2>Quality</h2>",
         *quality_parts(manifest.quality, manifest.trial),
+        *step_parts(manifest),
         "<h2>Output error by module</h2>",
         *module_parts(manifest.modules),
         *expert_parts(manifest.experts, manifest.figures),
