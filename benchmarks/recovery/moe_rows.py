@@ -28,9 +28,9 @@ LEARN = {"data": "training.json", "batch": 8, "micro_batch": 4, "evaluate_every"
 STEPS = {
     "steps": [
         {"quantize": {"recipe": "prune.yaml"}},
-        {"distill": {**LEARN, "train": "weights", "tokens": 400_000, "learning_rate": 0.001}},
+        {"distill": {**LEARN, "train": "weights", "tokens": 160_000, "learning_rate": 0.003}},
         {"quantize": {"recipe": "round.yaml"}},
-        {"distill": {**LEARN, "train": "scales", "tokens": 100_000, "learning_rate": 0.002}},
+        {"distill": {**LEARN, "train": "scales", "tokens": 64_000, "learning_rate": 0.003}},
     ]
 }
 

@@ -76,7 +76,7 @@ def test_all_weights_train_under_the_checkpoints_own_rounding_or_in_16_bits(
     prune: bool,
 ) -> None:
     source = checkpoint(family, prune=prune)
-    settings = replace(QUICK, train="weights", learning_rate=2e-3)
+    settings = replace(QUICK, train="weights", learning_rate=2e-3, precision="bf16")
     manifest = distilled(source, tiny_model(family), tmp_path / "out", settings)
     step, after = manifest.steps[-1], tensors_of(tmp_path / "out")
     assert step.mean_kld < (step.kld_before or 0)

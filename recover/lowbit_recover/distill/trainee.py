@@ -78,7 +78,10 @@ class Trainee:
 
     @torch.no_grad()
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that was trained, by the names in the files and in the types of the files."""
+        """Everything that was trained, by the names in the files and in the types of the files.
+
+        Raises CheckpointError where the files do not have a tensor of that name.
+        """
         found, plain = dict[str, Tensor](), dict[str, Tensor]()
         for name, module in self.model.named_modules():
             if isinstance(module, IntegerLinear) and f"{name}.scale" in self.trained:
@@ -91,11 +94,12 @@ class Trainee:
                 plain[name] = one.detach().cpu()
         stacked = self._others_of_stacks(plain)
         found |= self.names.publish(plain | stacked)
-        return {
-            name: one.to(FLOATS.get(self.files.dtype(name), one.dtype))
-            for name, one in found.items()
-            if name in self.files
-        }
+        if strange := sorted(name for name in found if name not in self.files):
+            raise CheckpointError(
+                f"{self.files.directory} lacks the tensor {strange[0]}, which was trained; make the checkpoint again "
+                "with this Lowbit"
+            )
+        return {name: one.to(FLOATS.get(self.files.dtype(name), one.dtype)) for name, one in found.items()}
 
     def _others_of_stacks(self, plain: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Parameters beside those that train, where both lie in one stack of the files."""
