@@ -29,7 +29,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from build_unseen_text import encyclopedia
+from build_unseen_text import encyclopedia  # type: ignore[import-not-found]  # beside this script
 
 DOCUMENT_CHARS = 4_000
 DOMAIN_CHARS = 3_000_000  # at most, of each

@@ -69,7 +69,7 @@ def parse_arguments() -> argparse.Namespace:
 def report_plan() -> None:
     """One line of `lowbit plan`: the scheme that loses least of those that fit, and what is predicted of it."""
     command = [*LOWBIT, "plan", str(find_demo_model()), *PLAN_FLAGS]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         sys.stderr.write(done.stderr)
         raise SystemExit(f"demo: lowbit plan ended with status {done.returncode}")

@@ -123,7 +123,7 @@ class Training:
                 "give --overwrite, or run the same command to go on after the last step that was saved"
             )
         self._optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(self._trained.values(), CLIPPED)
         self._optimizer.step()
         return float(loss.detach())

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def test_prune_recover_quantize_recover_is_one_run_whose_manifest_has_every_step
     tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
     base = str(tiny_model("qwen3_moe"))
-    steps = [
+    steps: list[dict[str, dict[str, Any]]] = [
         {"quantize": {"recipe": "prune.yaml"}},
         {"distill": {**TRAINED, "train": "weights", "learning_rate": 0.002}},
         {"quantize": {"recipe": "round.yaml"}},

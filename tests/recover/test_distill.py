@@ -159,7 +159,7 @@ def test_a_dry_run_forecasts_what_trains_and_the_optimizer_and_writes_nothing(
         given = [str(source), "--base", str(tiny_model("llama")), "--data", "default", "--train", train]
         assert run([*given, "--dry-run", "--tokens", "4096", "--row-tokens", "64", "--set-aside", "4"]) == 0
         report = json.loads(capsys.readouterr().out)
-        trainee = build_trainee(find_model(str(source)), train, CPU, "bf16", checkpointing=True)  # type: ignore[arg-type]
+        trainee = build_trainee(find_model(str(source)), train, CPU, "bf16", checkpointing=True)
         count = sum(one.numel() for one in trainee.trained.values())
         assert report["trained_parameters"] == count
         assert report["memory_bytes"]["optimizer"] == 8 * count

@@ -57,7 +57,7 @@ def test_gradients_of_learned_steps_are_finite_differences_of_codes_whose_roundi
             for sign in (1, -1):
                 inputs = [at[0].clone(), at[1].clone()]
                 inputs[values].view(-1)[place] += sign * STEP
-                moved.append(float((held(scheme, *inputs, zero, at) * direction).sum()))
+                moved.append(float((held(scheme, inputs[0], inputs[1], zero, at) * direction).sum()))
             difference = (moved[0] - moved[1]) / (2 * STEP)
             assert float(gradient.view(-1)[place]) == pytest.approx(difference, rel=1e-4, abs=1e-6)
 

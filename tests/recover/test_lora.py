@@ -196,7 +196,7 @@ def test_an_adapter_is_merged_into_16_bits_only(
 def test_data_that_cannot_be_used_gets_one_line_and_nothing_is_written(
     checkpoint: Path, tmp_path: Path, lines: list[dict[str, Any]], heldout: Any, words: str
 ) -> None:
-    given = [write_rows(tmp_path / "rows.jsonl", lines)]
+    given: list[str | Path] = [write_rows(tmp_path / "rows.jsonl", lines)]
     if heldout is not None:
         held = heldout if isinstance(heldout, str) else write_rows(tmp_path / "held.jsonl", heldout)
         given += ["--heldout", held]

@@ -147,7 +147,8 @@ def _rising(variance: Tensor, together: int) -> Tensor:
     if together == 1:
         return variance.argsort(descending=True, stable=True).flip(1)
     runs = variance.unflatten(1, (-1, together)).mean(-1).argsort(descending=True, stable=True).flip(1)
-    return (runs.unsqueeze(-1) * together + torch.arange(together, device=variance.device)).flatten(1)
+    order: Tensor = runs.unsqueeze(-1) * together + torch.arange(together, device=variance.device)
+    return order.flatten(1)
 
 
 def gptq_codes(
