@@ -1,6 +1,6 @@
-"""The result of run.py as Markdown: python benchmarks/quantizers/table.py [--write]. Standard library only.
+"""Results of run.py as Markdown: python benchmarks/quantizers/table.py [--write]. Standard library only.
 
-`--write` puts the tables between their markers in benchmarks/README.md and, shorter, in README.md.
+`--write` puts the tables between their markers: of the whole field in benchmarks/README.md, of both texts in README.md.
 """
 
 import json
@@ -10,7 +10,8 @@ from statistics import fmean
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULT = Path(__file__).parent / "results" / "field.json"
+RESULTS = Path(__file__).parent / "results"
+FIELD, BOTH_TEXTS = RESULTS / "field.json", RESULTS / "both_texts.json"
 START, END = "<!-- quantizers/table.py -->\n", "<!-- end -->"
 FAMILIES = {
     "gptq": "GPTQ, symmetric",
@@ -50,7 +51,8 @@ def label(runs: list[Run]) -> str:
     if case["tool"] == "lowbit":
         return f"**{tool}** {rest}"
     settings = ", ".join(f"{key}={value}" for key, value in case["settings"].items())
-    return f"{tool} {runs[-1]['versions'][case['tool']]} {rest}" + (f" ({settings})" if settings else "")
+    versions = {name.replace("-", ""): version for name, version in runs[-1]["versions"].items()}
+    return f"{tool} {versions[case['tool']]} {rest}" + (f" ({settings})" if settings else "")
 
 
 def each(runs: list[Run], key: str) -> str:
@@ -110,25 +112,28 @@ def comparison(result: dict[str, Any]) -> str:
     )
 
 
-def brief_table(result: dict[str, Any]) -> str:
-    """All families in one table, for the project's README."""
+def texts_table(result: dict[str, Any]) -> str:
+    """Divergence on the unseen text, the lowest first, and on the bundled one."""
     rows = []
-    for family in FAMILIES:
-        symmetry = FAMILIES[family].rpartition(" ")[2]
-        for runs in by_case(result["runs"], {family}).values():
-            divergence, _, agreement = quality(runs)
-            figures = [each(runs, "cpu_s"), f"{peak(runs) / 1e6:.0f}", divergence, agreement]
-            rows.append([f"{label(runs)}, {symmetry}", *figures])
-    return grid(["", "CPU s", "peak RSS MB", "mean KL", "top-1"], rows)
+    for run in sorted(result["runs"], key=lambda one: float(one["unseen"]["mean_kl_nats"])):
+        symmetry = "symmetric" if run["case"]["symmetric"] else "asymmetric"
+        figures = [divergence(run[text]) for text in ("unseen", "quality")]
+        agreement = f"{100 * run['unseen']['top1_agreement']:.1f} %"
+        rows.append([f"{label([run])}, {symmetry}", *figures, agreement, f"{run['cpu_s']:.0f}"])
+    return grid(["", "KL, unseen text", "KL, bundled text", "top-1, unseen", "CPU s"], rows)
+
+
+def divergence(quality: dict[str, Any]) -> str:
+    return f"{quality['mean_kl_nats']:.4f} ± {quality['mean_kl_standard_error']:.4f}"
 
 
 def tables() -> dict[Path, str]:
     """What belongs between the markers of each file."""
-    result = json.loads(RESULT.read_text(encoding="utf-8"))
-    full = [family_table(result, family) for family in FAMILIES if by_case(result["runs"], {family})]
+    field, texts = (json.loads(path.read_text(encoding="utf-8")) for path in (FIELD, BOTH_TEXTS))
+    full = [family_table(field, family) for family in FAMILIES if by_case(field["runs"], {family})]
     return {
-        ROOT / "benchmarks" / "README.md": "\n\n".join([*full, comparison(result)]) + "\n",
-        ROOT / "README.md": brief_table(result) + "\n",
+        ROOT / "benchmarks" / "README.md": "\n\n".join([*full, comparison(field)]) + "\n",
+        ROOT / "README.md": texts_table(texts) + "\n",
     }
 
 
