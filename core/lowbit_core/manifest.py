@@ -358,8 +358,8 @@ def read_manifest(directory: Path) -> Manifest | None:
     if not path.exists():
         if (directory / PROGRESS_NAME).exists():
             raise CheckpointError(
-                f"{directory} is an unfinished quantize run ({PROGRESS_NAME} without {MANIFEST_NAME}); "
-                "run the same `lowbit quantize` command again to complete it"
+                f"{directory} is an unfinished run ({PROGRESS_NAME} without {MANIFEST_NAME}); "
+                "run the same `lowbit` command again to complete it"
             )
         return None
     try:

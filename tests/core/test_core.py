@@ -130,7 +130,7 @@ def test_every_change_to_a_file_is_found(checkpoint: Path, damage, message: str)
 def test_no_manifest_is_unknown_but_an_unfinished_run_is_refused(tmp_path: Path) -> None:
     assert read_manifest(tmp_path) is None
     (tmp_path / PROGRESS_NAME).write_text("{}")
-    with pytest.raises(CheckpointError, match="unfinished quantize run"):
+    with pytest.raises(CheckpointError, match="unfinished run"):
         read_manifest(tmp_path)
 
 
@@ -210,7 +210,8 @@ def test_inspect_refuses_what_is_no_checkpoint(tmp_path: Path, capsys: pytest.Ca
 def test_an_unknown_command_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["quantise"]) == 2
     commands = (
-        "allocate, compare, evaluate, export, frontier, inspect, key, loadtest, plan, quantize, sensitivity, "
+        "allocate, compare, compose, distill, evaluate, export, frontier, inspect, key, loadtest, lora, plan, "
+        "quantize, sensitivity, "
     )
     assert f"commands are: {commands}serve, usage" in capsys.readouterr().err
 

@@ -25,7 +25,7 @@ TRAINED = {
 
 def written(folder: Path, steps: object, quality: dict[str, object] | None = None) -> Path:
     """A file of steps, and beside it the recipes that it names."""
-    prune = {**TEXTS, "passes": [{"prune_experts": {"prune_ratio": 0.25, "criterion": "reap"}}]}
+    prune = {**TEXTS, "passes": [{"prune_experts": {"prune_ratio": 0.5, "criterion": "reap"}}]}
     rule = {"match": "*", "scheme": "W4A16", "group_size": 32, "methods": ["rtn"]}
     (folder / "prune.yaml").write_text(yaml.safe_dump(prune))
     (folder / "round.yaml").write_text(

