@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "quantizers"))
 from provenance import hardware, revision, versions
 
 from lowbit_core.cli import Parser
+from lowbit_core.log import configure_logging
 from lowbit_core.manifest import read_manifest
 from lowbit_recover import compose_cli, distill_cli
 
@@ -62,6 +63,7 @@ def main() -> None:
     arguments = parser.parse_args()
     out, composed = arguments.work / arguments.name, arguments.source.suffix == ".yaml"
     command = compose_cli.command if composed else distill_cli.command
+    configure_logging("INFO")
     ours = Parser(prog="lowbit")
     command.add_arguments(ours)
     given = [str(arguments.source), "--model" if composed else "--base", arguments.base, "--out", str(out)]

@@ -73,6 +73,35 @@ def test_prune_recover_quantize_recover_is_one_run_whose_manifest_has_every_step
         compose(base, load_steps(written(tmp_path, steps)), tmp_path / "out", CPU)
 
 
+def test_layers_width_recovery_4_bits_recovery_is_one_run_and_a_student_is_one_of_its_steps(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    passes = {
+        "layers": {"drop_layers": {"count": 1, "criterion": "block-influence", "num_samples": 2}},
+        "width": {"prune_width": {"mlp_channels": 128}},
+    }
+    for name, one in passes.items():
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({**TEXTS, "passes": [one]}))
+    steps = [
+        {"quantize": {"recipe": "layers.yaml"}},
+        {"quantize": {"recipe": "width.yaml"}},
+        {"distill": {**TRAINED, "train": "weights", "learning_rate": 0.003}},
+        {"quantize": {"recipe": "round.yaml"}},
+        {"distill": {**TRAINED, "learning_rate": 0.005}},
+    ]
+    manifest, place = compose(
+        str(tiny_model("llama")), load_steps(written(tmp_path, steps)), tmp_path / "out", CPU
+    )
+    kinds = [one.step for one in manifest.steps]
+    assert kinds == ["quantize", "quantize", "distill", "quantize", "distill"]
+    layers, width, student, rounded, last = manifest.steps
+    assert layers.bytes > width.bytes == student.bytes > rounded.bytes == last.bytes
+    assert student.mean_kld < width.mean_kld
+    assert last.mean_kld <= rounded.mean_kld
+    config = json.loads((place / "config.json").read_text())
+    assert (config["num_hidden_layers"], config["intermediate_size"]) == (2, 128)
+
+
 @pytest.mark.parametrize(
     ("steps", "message"),
     [
