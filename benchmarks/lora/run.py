@@ -22,10 +22,10 @@ from lowbit_core.log import configure_logging
 from lowbit_recover.lora import Task, train_adapter
 from lowbit_recover.lora_training import Settings
 
-TRAINED, HELD, ASKED = 240, 24, 50
+TRAINED, HELD, ASKED = 200, 16, 40
 SEED = 7
 SETTINGS = Settings(
-    rank=16, alpha=32.0, epochs=2.0, rate=1e-3, batch_size=8, max_seq_length=160, evaluations=4, seed=SEED
+    rank=16, alpha=32.0, epochs=2.0, rate=1.5e-3, batch_size=8, max_seq_length=160, evaluations=4, seed=SEED
 )
 ADAPTER = "record"
 

@@ -18,6 +18,7 @@ from lowbit_quantize.passes.kind import PassKind
 from lowbit_quantize.passes.prune_experts import PruneExpertsKind
 from lowbit_quantize.passes.prune_width import PruneWidthKind
 from lowbit_quantize.passes.quantize import QuantizeKind
+from lowbit_quantize.passes.tune import TuneKind
 from lowbit_quantize.recipe import NONE
 from lowbit_quantize.schemes import block_fp8, eight_bits, float_blocks, integer, rounded_integers
 from lowbit_quantize.schemes.scheme import Preset
@@ -41,7 +42,7 @@ CATALOG = Catalog(
         *rounded_integers.PRESETS,
     ),
     methods=(RoundToNearest(), Awq(), SmoothQuant(), Gptq(), Magnitude(), Wanda(), SparseGpt()),
-    passes=(DropLayersKind(), PruneWidthKind(), PruneExpertsKind(), DistillRouterKind(), QuantizeKind()),
+    passes=(DropLayersKind(), PruneWidthKind(), PruneExpertsKind(), DistillRouterKind(), QuantizeKind(), TuneKind()),
 )
 
 

@@ -114,7 +114,8 @@ class Plan:
         """
         changed = any(one.changes_function for one in self.passes)
         entries = (entry for name, entry in self.modules.items() if name != self.architecture.head)
-        return not changed and any(entry.compensates for entry in entries)
+        asked = any(one.needs_base_stream for one in self.passes)
+        return not changed and (asked or any(entry.compensates for entry in entries))
 
     @property
     def quantizes_head(self) -> bool:
@@ -256,6 +257,8 @@ def make_plan(
         raise RecipeError(
             f"modules leave no linear to quantize; give a rule with a scheme, or leave {QUANTIZE} out of passes"
         )
+    for one in passes:
+        one.check(modules)
     layers_in_fp8(recipe.kv_cache, architecture, text_config(served.config))
     return Plan(reference, recipe, architecture, skeleton, modules, passes, floats, left_because, cut)
 

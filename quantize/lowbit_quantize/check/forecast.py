@@ -111,6 +111,7 @@ def memory_bound_bytes(plan: Plan, streams: int) -> int:
     """What a walk stays below: 1.25 x (embedding + head + 2 x largest layer + streams) + 1.5 GB.
 
     Where the model's own code around its layers is run, all that this holds counts as well as the embedding.
+    A pass that trains a layer holds more of it, and what the base gives for the calibration text.
     Of layers that route, twice what is around the experts counts, and four experts; of their streams, four times as
     much: what experts are called with, and what they have given so far. Where channels are pruned, the Hessians of the
     widest linear count.
@@ -118,10 +119,12 @@ def memory_bound_bytes(plan: Plan, streams: int) -> int:
     config = plan.config
     embedding = config.vocab_size * config.hidden_size * BASE_BYTES
     outside = (embedding if plan.tied else 2 * embedding) + _around_bytes(plan)
-    largest = max(_at_once(layer, plan.architecture) for layer in plan.walked.layers) * BASE_BYTES
+    weights = max(_at_once(layer, plan.architecture) for layer in plan.walked.layers)
+    trained = max((one.bytes_a_weight for one in plan.passes), default=0)
     squares = SQUARES * 4 * _widest(plan) ** 2 if any(one.resizes for one in plan.passes) else 0
-    kept = streams * (4 if plan.architecture.experts else 1)
-    return int(BOUND_FACTOR * (outside + 2 * largest + kept)) + squares + BOUND_REST_BYTES
+    kept = streams * (4 if plan.architecture.experts else 1) * (2 if trained else 1)
+    held = outside + (2 * BASE_BYTES + trained) * weights + kept
+    return int(BOUND_FACTOR * held) + squares + BOUND_REST_BYTES
 
 
 def _widest(plan: Plan) -> int:

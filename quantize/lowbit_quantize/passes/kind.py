@@ -7,6 +7,7 @@ from lowbit_core.documents import Section
 from lowbit_quantize.model.architecture import Architecture
 from lowbit_quantize.model.resized import OpenModel
 from lowbit_quantize.walk.layer import Pass
+from lowbit_quantize.walk.module_plan import Modules
 
 
 class PassKind(Protocol):
@@ -31,9 +32,14 @@ class PlainPass:
     on_trial = False
     before_quantize = True
     resizes = False
+    needs_base_stream = False
+    bytes_a_weight = 0
 
     def fitted(self, walked: OpenModel, served: OpenModel) -> Any:
         return self
+
+    def check(self, modules: Modules) -> None:
+        return None
 
     def shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
         return shape

@@ -146,7 +146,9 @@ class Pass(Protocol):
     `changes_function`: what the layer computes is not to stay what it was, so that later errors are not measured
     against the base model's layer. `on_trial`: it is kept only if held-out KL falls. `before_quantize`: it changes
     weights or their names, and so stands before `quantize`. `resizes`: its configuration is one of other sizes, of
-    which a model is built before the walk begins; its layers must have these shapes afterwards.
+    which a model is built before the walk begins; its layers must have these shapes afterwards. `needs_base_stream`: it
+    is to be given the base model's calibration tokens, which then walk too. `bytes_a_weight`: what it holds beside a
+    layer for each of its weights.
     """
 
     @property
@@ -162,6 +164,15 @@ class Pass(Protocol):
 
     def fitted(self, walked: OpenModel, served: OpenModel) -> "Pass":
         """The pass for layers of one model that become those of another; raises RecipeError. For one that `resizes`."""
+        ...
+
+    @property
+    def needs_base_stream(self) -> bool: ...
+    @property
+    def bytes_a_weight(self) -> int: ...
+
+    def check(self, modules: Modules) -> None:
+        """Raise RecipeError where the pass does not fit what the table says of the model's linears."""
         ...
 
     def run(self, layer: nn.Module, context: LayerContext) -> None:

@@ -49,6 +49,7 @@ def made(arguments: Sequence[str], log: Path, ranks: int) -> None:
     [
         ("llama", WIDE, "gptq-g64", 2),  # wide enough for a Hessian's blocks to be dealt
         ("llama", WIDE, "awq-g64", 3),
+        ("llama", {}, "gptq-tuned-3bit", 2),
         ("gemma3_text", {}, "gptq-g64", 3),
         ("qwen3_moe", {}, "gptq-g64", 2),
         ("llama", WIDE, "sparse24-gptq-g64", 2),
