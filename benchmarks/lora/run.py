@@ -8,13 +8,10 @@ the base again and the adapter. Exact match is of whole answers, greedy. A stopp
 
 import argparse
 import json
-import resource
-import time
 import urllib.request
 from pathlib import Path
 from typing import Any
 
-import torch
 from benchmarks.endpoint import lowbit_serve, write_result
 from benchmarks.lora.records import conversation, items, question
 
@@ -61,21 +58,14 @@ def main() -> None:
 def trained(
     checkpoint: Path, training: list[dict[str, str]], held: list[dict[str, str]], work: Path, adapter: Path
 ) -> dict[str, Any]:
-    """Train, or go on, or take what is there; its record and what the process took for it."""
+    """Train, or go on, or take what is there; its record."""
     paths = [work / "training.jsonl", work / "held.jsonl"]
     for path, some in zip(paths, (training, held), strict=True):
         path.write_text("".join(json.dumps(conversation(item)) + "\n" for item in some), encoding="utf-8")
-    began = time.process_time()
     task = Task(
         str(checkpoint), str(paths[0]), adapter, heldout=str(paths[1]), device="cpu", settings=SETTINGS
     )
-    record = train_adapter(task)
-    took = {
-        "cpu_s_of_this_process": round(time.process_time() - began, 1),
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "threads": torch.get_num_threads(),
-    }
-    return record | took
+    return train_adapter(task)
 
 
 def answer(url: str, model: str | None, item: dict[str, str]) -> str:

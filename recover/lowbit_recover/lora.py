@@ -4,6 +4,7 @@ The same command after a kill goes on after the last step that was saved, to the
 """
 
 import json
+import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -158,6 +159,9 @@ def _record(
         "heldout_before": heldout[0],
         "heldout_after": heldout[best],
         "seconds": round(state.seconds, 1),
+        "cpu_seconds": round(state.cpu_seconds, 1),
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "threads": torch.get_num_threads(),
         "curve": {
             "training": state.curve.training,
             "heldout": {str(step): loss for step, loss in heldout.items()},

@@ -37,13 +37,14 @@ class Curve:
 
 @dataclass
 class State:
-    """After `step` steps: the tensors that are trained, Adam's, the best so far, and the seconds that it took."""
+    """After `step` steps: the tensors that are trained, Adam's, the best so far, and the time that it took."""
 
     identity: Mapping[str, Any]
     step: int
     curve: Curve
     tensors: dict[str, dict[str, Tensor]]
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
 
 
 def save(directory: Path, state: State) -> None:
@@ -58,6 +59,7 @@ def save(directory: Path, state: State) -> None:
         "step": state.step,
         "curve": asdict(state.curve),
         "seconds": state.seconds,
+        "cpu_seconds": state.cpu_seconds,
     }
     scratch = directory / SCRATCH
     try:
@@ -88,9 +90,8 @@ def load(directory: Path) -> State | None:
         raise OutputError(f"{path} cannot be read ({error}); give --overwrite to begin anew") from None
     curve = words["curve"]
     heldout = {int(step): loss for step, loss in curve["heldout"].items()}
-    return State(
-        words["identity"], words["step"], Curve(curve["training"], heldout), tensors, words["seconds"]
-    )
+    took = words["seconds"], words["cpu_seconds"]
+    return State(words["identity"], words["step"], Curve(curve["training"], heldout), tensors, *took)
 
 
 def adam_state(optimizer: torch.optim.Optimizer, names: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

@@ -18,7 +18,7 @@ from lowbit_evaluate.loaded_model import LoadedModel
 from lowbit_recover import lora_state as saved
 from lowbit_recover.lora_examples import Batch, Example, batches
 from lowbit_recover.lora_model import adapt, trained
-from lowbit_recover.lora_objectives import AnswerLoss, Divergence, Objective, logits_of
+from lowbit_recover.lora_objectives import AnswerLoss, Divergence, Objective, Predictor
 from lowbit_recover.lora_state import BEST, NOW, Curve, State
 
 log = get_logger("recover")
@@ -75,10 +75,10 @@ class Training:
             model.model.enable_input_require_grads()
             model.model.gradient_checkpointing_enable({"use_reentrant": False})
             self.adapted.train()
-        ours = logits_of(model.model, model.logits)
+        ours = Predictor(model.model, model.logits)
         self.objective: Objective = AnswerLoss(ours)
         if teacher is not None:
-            self.objective = Divergence(ours, logits_of(teacher.model, teacher.logits))
+            self.objective = Divergence(ours, Predictor(teacher.model, teacher.logits))
         self._trained = trained(self.adapted)
         tokenizer = model.tokenizer
         self._padding = next(
@@ -96,7 +96,7 @@ class Training:
     def run(self, identity: Mapping[str, Any], state: State | None) -> State:
         """All steps that are not done yet; saved after each evaluation."""
         state = self._taken_up(state) if state else State(identity, 0, Curve(), {})
-        began, before = time.monotonic(), state.seconds
+        began, before = (time.monotonic(), time.process_time()), (state.seconds, state.cpu_seconds)
         every = max(1, -(-self.steps // self._settings.evaluations))
         if not state.curve.heldout:
             self._evaluate(state)
@@ -107,7 +107,8 @@ class Training:
             state.step += 1
             if state.step % every == 0 or state.step == self.steps:
                 self._evaluate(state)
-                state.seconds = before + time.monotonic() - began
+                state.seconds = before[0] + time.monotonic() - began[0]
+                state.cpu_seconds = before[1] + time.process_time() - began[1]
                 saved.save(self._out, state)
         return state
 

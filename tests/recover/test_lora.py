@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +14,11 @@ from tests.tiny_models import write_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowbit_core.errors import ConfigError, NumericsError, OutputError, RecipeError
+from lowbit_quantize.model.logits import LogitsForm
 from lowbit_quantize.pipeline import quantize
 from lowbit_quantize.quality.document import Document
 from lowbit_recover.lora_examples import IGNORED, Example, batch_of, example_of
+from lowbit_recover.lora_objectives import AnswerLoss, Divergence, Predictor
 from lowbit_recover.lora_state import STATE
 
 peft = pytest.importorskip("peft")
@@ -84,6 +87,50 @@ def test_batches_are_filled_up_where_nothing_counts() -> None:
     assert batch.ids.tolist() == [[5, 6, 7], [8, 9, 9]]
     assert batch.mask.tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch.targets.tolist() == [[IGNORED, 6, 7], [8, IGNORED, IGNORED]]
+
+
+class Bigram(torch.nn.Module):
+    """A model whose next token depends on the last one alone."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.embedding = torch.nn.Parameter(torch.randn(11, 5, generator=generator))
+        self.head = torch.nn.Linear(5, 11, bias=False)
+        self.head.weight = torch.nn.Parameter(torch.randn(11, 5, generator=generator))
+
+    def get_decoder(self) -> Any:
+        return lambda input_ids, **_: SimpleNamespace(last_hidden_state=self.embedding[input_ids])
+
+    def get_output_embeddings(self) -> torch.nn.Linear:
+        return self.head
+
+
+def test_losses_by_parts_are_those_of_all_logits_at_once() -> None:
+    """Of two positions at a time, with a cap on the logits, by value and by gradient."""
+    form = LogitsForm(factor=0.7, cap=2.0)
+    ours, base = (Predictor(Bigram(seed), form, logits_bytes=2 * 4 * 11) for seed in (1, 2))
+    batch = batch_of(
+        [Example((1, 2, 3, 4, 5), (False, True, True, False, True)), Example((6, 7), (True, True))], 0
+    )
+
+    def logits(model: Bigram, tokens: list[int]) -> torch.Tensor:
+        return (model.head(model.embedding[tokens]) * 0.7 / 2).tanh() * 2
+
+    answers = -logits(ours.model, [1, 2, 4, 6]).log_softmax(-1)[range(4), [2, 3, 5, 7]].sum()
+    said = [2, 3, 5, 6, 7]
+    p, q = (logits(one.model, said).log_softmax(-1) for one in (base, ours))
+    divergence = (p.exp() * (p - q)).sum()
+    for objective, slow, count in ((AnswerLoss(ours), answers, 4), (Divergence(ours, base), divergence, 5)):
+        total, counted = objective(batch)
+        assert counted == count
+        assert float(total.detach()) == pytest.approx(float(slow.detach()), rel=1e-5)
+        wanted = torch.autograd.grad(slow, ours.model.embedding, retain_graph=True)[0]
+        assert torch.allclose(
+            torch.autograd.grad(total, ours.model.embedding)[0], wanted, rtol=1e-4, atol=1e-6
+        )
 
 
 def test_an_adapter_lowers_the_held_out_loss_and_peft_opens_it(
