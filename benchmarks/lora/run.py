@@ -19,7 +19,7 @@ from lowbit_core.log import configure_logging
 from lowbit_recover.lora import Task, train_adapter
 from lowbit_recover.lora_training import Settings
 
-TRAINED, HELD, ASKED = 200, 16, 40
+TRAINED, HELD, ASKED = 200, 16, 30
 SEED = 7
 SETTINGS = Settings(
     rank=16, alpha=32.0, epochs=2.0, rate=1.5e-3, batch_size=8, max_seq_length=160, evaluations=4, seed=SEED
@@ -73,7 +73,7 @@ def answer(url: str, model: str | None, item: dict[str, str]) -> str:
     if model is None:
         with urllib.request.urlopen(f"{url}/v1/models") as reply:
             model = json.load(reply)["data"][0]["id"]
-    body = {"model": model, "messages": question(item), "temperature": 0, "max_tokens": 64}
+    body = {"model": model, "messages": question(item), "temperature": 0, "max_tokens": 48}
     request = urllib.request.Request(
         f"{url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
