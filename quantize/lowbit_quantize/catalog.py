@@ -42,7 +42,14 @@ CATALOG = Catalog(
         *rounded_integers.PRESETS,
     ),
     methods=(RoundToNearest(), Awq(), SmoothQuant(), Gptq(), Magnitude(), Wanda(), SparseGpt()),
-    passes=(DropLayersKind(), PruneWidthKind(), PruneExpertsKind(), DistillRouterKind(), QuantizeKind(), TuneKind()),
+    passes=(
+        DropLayersKind(),
+        PruneWidthKind(),
+        PruneExpertsKind(),
+        DistillRouterKind(),
+        QuantizeKind(),
+        TuneKind(),
+    ),
 )
 
 

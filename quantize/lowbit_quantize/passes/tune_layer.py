@@ -127,9 +127,8 @@ class LayerTuning:
             norm.move(found[f"{name}.weight"], rates.norm_rate * left)
 
     def _weights(self) -> dict[str, Tensor]:
-        return {
-            f"{name}.weight": one.weight() for name, one in (*self._linears.items(), *self._norms.items())
-        }
+        moving: dict[str, LearnedLinear | LearnedNorm] = {**self._linears, **self._norms}
+        return {f"{name}.weight": one.weight() for name, one in moving.items()}
 
     def _loss(self, weights: Mapping[str, Tensor], given: Tensor, wanted: Tensor) -> Tensor:
         rows, args, kwargs = self._decoder.call(self._index, given)
@@ -139,7 +138,8 @@ class LayerTuning:
         output = (output[0] if isinstance(output, tuple) else output).float()
         wanted = wanted.to(output.device).float()
         sizes = wanted.square().mean(-1).clamp(min=1e-20)
-        return ((output - wanted).square().mean(-1) / sizes).mean()
+        loss: Tensor = ((output - wanted).square().mean(-1) / sizes).mean()
+        return loss
 
     def _state(self) -> tuple[dict[str, Quantized], dict[str, Tensor]]:
         linears = {name: one.quantized for name, one in self._linears.items()}
