@@ -182,7 +182,7 @@ def _document(arguments: argparse.Namespace, items: Sequence[Item], outcome: Out
     settings = {name: getattr(arguments, name) for name in ("limit", "seed", "dtype", "kv_cache", "device")}
     document = report.header(arguments.model, arguments.base, arguments.target, {**settings, **outcome.found})
     if outcome.text:
-        document["text"] = outcome.text | {"broken": report.broken_of_text(outcome.text)}
+        document["text"] = outcome.text | report.broken_of_text(outcome.text)
     return document | (report.tasks_document(items, outcome.answers, outcome.base) if items else {})
 
 

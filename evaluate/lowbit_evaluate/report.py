@@ -120,9 +120,10 @@ def broken_lines(text: Mapping[str, Any] | None, ours: Answers, base: Answers | 
     return lines
 
 
-def broken_of_text(text: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Domains that broke, for the JSON."""
-    return [asdict(one) for one in broken_domains(text.get("domains") or {})]
+def broken_of_text(text: Mapping[str, Any]) -> dict[str, Any]:
+    """Domains that broke, for the JSON; nothing where there is no base to compare with."""
+    domains = text.get("domains")
+    return {} if domains is None else {"broken": [asdict(one) for one in broken_domains(domains)]}
 
 
 def text_table(text: dict[str, Any]) -> Table:

@@ -2,16 +2,18 @@
 
 import json
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.quantize.small_runs import SMALL_FLAGS, recipe_with
+from rich.console import Console
+from tests.quantize.small_runs import SMALL_FLAGS, recipe_of, recipe_with
 from tests.tiny_models import write_tiny_model
 
 from lowbit_core.cli import main
 from lowbit_core.strict_yaml import strict_load
-from lowbit_quantize.check.preflight import dry_run
+from lowbit_quantize.check.preflight import dry_run, table
 from lowbit_quantize.methods.sparsity import NofM, Ratio
 from lowbit_quantize.model.reference import find_model
 from lowbit_quantize.plan import make_plan
@@ -28,7 +30,10 @@ def refused(model: Path, rules: list[dict[str, Any]], out: Path, capsys: pytest.
     command = ["quantize", "--model", str(model), "--recipe", "gptq-g64", "--out", str(out), *SMALL_FLAGS]
     assert main([*command, "--set", f"modules={json.dumps(rules)}"]) == 2
     assert not out.exists()
-    lines = capsys.readouterr().err.strip().splitlines()
+    shown = capsys.readouterr().err.splitlines()
+    lines = [
+        line for line in shown if "error" in line
+    ]  # beside what is told of a model that is found by running it
     assert len(lines) == 1
     return lines[0]
 
@@ -91,7 +96,7 @@ def test_a_recipe_is_written_as_it_was_read() -> None:
 
 
 def test_a_dry_run_says_who_gains_and_that_bytes_stay(
-    tiny_model: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+    tiny_model: Callable[[str], Path],
 ) -> None:
     model = str(tiny_model("qwen3_moe"))
     rules = (
@@ -106,6 +111,13 @@ def test_a_dry_run_says_who_gains_and_that_bytes_stay(
     assert "TensorRT" in found["2:4"]["gains"]
     assert "TensorRT" not in found["0.5"]["gains"]
     assert all("gains nothing" in one["gains"] for one in found.values())
-    command = ["quantize", "--model", model, "--recipe", "sparse24-gptq-g64", "--dry-run", *SMALL_FLAGS]
-    assert main([*command, "--set", "modules.0.group_size=32"]) == 0
-    assert "so no bytes are saved" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+    shown = StringIO()
+    Console(file=shown, width=600).print(table(report))
+    assert "so no bytes are saved" in shown.getvalue()
+    assert "TensorRT" in shown.getvalue()
+
+
+def test_the_bundled_recipe_fits_a_model_of_its_groups(tiny_model: Callable[[str], Path]) -> None:
+    plan = make_plan(find_model(str(tiny_model("llama"))), recipe_of("sparse24-gptq-g64"))
+    assert {entry.pruner.sparsity for entry in plan.modules.values() if entry.pruner} == {NofM(2, 4)}
+    assert {entry.quantizer.name for entry in plan.modules.values()} == {"gptq"}
