@@ -86,6 +86,11 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         action="store_false",
         help="keep what layers compute: faster, more memory",
     )
+    how.add_argument(
+        "--optimizer-on-disk",
+        action="store_true",
+        help="keep AdamW's moments in files that are mapped, on the CPU",
+    )
 
 
 def _number(group: Any, name: str, kind: type, what: str) -> None:
