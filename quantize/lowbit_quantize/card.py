@@ -110,6 +110,8 @@ def _modules(manifest: Manifest) -> Iterator[str]:
     yield from (f"\n{words}" for words in _zeros(manifest))
     if manifest.kv_cache:
         yield from ("", f"Keys and values: {manifest.kv_cache.dtype}, with calibrated scales in the files.")
+    if manifest.structure:
+        yield from ("", f"Taken out of the base: {manifest.structure}.")
     if manifest.experts and manifest.experts.kept < manifest.experts.experts:
         how = f"merged ({manifest.experts.consolidate})" if manifest.experts.consolidate else "dropped"
         yield from (

@@ -31,10 +31,14 @@ class Cut:
     config: Any
 
 
-def open_base(reference: ModelReference) -> OpenModel:
-    """The model as it was published; raises ModelError where it is none that can be walked."""
+def open_base(reference: ModelReference, *, say: bool) -> OpenModel:
+    """The model as it was published; raises ModelError where it is none that can be walked.
+
+    `say`: tell what was found of it, the first time.
+    """
     base = OpenModel(reference.config, *open_model(reference))
-    _say_found(reference, base.architecture)
+    if say:
+        _say_found(reference, base.architecture)
     return base
 
 

@@ -173,7 +173,16 @@ def _finished_walk(
         baselines, alone = plan.baselines(texts[1].domains), not base.foreign
         by_head = plan.scales_by_head
         work = Work(
-            plan.modules, passes, plan.paired, plan.fp8_layers, baselines, alone, by_head, plan.names, dropped
+            plan.modules,
+            passes,
+            plan.paired,
+            plan.fp8_layers,
+            baselines,
+            alone,
+            by_head,
+            plan.names,
+            dropped,
+            plan.compensates,
         )
         shards = decoder.depth + plan.quantizes_head + 1 + len(base.carried_shards)
         writer = CheckpointWriter(directory, shards, scratch=run.scratch)

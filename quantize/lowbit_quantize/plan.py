@@ -108,10 +108,12 @@ class Plan:
 
     @property
     def paired(self) -> bool:
-        """Whether the base model's calibration tokens walk too, so that weights can make up for earlier errors.
+        """Whether the base model's calibration tokens walk too, so that weights can make up for earlier errors."""
+        return self.compensates or any(one.needs_base_stream for one in self.passes)
 
-        Not where a pass changes what layers compute: that is not an error to be made up for.
-        """
+    @property
+    def compensates(self) -> bool:
+        """Whether methods do; not where a pass changes what layers compute: that is no error to be made up for."""
         changed = any(one.changes_function for one in self.passes)
         entries = (entry for name, entry in self.modules.items() if name != self.architecture.head)
         asked = any(one.needs_base_stream for one in self.passes)
@@ -241,7 +243,7 @@ def make_plan(
     `kept` are the numbers of the base's layers that stay, where that was measured for a pass.
     """
     floats = floats_of(reference)
-    base = open_base(reference)
+    base = open_base(reference, say=kept is None)
     passes = make_passes(recipe.passes, reference, base.architecture, catalog)
     served, passes, cut = cut_by(passes, base, recipe, kept)
     architecture, skeleton = served.architecture, served.skeleton

@@ -15,11 +15,10 @@ from lowbit_core.manifest import (
     UnderCalibratedExpert,
     record_files,
 )
-from lowbit_core.structure import StructureRecord
+from lowbit_quantize.check.structure import structure_record
 from lowbit_quantize.check.unopened import unopened_records
 from lowbit_quantize.check.weights import Base
 from lowbit_quantize.passes.prune_experts import PruneExperts
-from lowbit_quantize.passes.prune_width import PruneWidth
 from lowbit_quantize.plan import Plan
 from lowbit_quantize.quality import kl
 from lowbit_quantize.quality.dataset import TokenText
@@ -68,7 +67,7 @@ def manifest_of(
         unopened=unopened_records(plan),
         kv_cache=_kv_cache(plan, walk.layers),
         experts=_experts(plan, walk.layers),
-        structure=_structure(plan, run),
+        structure=structure_record(plan, run.layers.scores if run.layers else {}),
         trial=_trial(plan, run),
         figures={record.layer: record.figures for record in walk.layers if record.figures},
         calibration=calibration.record,
@@ -110,23 +109,6 @@ def _kv_cache(plan: Plan, layers: Sequence[LayerRecord]) -> KVCacheRecord | None
 def _trial(plan: Plan, run: RunDirectory) -> TrialRecord | None:
     passes = [one.name for one in plan.passes if one.on_trial]
     return TrialRecord(passes=passes, **run.trial.model_dump()) if run.trial else None
-
-
-def _structure(plan: Plan, run: RunDirectory) -> StructureRecord | None:
-    """What passes have taken out of the base's layers."""
-    if plan.cut is None:
-        return None
-    narrowing = next((one for one in plan.passes if isinstance(one, PruneWidth)), None)
-    dropping, depth = plan.dropping, len(plan.base.layers)
-    measured = run.layers
-    return StructureRecord(
-        layers=depth,
-        kept_layers=list(dropping.kept if dropping and dropping.kept else range(depth)),
-        sizes=narrowing.sizes if narrowing else {},
-        layer_criterion=dropping.chosen_by if dropping else None,
-        width_criterion=narrowing.recipe.criterion if narrowing else None,
-        layer_scores=measured.scores if measured else {},
-    )
 
 
 def _experts(plan: Plan, layers: Sequence[LayerRecord]) -> ExpertsRecord | None:

@@ -16,6 +16,7 @@ from lowbit_core.cpu_speeds import KernelSpeed, instructions, of_kernels
 from lowbit_core.manifest import UnopenedRecord
 from lowbit_quantize.check import effort, forecast
 from lowbit_quantize.check.sharding import PARALLEL_SIZES, obstacles
+from lowbit_quantize.check.structure import structure_words
 from lowbit_quantize.check.unopened import unopened_records
 from lowbit_quantize.check.weights import checked_base, stored_weights
 from lowbit_quantize.model.reference import find_model
@@ -64,6 +65,7 @@ def dry_run(
         "effort": effort.report(plan, *texts),
         "gpu_memory_gib": gpu_memory_gib,
         "experts": plan.experts,
+        "structure": structure_words(plan),
         "unopened": [record.model_dump() for record in unopened_records(plan)],
         "schemes": _schemes(plan),
         "sparsity": _sparsity(plan),
@@ -165,6 +167,8 @@ def _hours(seconds: float) -> str:
 def table(report: dict[str, Any]) -> Group:
     """The report for a person."""
     facts = Table(show_header=False, title=report["model"])
+    if report["structure"]:
+        facts.add_row("structure", report["structure"])
     facts.add_row("checkpoint", f"{report['checkpoint_bytes'] / GIB:.2f} GiB")
     facts.add_row("disk during the run", f"{report['run_disk_bytes'] / GIB:.2f} GiB")
     facts.add_row("memory of the run", f"below {report['memory_bound_bytes'] / GIB:.2f} GiB")

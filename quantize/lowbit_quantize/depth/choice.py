@@ -26,6 +26,7 @@ log = get_logger("quantize")
 
 TRIED_AGAIN = 2  # times as many layers as go
 LEAST_TRIED = 8
+JUDGED_TOKENS = 512  # at least, spread evenly over the text: logits cost more than layers
 Scores = dict[int, float]
 
 
@@ -102,11 +103,12 @@ def _judge(decoder: Decoder, ids: Tensor) -> Callable[[Tensor], float]:
     for index in range(decoder.depth):
         pass_through(decoder, index, [base])
     (norm, head), form = decoder.head(), decoder.architecture.logits
-    wanted = decoder.finished(base)
+    step = max(1, ids.numel() // JUDGED_TOKENS)
+    wanted, some = decoder.finished(base)[:, ::step], ids[:, ::step]
 
     def mean_kld(hidden: Tensor) -> float:
-        given = decoder.finished(hidden)
-        return float(compare(wanted, given, norm, norm, head, ids, form=form).kld.mean())
+        given = decoder.finished(hidden)[:, ::step]
+        return float(compare(wanted, given, norm, norm, head, some, form=form).kld.mean())
 
     return mean_kld
 

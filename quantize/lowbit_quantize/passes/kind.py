@@ -32,8 +32,11 @@ class PlainPass:
     on_trial = False
     before_quantize = True
     resizes = False
-    needs_base_stream = False
     bytes_a_weight = 0
+
+    @property
+    def needs_base_stream(self) -> bool:
+        return False
 
     def fitted(self, walked: OpenModel, served: OpenModel) -> Any:
         return self

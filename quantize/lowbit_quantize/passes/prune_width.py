@@ -21,14 +21,15 @@ from lowbit_core.documents import Section
 from lowbit_core.errors import ModelError, RecipeError
 from lowbit_quantize.device import ranks
 from lowbit_quantize.model.architecture import Architecture, kind_of, linear_of
-from lowbit_quantize.model.decoder import batches_of
+from lowbit_quantize.model.decoder import BasePass, batches_of
 from lowbit_quantize.model.experts.visited import RoutedCall
 from lowbit_quantize.model.families import reads_biases, reads_head_dim
 from lowbit_quantize.model.resized import OpenModel
 from lowbit_quantize.model.skeleton import given
 from lowbit_quantize.passes.kind import PlainPass
+from lowbit_quantize.statistics.layer import Observers
 from lowbit_quantize.structure.criteria import Chosen, Criterion, choose
-from lowbit_quantize.structure.moments import Moments
+from lowbit_quantize.structure.moments import Aim, Moments
 from lowbit_quantize.structure.slabs import Slab, add_bias, cut, give_biases, slabs_of, take_sizes
 from lowbit_quantize.structure.surgeon import columns_of
 from lowbit_quantize.walk.layer import LayerContext
@@ -129,6 +130,11 @@ class PruneWidth(PlainPass):
         return ", ".join(f"{key} = {value}" for key, value in self.changed.items() if key != "head_dim")
 
     @property
+    def needs_base_stream(self) -> bool:
+        """Whether what stays makes up for the layers before too."""
+        return self.recipe.criterion == "brain-surgeon"
+
+    @property
     def sizes(self) -> dict[str, tuple[int, int]]:
         """What each size of the base was and is."""
         return {key: (self.before[key], self.changed[key]) for key in self.before}
@@ -151,11 +157,7 @@ class PruneWidth(PlainPass):
         assert self.served is not None, "a pass is fitted before the walk"
         give_biases(layer, self.served.layers[context.index], slab)
         reader = linear_of(layer, slab.reader)
-        seen = Moments(reader.in_features, reader.weight.device)
-        with silent_experts(layer):
-            context.decoder.observe(
-                layer, context.index, context.calibration, {slab.reader: seen.add}, None, stop=True
-            )
+        seen = self._seen(layer, slab, context)
         chosen = self._choose(reader, seen, slab, seed)
         if not check:
             self._cut_to(layer, slab, chosen, context)
@@ -172,6 +174,28 @@ class PruneWidth(PlainPass):
         if chosen.bias is not None:
             add_bias(linear_of(layer, slab.reader), chosen.bias)
         return chosen.error
+
+    def _seen(self, layer: nn.Module, slab: Slab, context: LayerContext) -> Moments:
+        """What a reader reads on the calibration text, and what of the base model's it should make up for."""
+        reader, stream = linear_of(layer, slab.reader), context.calibration_base
+        if stream is None or not self.needs_base_stream:
+            seen = Moments(reader.in_features, reader.weight.device)
+            with silent_experts(layer):
+                context.decoder.observe(
+                    layer, context.index, context.calibration, {slab.reader: seen.add}, None, stop=True
+                )
+            return seen
+        aim, base = Aim(reader.weight), context.base_layer()
+        norm = next((one.residual for one in kind_of(layer).groups if slab.reader in one.linears), "")
+        ours: Observers = {norm: aim.see_residual} if norm else {}  # the output is added to what that reads
+        theirs: Observers = {norm: aim.expect_residual} if norm else {}
+        ours[slab.reader], theirs[slab.reader] = aim.add, aim.expect
+        with silent_experts(layer, base):
+            context.decoder.observe(
+                layer, context.index, context.calibration, ours, None,
+                stop=True, base=BasePass(base, stream, theirs, None),
+            )  # fmt: skip
+        return aim
 
     def _cut_to(self, layer: nn.Module, slab: Slab, chosen: Chosen, context: LayerContext) -> None:
         assert self.served is not None, "a pass is fitted before the walk"

@@ -47,11 +47,14 @@ class Tune(PlainPass):
 
     name = NAME
     before_quantize = False
-    needs_base_stream = True
     bytes_a_weight = 24  # a code's number, its weight and both gradients, and two states of the codes
 
     def __init__(self, architecture: Architecture, options: TuneOptions) -> None:
         self._architecture, self._options = architecture, options
+
+    @property
+    def needs_base_stream(self) -> bool:
+        return True
 
     def check(self, modules: Modules) -> None:
         for name, entry in modules.items():
@@ -77,7 +80,8 @@ class Tune(PlainPass):
             for name, weight in tuned.norms.items():
                 layer.get_submodule(name).weight = nn.Parameter(weight, requires_grad=False)
         if context.last and context.calibration_base is not None and context.read_on:
-            context.calibration_base.copy_(wanted)
+            if context.compensates:
+                context.calibration_base.copy_(wanted)
             context.decoder.advance(layer, context.index, context.calibration, context.result.hook)
             context.advanced = True
 

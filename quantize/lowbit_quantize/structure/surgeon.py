@@ -8,16 +8,20 @@ time, the cheapest first, each time on what the rest has become.
 The rest is then solved for at once, from the original weight: Ŵ_K = W_K + W_S H_SK (H_KK + r diag H_KK)⁻¹, which is
 the least ‖(W − Ŵ) X‖² + r Σ H_jj ‖Ŵ_j − W_j‖²: a ridge toward the original. Plain least squares fit the calibration
 text (arXiv 2510.07782); so r is the one under which each half of the tokens is best served by what the other half says.
+Where it is known how far outputs are off the base model's by the layers before, that is made up for too, as far (`aim`)
+as the halves say so of each other.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lowbit_quantize.structure.moments import Moments, centred
+from lowbit_quantize.structure.moments import Aim, Moments, Off, centred
 
 STEPS = 128  # in which units go
 RIDGE = 0.01  # of each channel's own power, while units are chosen
-RIDGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+RIDGES = (0.001, 0.01, 0.03, 0.1, 0.3)
 TINY = 1e-30
 LEAST = 1e-12  # of a channel's power, relative to the mean
 
@@ -62,6 +66,39 @@ def columns_of(units: Tensor, size: int) -> Tensor:
     return (units.unsqueeze(1) * size + torch.arange(size, device=units.device)).flatten()
 
 
+@dataclass(frozen=True)
+class Said:
+    """What some tokens say: the Hessian and the mean of inputs, and how far outputs are off, with the mean taken out of
+    all of it where the linear is `biased`.
+    """
+
+    hessian: Tensor
+    mean: Tensor
+    off: Off
+    biased: bool
+
+    @property
+    def inputs(self) -> Tensor:
+        """The Hessian of what no bias makes up for, (in, in)."""
+        return centred(self.hessian, self.mean) if self.biased else self.hessian
+
+    @property
+    def cross(self) -> Tensor:
+        """Mean off xᵀ of what no bias makes up for, (out, in)."""
+        return self.off.cross - torch.outer(self.off.mean, self.mean) if self.biased else self.off.cross
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the `kept` columns become, (out, kept): `plain`, and as many times `aimed` as the base model is aimed at."""
+
+    plain: Tensor
+    aimed: Tensor
+
+    def at(self, aim: float) -> Tensor:
+        return self.plain + aim * self.aimed
+
+
 def made_up(
     weight: Tensor, moments: Moments, kept: Tensor, *, biased: bool
 ) -> tuple[Tensor, Tensor | None, float]:
@@ -70,48 +107,64 @@ def made_up(
     Where the linear is `biased`, the mean of what goes is the bias's. The error is that of each half of the tokens by
     what the other half says, relative to the output's power.
     """
-    halves = [moments.half(number) for number in (0, 1)]
-    errors = {
-        ridge: sum(
-            _error(weight, _solved(weight, said, kept, ridge, biased=biased), judge, kept, biased=biased)
+    halves = [_said(weight, moments, number, biased=biased) for number in (0, 1)]
+    best: tuple[float, float, float] | None = None
+    for ridge in RIDGES:
+        judged = [
+            _error(weight, _solved(weight, said, kept, ridge), said, judge, kept)
             for said, judge in (halves, halves[::-1])
-        )
-        for ridge in RIDGES
-    }
-    best = min(errors, key=lambda ridge: errors[ridge])
-    power = sum(float(((weight @ hessian) * weight).sum()) for hessian, _ in halves)
-    found, bias = _solved(weight, (moments.hessian, moments.mean), kept, best, biased=biased)
-    return found, bias, errors[best] / max(power, 1e-30)
+        ]
+        square, linear, rest = (sum(terms) for terms in zip(*judged, strict=True))
+        aim = min(1.0, max(0.0, -linear / (2 * square))) if square > 0 else 0.0
+        error = square * aim * aim + linear * aim + rest
+        if best is None or error < best[0]:
+            best = error, ridge, aim
+    assert best is not None, "there are ridges to choose from"
+    error, ridge, aim = best
+    power = sum(float(((weight @ half.hessian) * weight).sum()) for half in halves)
+    every = _said(weight, moments, None, biased=biased)
+    found = _solved(weight, every, kept, ridge).at(aim)
+    gain = weight @ every.mean + aim * every.off.mean - found @ every.mean[kept] if biased else None
+    return found, gain, error / max(power, 1e-30)
 
 
-def _solved(
-    weight: Tensor, said: tuple[Tensor, Tensor], kept: Tensor, ridge: float, *, biased: bool
-) -> tuple[Tensor, Tensor | None]:
-    hessian, mean = said
-    inputs = centred(hessian, mean) if biased else hessian
-    gone = _others(kept, len(hessian))
+def _said(weight: Tensor, moments: Moments, half: int | None, *, biased: bool) -> Said:
+    hessian, mean = (moments.hessian, moments.mean) if half is None else moments.half(half)
+    if isinstance(moments, Aim):
+        return Said(hessian, mean, moments.off(half), biased)
+    return Said(hessian, mean, Off(torch.zeros_like(weight), weight.new_zeros(len(weight)), 0.0), biased)
+
+
+def _solved(weight: Tensor, said: Said, kept: Tensor, ridge: float) -> Parts:
+    inputs = said.inputs
+    gone = _others(kept, len(inputs))
     lower = _factor(inputs[kept.unsqueeze(1), kept], ridge)
     wanted = inputs[kept.unsqueeze(1), gone] @ weight[:, gone].T  # (kept, out)
-    found = weight[:, kept] + torch.cholesky_solve(wanted, lower).T
-    return found, (weight @ mean - found @ mean[kept]) if biased else None
+    plain = weight[:, kept] + torch.cholesky_solve(wanted, lower).T
+    return Parts(plain, torch.cholesky_solve(said.cross[:, kept].T.contiguous(), lower).T)
 
 
-def _error(
-    weight: Tensor,
-    found: tuple[Tensor, Tensor | None],
-    judge: tuple[Tensor, Tensor],
-    kept: Tensor,
-    *,
-    biased: bool,
-) -> float:
-    """Mean ‖(W − Ŵ) x − b‖² on inputs of this Hessian and mean."""
-    (hessian, mean), (new, bias) = judge, found
-    off = weight.clone()
-    off[:, kept] -= new
-    error = ((off @ hessian) * off).sum()
-    if biased and bias is not None:
-        error = error - 2 * (bias * (off @ mean)).sum() + bias.square().sum()
-    return float(error)
+def _error(weight: Tensor, found: Parts, said: Said, judge: Said, kept: Tensor) -> tuple[float, float, float]:
+    """The squared error of outputs on what `judge` says, as a polynomial in the aim: a² and a¹ and the rest.
+
+    A bias, where there is one, is that which `said` says.
+    """
+    plain = weight.clone()
+    plain[:, kept] -= found.plain
+    aimed = torch.zeros_like(weight)
+    aimed[:, kept] = found.aimed  # what is left is plain − aim · aimed
+    by_plain, by_aimed = plain @ judge.hessian, aimed @ judge.hessian
+    square, linear = float((by_aimed * aimed).sum()), -2 * float((by_plain * aimed).sum())
+    rest = float((by_plain * plain).sum()) + judge.off.power
+    linear -= 2 * float((judge.off.cross * aimed).sum())
+    rest += 2 * float((judge.off.cross * plain).sum())
+    if said.biased:  # b = plain μ + aim (off − aimed μ), by what was said
+        first, second = plain @ said.mean, said.off.mean - aimed @ said.mean
+        off, by = judge.off.mean + plain @ judge.mean, aimed @ judge.mean
+        rest += float(first.square().sum() - 2 * (first * off).sum())
+        linear += float(2 * (first * second).sum() - 2 * (second * off).sum() + 2 * (first * by).sum())
+        square += float(second.square().sum() + 2 * (second * by).sum())
+    return square, linear, rest
 
 
 def _others(kept: Tensor, count: int) -> Tensor:

@@ -49,7 +49,7 @@ class Work:
     """What a walk does: the table, the passes in order, whether the base model's calibration text walks too, the layers
     with an FP8 cache, the held-out sequences of each baseline, and whether a scale of the head's inputs may fold into
     the final norm. `names` are those of what is served, where its sizes are not those of what walks; `dropped` are the
-    base's layers that do not walk.
+    base's layers that do not walk. `compensates`: methods aim at the base model's calibration text where it walks.
     """
 
     modules: Modules
@@ -61,6 +61,7 @@ class Work:
     scales_by_head: bool = False
     names: PublishedNames | None = None
     dropped: DroppedLayers | None = None
+    compensates: bool = True
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,9 @@ class Walk:
         if context.read_on or work:
             travellers.append(calibration)
         if context.calibration_base is not None and context.read_on:
-            travellers.append(Traveller(context.calibration_base, base, halfway=context.halfway))
+            travellers.append(
+                Traveller(context.calibration_base, base, halfway=context.halfway and context.compensates)
+            )
 
         def make(experts: Mapping[int, nn.Module]) -> list[MadeExpert]:
             found = work(list(experts), calibration.called) if work else {}
@@ -261,6 +264,7 @@ class Walk:
             calibration=self._streams["calibration"],
             calibration_base=self._streams["calibration_base"] if self.work.paired else None,
             fp8_cache=bool(self.work.fp8_layers),
+            compensates=self.work.compensates,
             scales_by_head=self.work.scales_by_head,
             clock=self._clock,
             read_on=index + 1 < self.decoder.depth or self._head_entry is not None or self.work.paired,

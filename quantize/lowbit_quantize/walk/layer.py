@@ -78,7 +78,8 @@ class ExpertWork(Protocol):
 class LayerContext:
     """One layer on the walk. Streams are (sequences, tokens, hidden) and hold what the layer reads.
 
-    `calibration` is the compressed model's stream, `calibration_base` the base model's where it walks too. A pass
+    `calibration` is the compressed model's stream, `calibration_base` the base model's where it walks too; methods aim
+    at that where `compensates` says so. A pass
     that is the `last` may move both on to the next layer itself, where they are `read_on`, and says so in `advanced`;
     any other leaves them as they are. Where the layer routes, both wait for the visit of its experts (walk/visit.py),
     at the layer's middle if the pass says `halfway`, and `expert_work` is what is to be done with each expert then.
@@ -90,6 +91,7 @@ class LayerContext:
     calibration: Tensor
     calibration_base: Tensor | None
     fp8_cache: bool
+    compensates: bool = True
     scales_by_head: bool = False
     clock: Clock = field(default_factory=Clock)
     read_on: bool = True
@@ -133,10 +135,12 @@ class LayerContext:
             with silent_experts(layer):
                 self.decoder.observe(layer, self.index, self.calibration, {}, seen, stop=False)
             self.set_kv_scales(seen)
-        if self.advanced or not self.read_on or kind_of(layer).experts:
+        if not self.read_on or kind_of(layer).experts:
             return
-        if self.calibration_base is not None:
+        if self.calibration_base is not None and not (self.advanced and self.compensates):
             self.decoder.advance(self.base_layer(), self.index, self.calibration_base)
+        if self.advanced:
+            return
         self.decoder.advance(layer, self.index, self.calibration, self.result.hook)
 
 

@@ -69,7 +69,7 @@ class StagedLayer:
         self._done = QuantizedLayer()
         self._absmax = KVAbsmax()
         # The last pass may move the streams; before another they are left as they are.
-        hidden, base = context.calibration, context.calibration_base
+        hidden, base = context.calibration, context.calibration_base if context.compensates else None
         self._hidden = hidden if context.last else hidden.clone()
         base_stream = base if base is None or context.last else base.clone()
         self._base = None if base_stream is None else (context.base_layer(), base_stream)

@@ -91,6 +91,22 @@ def test_narrower_experts_are_what_transformers_opens(
     )
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_fewer_experts_and_narrower_ones_go_together(
+    tiny_model: Callable[[str], Path], turned: bool, tmp_path: Path
+) -> None:
+    steps: list[Any] = [{"prune_experts": {"keep_experts": 4}}, {"prune_width": {"expert_channels": 128}}]
+    recipe = recipe_with(RULE, passes=[*(reversed(steps) if turned else steps), "quantize"])
+    model = tiny_model("mixtral")
+    manifest = quantize(str(model), recipe, tmp_path / "out", CPU)
+    config = AutoConfig.from_pretrained(tmp_path / "out")
+    assert (config.num_local_experts, config.intermediate_size) == (4, 128)
+    assert tensor_bytes(make_plan(find_model(str(model)), recipe)) == manifest.size.bytes
+    assert reloaded_kld(model, tmp_path / "out", recipe) == pytest.approx(
+        manifest.quality.mean_kld, rel=0.02, abs=2e-3
+    )
+
+
 def test_rows_and_columns_that_stay_belong_together(
     tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -187,4 +203,14 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
     with pytest.raises(RecipeError, match=words) as refused:
         quantize(str(tiny_model(family)), narrowing(**options), tmp_path / "out", CPU)
     assert "\n" not in str(refused.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_scales_of_heads_are_refused_where_heads_go(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    cache = {"dtype": "fp8", "strategy": "attn_head"}
+    recipe = recipe_with(passes=[{"prune_width": {"kv_groups": 1}}], kv_cache=cache)
+    with pytest.raises(RecipeError, match=r"heads are not those that stay.*give strategy: tensor"):
+        quantize(str(tiny_model("llama")), recipe, tmp_path / "out", CPU)
     assert not (tmp_path / "out").exists()

@@ -10,6 +10,7 @@ from tests.quantize.runs.test_ranks import made
 from tests.quantize.runs.test_resume import command, contents
 from tests.quantize.small_runs import CPU
 from tests.quantize.stoppable import renaming, run
+from tests.quantize.tiny_gguf import write_tiny_gguf
 from tests.tiny_models import write_tiny_model
 
 from lowbit_core.cli import main
@@ -68,6 +69,9 @@ def test_a_dry_run_knows_the_size_of_what_a_run_then_writes(tmp_path: Path) -> N
     served, before = (one["tensor_parallel"][0]["kv_bytes_per_token_per_rank"] for one in (report, plain))
     assert served * 3 == before  # two of three layers, and one of two heads: 2/3 · 1/2
     assert report["parameters"] == plain["parameters"]
+    assert report["structure"].startswith("2 of 3 layers by measured, which the run measures")
+    assert "intermediate_size 192 to 128" in report["structure"]
+    assert plain["structure"] is None
 
 
 def test_the_manifest_and_inspect_say_what_was_taken_out(tmp_path: Path) -> None:
@@ -100,9 +104,21 @@ def test_a_refusal_is_one_line_with_status_2(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    out = tmp_path / "out"
-    assert main(command(tiny_model("llama"), out, *structure(options))) == 2
+    model, out = tiny_model("llama"), tmp_path / "out"
+    capsys.readouterr()
+    assert main(command(model, out, *structure(options))) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     assert words in lines[0]
     assert not out.exists()
+
+
+def test_a_gguf_base_loses_layers_and_channels_like_a_directory(tmp_path: Path) -> None:
+    model = write_tiny_gguf(tmp_path / "model")
+    passes = f"passes={json.dumps([DEPTH, WIDTH, 'quantize'])}"
+    recipe = load_recipe("gptq-g64", ("calibration.num_samples=4", "quality.num_samples=2", passes))
+    manifest = quantize(str(model), recipe, tmp_path / "out", CPU)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert manifest.structure is not None
+    assert config["num_hidden_layers"] == len(manifest.structure.kept_layers) == manifest.structure.layers - 1
+    assert (config["intermediate_size"], config["num_key_value_heads"]) == (128, 1)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lowbit_quantize.structure.criteria import choose
-from lowbit_quantize.structure.moments import Moments, centred
+from lowbit_quantize.structure.moments import Aim, Moments, centred
 from lowbit_quantize.structure.surgeon import RIDGE, columns_of, least_loss_units, made_up
 
 CHANNELS, OUTPUTS, TOKENS = 8, 5, 400
@@ -98,7 +98,8 @@ def test_a_bias_takes_the_mean_of_what_goes() -> None:
 
 
 def test_few_tokens_make_for_a_stronger_ridge_that_errs_less_on_others() -> None:
-    inputs, others = correlated(5, tokens=40, channels=32), correlated(5, tokens=4000, channels=32)[40:]
+    every = correlated(5, tokens=4000, channels=32)
+    inputs, others = every[:40], every[40:]
     weight, kept = weight_of(6, channels=32), torch.arange(16)
     found, _, _ = made_up(weight, seen(inputs), kept, biased=False)
     plain = torch.linalg.lstsq(inputs[:, kept], inputs @ weight.T).solution.T
@@ -161,3 +162,65 @@ def test_channels_that_are_never_seen_go_first_and_break_nothing() -> None:
     assert chosen.units.tolist() == [0, 1, 3, 4, 5, 7]
     assert torch.isfinite(chosen.weight).all()
     assert chosen.error < 1e-4
+
+
+def test_what_outputs_are_off_the_base_is_made_up_for_as_by_least_squares() -> None:
+    base, weight = correlated(15, tokens=3000), weight_of(16)
+    inputs = base + 0.3 * base[:, [1, 2, 3, 4, 5, 6, 7, 0]]  # what the layers before have made of it
+    residual = inputs @ torch.randn(CHANNELS, OUTPUTS, generator=torch.Generator().manual_seed(17))
+    kept = torch.arange(6)
+    aim = Aim(weight)
+    for rows in torch.arange(len(inputs)).split(300):
+        aim.expect_residual(residual[rows])
+        aim.expect(base[rows])
+        aim.see_residual(torch.zeros(len(rows), OUTPUTS))
+        aim.add(inputs[rows])
+    wanted = base @ weight.T + residual
+    slow = torch.linalg.lstsq(inputs[:, kept], wanted).solution.T
+    found, _, error = made_up(weight, aim, kept, biased=False)
+    least, mine, blind = (
+        float((wanted - inputs[:, kept] @ one.T).square().sum(1).mean())
+        for one in (slow, found, made_up(weight, seen(inputs), kept, biased=False)[0])
+    )
+    assert least <= mine < 1.02 * least < 0.5 * blind
+    power = float((inputs @ weight.T).square().sum(1).mean())
+    assert error == pytest.approx(mine / power, rel=0.05)
+
+
+def test_a_bias_takes_the_mean_of_what_outputs_are_off() -> None:
+    base, weight = correlated(18, tokens=3000), weight_of(19)
+    inputs, residual = base * 1.1, torch.full((3000, OUTPUTS), 2.0)
+    aim, kept = Aim(weight), torch.arange(5)
+    for rows in torch.arange(len(inputs)).split(300):
+        aim.expect_residual(residual[rows])
+        aim.expect(base[rows])
+        aim.see_residual(torch.zeros(len(rows), OUTPUTS))
+        aim.add(inputs[rows])
+    found, bias, error = made_up(weight, aim, kept, biased=True)
+    assert bias is not None
+    off = base @ weight.T + residual - (inputs[:, kept] @ found.T + bias)
+    assert torch.allclose(off.mean(0), torch.zeros(OUTPUTS), atol=0.02)
+    power = float((inputs @ weight.T).square().sum(1).mean())
+    assert error == pytest.approx(float(off.square().sum(1).mean()) / power, rel=0.05)
+
+
+def test_what_is_off_by_chance_is_hardly_aimed_at() -> None:
+    every, weight, kept = (
+        correlated(20, tokens=4000, channels=32),
+        weight_of(21, channels=32),
+        torch.arange(24),
+    )
+    inputs, others = every[:200], every[200:]
+    aim = Aim(weight)
+    noise = 5 * torch.randn(200, OUTPUTS, generator=torch.Generator().manual_seed(22))
+    for rows in torch.arange(200).split(50):
+        aim.expect_residual(noise[rows])
+        aim.expect(inputs[rows])
+        aim.see_residual(torch.zeros(len(rows), OUTPUTS))
+        aim.add(inputs[rows])
+    plain, aimed = (made_up(weight, one, kept, biased=False)[0] for one in (seen(inputs), aim))
+
+    def error(solution: Tensor) -> float:
+        return float((others @ weight.T - others[:, kept] @ solution.T).square().sum(1).mean())
+
+    assert error(aimed) - error(plain) < 0.1 * float(noise.square().sum(1).mean())
