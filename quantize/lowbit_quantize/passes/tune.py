@@ -30,7 +30,7 @@ class TuneOptions(Section):
     move a code, by which share Adam moves scales and norms at first, and every how many rows one is set aside.
     """
 
-    epochs: int = Field(default=3, ge=1, le=100, strict=True)
+    epochs: int = Field(default=2, ge=1, le=100, strict=True)
     code_travel: float = Field(default=0.75, ge=0, le=8)
     scale_rate: float = Field(default=0.005, ge=0, le=0.1)
     norm_rate: float = Field(default=0.005, ge=0, le=0.1)
