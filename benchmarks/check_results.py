@@ -162,6 +162,14 @@ def _families() -> dict[str, Any]:
     return runpy.run_path(str(BENCHMARKS / "families" / "run.py"))
 
 
+def an_adapter_learned_its_format_and_left_the_base_as_it_was() -> None:
+    result = _read("lora/results/format.json")
+    match, asked = result["exact_match"], result["items"]["asked"]
+    assert match["base"] <= 0.1
+    assert match["adapter"] >= 0.8
+    assert result["base_answers_unchanged"] == asked
+
+
 CHECKS = (
     the_shadow_agrees_with_evaluate_on_the_same_tokens,
     the_readmes_show_the_tables_of_the_comparison_with_other_quantizers,
@@ -180,6 +188,7 @@ CHECKS = (
     dropping_loses_less_than_merging_and_no_more_than_it_did,
     the_readme_shows_the_table_of_families,
     what_is_not_rounded_reloads_to_what_the_walk_measured_in_every_family_that_was_run,
+    an_adapter_learned_its_format_and_left_the_base_as_it_was,
 )
 
 
