@@ -85,6 +85,8 @@ def test_a_training_that_is_killed_goes_on_to_the_same_curve_and_the_same_bytes(
     ]
     assert made[0].steps[-1].curve == made[1].steps[-1].curve
     assert len(made[0].steps[-1].curve) == 13
+    assert made[0].steps[-1].cpu_seconds > made[0].run.cpu_seconds  # what the killed process did counts
+    assert made[1].steps[-1].cpu_seconds == made[1].run.cpu_seconds
     weights = [
         {name: one.sha256 for name, one in found.files.items() if name.endswith(".safetensors")}
         for found in made

@@ -169,6 +169,8 @@ def distill(
                 "changed_bytes": changed,
                 "curve": progress.curve,
                 "best_step": progress.best_step,
+                "seconds": round(manifest.run.seconds + progress.earlier_s, 2),
+                "cpu_seconds": round(manifest.run.cpu_seconds + progress.earlier_cpu_s, 2),
             }
         )
         manifest = manifest.model_copy(update={"steps": [*manifest.steps[:-1], step]})

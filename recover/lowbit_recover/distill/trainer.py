@@ -8,6 +8,7 @@ matrices differ by orders of magnitude.
 """
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,7 +39,10 @@ Judge = Callable[[], float]  # mean KL of the set-aside rows, in nats
 
 @dataclass
 class Progress:
-    """Where a training is: steps done, the best, and its curve: (step, mean KL on set-aside rows, mean loss since)."""
+    """Where a training is: steps done, the best, and its curve: (step, mean KL on set-aside rows, mean loss since).
+
+    `earlier_s` and `earlier_cpu_s` are what processes before this one have trained.
+    """
 
     step: int = 0
     curve: list[tuple[int, float, float | None]] = field(default_factory=list)
@@ -46,6 +50,8 @@ class Progress:
     best: float = math.inf
     waited: int = 0
     losses: list[float] = field(default_factory=list)
+    earlier_s: float = 0.0
+    earlier_cpu_s: float = 0.0
 
 
 class Trainer:
@@ -63,7 +69,7 @@ class Trainer:
             {"params": [one], "lr": settings.learning_rate * _size(one)} for one in trainee.trained.values()
         ]
         self._optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0)
-        self._moments = moments
+        self._moments, self._begun = moments, (time.monotonic(), time.process_time())
         self._rates = [group["lr"] for group in groups]
         self.progress = Progress()
 
@@ -165,7 +171,12 @@ class Trainer:
         self._directory.save(
             LAST,
             {
-                "progress": {**vars(progress), "curve": [list(one) for one in progress.curve]},
+                "progress": {
+                    **vars(progress),
+                    "curve": [list(one) for one in progress.curve],
+                    "earlier_s": progress.earlier_s + time.monotonic() - self._begun[0],
+                    "earlier_cpu_s": progress.earlier_cpu_s + time.process_time() - self._begun[1],
+                },
                 "parameters": self._trainee.parameters(),
                 "optimizer": self._optimizer.state_dict(),
             },
