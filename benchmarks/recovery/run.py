@@ -59,15 +59,18 @@ def main() -> None:
     parser.add_argument("--base", required=True)
     parser.add_argument("--data", nargs="+", default=[])
     parser.add_argument("--work", type=Path, required=True, help="directory for checkpoints")
-    parser.add_argument("flags", nargs="*", help="after --: flags of lowbit distill")
-    arguments = parser.parse_args()
+    words = sys.argv[1:]
+    own, flags = (
+        (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
+    )
+    arguments = parser.parse_args(own)
     out, composed = arguments.work / arguments.name, arguments.source.suffix == ".yaml"
     command = compose_cli.command if composed else distill_cli.command
     configure_logging("INFO")
     ours = Parser(prog="lowbit")
     command.add_arguments(ours)
     given = [str(arguments.source), "--model" if composed else "--base", arguments.base, "--out", str(out)]
-    given += [*arguments.flags, *(["--data", *arguments.data] if arguments.data else [])]
+    given += [*flags, *(["--data", *arguments.data] if arguments.data else [])]
     status = command.run(ours.read(given))
     result = result_of(sorted(out.glob("*-*/")) if composed else [arguments.source, out])
     file = HERE / "results" / f"{arguments.name}.json"

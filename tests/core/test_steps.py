@@ -22,9 +22,18 @@ def step(name: str, kld: float, mib: float, **fields: Any) -> dict[str, Any]:
 
 STEPS = [
     step("quantize", 0.05, 200),
-    step("distill", 0.02, 200, kld_before=0.05, changed_bytes=12345, curve=[(0, 0.05, None), (8, 0.02, 0.1)]),
-    step("quantize", 0.09, 60),
-    step("distill", 0.06, 60, kld_before=0.09),
+    step(
+        "distill",
+        0.02,
+        200,
+        kld_before=0.05,
+        changed_bytes=12345,
+        trained_parameters=9,
+        curve=[(0, 0.05, None), (8, 0.02, 0.1)],
+    ),
+    step("quantize", 0.09, 60, kld_before=0.02),
+    step("distill", 0.06, 60, kld_before=0.09, trained_parameters=7),
+    step("quantize", 0.061, 50, kld_before=0.06),
 ]
 
 
@@ -55,7 +64,7 @@ def test_the_page_and_the_lines_have_every_step_and_a_checkpoint_of_one_run_has_
     assert read_manifest(tmp_path) == manifest
     assert main(["inspect", str(tmp_path)]) == 0
     lines = capsys.readouterr().out
-    for number in (1, 2, 3, 4):
+    for number in (1, 2, 3, 4, 5):
         assert f"{number}. " in lines
     assert "█" in lines
 

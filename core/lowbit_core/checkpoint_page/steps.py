@@ -65,7 +65,7 @@ def step_table(steps: Sequence[StepRecord]) -> Table:
 
 def _gained(steps: Sequence[StepRecord]) -> str:
     """What the last step that trained won back, in a sentence."""
-    last = next((one for one in reversed(steps) if one.kld_before), None)
+    last = next((one for one in reversed(steps) if one.kld_before and one.trained_parameters), None)
     if last is None or not last.kld_before:
         return ""
     share = 1 - last.mean_kld / last.kld_before
