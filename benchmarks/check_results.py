@@ -50,6 +50,13 @@ def the_readme_shows_the_table_of_the_large_runs() -> None:
     assert shown.strip() == printed.strip(), "benchmarks/README.md differs from what scale/table.py prints"
 
 
+def the_readme_shows_the_tables_of_recovery() -> None:
+    printed = _printed("recovery/table.py")
+    readme = (BENCHMARKS / "README.md").read_text()
+    shown = readme.split("<!-- recovery/table.py -->")[1].split("<!-- end -->")[0]
+    assert shown.strip() == printed.strip(), "benchmarks/README.md differs from what recovery/table.py prints"
+
+
 def the_large_runs_kept_their_bound_and_their_pace() -> None:
     for method in ("rtn", "gptq"):  # GPTQ's Hessians are the largest matrices of a run
         runs = _read(f"scale/results/{method}-44-layers.json")["runs"]
