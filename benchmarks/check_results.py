@@ -184,6 +184,7 @@ CHECKS = (
     the_page_on_deploying_shows_the_table_of_the_runtimes,
     every_quantizer_had_the_same_model_ids_and_judge,
     the_readme_shows_the_table_of_the_large_runs,
+    the_readme_shows_the_tables_of_recovery,
     the_large_runs_kept_their_bound_and_their_pace,
     every_killed_run_ended_with_the_same_files,
     every_gguf_tokenizer_that_is_not_refused_encodes_all_published_samples_alike,
