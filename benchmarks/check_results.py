@@ -42,6 +42,14 @@ def every_quantizer_had_the_same_model_ids_and_judge() -> None:
     assert all(run["cpu_s"] > 0 and run["quality"]["mean_kl_standard_error"] > 0 for run in runs)
 
 
+def sparsegpt_loses_no_more_than_that_of_its_peer_on_the_same_tokens() -> None:
+    runs = {run["case"]["name"]: run for run in _read("quantizers/results/sparsity.json")["runs"]}
+    difference = runpy.run_path(str(BENCHMARKS / "quantizers" / "paired.py"))["difference"]
+    for text in ("quality", "unseen"):
+        mean, error = difference(runs["lowbit-sparsegpt"], runs["llmcompressor-sparsegpt"], text)
+        assert mean <= 2 * error, f"{text}: {mean:.4f} ± {error:.4f}"
+
+
 def the_readme_shows_the_table_of_the_large_runs() -> None:
     printed = _printed("scale/table.py")
     shown = (
@@ -193,6 +201,7 @@ CHECKS = (
     an_export_as_gguf_holds_less_than_a_gigabyte_and_a_half_of_a_checkpoint_of_six,
     the_picture_of_pruned_experts_is_drawn_from_its_result,
     the_readme_shows_the_table_of_merged_experts,
+    sparsegpt_loses_no_more_than_that_of_its_peer_on_the_same_tokens,
     dropping_loses_less_than_merging_and_no_more_than_it_did,
     the_readme_shows_the_table_of_families,
     what_is_not_rounded_reloads_to_what_the_walk_measured_in_every_family_that_was_run,
