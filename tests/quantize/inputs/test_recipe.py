@@ -109,9 +109,8 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, content: str) -> N
 
 
 def test_an_unknown_recipe_name_lists_the_bundled_ones() -> None:
-    with pytest.raises(
-        RecipeError, match="awq, awq-g64, awq-g64-plain-experts, awq-gptq-g64, fp8-dynamic, gptq, "
-    ):
+    assert {"awq-g64", "gptq-g64", "depth20"} <= set(bundled_recipes())
+    with pytest.raises(RecipeError, match=", ".join(bundled_recipes())):
         load_recipe("awqq")
 
 
