@@ -7,7 +7,7 @@ from lowbit_core.errors import ConfigError
 
 Train = Literal["scales", "weights"]
 TRAINS: tuple[Train, ...] = ("scales", "weights")
-LEARNING_RATES: dict[Train, float] = {"scales": 2e-3, "weights": 5e-4}
+LEARNING_RATES: dict[Train, float] = {"scales": 3e-4, "weights": 1e-3}
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Settings:
     alpha: float = 0.0
     hidden: float = 0.0
     top_k: int = 64
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-4
     warmup: float = 0.1
     evaluate_every: int = 8
     patience: int = 6
