@@ -117,8 +117,8 @@ def test_losses_by_parts_are_those_of_all_logits_at_once() -> None:
     )
 
     def logits(model: Bigram, tokens: list[int]) -> torch.Tensor:
-        found: torch.Tensor = (model.head(model.embedding[tokens]) * 0.7 / 2).tanh() * 2
-        return found
+        given: torch.Tensor = model.head(model.embedding[tokens]) * 0.7
+        return (given / 2).tanh() * 2
 
     answers = -logits(ours.model, [1, 2, 4, 6]).log_softmax(-1)[range(4), [2, 3, 5, 7]].sum()
     said = [2, 3, 5, 6, 7]

@@ -112,14 +112,12 @@ class LayerTuning:
     ) -> None:
         weights = self._weights()
         with torch.enable_grad():
-            loss = self._loss(weights, given[rows], wanted[rows])
+            loss = self._loss(weights, given[rows], wanted[rows]) * self._scale
         if not torch.isfinite(loss):
             raise NumericsError(
                 f"tuning layer {self._index}: its loss is not a finite number; lower tune.scale_rate and tune.norm_rate"
             )
-        found = dict(
-            zip(weights, torch.autograd.grad(loss * self._scale, list(weights.values())), strict=True)
-        )
+        found = dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
         code_step = min(LARGEST_CODE_STEP, rates.code_travel * share) * left
         for name, linear in self._linears.items():
             linear.move(found[f"{name}.weight"], code_step, rates.scale_rate * left)
@@ -127,8 +125,8 @@ class LayerTuning:
             norm.move(found[f"{name}.weight"], rates.norm_rate * left)
 
     def _weights(self) -> dict[str, Tensor]:
-        moving: dict[str, LearnedLinear | LearnedNorm] = {**self._linears, **self._norms}
-        return {f"{name}.weight": one.weight() for name, one in moving.items()}
+        linears = {f"{name}.weight": one.weight() for name, one in self._linears.items()}
+        return linears | {f"{name}.weight": one.weight() for name, one in self._norms.items()}
 
     def _loss(self, weights: Mapping[str, Tensor], given: Tensor, wanted: Tensor) -> Tensor:
         rows, args, kwargs = self._decoder.call(self._index, given)
@@ -138,8 +136,8 @@ class LayerTuning:
         output = (output[0] if isinstance(output, tuple) else output).float()
         wanted = wanted.to(output.device).float()
         sizes = wanted.square().mean(-1).clamp(min=1e-20)
-        loss: Tensor = ((output - wanted).square().mean(-1) / sizes).mean()
-        return loss
+        relative: Tensor = (output - wanted).square().mean(-1) / sizes
+        return relative.mean()
 
     def _state(self) -> tuple[dict[str, Quantized], dict[str, Tensor]]:
         linears = {name: one.quantized for name, one in self._linears.items()}
