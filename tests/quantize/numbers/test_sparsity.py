@@ -155,7 +155,11 @@ def test_the_pass_is_the_one_that_tries_every_mask_with_all_earlier_inputs_free(
         assert torch.allclose(numbers[0, row], wanted, atol=2e-3)
 
 
-@pytest.mark.parametrize("methods", [[Gptq()], [RoundToNearest()], [Awq()], [SmoothQuant()], []], ids=str)
+def names(methods: list[Method]) -> str:
+    return "+".join(one.name for one in methods) or "alone"
+
+
+@pytest.mark.parametrize("methods", [[Gptq()], [RoundToNearest()], [Awq()], [SmoothQuant()], []], ids=names)
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda one: one.name)
 @pytest.mark.parametrize("sparsity", [NofM(2, 4), Ratio(0.6)], ids=str)
 def test_what_is_zero_stays_exactly_zero_in_every_scheme(
