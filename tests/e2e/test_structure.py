@@ -39,7 +39,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     text = {"token_ids": str(ids)}
     for scheme, rules in SCHEMES.items():
         recipe = {
-            "kv_cache": {"dtype": "fp8" if rules else "none"},
+            "kv_cache": {"dtype": "none"},  # vLLM's CPU engine writes FP8 otherwise (test_vllm_fp8_cache.py)
             "modules": list(rules), "passes": [*PASSES, "quantize"] if rules else PASSES,
             "calibration": text, "quality": {"num_samples": 4, "max_seq_length": 64, "isolate": False},
         }  # fmt: skip
@@ -53,7 +53,6 @@ def test_stock_vllm_and_transformers_say_the_same(checkpoints: dict[str, Path]) 
     for name, directory in checkpoints.items():
         clear = equal_up_to_near_ties(engine[str(directory)], reference[str(directory)])
         assert clear > 0.5 * sum(map(len, reference[str(directory)]["texts"])), name
-        assert (engine[str(directory)]["kv_cache_dtype"] == "fp8") == bool(SCHEMES[name])
 
 
 def test_configurations_say_what_is_left(checkpoints: dict[str, Path]) -> None:
