@@ -26,7 +26,8 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.endpoint import LOWBIT, write_result  # noqa: E402
 from tests.quantize.exports.checkpoints import FOUR, checkpoint_of  # noqa: E402
 
-from lowbit_core.manifest import read_manifest, record_files, write_manifest  # noqa: E402
+from lowbit_core.manifest import read_manifest, write_manifest  # noqa: E402
+from lowbit_core.manifest_files import record_files  # noqa: E402
 from lowbit_quantize.catalog import CATALOG  # noqa: E402
 from lowbit_quantize.run.writer import CheckpointWriter  # noqa: E402
 

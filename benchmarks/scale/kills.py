@@ -27,7 +27,8 @@ from provenance import hardware, revision, versions
 from tests.quantize.stoppable import Point, renaming, run, start
 from tests.quantize.tiny_gguf import write_tiny_gguf
 
-from lowbit_core.manifest import MANIFEST_NAME, PROGRESS_NAME, file_sha256
+from lowbit_core.manifest import MANIFEST_NAME, PROGRESS_NAME
+from lowbit_core.manifest_files import file_sha256
 from lowbit_quantize.run.directory import STATE
 
 ROOT = Path(__file__).resolve().parents[2]

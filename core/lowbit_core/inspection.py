@@ -30,8 +30,8 @@ from lowbit_core.manifest import (
     Manifest,
     QualityRecord,
     read_manifest,
-    verify_files,
 )
+from lowbit_core.manifest_files import verify_files
 from lowbit_core.module_groups import module_groups
 
 log = get_logger("inspect")

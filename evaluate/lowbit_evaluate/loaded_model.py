@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, GgufConfig
 from transformers.utils.logging import disable_progress_bar
 
 from lowbit_core.errors import ModelError
-from lowbit_core.manifest import Manifest, read_manifest, verify_files
+from lowbit_core.manifest import Manifest, read_manifest
+from lowbit_core.manifest_files import verify_files
 from lowbit_evaluate.rounded_inputs import round_inputs
 from lowbit_evaluate.unopened_linears import UnopenedLinears, unopened_linears
 from lowbit_quantize.model.architecture import Architecture

@@ -9,6 +9,8 @@ from lowbit_core.errors import RecipeError
 from lowbit_quantize.model.architecture import Architecture
 from lowbit_quantize.model.experts.linears import ExpertList
 from lowbit_quantize.model.files.published_names import PublishedNames
+from lowbit_quantize.model.skeleton import text_config
+from lowbit_quantize.recipe import Recipe
 from lowbit_quantize.walk.module_plan import ModulePlan
 
 OF_WHOLE_TENSORS = ("nvfp4-pack-quantized",)  # formats with a scale that all of a tensor shares
@@ -120,3 +122,13 @@ def check_words(name: str, words: int, entry: ModulePlan | None) -> None:
         f"modules: {entry.scheme.name} does not fit the {words} outputs of {name}: engines read zero points of "
         f"{32 / entry.scheme.bits:g} outputs at a time; give a symmetric scheme, or leave it as it is"
     )
+
+
+def check_positions(name: str, config: Any, recipe: Recipe) -> None:
+    """Raise RecipeError where sequences are longer than what the model of this name has positions for."""
+    limit = getattr(text_config(config), "max_position_embeddings", None)
+    for section, text in (("calibration", recipe.calibration), ("quality", recipe.quality)):
+        if limit and not text.token_ids and text.max_seq_length > limit:
+            raise RecipeError(
+                f"{section}.max_seq_length = {text.max_seq_length}: {name} has {limit} positions"
+            )

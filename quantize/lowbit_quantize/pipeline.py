@@ -8,7 +8,8 @@ import torch
 from lowbit_core.durable import move
 from lowbit_core.errors import RecipeError
 from lowbit_core.log import get_logger
-from lowbit_core.manifest import Manifest, QualityRecord, file_record, write_manifest
+from lowbit_core.manifest import Manifest, QualityRecord, write_manifest
+from lowbit_core.manifest_files import file_record
 from lowbit_quantize.card import write_card
 from lowbit_quantize.catalog import CATALOG, Catalog
 from lowbit_quantize.check.forecast import run_disk_bytes, streams_bytes

@@ -15,9 +15,9 @@ from torch import nn
 
 from lowbit_core.errors import RecipeError
 from lowbit_core.log import get_logger
+from lowbit_quantize import misfits
 from lowbit_quantize.cache_layers import layers_in_fp8, without_unread_scales
 from lowbit_quantize.catalog import CATALOG, Catalog
-from lowbit_quantize.misfits import check_experts, check_opened, check_outputs, check_width, check_words
 from lowbit_quantize.model.architecture import Architecture, linear_of
 from lowbit_quantize.model.experts.routing import COUNTS
 from lowbit_quantize.model.files.kept_types import KeptTypes
@@ -248,7 +248,7 @@ def make_plan(
     served, passes, cut = cut_by(passes, base, recipe, kept)
     architecture, skeleton = served.architecture, served.skeleton
     recipe = without_unread_scales(recipe, architecture)
-    _check_positions(reference, recipe)
+    misfits.check_positions(reference.name, reference.config, recipe)
     dtype = half_precision(served.config, recipe.base.dtype)
     modules, left_because = table_of(skeleton, architecture, recipe, catalog, dtype)
     if modules and not any(one.name == QUANTIZE for one in passes):
@@ -302,13 +302,13 @@ def table_of(
         modules.update(dict.fromkeys(one, entry) if entry else {})
     modules = {name: modules[name] for name in linears if name in modules}
     compressed = {name: entry for name, entry in modules.items() if entry.compressed}
-    check_experts(compressed, linears, architecture, published)
-    check_opened(compressed, names, skeleton)
+    misfits.check_experts(compressed, linears, architecture, published)
+    misfits.check_opened(compressed, names, skeleton)
     modules |= {name: entry for name in head if (entry := wanted[name].entry)}
     fixed_sizes = {preset.name for preset in catalog.presets if preset.fixed_size}
     for name, entry in modules.items():
         has_no_other = entry.scheme.name in fixed_sizes
-        check_width(
+        misfits.check_width(
             published[name],
             (linears | head)[name].in_features,
             entry,
@@ -318,9 +318,9 @@ def table_of(
     for one in _one_matrix(skeleton, architecture):
         if one[0] in modules:
             outputs = [linears[name].out_features for name in one]
-            check_outputs([published[name] for name in one], outputs, modules[one[0]])
+            misfits.check_outputs([published[name] for name in one], outputs, modules[one[0]])
     for name, linear in head.items():
-        check_words(name, linear.out_features, modules.get(name))
+        misfits.check_words(name, linear.out_features, modules.get(name))
     because = _because(sets, wanted, published) | fixed
     return modules, {name: reason for name, reason in because.items() if name not in modules}
 
@@ -396,12 +396,3 @@ def _shared_entry(
             f"or methods ({wanted[first].words}; {wanted[other].words}); give one rule that matches both"
         )
     return entries[first]
-
-
-def _check_positions(reference: ModelReference, recipe: Recipe) -> None:
-    limit = getattr(text_config(reference.config), "max_position_embeddings", None)
-    for section, text in (("calibration", recipe.calibration), ("quality", recipe.quality)):
-        if limit and not text.token_ids and text.max_seq_length > limit:
-            raise RecipeError(
-                f"{section}.max_seq_length = {text.max_seq_length}: {reference.name} has {limit} positions"
-            )

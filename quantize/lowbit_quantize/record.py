@@ -13,8 +13,8 @@ from lowbit_core.manifest import (
     SizeRecord,
     TrialRecord,
     UnderCalibratedExpert,
-    record_files,
 )
+from lowbit_core.manifest_files import record_files
 from lowbit_quantize.check.structure import structure_record
 from lowbit_quantize.check.unopened import unopened_records
 from lowbit_quantize.check.weights import Base

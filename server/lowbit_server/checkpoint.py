@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from lowbit_core.errors import CheckpointError
-from lowbit_core.manifest import MANIFEST_NAME, Manifest, read_manifest, verify_files
+from lowbit_core.manifest import MANIFEST_NAME, Manifest, read_manifest
+from lowbit_core.manifest_files import verify_files
 from lowbit_core.model_shape import read_config, shape_from_config
 from lowbit_core.served_checkpoint import ServedCheckpoint
 from lowbit_server.config import ServeConfig

@@ -18,10 +18,9 @@ from lowbit_core.manifest import (
     FileRecord,
     Manifest,
     read_manifest,
-    record_files,
-    verify_files,
     write_manifest,
 )
+from lowbit_core.manifest_files import record_files, verify_files
 from lowbit_core.model_shape import shape_from_config
 
 

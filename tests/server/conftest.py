@@ -24,9 +24,9 @@ from lowbit_core.manifest import (
     RunRecord,
     SizeRecord,
     TextRecord,
-    record_files,
     write_manifest,
 )
+from lowbit_core.manifest_files import record_files
 from lowbit_server.engine.interface import EngineFacts, LayerKind
 from lowbit_server.engine.kv_scales import KVScale
 from lowbit_server.engine.memory import DeviceMemory

@@ -10,7 +10,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lowbit_core.errors import CheckpointError
-from lowbit_core.manifest import MANIFEST_NAME, Manifest, ModuleRecord, read_manifest, verify_files
+from lowbit_core.manifest import MANIFEST_NAME, Manifest, ModuleRecord, read_manifest
+from lowbit_core.manifest_files import verify_files
 from lowbit_quantize.catalog import Catalog
 from lowbit_quantize.model.weights import INDEX_NAME
 from lowbit_quantize.schemes.dense import NAMES as DENSE

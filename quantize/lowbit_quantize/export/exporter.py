@@ -7,7 +7,8 @@ from typing import Protocol
 
 from lowbit_core.errors import CheckpointError, OutputError
 from lowbit_core.log import get_logger
-from lowbit_core.manifest import ExportRecord, Manifest, SizeRecord, file_record, record_files, write_manifest
+from lowbit_core.manifest import ExportRecord, Manifest, SizeRecord, write_manifest
+from lowbit_core.manifest_files import file_record, record_files
 from lowbit_quantize.card import write_card
 from lowbit_quantize.catalog import CATALOG, Catalog
 from lowbit_quantize.export.checkpoint import Checkpoint

@@ -10,7 +10,8 @@ from typing import Any
 
 from lowbit_core.errors import CheckpointError, ConfigError, OutputError
 from lowbit_core.log import get_logger
-from lowbit_core.manifest import MANIFEST_NAME, Manifest, read_manifest, verify_files
+from lowbit_core.manifest import MANIFEST_NAME, Manifest, read_manifest
+from lowbit_core.manifest_files import verify_files
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 REFUSED = (401, 403)

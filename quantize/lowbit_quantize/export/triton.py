@@ -17,7 +17,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lowbit_core.errors import ConfigError
-from lowbit_core.manifest import MANIFEST_NAME, verify_files
+from lowbit_core.manifest import MANIFEST_NAME
+from lowbit_core.manifest_files import verify_files
 from lowbit_core.model_shape import shape_from_config
 from lowbit_core.served_checkpoint import ServedCheckpoint
 from lowbit_quantize.export.checkpoint import Checkpoint

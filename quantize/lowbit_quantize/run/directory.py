@@ -18,7 +18,8 @@ from pydantic import ValidationError
 from lowbit_core.durable import move, write_text
 from lowbit_core.errors import CheckpointError, ModelError, NumericsError, OutputError
 from lowbit_core.log import get_logger
-from lowbit_core.manifest import MANIFEST_NAME, PROGRESS_NAME, Manifest, read_manifest, verify_files
+from lowbit_core.manifest import MANIFEST_NAME, PROGRESS_NAME, Manifest, read_manifest
+from lowbit_core.manifest_files import verify_files
 from lowbit_quantize.device import ranks
 from lowbit_quantize.model.weights import INDEX_NAME
 from lowbit_quantize.run.identity import Identity, identity_in

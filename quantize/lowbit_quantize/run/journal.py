@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lowbit_core.durable import write_text
 from lowbit_core.errors import OutputError
-from lowbit_core.manifest import FileRecord, KVLayerRecord, ModuleRecord, QualityRecord, file_sha256
+from lowbit_core.manifest import FileRecord, KVLayerRecord, ModuleRecord, QualityRecord
+from lowbit_core.manifest_files import file_sha256
 from lowbit_quantize.run.hidden_states import SPILLED, HiddenStates
 
 OVERWRITE = "give --overwrite to start over"

@@ -13,7 +13,8 @@ import torch
 
 from lowbit_core.errors import OutputError
 from lowbit_core.log import get_logger
-from lowbit_core.manifest import Manifest, file_record, read_manifest, write_manifest
+from lowbit_core.manifest import Manifest, read_manifest, write_manifest
+from lowbit_core.manifest_files import file_record
 from lowbit_evaluate.heldout_text import run_text
 from lowbit_evaluate.loaded_model import load_model
 from lowbit_quantize.card import write_card

@@ -17,16 +17,8 @@ from torch import nn
 
 from lowbit_core.durable import move
 from lowbit_core.log import get_logger
-from lowbit_core.manifest import (
-    MANIFEST_NAME,
-    Manifest,
-    QualityRecord,
-    StepRecord,
-    file_record,
-    record_files,
-    verify_files,
-    write_manifest,
-)
+from lowbit_core.manifest import MANIFEST_NAME, Manifest, QualityRecord, StepRecord, write_manifest
+from lowbit_core.manifest_files import file_record, record_files, verify_files
 from lowbit_evaluate.heldout_text import run_text
 from lowbit_evaluate.loaded_model import load_model
 from lowbit_quantize.card import write_card

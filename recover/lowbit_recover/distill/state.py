@@ -18,7 +18,8 @@ from filelock import FileLock, Timeout
 
 from lowbit_core.durable import disk_errors, move, write_text
 from lowbit_core.errors import CheckpointError, OutputError
-from lowbit_core.manifest import MANIFEST_NAME, PROGRESS_NAME, Manifest, read_manifest, verify_files
+from lowbit_core.manifest import MANIFEST_NAME, PROGRESS_NAME, Manifest, read_manifest
+from lowbit_core.manifest_files import verify_files
 from lowbit_quantize.run.directory import STATE, refuse_foreign
 
 IDENTITY, LAST, BEST = "identity.json", "last.pt", "best.pt"

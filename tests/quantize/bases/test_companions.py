@@ -11,7 +11,8 @@ from tests.quantize.small_runs import CPU, PLAIN_CACHE, PLAIN_WEIGHTS, recipe_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lowbit_core.errors import CheckpointError, ModelError
-from lowbit_core.manifest import read_manifest, verify_files
+from lowbit_core.manifest import read_manifest
+from lowbit_core.manifest_files import verify_files
 from lowbit_quantize.model.reference import find_model
 from lowbit_quantize.pipeline import quantize
 from lowbit_quantize.run.companions import companions

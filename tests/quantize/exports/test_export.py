@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from lowbit_core.cli import main
 from lowbit_core.errors import CheckpointError, OutputError
-from lowbit_core.manifest import MANIFEST_NAME, Manifest, read_manifest, verify_files
+from lowbit_core.manifest import MANIFEST_NAME, Manifest, read_manifest
+from lowbit_core.manifest_files import verify_files
 from lowbit_quantize.export import autoawq, autogptq
 from lowbit_quantize.export.exporter import Exporter, export
 from lowbit_quantize.pipeline import quantize

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lowbit_core.cli import main
 from lowbit_core.errors import CheckpointError
-from lowbit_core.manifest import read_manifest, verify_files
+from lowbit_core.manifest import read_manifest
+from lowbit_core.manifest_files import verify_files
 from lowbit_quantize.catalog import CATALOG
 from lowbit_quantize.export.checkpoint import Checkpoint
 from lowbit_quantize.export.exporter import export

@@ -13,7 +13,8 @@ from tests.tiny_models import write_tiny_model
 
 from lowbit_core.cli import main
 from lowbit_core.errors import CheckpointError
-from lowbit_core.manifest import read_manifest, verify_files
+from lowbit_core.manifest import read_manifest
+from lowbit_core.manifest_files import verify_files
 from lowbit_quantize.export import onnx
 from lowbit_quantize.export.exporter import export
 from lowbit_quantize.export.onnx import Activations, Onnx

@@ -9,7 +9,8 @@ from tests.quantize.exports.checkpoints import ASYMMETRIC, EIGHT, FOUR, checkpoi
 
 from lowbit_core.cli import main
 from lowbit_core.errors import CheckpointError
-from lowbit_core.manifest import read_manifest, verify_files
+from lowbit_core.manifest import read_manifest
+from lowbit_core.manifest_files import verify_files
 from lowbit_quantize.export import openvino as target
 from lowbit_quantize.export.exporter import export
 from lowbit_quantize.export.openvino import OpenVino

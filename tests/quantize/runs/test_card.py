@@ -7,7 +7,7 @@ import yaml
 from tests.quantize.small_runs import CPU, recipe_of, recipe_with
 from tests.tiny_models import write_tiny_model
 
-from lowbit_core.manifest import verify_files
+from lowbit_core.manifest_files import verify_files
 from lowbit_quantize.export.autogptq import AutoGptq
 from lowbit_quantize.export.exporter import export
 from lowbit_quantize.pipeline import quantize

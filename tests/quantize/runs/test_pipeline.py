@@ -25,14 +25,8 @@ from tests.quantize.small_runs import (
 from lowbit_core.checkpoint_page.page import as_html
 from lowbit_core.cli import main
 from lowbit_core.errors import OutputError
-from lowbit_core.manifest import (
-    MANIFEST_NAME,
-    PROGRESS_NAME,
-    Manifest,
-    read_manifest,
-    verify_files,
-    write_manifest,
-)
+from lowbit_core.manifest import MANIFEST_NAME, PROGRESS_NAME, Manifest, read_manifest, write_manifest
+from lowbit_core.manifest_files import verify_files
 from lowbit_core.module_groups import module_groups
 from lowbit_quantize.cli import summary
 from lowbit_quantize.pipeline import quantize

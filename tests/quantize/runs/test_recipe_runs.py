@@ -7,7 +7,7 @@ import pytest
 from tests.quantize.small_runs import CPU, recipe_of
 from tests.tiny_models import write_tiny_model
 
-from lowbit_core.manifest import verify_files
+from lowbit_core.manifest_files import verify_files
 from lowbit_quantize.pipeline import quantize
 from lowbit_quantize.recipe import bundled_recipes, load_recipe
 

@@ -14,7 +14,8 @@ from tests.tiny_models import write_tiny_model
 
 from lowbit_core.cli import main
 from lowbit_core.errors import OutputError
-from lowbit_core.manifest import MANIFEST_NAME, PROGRESS_NAME, file_sha256
+from lowbit_core.manifest import MANIFEST_NAME, PROGRESS_NAME
+from lowbit_core.manifest_files import file_sha256
 from lowbit_quantize.run.directory import STATE, run_in
 from lowbit_quantize.run.identity import WALK_VERSION, Identity
 

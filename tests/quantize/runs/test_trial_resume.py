@@ -11,7 +11,8 @@ import pytest
 from tests.quantize.runs.test_resume import command, contents
 from tests.quantize.stoppable import Point, renaming, run
 
-from lowbit_core.manifest import MANIFEST_NAME, PROGRESS_NAME, file_sha256
+from lowbit_core.manifest import MANIFEST_NAME, PROGRESS_NAME
+from lowbit_core.manifest_files import file_sha256
 from lowbit_quantize.run.directory import STATE, TRIAL_NAME
 from lowbit_quantize.run.journal import TrialResult
 

@@ -16,7 +16,7 @@ from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, AutoTokenize
 
 from lowbit_core.errors import ModelError
 from lowbit_core.log import get_logger
-from lowbit_core.manifest import file_sha256
+from lowbit_core.manifest_files import file_sha256
 from lowbit_quantize.model.sources.contents import CONFIG
 from lowbit_quantize.model.weights import WeightFiles
 
