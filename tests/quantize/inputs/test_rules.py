@@ -203,7 +203,7 @@ PRUNE = half()
 @pytest.mark.parametrize(
     ("passes", "message"),
     [
-        (["quantise"], "passes.0: 'quantise' is unknown; did you mean quantize? allowed are prune_experts, "),
+        (["quantise"], "passes.0: 'quantise' is unknown; did you mean quantize? allowed are drop_layers, "),
         ([PRUNE, PRUNE, "quantize"], "passes.1: prune_experts stands twice; name each pass once"),
         (["quantize", PRUNE], "passes.1: prune_experts stands after quantize; put it before"),
         (["distill_router", "quantize"], "passes.0: distill_router needs prune_experts before it; add"),
