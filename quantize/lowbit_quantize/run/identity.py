@@ -41,7 +41,9 @@ class Identity(BaseModel):
         found = [f"recipe ({change})" for change in _changes(_flat(self.recipe), _flat(now.recipe))]
         changed = [name for name, _ in _pairs(self.base, now.base) if name not in unread]
         found += [f"model ({name})" for name in changed]
-        found += [f"{name} text" for name, _ in _pairs(self.texts, now.texts)]
+        texts = [name for name, _ in _pairs(self.texts, now.texts)]
+        # What is set aside is of the calibration text, and changes with it.
+        found += [f"{name} text" for name in texts if name != "set-aside" or "calibration" not in texts]
         if self.versions and now.versions:
             found += [f"version ({change})" for change in _changes(self.versions, now.versions)]
         if self.device and now.device:

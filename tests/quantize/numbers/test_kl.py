@@ -31,6 +31,7 @@ def record(**values: float) -> QualityRecord:
         "noise_floor": None,
         "kv_cache_alone": None,
         "calibration": None,
+        "set_aside": None,
     }
     return QualityRecord.model_validate({**base, "heldout": text, **values})
 
