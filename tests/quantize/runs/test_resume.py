@@ -248,6 +248,8 @@ def test_a_disk_that_fills_stops_the_run_which_goes_on_once_there_is_room(
         "--set",
         "calibration.num_samples=1",
         "--set",
+        "calibration.set_aside=0",
+        "--set",
         "quality.num_samples=2",
         "--set",
         "quality.isolate=false",
