@@ -1,12 +1,10 @@
 """Build text to distil on, some two million tokens, out of unpacked data packages. It is not committed.
 
-    pip download --no-deps --no-binary :all: gensim==4.4.0                                    # unpack into DIR
     apt-get download python3.11-doc libpython3.11-stdlib anarchism debian-history fortunes    # dpkg -x each into DIR
     python scripts/build_training_text.py DIR OUT.jsonl.gz
 
 | domain | out of | licence |
 |---|---|---|
-| encyclopedia | gensim 4.4.0, test data: an extract of English Wikipedia | CC BY-SA 3.0, Wikipedia's authors |
 | documentation | Debian's python3.11-doc | PSF-2.0, Python Software Foundation and others |
 | code | Debian's libpython3.11-stdlib | PSF-2.0 |
 | essays | Debian's anarchism: An Anarchist FAQ | GPL-2 (or GFDL), the Anarchist FAQ Editorial Collective |
@@ -15,7 +13,8 @@
 
 The bundled calibration text goes beside it (`--data OUT.jsonl.gz default`). Documents are cut at paragraphs, ordered by
 a hash, and of each domain no more than a share is taken, so that the result hangs on nothing but the packages. What
-shares words with held-out text is dropped by `lowbit distill` itself.
+shares words with held-out text is dropped by `lowbit distill` itself. Nothing here is a source of the text that judges
+quantizers (`build_unseen_text.py`).
 """
 
 import argparse
@@ -23,13 +22,9 @@ import gzip
 import hashlib
 import json
 import re
-import sys
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from build_unseen_text import encyclopedia  # type: ignore[import-not-found]  # beside this script
 
 DOCUMENT_CHARS = 4_000
 DOMAIN_CHARS = 3_000_000  # at most, of each
@@ -97,7 +92,6 @@ def sayings(unpacked: Path) -> Iterator[str]:
 
 
 SOURCES: dict[str, Callable[[Path], Iterator[str]]] = {
-    "encyclopedia": encyclopedia,
     "documentation": pages("python3.11"),
     "code": code,
     "essays": pages("anarchism"),

@@ -90,7 +90,10 @@ def quantize(checkpoint: Path) -> dict[str, Any]:
     ]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:
-        raise SystemExit(f"demo: lowbit quantize ended with status {done.returncode}")
+        raise SystemExit(
+            f"demo: lowbit quantize ended with status {done.returncode}; "
+            f"if {checkpoint} is of an earlier version, remove it"
+        )
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return result
 

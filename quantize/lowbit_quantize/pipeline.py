@@ -87,10 +87,7 @@ def quantize(
     if finished:
         log.info("%s already holds this very checkpoint; nothing to do", out)
         return finished
-    needed = run_disk_bytes(
-        plan, streams_bytes(plan, *texts), stream_memory_bytes, base.carried_bytes if base else 0
-    )
-    ranks.by_first(lambda: check_disk(out, needed))
+    ranks.by_first(lambda: check_disk(out, _disk_bytes(plan, texts, stream_memory_bytes, base)))
     with run_of_ranks(out, identity, overwrite=overwrite) as run:
         base = _ready(plan, stored, base, run)
         plan = _decided(plan, base, texts[0], run, device, catalog)
@@ -108,6 +105,13 @@ def quantize(
             return manifest
 
         return ranks.by_first(conclude)
+
+
+def _disk_bytes(
+    plan: Plan, texts: tuple[TokenText, TokenText], stream_memory_bytes: int, base: Base | None
+) -> int:
+    carried = base.carried_bytes if base else 0
+    return run_disk_bytes(plan, streams_bytes(plan, *texts), stream_memory_bytes, carried)
 
 
 def check_drafts(plan: Plan, base: Base | None) -> None:
