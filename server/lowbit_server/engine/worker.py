@@ -5,7 +5,8 @@ every result is plain JSON. They read and change nothing. Attributes of layers a
 differ between backends and `_k_scale` does not.
 
 Importing this module requests AMX from the system on CPUs that have it: vLLM's 4-bit matrix product uses AMX tiles
-without requesting them, and a worker in which nothing else has done so ends with SIGILL at the first tile.
+without requesting them, and a worker in which nothing else has done so ends with SIGILL at the first tile. It also
+has the CPU engine round what it writes to an FP8 cache (`cpu_kv_cache.py`).
 """
 
 import re
@@ -17,10 +18,13 @@ import torch
 from vllm.platforms import current_platform
 from vllm.utils.mem_utils import MemorySnapshot
 
+from lowbit_server.engine.cpu_kv_cache import round_to_nearest
 from lowbit_server.engine.memory import host_memory_bytes
 
 if torch.cpu._is_amx_tile_supported():
     torch.cpu._init_amx()
+if current_platform.is_cpu():
+    round_to_nearest()
 
 KERNELS = ("kernel", "moe_kernel", "fp8_linear")  # what schemes call what computes
 LAYER_NUMBER = re.compile(r"\blayers\.(\d+)\b")

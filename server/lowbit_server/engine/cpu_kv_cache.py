@@ -1,0 +1,48 @@
+"""An FP8 cache on CPUs, rounded to the nearest number as GPUs round it and as quality is measured.
+
+vLLM 0.32's CPU kernel cuts off toward zero when it writes (`tests/contract/test_vllm_fp8_cache.py`), which more than
+doubles what the cache costs (`benchmarks/kv_cache`). It is given keys and values that are FP8 numbers already, and a
+scale of one: nothing is left to cut off. What it reads is unchanged: code × scale.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm import _custom_ops
+
+DTYPES = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+WRITE = "cpu_attn_reshape_and_cache"
+
+
+def round_to_nearest() -> None:
+    """Wrap vLLM's write to the cache, once in a process; nothing where vLLM has none."""
+    write = getattr(_custom_ops, WRITE, None)
+    if write is None or hasattr(write, "rounds"):
+        return
+
+    def rounded(
+        key: Tensor,
+        value: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        slot_mapping: Tensor,
+        isa: str,
+        k_scale: float = 1.0,
+        v_scale: float = 1.0,
+        kv_cache_dtype: str = "auto",
+    ) -> None:
+        kept: Any = DTYPES.get(kv_cache_dtype)
+        if kept is not None:
+            key, value = nearest(key, k_scale, kept), nearest(value, v_scale, kept)
+            k_scale = v_scale = 1.0
+        write(key, value, key_cache, value_cache, slot_mapping, isa, k_scale, v_scale, kv_cache_dtype)
+
+    rounded.rounds = True  # type: ignore[attr-defined]
+    setattr(_custom_ops, WRITE, rounded)
+
+
+def nearest(values: Tensor, scale: float, kept: torch.dtype) -> Tensor:
+    """`values` / `scale` as the nearest numbers of `kept`, saturated, in their own dtype, which holds them exactly."""
+    largest = torch.finfo(kept).max
+    return (values.float() / scale).clamp(-largest, largest).to(kept).to(values.dtype)
