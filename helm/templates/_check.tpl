@@ -74,6 +74,9 @@
 {{- if not .Values.quantize.resources -}}
 {{- fail "quantize.enabled needs quantize.resources with requests.cpu, requests.memory and limits.memory" -}}
 {{- end -}}
+{{- if and (gt (int .Values.quantize.pods) 1) (gt (int .Values.quantize.ranks) 1) -}}
+{{- fail (printf "quantize.pods is %d and quantize.ranks %d: each of several pods is one rank; set ranks to 1, and pods to as many as there are GPUs" (int .Values.quantize.pods) (int .Values.quantize.ranks)) -}}
+{{- end -}}
 {{- end -}}
 {{- end -}}
 

@@ -1,5 +1,7 @@
 """What a model may become: one scheme everywhere, a cache as it is or in FP8, experts pruned or not; as recipes.
 
+Where bits alone do not fit, structure may go too: the same with fewer layers and channels.
+
 What each loses is ordered by what was measured of one small model (`known_kl.json`): an order, and no prediction for
 another model, which takes sensitivities (program.py).
 """
@@ -30,7 +32,7 @@ PLAIN = "bf16"  # what `none` is called: weights as they are
 class Candidate:
     """A recipe's sections and the model that they make. `known_kl` orders candidates; `kl` is predicted, or None.
 
-    `pruned` is the share of experts that go; of these no KL is known before the run.
+    `pruned` is the share of experts that go, `structure` says what else does: of these no KL is known before the run.
     """
 
     name: str
@@ -39,11 +41,24 @@ class Candidate:
     known_kl: float
     pruned: float = 0.0
     kl: float | None = None
+    structure: str = ""
 
     @property
-    def rank(self) -> tuple[float, float]:
-        """What loses less comes first: all that is pruned after all that is not."""
-        return self.pruned, self.known_kl if self.kl is None else self.kl
+    def rank(self) -> tuple[bool, float, float]:
+        """What loses less comes first: all of less structure last, before it all with pruned experts."""
+        return bool(self.structure), self.pruned, self.known_kl if self.kl is None else self.kl
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Passes before the quantizing that take layers and channels away, and what that lost of one small model."""
+
+    name: str = ""
+    passes: tuple[dict[str, Any], ...] = ()
+    known_kl: float = 0.0
+
+
+WHOLE = Structure()
 
 
 @cache
@@ -55,8 +70,19 @@ def known_kl() -> dict[str, Any]:
     return found
 
 
+def structures() -> list[Structure]:
+    """Less of a model's structure, what loses least first."""
+    found = known_kl()["structures"]
+    return [Structure(one["name"], tuple(one["passes"]), one["kl"]) for one in found]
+
+
 def candidates(
-    reference: ModelReference, place: Place, schemes: Sequence[str] | None, *, fp8_cache: bool | None
+    reference: ModelReference,
+    place: Place,
+    schemes: Sequence[str] | None,
+    *,
+    fp8_cache: bool | None,
+    of: Sequence[Structure] = (WHOLE,),
 ) -> list[Candidate]:
     """All that the place runs and that fit the model, best first; `schemes` and `fp8_cache` narrow them down.
 
@@ -69,9 +95,10 @@ def candidates(
         for fp8 in caches:
             if fp8 and not place.caches_fp8(base):
                 continue
-            for share in PRUNED if base.experts else PRUNED[:1]:
-                found += _made(reference, place, scheme, share, fp8=fp8)
-    if not found:
+            for structure in of:
+                for share in PRUNED if base.experts else PRUNED[:1]:
+                    found += _made(reference, place, scheme, share, structure, fp8=fp8)
+    if not found and WHOLE in of:
         raise ConfigError(
             f"none of the schemes {', '.join(_schemes(place, schemes))} fits {reference.name} on {place.name}; give "
             "others"
@@ -94,13 +121,14 @@ def _schemes(place: Place, asked: Sequence[str] | None) -> list[str]:
 
 
 def _made(
-    reference: ModelReference, place: Place, scheme: str, share: float, *, fp8: bool
+    reference: ModelReference, place: Place, scheme: str, share: float, structure: Structure, *, fp8: bool
 ) -> Iterator[Candidate]:
     """The candidate, or nothing and a line that says why the model cannot have it."""
     figures = known_kl()
     lost = figures["schemes"][scheme]["kl"] + (figures["fp8_cache"]["kl"] if fp8 else 0.0)
-    name, rules = _name(scheme, share, fp8=fp8), _rules(scheme)
-    before = [{"prune_experts": {"prune_ratio": share, "criterion": "reap"}}] if share else []
+    name, rules = _name(scheme, share, structure, fp8=fp8), _rules(scheme)
+    before = [*structure.passes]
+    before += [{"prune_experts": {"prune_ratio": share, "criterion": "reap"}}] if share else []
     try:
         sections, plan = planned(reference, rules, fp8=fp8, before=before)
         if plan.experts and not place.runs_experts(plan):
@@ -109,12 +137,17 @@ def _made(
     except RecipeError as error:
         log.info("%s is no candidate: %s", name, error)
         return
-    yield Candidate(name, sections, plan, lost, share)
+    yield Candidate(name, sections, plan, lost + structure.known_kl, share, structure=structure.name)
 
 
-def _name(scheme: str, share: float, *, fp8: bool) -> str:
-    pruned = f", {share:.0%} of experts pruned" if share else ""
-    return (PLAIN if scheme == NONE else scheme) + (", FP8 cache" if fp8 else "") + pruned
+def _name(scheme: str, share: float, structure: Structure, *, fp8: bool) -> str:
+    parts = [
+        PLAIN if scheme == NONE else scheme,
+        "FP8 cache" if fp8 else "",
+        structure.name,
+        f"{share:.0%} of experts pruned" if share else "",
+    ]
+    return ", ".join(part for part in parts if part)
 
 
 def _rules(scheme: str) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from lowbit_core.log import get_logger
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lowbit_plan.candidates import Candidate
+    from lowbit_plan.candidates import Candidate, Structure
     from lowbit_plan.latency import Speeds
     from lowbit_plan.place import Place
     from lowbit_plan.targets import Targets
@@ -51,6 +51,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         type=file_path,
         metavar="FILE",
         help="by lowbit sensitivity: layers may differ, KL is predicted",
+    )
+    choice.add_argument(
+        "--structure",
+        action="store_true",
+        help="where bits alone do not fit, try fewer layers and channels too, which loses much more",
     )
     parser.add_argument("--out", type=file_path, metavar="FILE.yaml", help="the recipe, a new file")
     parser.add_argument(
@@ -102,7 +107,6 @@ def _run(arguments: argparse.Namespace) -> int:
     from lowbit_plan.recipe_file import check_out, recipe_text
     from lowbit_plan.report import document, one_line, table
     from lowbit_plan.targets import check_targets
-    from lowbit_plan.verdict import judge, sorted_by_fit
     from lowbit_quantize.model.reference import find_model
 
     place = find_place(arguments.on)
@@ -111,10 +115,11 @@ def _run(arguments: argparse.Namespace) -> int:
     reference = find_model(arguments.model, trust_remote_code=arguments.trust_remote_code)
     targets = _targets(arguments, place)
     check_targets(targets, getattr(reference.config.get_text_config(), "max_position_embeddings", None))
-    found, speeds = _candidates(arguments, reference, place, targets)
-    met, missed = sorted_by_fit([judge(one, place, speeds, targets) for one in found])
-    closeness = _closeness(arguments)
+    met, missed = _judged(arguments, reference, place, targets)
+    closeness = _closeness(arguments, met)
     Console(file=sys.stderr).print(table(met, missed, targets))
+    if not met and not arguments.structure and arguments.sensitivity is None:
+        sys.stderr.write("with --structure fewer layers and channels are tried too\n")
     report = document(
         reference.name,
         place,
@@ -159,6 +164,8 @@ def _check_flags(arguments: argparse.Namespace) -> None:
             "--sensitivity has its own candidates and caches; leave out --schemes and --kv-cache, or give other "
             "--candidates to lowbit sensitivity"
         )
+    if arguments.structure and arguments.sensitivity is not None:
+        raise ConfigError("--structure: --sensitivity is of the whole model; leave one of them out")
     if arguments.set and arguments.run is None:
         raise ConfigError(
             "--set overrides keys of the recipe that --run makes; give --run, or edit the recipe"
@@ -188,8 +195,28 @@ def _targets(arguments: argparse.Namespace, place: "Place") -> "Targets":
     )  # fmt: skip
 
 
-def _candidates(
+def _judged(
     arguments: argparse.Namespace, reference: "ModelReference", place: "Place", targets: "Targets"
+) -> "tuple[list[Verdict], list[Verdict]]":
+    """Candidates that meet all targets, and the others: of the whole model, then if asked for of less structure."""
+    from lowbit_plan.candidates import WHOLE, structures
+    from lowbit_plan.verdict import judge, sorted_by_fit
+
+    verdicts: list[Verdict] = []
+    for of in ([WHOLE], structures()) if arguments.structure else ([WHOLE],):
+        found, speeds = _candidates(arguments, reference, place, targets, of)
+        verdicts += [judge(one, place, speeds, targets) for one in found]
+        if any(one.met for one in verdicts):
+            break
+    return sorted_by_fit(verdicts)
+
+
+def _candidates(
+    arguments: argparse.Namespace,
+    reference: "ModelReference",
+    place: "Place",
+    targets: "Targets",
+    of: "Sequence[Structure]",
 ) -> "tuple[list[Candidate], Speeds]":
     """One scheme everywhere, in the order of what is known; or with sensitivities their schemes and the best mix."""
     if arguments.sensitivity is None:
@@ -197,7 +224,7 @@ def _candidates(
 
         schemes = [one.strip() for one in arguments.schemes.split(",")] if arguments.schemes else None
         fp8 = {"auto": None, "none": False, "fp8": True}[arguments.kv_cache]
-        found = candidates(reference, place, schemes, fp8_cache=fp8)
+        found = candidates(reference, place, schemes, fp8_cache=fp8, of=of)
         return found, _speeds(arguments, reference, place, targets, [one.plan for one in found])
     from lowbit_plan.program import choices, mixed, plans_of
     from lowbit_quantize.sensitivity.report import read_sensitivity
@@ -228,15 +255,18 @@ def _speeds(
     return Measured(profile, add_beside(profile, reference, targets, wishes))
 
 
-def _closeness(arguments: argparse.Namespace) -> str:
+def _closeness(arguments: argparse.Namespace, met: "Sequence[Verdict]") -> str:
     from lowbit_plan.candidates import known_kl
 
     if arguments.sensitivity is not None:
         return f"KL is predicted from {arguments.sensitivity.name}, by lowbit sensitivity."
-    return (
+    said = (
         f"Candidates are ordered by the KL that was measured of {known_kl()['model']}; of this model none is predicted "
         "(lowbit sensitivity does that)."
     )
+    if met and met[0].candidate.structure:
+        said += " What lost structure is usually to be trained again before it serves (lowbit distill)."
+    return said
 
 
 def _verified(

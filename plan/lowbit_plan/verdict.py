@@ -63,7 +63,7 @@ class Verdict:
         )
 
     @property
-    def order(self) -> tuple[float, float, int]:
+    def order(self) -> tuple[bool, float, float, int]:
         """Of two that meet the targets the one that loses less is better, then the smaller one."""
         return (*self.candidate.rank, self.needed_bytes)
 

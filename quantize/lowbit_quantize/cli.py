@@ -112,7 +112,8 @@ def _run(arguments: argparse.Namespace) -> int:
     _check_flags(arguments)
     recipe = load_recipe(arguments.recipe, _overrides(arguments))
     if arguments.ranks > 1 and LAUNCHED not in os.environ:
-        return launch(sys.argv[2 if sys.argv[1:2] == ["quantize"] else 1 :], arguments.ranks)
+        flags = sys.argv[2 if sys.argv[1:2] == ["quantize"] else 1 :]
+        return launch("quantize", flags, arguments.ranks)
     end_with_launcher()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads: idle threads sleep, not spin
     if not sys.stderr.isatty():

@@ -9,9 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from lowbit_core.cli import Command, file_path
 from lowbit_core.errors import ConfigError, QualityError
+from lowbit_core.log import get_logger
+from lowbit_quantize.run.launch import LAUNCHED, LOST, end_with_launcher, launch
 from lowbit_recover.distill.settings import LEARNING_RATES, TRAINS, Settings
 
 if TYPE_CHECKING:
+    import torch
+
     from lowbit_core.manifest import Manifest
     from lowbit_recover.distill.distill import Task
 
@@ -36,6 +40,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="scales and norms, codes stay (default); or all weights under the checkpoint's own rounding",
     )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes that share the work; each has the whole model",
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="train nothing: say what it takes in memory and on disk"
     )
@@ -102,8 +113,10 @@ def _run(arguments: argparse.Namespace) -> int:
     settings = settings_of(arguments)
     if (arguments.out is None) != arguments.dry_run:
         raise ConfigError("give --out DIR for a checkpoint, or --dry-run: one of the two")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("lowbit distill runs in one process; start it without torchrun")
+    _check_ranks(arguments)
+    if arguments.ranks > 1 and LAUNCHED not in os.environ:
+        return launch("distill", sys.argv[2:], arguments.ranks)
+    end_with_launcher()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads: idle threads sleep, not spin
     os.environ.setdefault("TQDM_DISABLE", "1")
     try:
@@ -112,34 +125,52 @@ def _run(arguments: argparse.Namespace) -> int:
         raise ConfigError(
             "`lowbit distill` needs torch and transformers; run `pip install 'lowbit[cpu]'` or [gpu]"
         ) from None
-    from lowbit_recover.distill.distill import distill, prepare
+    from lowbit_quantize.device import ranks
 
     device = chosen_device(arguments.device)
-    task = prepare(
-        arguments.checkpoint,
-        arguments.base,
-        arguments.data,
-        settings,
-        trust_remote_code=arguments.trust_remote_code,
-    )
-    if arguments.dry_run:
-        sys.stdout.write(json.dumps(_forecast(task)) + "\n")
-        return 0
-    if arguments.optimizer_on_disk and device.type != "cpu":
+    if arguments.optimizer_on_disk and device.type != "cpu" and not arguments.dry_run:
         raise ConfigError("--optimizer-on-disk goes with --device cpu; a GPU cannot map files")
-    manifest = distill(
-        task,
-        arguments.out,
-        device,
-        overwrite=arguments.overwrite,
-        cache=arguments.teacher,
-        moments_on_disk=arguments.optimizer_on_disk,
-    )
+    try:
+        with ranks.joined():
+            first = ranks.is_first()
+            manifest = _trained(arguments, settings, ranks.own_device(device))
+    except ranks.RankLost:
+        if LAUNCHED not in os.environ:
+            raise
+        return LOST  # whoever started this rank says why
+    if manifest is None or not first:
+        return 0
     sys.stdout.write(json.dumps(summary(manifest, str(arguments.out))) + "\n")
     if not manifest.gate.accepted:
         sys.stderr.write(f"lowbit: rejected by its quality gate: {'; '.join(manifest.gate.reasons)}\n")
         return QualityError.exit_status
     return 0
+
+
+def _check_ranks(arguments: argparse.Namespace) -> None:
+    if arguments.ranks < 1 or (arguments.ranks > 1 and arguments.dry_run):
+        raise ConfigError(f"--ranks {arguments.ranks}: allowed is 1 or more, with --out")
+    if arguments.ranks > 1 and LAUNCHED not in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("--ranks beside torchrun: it has started the ranks; leave out --ranks")
+
+
+def _trained(arguments: argparse.Namespace, settings: Settings, device: "torch.device") -> "Manifest | None":
+    """The training, by this process or with other ranks; None after a forecast."""
+    from lowbit_quantize.device import ranks
+    from lowbit_recover.distill.distill import distill, prepare
+
+    if not ranks.is_first():
+        for name in ("distill", "quantize"):
+            get_logger(name).setLevel("ERROR")
+    given = arguments.checkpoint, arguments.base, arguments.data, settings
+    task = prepare(*given, trust_remote_code=arguments.trust_remote_code)
+    if arguments.dry_run:
+        sys.stdout.write(json.dumps(_forecast(task)) + "\n")
+        return None
+    return distill(
+        task, arguments.out, device, overwrite=arguments.overwrite, cache=arguments.teacher,
+        moments_on_disk=arguments.optimizer_on_disk,
+    )  # fmt: skip
 
 
 def settings_of(arguments: argparse.Namespace) -> Settings:

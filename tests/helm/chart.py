@@ -25,6 +25,8 @@ SECOND = {
     "dashboard": "Dashboard",
     "networkpolicy-jobs": "JobsPolicy",
     "networkpolicy-nodes": "NodesPolicy",
+    "networkpolicy-ranks": "RanksPolicy",
+    "quantize-peers": "Peers",
 }
 
 
@@ -38,7 +40,7 @@ def merged(values: Resource, changes: Resource) -> Resource:
 
 
 def render(example: str = "cpu", **changes: Any) -> dict[str, Resource]:
-    """The resources by kind; of two, one is named `Dashboard`, `JobsPolicy`, `LoadTest` or `NodesPolicy`."""
+    """The resources by kind, the second of a kind by its name in `SECOND`."""
     return release(merged(EXAMPLES[example], changes))
 
 

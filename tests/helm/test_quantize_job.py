@@ -33,6 +33,45 @@ def test_a_quantize_job_shares_its_work_among_ranks(ranks: int, flags: list[str]
     assert parse(quantize, job["args"][1:]).ranks == ranks
 
 
+def test_pods_of_one_job_are_its_ranks_and_meet_at_the_first() -> None:
+    resources = render("one-gpu", quantize={"pods": 3})
+    job = resources["Job"]["spec"]
+    assert (job["completionMode"], job["completions"], job["parallelism"]) == ("Indexed", 3, 3)
+    spec = job["template"]["spec"]
+    (container,) = spec["containers"]
+    told = {one["name"]: one for one in container["env"]}
+    assert told["WORLD_SIZE"]["value"] == "3"
+    assert "job-completion-index" in told["RANK"]["valueFrom"]["fieldRef"]["fieldPath"]
+    assert told["MASTER_ADDR"]["value"] == f"$(JOB_NAME)-0.{spec['subdomain']}"
+    assert parse(quantize, container["args"][1:]).ranks == 1
+    peers = resources["Peers"]
+    assert (peers["metadata"]["name"], peers["spec"]["clusterIP"]) == (spec["subdomain"], "None")
+    labels = job["template"]["metadata"]["labels"].items()
+    assert peers["spec"]["selector"].items() <= labels
+    between = resources["RanksPolicy"]["spec"]
+    assert between["podSelector"]["matchLabels"].items() <= labels
+    assert (
+        between["ingress"][0]["from"]
+        == between["egress"][0]["to"]
+        == [{"podSelector": between["podSelector"]}]
+    )
+    names = list(told)
+    assert names.index("JOB_NAME") < names.index("MASTER_ADDR")  # Kubernetes expands what stands before
+
+
+def test_one_pod_needs_no_names_of_others() -> None:
+    resources = render("one-gpu")
+    job = resources["Job"]["spec"]
+    assert not resources.keys() & {"Peers", "RanksPolicy"}
+    assert "completionMode" not in job
+    assert "subdomain" not in job["template"]["spec"]
+
+
+def test_ranks_and_pods_are_one_or_the_other() -> None:
+    with pytest.raises(Exception, match="each of several pods is one rank"):
+        render("one-gpu", quantize={"pods": 2, "ranks": 2})
+
+
 def test_another_recipe_is_another_job() -> None:
     names = {
         render("one-gpu", quantize={"recipe": r})["Job"]["metadata"]["name"] for r in ("awq", "gptq-g64")

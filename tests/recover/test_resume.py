@@ -95,6 +95,52 @@ def test_a_training_that_is_killed_goes_on_to_the_same_curve_and_the_same_bytes(
     assert not (tmp_path / "killed" / ".run").exists()
 
 
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+LOWBIT = Path(sys.executable).with_name("lowbit")
+
+
+def started(given: list[str], ranks: int, log: Path) -> "subprocess.Popen[bytes]":
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            [str(LOWBIT), "distill", *given, "--ranks", str(ranks)],
+            env=ONE_THREAD,
+            stdout=output,
+            stderr=output,
+        )
+
+
+@pytest.mark.parametrize("train", ["scales", "weights"])
+def test_ranks_train_what_one_trains_and_any_number_goes_on_where_one_was_killed(
+    tiny_model: Callable[[str], Path], checkpoint: Callable[..., Path], tmp_path: Path, train: str
+) -> None:
+    """To the last bit: three ranks of five parts, so that the last round is not full."""
+    source, base = checkpoint("llama"), tiny_model("llama")
+    extra = ["--train", train, "--batch", "5", "--micro-batch", "1"]
+    outs = {ranks: tmp_path / f"of-{ranks}" for ranks in (1, 3)}
+    given = {ranks: [*flags(source, base, out), *extra] for ranks, out in outs.items()}
+    assert started(given[1], 1, tmp_path / "log-1").wait(300) == 0, (tmp_path / "log-1").read_text()[-2000:]
+    last, log = outs[3] / ".run" / LAST, tmp_path / "log-3"
+    process = started(given[3], 3, log)
+    while not last.is_file():
+        assert process.poll() is None, log.read_text()[-2000:]
+        time.sleep(0.005)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[1]), signal.SIGKILL)
+    assert process.wait(60) == 1
+    errors = [line for line in log.read_text().splitlines() if line.startswith("lowbit: error")]
+    assert len(errors) == 1
+    assert "run the same command again" in errors[0]
+    assert not (outs[3] / MANIFEST_NAME).exists()
+    assert started(given[3], 3, log).wait(300) == 0, log.read_text()[-2000:]
+    found = {ranks: read_manifest(out) for ranks, out in outs.items()}
+    for one in found.values():
+        assert one is not None
+    steps = {ranks: one.steps[-1] for ranks, one in found.items() if one is not None and one.steps}
+    assert steps[1].curve == steps[3].curve
+    for path in sorted(outs[1].glob("*.safetensors")):
+        assert path.read_bytes() == (outs[3] / path.name).read_bytes()
+
+
 def test_a_training_told_otherwise_does_not_go_on_in_the_same_directory(
     tiny_model: Callable[[str], Path], checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -192,7 +238,7 @@ def test_an_optimizer_on_disk_gives_the_same_numbers_and_goes_on_with_them(
             find_model(str(checkpoint("llama"))), "scales", CPU, "float32", checkpointing=False
         )
         with training_in(tmp_path / name, {}, overwrite=False) as directory:
-            moments = directory.moments if on_disk else None
+            moments = directory.moments(0) if on_disk else None
             for told in (
                 iter([5.0]),
                 iter([4.0, 3.0]),
@@ -200,7 +246,7 @@ def test_an_optimizer_on_disk_gives_the_same_numbers_and_goes_on_with_them(
                 trainer = Trainer(trainee, settings, rows, None, told.__next__, directory, moments=moments)
                 with suppress(StopIteration):
                     trainer.run()
-            sizes = {path.stat().st_size for path in directory.moments.glob("*")}
+            sizes = {path.stat().st_size for path in directory.moments(0).glob("*")}
         assert trainer.progress.curve[-1][:2] == (4, 3.0)
         learned.append(trainee.parameters())
         assert sizes == ({4 * sum(one.numel() for one in trainee.trained.values())} if on_disk else set())

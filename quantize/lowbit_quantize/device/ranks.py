@@ -134,6 +134,12 @@ def in_order(mine: Sequence[Result], device: torch.device) -> list[Result]:
     return [everyone[number % count()][number // count()] for number in range(total)]
 
 
+def wait_for_first() -> None:
+    """Until the first rank comes here too."""
+    if count() > 1:
+        exchange(None, 0, torch.device("cpu"))
+
+
 def exchange(mine: Any, source: int, device: torch.device) -> Any:
     """What the rank `source` calls `mine`, on all ranks; tensors come to `device`."""
     sends = rank() == source
@@ -146,7 +152,7 @@ def exchange(mine: Any, source: int, device: torch.device) -> Any:
             _broadcast(part, source)
     except RuntimeError as error:
         raise RankLost(
-            "another rank has ended; finished layers are kept: run the same command again, with any number of ranks"
+            "another rank has ended; what was finished is kept: run the same command again, with any number of ranks"
         ) from error
     return mine if sends else _unpacked(parts, device)
 

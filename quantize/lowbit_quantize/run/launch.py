@@ -22,11 +22,11 @@ LAUNCHED = "LOWBIT_RANK_LAUNCHED"  # tells a rank that somebody says why the run
 LAUNCHER = "LOWBIT_LAUNCHER"  # a pipe that is at its end when the launcher is gone, however it went
 HOME = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", LAUNCHED: "1"}
 ERROR = "lowbit: error: "
-KEPT = "finished layers are kept: run the same command again, with any number of ranks"
+KEPT = "what was finished is kept: run the same command again, with any number of ranks"
 
 
-def launch(arguments: Sequence[str], count: int) -> int:
-    """`lowbit quantize` with these flags as `count` ranks; returns the exit status."""
+def launch(command: str, arguments: Sequence[str], count: int) -> int:
+    """`lowbit COMMAND` with these flags as `count` ranks; returns the exit status."""
     port, cores = free_port(), len(os.sched_getaffinity(0))
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // count)))
     shared = {"WORLD_SIZE": str(count), "MASTER_PORT": str(port), "OMP_NUM_THREADS": threads}
@@ -35,7 +35,11 @@ def launch(arguments: Sequence[str], count: int) -> int:
     with tempfile.TemporaryDirectory(prefix="lowbit-ranks-") as folder:
         logs = [Path(folder) / f"rank-{rank}.log" for rank in range(count)]
         ranks = [
-            _start(arguments, {**HOME, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, logs[rank])
+            _start(
+                [command, *arguments],
+                {**HOME, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                logs[rank],
+            )
             for rank in range(count)
         ]
         before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -52,7 +56,7 @@ def launch(arguments: Sequence[str], count: int) -> int:
 
 
 def _start(arguments: Sequence[str], environment: dict[str, str], log: Path) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-m", "lowbit_quantize", *arguments]
+    command = [sys.executable, "-m", "lowbit_core", *arguments]
     everything = os.environ | environment
     kept = [int(environment[LAUNCHER])]
     if environment["RANK"] == "0":

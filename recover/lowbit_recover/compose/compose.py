@@ -126,7 +126,7 @@ def _measured_anew(
     teacher = load_model(base, device, fp8_cache=False)
     states = run_text(teacher, heldout, "first model: held-out text")
     del teacher
-    release(None)
+    release()
     quality = quality_of(reference, states, heldout, device, "this step")
     steps = before.steps or [first_step(before, before.quality)]
     last = first_step(made, quality).model_copy(

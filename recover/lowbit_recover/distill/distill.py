@@ -22,6 +22,7 @@ from lowbit_core.manifest_files import file_record, record_files, verify_files
 from lowbit_evaluate.heldout_text import run_text
 from lowbit_evaluate.loaded_model import load_model
 from lowbit_quantize.card import write_card
+from lowbit_quantize.device import ranks
 from lowbit_quantize.model.decoder import BATCH_TOKENS
 from lowbit_quantize.model.reference import ModelReference, fetch_weights, find_model
 from lowbit_quantize.model.skeleton import text_config
@@ -131,42 +132,62 @@ def distill(
 
     An identical finished training is reused, an identical unfinished one gone on with, unless `overwrite`. The teacher
     lies in `cache` and stays there, or in `out` until the training ends, and so does the optimizer's state with
-    `moments_on_disk`.
+    `moments_on_disk`. Of several ranks all train, and the first does everything else.
     """
-    clock, identity = Clock(), task.identity
-    if not overwrite and (finished := finished_before(out, identity)):
+    identity = task.identity
+    finished = ranks.by_first(lambda: None if overwrite else finished_before(out, identity))
+    if finished:
         log.info("%s already holds this very checkpoint; nothing to do", out)
         return finished
+    folder = (cache / task.teacher_name if cache else TrainingDirectory(out).teacher).resolve()
+    if not ranks.is_first():
+        _helped(task, out, folder, device, moments_on_disk=moments_on_disk)
+        return ranks.by_first(lambda: task.manifest)  # the first's
     check_disk(out, disk_bytes(task.manifest, task.checkpoint, task.settings, task.teacher_files))
     with training_in(out, identity, overwrite=overwrite) as directory:
-        clock.begin(TEACH)
-        folder = cache / task.teacher_name if cache else directory.teacher
+        manifest = _made(task, folder, directory, device, moments_on_disk=moments_on_disk)
+    return ranks.by_first(lambda: manifest)
+
+
+def _made(
+    task: Task, folder: Path, directory: TrainingDirectory, device: torch.device, *, moments_on_disk: bool
+) -> Manifest:
+    """The whole story, as the first rank has it; `folder` is the teacher's."""
+    clock = Clock()
+    clock.begin(TEACH)
+    with ranks.alone():
         reference, teacher = _taught(task, folder, directory, device)
         before = quality_of(task.checkpoint, reference.heldout, task.heldout, device, "before")
-        clock.begin(TRAIN)
-        trainee, progress = _trained(
-            task, reference, teacher, directory, device, moments_on_disk=moments_on_disk
-        )
+    ranks.wait_for_first()
+    clock.begin(TRAIN)
+    trainee, progress = _trained(task, reference, teacher, directory, device, moments_on_disk=moments_on_disk)
+    with ranks.alone():
         count = sum(one.numel() for one in trainee.trained.values())
         changed = _write(task, trainee, directory)
         del trainee
-        release(None)
+        release()
         clock.begin(MEASURE)
         result = find_model(str(directory.result))
         after = quality_of(result, reference.heldout, task.heldout, device, "after")
-        manifest = _manifest(task, before, after, clock, device, directory)
-        step = manifest.steps[-1].model_copy(
-            update={
-                "trained_parameters": count,
-                "changed_bytes": changed,
-                "curve": progress.curve,
-                "best_step": progress.best_step,
-                "seconds": round(manifest.run.seconds + progress.earlier_s, 2),
-                "cpu_seconds": round(manifest.run.cpu_seconds + progress.earlier_cpu_s, 2),
-            }
-        )
-        manifest = manifest.model_copy(update={"steps": [*manifest.steps[:-1], step]})
-        return _settled(task, manifest, directory)
+    manifest = _manifest(task, before, after, clock, device, directory)
+    step = manifest.steps[-1].model_copy(
+        update={
+            "trained_parameters": count,
+            "changed_bytes": changed,
+            "curve": progress.curve,
+            "best_step": progress.best_step,
+            "seconds": round(manifest.run.seconds + progress.earlier_s, 2),
+            "cpu_seconds": round(manifest.run.cpu_seconds + progress.earlier_cpu_s, 2),
+        }
+    )
+    return _settled(task, manifest.model_copy(update={"steps": [*manifest.steps[:-1], step]}), directory)
+
+
+def _helped(task: Task, out: Path, folder: Path, device: torch.device, *, moments_on_disk: bool) -> None:
+    """What the other ranks do: gradients, once the teacher is whole."""
+    ranks.wait_for_first()
+    teacher = open_cache(folder, task.teacher_files, writable=False) if task.teacher_files else None
+    _trained(task, None, teacher, TrainingDirectory(out), device, moments_on_disk=moments_on_disk)
 
 
 def _taught(
@@ -181,28 +202,30 @@ def _taught(
     if teacher is not None and rows_done(folder) < len(ids):
         fill_cache(teacher, folder, directory.scratch, base, ids, task.settings.temperature)
     del base
-    release(None)
+    release()
     return Reference(heldout, aside), open_cache(folder, files, writable=False) if files else None
 
 
 def _trained(
     task: Task,
-    reference: Reference,
+    reference: Reference | None,
     teacher: Cache | None,
     directory: TrainingDirectory,
     device: torch.device,
     *,
     moments_on_disk: bool,
 ) -> tuple[Trainee, Progress]:
+    """The trainee at its best on the first rank, which alone has what judges it."""
     settings = task.settings
     trainee = build_trainee(
         task.checkpoint, settings.train, device, settings.precision, checkpointing=settings.checkpointing
     )
 
     def judge() -> float:
+        assert reference is not None, "the first rank judges"
         return set_aside_divergence(trainee, reference, task.texts.set_aside)
 
-    moments = directory.moments if moments_on_disk else None
+    moments = directory.moments(ranks.rank()) if moments_on_disk else None
     ids = task.texts.training.ids
     trainer = Trainer(trainee, settings, ids, teacher, judge, directory, moments=moments)
     count = sum(one.numel() for one in trainee.trained.values())

@@ -9,7 +9,7 @@ from torch import Tensor
 from lowbit_core.errors import CheckpointError, ConfigError
 from lowbit_core.manifest import MANIFEST_NAME, BaseModelRecord, Manifest, QualityRecord, read_manifest
 from lowbit_evaluate.heldout_text import TextStates, compare_text, run_text
-from lowbit_evaluate.loaded_model import LoadedModel, load_model
+from lowbit_evaluate.loaded_model import load_model
 from lowbit_quantize.device.memory import keep_no_freed_memory
 from lowbit_quantize.model.reference import ModelReference
 from lowbit_quantize.model.skeleton import text_config
@@ -51,9 +51,8 @@ def check_same_words(checkpoint: ModelReference, base: ModelReference) -> None:
         )
 
 
-def release(model: LoadedModel | None) -> None:
+def release() -> None:
     """Give the memory of a model back that nobody refers to any more."""
-    del model
     gc.collect()
     keep_no_freed_memory()
 
@@ -65,7 +64,7 @@ def quality_of(
     model = load_model(reference, device)
     states, fp8_cache = run_text(model, heldout, f"{what}: held-out text"), bool(model.scales)
     del model
-    release(None)
+    release()
     return compare_text(base, states, heldout, fp8_cache=fp8_cache)
 
 

@@ -41,10 +41,9 @@ class TrainingDirectory:
     def teacher(self) -> Path:
         return self.out / STATE / "teacher"
 
-    @property
-    def moments(self) -> Path:
-        """Where the optimizer's state lies, if not in memory."""
-        return self.out / STATE / "moments"
+    def moments(self, rank: int) -> Path:
+        """Where the optimizer's state lies, if not in memory, of each rank."""
+        return self.out / STATE / f"moments-{rank}"
 
     @property
     def result(self) -> Path:

@@ -1,15 +1,16 @@
 """The loop: rows in an order by the seed, gradients summed over a batch, AdamW, and a judge that stops it.
 
 A step is a pure function of the step before, of the settings and of the rows, so that a run which goes on from a saved
-step has the curve of one that was never stopped. No library's trainer is used: there is one model, one loss that reads
-a cache, and a state that must be written whole; what remains is a loop. Every trained tensor takes steps of a share of
-its own root mean square (the learning rate of each is that times the one that is given), because scales, norms and
-matrices differ by orders of magnitude.
+step has the curve of one that was never stopped. Ranks are dealt the parts of a batch, and every rank adds their
+gradients up in the order of the parts, so that several ranks train what one does, to the last bit. No library's trainer
+is used: there is one model, one loss that reads a cache, and a state that must be written whole; what remains is a
+loop. Every trained tensor takes steps of a share of its own root mean square (the learning rate of each is that times
+the one that is given), because scales, norms and matrices differ by orders of magnitude.
 """
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from lowbit_core.errors import NumericsError
 from lowbit_core.log import get_logger
 from lowbit_core.progress import track
+from lowbit_quantize.device import ranks
 from lowbit_quantize.device.precision import exact_products
 from lowbit_recover.distill.losses import Soft, hidden_loss, token_loss
 from lowbit_recover.distill.moments import put_on_disk
@@ -89,9 +91,10 @@ class Trainer:
             progress.step = step + 1
             if progress.step % settings.evaluate_every == 0 or progress.step == self.steps:
                 self._evaluate()
-        best = self._directory.load(BEST)
-        assert best is not None, "the first evaluation is the best so far"
-        self._trainee.take(best["parameters"])
+        if ranks.is_first():
+            best = self._directory.load(BEST)
+            assert best is not None, "the first evaluation is the best so far"
+            self._trainee.take(best["parameters"])
         return progress
 
     def _said(self) -> str:
@@ -100,16 +103,12 @@ class Trainer:
 
     def _step(self, step: int) -> float:
         """One step on one batch; the mean loss of its tokens."""
-        settings, total = self._settings, 0.0
+        settings = self._settings
         rate = _rate(step, self.steps, settings.warmup)
         for group, full in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = full * rate
         self._optimizer.zero_grad(set_to_none=True)
-        batch = batch_of(step, len(self._rows), settings)
-        for rows in batch.split(settings.micro_batch):
-            loss = self._loss(rows) * (len(rows) / len(batch))
-            loss.backward()
-            total += float(loss.detach())
+        total = self._gradients(batch_of(step, len(self._rows), settings))
         if not math.isfinite(total):
             raise NumericsError(
                 f"the loss of step {step + 1} is {total}; lower --learning-rate (now {settings.learning_rate:g}) and "
@@ -117,6 +116,35 @@ class Trainer:
             )
         self._optimizer.step()
         return total
+
+    def _gradients(self, batch: Tensor) -> float:
+        """Those of a batch, added up part by part, and its mean loss."""
+        parts, count, losses = batch.split(self._settings.micro_batch), ranks.count(), list[float]()
+        if count > 1:
+            for first in range(0, len(parts), count):
+                losses += self._dealt(parts[first : first + count], len(batch))
+            return math.fsum(losses)
+        for rows in parts:
+            loss = self._loss(rows) * (len(rows) / len(batch))
+            loss.backward()
+            losses.append(float(loss.detach()))
+        return math.fsum(losses)
+
+    def _dealt(self, parts: Sequence[Tensor], batch: int) -> list[float]:
+        """The losses of one part for each rank, or fewer; all ranks add all gradients up in the order of the parts."""
+        trained, losses = list(self._trainee.trained.values()), list[float]()
+        mine: tuple[float, Sequence[Tensor | None]] = (0.0, ())
+        if ranks.rank() < len(parts):
+            rows = parts[ranks.rank()]
+            loss = self._loss(rows) * (len(rows) / batch)
+            mine = float(loss.detach()), torch.autograd.grad(loss, trained, allow_unused=True)
+        for source in range(len(parts)):
+            loss_of_part, gradients = ranks.exchange(mine, source, self._trainee.device)
+            losses.append(loss_of_part)
+            for one, gradient in zip(trained, gradients, strict=True):
+                if gradient is not None:
+                    one.grad = gradient if one.grad is None else one.grad.add_(gradient)
+        return losses
 
     def _loss(self, rows: Tensor) -> Tensor:
         """The mean loss over the positions of some rows."""
@@ -153,9 +181,9 @@ class Trainer:
         return token_loss(logits, soft, targets.to(device), settings.temperature, settings.alpha).sum()
 
     def _evaluate(self) -> None:
-        """Judge this step, keep it if it is the best, and save where the run is."""
+        """Judge this step, keep it if it is the best, and save where the run is; the first rank does, for all."""
         progress = self.progress
-        judged = self._judge()
+        judged = ranks.by_first(self._judge)
         if not math.isfinite(judged):
             raise NumericsError(
                 f"the KL of the set-aside rows is {judged} after step {progress.step}; lower --learning-rate (now "
@@ -167,6 +195,12 @@ class Trainer:
         progress.waited += 1
         if judged < progress.best:
             progress.best, progress.best_step, progress.waited = judged, progress.step, 0
+        if ranks.is_first():
+            self._save()
+
+    def _save(self) -> None:
+        progress = self.progress
+        if progress.best_step == progress.step:
             self._directory.save(BEST, {"parameters": self._trainee.parameters()})
         self._directory.save(
             LAST,
@@ -183,7 +217,7 @@ class Trainer:
         )
 
     def _resume(self) -> None:
-        saved = self._directory.load(LAST)
+        saved = ranks.by_first(lambda: self._directory.load(LAST))
         if saved is None:
             return
         progress = Progress(**saved["progress"])
