@@ -25,7 +25,7 @@ these in the middle of an install, or take the last of two. */}}
 {{- if hasPrefix "LOWBIT_" .name -}}
 {{- fail (printf "extraEnv names %s: `server` sets every LOWBIT_ variable, test.apiKey that of the load test" .name) -}}
 {{- end -}}
-{{- if has .name (list "HOME" "USER" "HF_HUB_OFFLINE" "HF_TOKEN_PATH" "VLLM_NO_USAGE_STATS" "VLLM_HOST_IP" "PARTS" "JOB_COMPLETION_INDEX") -}}
+{{- if has .name (list "HOME" "USER" "HF_HUB_OFFLINE" "HF_TOKEN_PATH" "VLLM_NO_USAGE_STATS" "VLLM_HOST_IP" "PARTS" "JOB_COMPLETION_INDEX" "JOB_NAME" "RANK" "WORLD_SIZE" "MASTER_ADDR" "MASTER_PORT") -}}
 {{- fail (printf "extraEnv names %s, which the chart sets; leave it out" .name) -}}
 {{- end -}}
 {{- if has .name $seen -}}

@@ -23,6 +23,7 @@ HUB: Resource = {"checkpoint": {"existingClaim": "", "hub": {"id": "a/b@c", "exi
 VARIANTS: list[tuple[str, Resource]] = [
     *((name, {}) for name in EXAMPLES),
     ("autoscaled", HPA),
+    ("one-gpu", {"quantize": {"pods": 2}}),
     ("cpu", HUB | CORPORATE | PLACED | {"loadtest": LOADTEST, "hostNetwork": True}),
 ]
 # Image volumes came with Kubernetes 1.31.
@@ -63,7 +64,7 @@ def test_examples_use_every_kind_that_the_chart_has() -> None:
     kinds = {kind for example, changes in VARIANTS for kind in render(example, **changes)}
     assert kinds == {
         *("ConfigMap", "Dashboard", "Deployment", "HorizontalPodAutoscaler", "HTTPRoute", "Ingress", "Job"),
-        *("JobsPolicy", "LeaderWorkerSet", "LoadTest", "NodesPolicy"),
+        *("JobsPolicy", "LeaderWorkerSet", "LoadTest", "NodesPolicy", "Peers", "RanksPolicy"),
         *("NetworkPolicy", "Pod", "PodDisruptionBudget", "PrometheusRule", "ScaledObject", "Secret"),
         *("Service", "ServiceAccount", "ServiceMonitor"),
     }
