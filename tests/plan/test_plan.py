@@ -164,17 +164,9 @@ def test_structure_and_sensitivities_of_the_whole_model_do_not_go_together(
     plan: Run, tiny_model: Models, tmp_path: Path
 ) -> None:
     (tmp_path / "found.json").write_text("{}")
+    flags = ("--context", 64, "--on", "L4", "--sensitivity", tmp_path / "found.json", "--structure")
     with pytest.raises(ConfigError, match="--structure: --sensitivity is of the whole model"):
-        plan(
-            tiny_model("llama"),
-            "--context",
-            64,
-            "--on",
-            "L4",
-            "--sensitivity",
-            tmp_path / "found.json",
-            "--structure",
-        )
+        plan(tiny_model("llama"), *flags)
 
 
 def test_tokens_have_a_price(plan: Run, tiny_model: Models) -> None:

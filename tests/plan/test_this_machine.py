@@ -58,9 +58,8 @@ def test_a_plan_is_run_and_held_beside_what_was_predicted(
     # Names in headers and JSON are counted, not their exact length.
     assert abs(outcomes["weights"]["predicted"] - outcomes["weights"]["measured"]) < 20_000
     assert outcomes["inter-token latency"]["predicted"] > 0
-    assert (
-        outcomes["inter-token latency"]["measured"] >= 0
-    )  # 0 where a busy machine reads several tokens at once
+    # 0 where a busy machine reads several tokens at once.
+    assert outcomes["inter-token latency"]["measured"] >= 0
     assert outcomes["mean KL"]["predicted"] is None
     manifest = read_manifest(tmp_path / "run" / "checkpoint")
     assert manifest is not None

@@ -5,13 +5,13 @@ doubles what the cache costs (`benchmarks/kv_cache`). It is given keys and value
 scale of one: nothing is left to cut off. What it reads is unchanged: code × scale.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from vllm import _custom_ops
 
-DTYPES = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+FP8 = torch.float8_e4m3fn
+LARGEST = torch.finfo(FP8).max
+ROUNDED = ("fp8", "fp8_e4m3")  # what vLLM calls a cache of this type
 WRITE = "cpu_attn_reshape_and_cache"
 
 
@@ -32,9 +32,8 @@ def round_to_nearest() -> None:
         v_scale: float = 1.0,
         kv_cache_dtype: str = "auto",
     ) -> None:
-        kept: Any = DTYPES.get(kv_cache_dtype)
-        if kept is not None:
-            key, value = nearest(key, k_scale, kept), nearest(value, v_scale, kept)
+        if kv_cache_dtype in ROUNDED:
+            key, value = nearest(key, k_scale), nearest(value, v_scale)
             k_scale = v_scale = 1.0
         write(key, value, key_cache, value_cache, slot_mapping, isa, k_scale, v_scale, kv_cache_dtype)
 
@@ -42,7 +41,6 @@ def round_to_nearest() -> None:
     setattr(_custom_ops, WRITE, rounded)
 
 
-def nearest(values: Tensor, scale: float, kept: torch.dtype) -> Tensor:
-    """`values` / `scale` as the nearest numbers of `kept`, saturated, in their own dtype, which holds them exactly."""
-    largest = torch.finfo(kept).max
-    return (values.float() / scale).clamp(-largest, largest).to(kept).to(values.dtype)
+def nearest(values: Tensor, scale: float) -> Tensor:
+    """`values` / `scale` as the nearest FP8 numbers, saturated, in their own dtype, which holds them exactly."""
+    return (values.float() / scale).clamp(-LARGEST, LARGEST).to(FP8).to(values.dtype)
