@@ -43,7 +43,7 @@ def thread_limits(threads: int) -> dict[str, str]:
     Idle threads sleep. By default they spin, and on a machine with neighbours that counts as CPU time.
     """
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "GPTQMODEL_CPU_WORKERS")
-    limits = {name: str(threads) for name in names}
+    limits = {name: str(threads) for name in names[:-1]} | {names[-1]: str(max(2, threads))}  # it takes two at least
     quiet = {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     return {**os.environ, **limits, **quiet}
 
