@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from lowbit_core.cpu_speeds import CPUINFO, instructions, lacks_zentorch
+from lowbit_core.cpu_speeds import CPUINFO, instructions, lacks_zentorch, processor
 from lowbit_core.kv_cache import CPU_RUNTIME_BYTES, bytes_for, tokens_that_fit
 from lowbit_plan.cards import Card, find_card
-from lowbit_plan.profile import processor, this_machine
+from lowbit_plan.profile import this_machine
 from lowbit_quantize.check import forecast
 from lowbit_quantize.plan import Plan
 from lowbit_quantize.schemes.processors.linears import LINEARS

@@ -6,7 +6,6 @@ timed at `PROMPT_TOKENS` and its attention in its last step; longer ones in prop
 """
 
 import json
-import platform
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from os import cpu_count, environ
 from pathlib import Path
 from typing import Any
 
+from lowbit_core.cpu_speeds import processor
 from lowbit_core.durable import move
 from lowbit_core.errors import ConfigError, EngineError
 from lowbit_core.log import get_logger
@@ -173,16 +173,6 @@ def this_machine() -> dict[str, str]:
         "engine": engine(),
         "zentorch": "yes" if find_spec("zentorch") else "no",
     }
-
-
-def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The maker's name of it."""
-    try:
-        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.machine()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
 
 
 def engine() -> str:

@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 from benchmarks.schemes.table import RESULTS, TABLE, table
 
-from lowbit_core.cpu_speeds import SETS, KernelSpeed, instructions, lacks_zentorch, measured, of_kernels
+from lowbit_core.cpu_speeds import (
+    SETS,
+    KernelSpeed,
+    instructions,
+    lacks_zentorch,
+    measured,
+    of_kernels,
+    processor,
+)
 
 FAST = KernelSpeed("W8A8", "Eight", "avx512_vnni", "a Xeon", "1B", 1.6, {1: 1.5, 16: 1.4})
 SLOW = replace(FAST, scheme="W4A16", kernel="Four", prompt=0.5, output={1: 1.2, 16: 0.8})
@@ -26,6 +34,13 @@ def test_a_processor_is_known_by_its_best_instructions(tmp_path: Path, flags: st
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text(f"processor : 0\nmodel name : any\nflags\t\t: {flags}\n\nprocessor : 1\n")
     assert instructions(cpuinfo) == found
+
+
+def test_a_processor_is_called_what_its_maker_calls_it(tmp_path: Path) -> None:
+    file = tmp_path / "cpuinfo"
+    file.write_text("processor\t: 0\nmodel name\t: Maker's 64-Core\nflags\t: avx2\n")
+    assert processor(file) == "Maker's 64-Core"
+    assert processor(tmp_path / "none")
 
 
 def test_a_system_without_cpuinfo_is_not_known(tmp_path: Path) -> None:

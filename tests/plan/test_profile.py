@@ -15,7 +15,6 @@ from lowbit_plan.profile import (
     Wishes,
     beside_name,
     load_profile,
-    processor,
     this_machine,
 )
 from lowbit_plan.work import Attention, Product, RoutedExperts, Work
@@ -103,10 +102,3 @@ def test_what_is_no_profile_is_refused(tmp_path: Path, text: str) -> None:
     file.write_text(text)
     with pytest.raises(ConfigError, match="is none that lowbit plan wrote"):
         load_profile(file)
-
-
-def test_a_processor_is_called_what_its_maker_calls_it(tmp_path: Path) -> None:
-    file = tmp_path / "cpuinfo"
-    file.write_text("processor\t: 0\nmodel name\t: Maker's 64-Core\nflags\t: avx2\n")
-    assert processor(file) == "Maker's 64-Core"
-    assert processor(tmp_path / "none")

@@ -5,6 +5,7 @@ What decides is the set of instructions: a processor without bf16's own multipli
 """
 
 import json
+import platform
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -73,6 +74,16 @@ def instructions(cpuinfo: Path = CPUINFO) -> str | None:
         return None
     flags = next((line.split() for line in lines if line.startswith("flags")), [])
     return next((name for name in SETS if name in flags), None)
+
+
+def processor(cpuinfo: Path = CPUINFO) -> str:
+    """The maker's name of it."""
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
 
 
 @cache

@@ -1,11 +1,11 @@
 """The frontier as JSON: each checkpoint's numbers, the Pareto frontier, latency by rate, and the recommendation."""
 
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from lowbit_core import __version__
+from lowbit_core.cpu_speeds import processor
 from lowbit_loadtest.frontier.checkpoint_result import CheckpointResult, checkpoint_result, mean_over_runs
 from lowbit_loadtest.frontier.plan import FrontierPlan
 from lowbit_loadtest.frontier.recommendation import Recommendation, recommend
@@ -25,7 +25,7 @@ def head(
         "kind": "lowbit.frontier",
         "format_version": FORMAT_VERSION,
         "lowbit": __version__,
-        "machine": platform.machine(),
+        "processor": processor(),
         "plan": plan.model_dump(mode="json"),
         "failures": dict(failures),
         "recommendation": {**asdict(recommendation), "title": recommendation.title},

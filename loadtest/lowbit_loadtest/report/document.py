@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 
 from lowbit_core import __version__
+from lowbit_core.cpu_speeds import processor
 from lowbit_core.evals.results import as_rows
 from lowbit_loadtest.generate.records import RequestRecord
 from lowbit_loadtest.quality.verdict import QualityResult
@@ -50,7 +51,7 @@ def as_document(
             "lowbit": __version__,
             "python": platform.python_version(),
             "httpx": httpx.__version__,
-            "machine": platform.machine(),
+            "processor": processor(),
             "cpus": os.cpu_count(),
             "workers": result.workers,
             "prompt_tokens_counted_by": result.counted_by,
