@@ -69,7 +69,7 @@ class LayerKind:
     with: the router, or the experts themselves where they are given something else. `outputs`: as `attention_outputs`,
     of the layer itself. `leaves` are linears whose outputs reach tensors that it leaves for later layers.
     `routes_alone`: whether the block routes by what it reads and nothing else. `dropped`: folds that were found and do
-    not hold.
+    not hold. `closing` is the linear whose output, added to what `middle` reads, is all that the layer gives.
     """
 
     groups: tuple[LinearGroup, ...]
@@ -85,6 +85,7 @@ class LayerKind:
     leaves: tuple[str, ...] = ()
     routes_alone: bool = True
     dropped: tuple[str, ...] = ()
+    closing: str = ""
 
     def is_expert(self, group: LinearGroup) -> bool:
         """Whether the group belongs to a routed expert."""

@@ -4,7 +4,8 @@ Round-to-nearest and SmoothQuant need what the compressed layers before a layer 
 the base model has (statistics/error_compensation.py), and for that they must know what the linears before it in the
 same layer have become: what attention reads is observed and quantized first, then what its output linear reads, then
 the network's first linears, then its last. The base model's calibration tokens walk beside, through the layer as it
-was. Once attention is quantized, both go on to the layer's middle: it runs no more for the stages that follow.
+was. Once attention is quantized, both go on to the layer's middle: it runs no more for the stages that follow. Nor does
+the network before its last linear, where what that reads was kept.
 
 Routed experts are none of these stages: what all of them read is observed with the first linears of the networks beside
 them, and each is quantized when it is visited (walk/expert_work.py).
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from lowbit_quantize.device import ranks
 from lowbit_quantize.methods.method import InputScale
-from lowbit_quantize.model.architecture import Architecture, LinearGroup, kind_of
+from lowbit_quantize.model.architecture import Architecture, LinearGroup, kind_of, linear_of
 from lowbit_quantize.model.decoder import END, BasePass
 from lowbit_quantize.model.hooks import KVCacheHook, without_attention
 from lowbit_quantize.recipe import QUANTIZE
@@ -36,13 +37,11 @@ KEPT_BYTES = 256 << 20
 
 
 class Kept:
-    """What attention's last linear reads, batch by batch, if it is about as large as `hidden` and that is not much.
+    """What a linear of the layer reads, (tokens, features), batch by batch; no `name`, no more than `KEPT_BYTES`."""
 
-    Nothing is kept where attention must run again: it `leaves` tensors for later layers.
-    """
-
-    def __init__(self, hidden: Tensor, *, leaves: bool) -> None:
-        self.fits = hidden.nbytes <= KEPT_BYTES and not leaves
+    def __init__(self, layer: nn.Module, name: str, hidden: Tensor) -> None:
+        size = hidden.shape[-1] if not name else linear_of(layer, name).in_features
+        self.name = name if hidden.nbytes // hidden.shape[-1] * size <= KEPT_BYTES else ""
         self.read: list[Tensor] = []
 
 
@@ -68,6 +67,7 @@ class StagedLayer:
         self._block: LayerStatistics | None = None
         self._done = QuantizedLayer()
         self._absmax = KVAbsmax()
+        self._kept = Kept(layer, "", context.calibration)
         # The last pass may move the streams; before another they are left as they are.
         hidden, base = context.calibration, context.calibration_base if context.compensates else None
         self._hidden = hidden if context.last else hidden.clone()
@@ -84,7 +84,7 @@ class StagedLayer:
             for number in range(len(stages)):
                 self._quantize_stage(stages, number, halves)
             if context.last and context.read_on and not routed:
-                self._decoder.advance(self._layer, self._index, self._hidden, context.result.hook)
+                self._move_to_end()
         context.advanced = context.last and not routed
         context.result.linears = self._done.linears
         if self._expert_groups:
@@ -97,7 +97,7 @@ class StagedLayer:
         later = folded_later(self._groups, stage.groups, self._modules)
         statistics = self._statistics([*stage.groups, *later], stage.entering)
         advance = self._advance_after(stages, number)
-        kept = Kept(self._hidden, leaves=bool(self._kind.leaves))
+        kept = self._kept = Kept(layer, self._worth_keeping(stage, advance), self._hidden)
         hook = context.result.hook if number else self._absmax
         context.clock.begin(OBSERVE)
         self._observe(statistics, hook, advance, kept)
@@ -129,6 +129,35 @@ class StagedLayer:
                 self._decoder.advance_to(advance, layer, self._index, self._hidden, context.result.hook)
             for one in (layer, self._base[0]) if self._base else (layer,):
                 halves.enter_context(without_attention(one, *attention))
+
+    def _worth_keeping(self, stage: Stage, advance: str | None) -> str:
+        """The linear whose inputs spare what is before it when hidden states go on: attention's last, or the layer's.
+
+        None where that must run again, to leave tensors for later layers.
+        """
+        kind = self._kind
+        if kind.leaves or advance is None:
+            return ""
+        if advance != END:
+            return kind.attention_end
+        plain = self._decoder.architecture.stream.plain
+        observed = any(kind.closing == group.linears[0] for group in stage.groups)
+        return kind.closing if plain and self._context.halfway and observed else ""
+
+    def _move_to_end(self) -> None:
+        """Move hidden states on to the layer's end; where it was kept what the last linear reads, that alone runs."""
+        hidden, kept, decoder = self._hidden, self._kept, self._decoder
+        if not kept.read:
+            decoder.advance(self._layer, self._index, hidden, self._context.result.hook)
+            return
+        last, read = self._layer.get_submodule(kept.name), iter(ranks.own(kept.read))
+
+        def output(batch: slice) -> Tensor:
+            rows = hidden[batch].to(decoder.device)
+            with torch.no_grad():
+                return torch.add(rows, last(next(read)).view_as(rows))
+
+        decoder.replace_dealt(hidden, output)
 
     def _stages(self) -> list[Stage]:
         """What is observed and quantized together, in the order of inputs."""
@@ -234,9 +263,8 @@ class StagedLayer:
         side = None
         if self._base is not None and (advance is not None or expected):
             side = BasePass(*self._base, expected, advance)
-        if advance and kept.fits:
-            end = self._kind.attention_end
-            observers[end] = both(observers[end], kept.read.append)
+        if kept.name:
+            observers[kept.name] = both(observers[kept.name], kept.read.append)
         with attention_seen_by(statistics.attended, stop=statistics.ends_before_attention):
             self._decoder.observe(
                 self._layer, self._index, self._hidden, observers, hook,

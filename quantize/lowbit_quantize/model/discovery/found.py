@@ -17,6 +17,7 @@ from lowbit_quantize.model.discovery.probe import ProbedLayer, same_tensor
 from lowbit_quantize.model.discovery.roles import (
     Attention,
     attention_of,
+    closing_of,
     leaving,
     middle_of,
     reaches_others,
@@ -137,11 +138,11 @@ def describe(layer: ProbedLayer, real: nn.Module) -> LayerKind:
         )
         group = LinearGroup(linears, _fold_of(folds, linears, real), others, stage=stage)
         groups.append(_for_all_experts(layer, _with_roles(layer, group, attention)))
-    block = layer.experts.rpartition(".")[0]
+    block, middle = layer.experts.rpartition(".")[0], middle_of(layer, attention)
     return LayerKind(
-        tuple(groups), attention.module, attention.end, attention.outputs, middle_of(layer, attention),
+        tuple(groups), attention.module, attention.end, attention.outputs, middle,
         block, layer.experts, router, entrance, layer.outputs, leaving(layer), _routes_alone(layer, block, router),
-        tuple(dropped),
+        tuple(dropped), closing_of(layer, middle),
     )  # fmt: skip
 
 

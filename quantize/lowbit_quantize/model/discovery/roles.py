@@ -107,6 +107,21 @@ def middle_of(layer: ProbedLayer, attention: Attention) -> str:
     return ""
 
 
+def closing_of(layer: ProbedLayer, middle: str) -> str:
+    """The linear whose output, added to what the middle reads, is what the layer gives; empty where there is none."""
+    seen = layer.base
+    if not middle:
+        return ""
+    for name in reversed(seen.order):
+        gave = seen.outputs.get(name)
+        if gave is None or gave.numel() != seen.output.numel() or layer.expert_of(name):
+            continue
+        linear = isinstance(layer.module.get_submodule(name), nn.Linear)
+        if linear and _alike(seen.inputs[middle].reshape(-1) + gave.reshape(-1), seen.output.reshape(-1)):
+            return name
+    return ""
+
+
 def router_of(layer: ProbedLayer) -> tuple[str, str]:
     """The module that has a row of weights for each expert, and the one that reads what experts are called with: the
     same, or the experts where the block makes something else of its input for them. Empty where there is none.
