@@ -1,4 +1,4 @@
-"""Products at less cost, where nothing is lost by it: of bfloat16 numbers in float32, and of int8 numbers in int32.
+"""Products at less cost: of bfloat16 numbers in float32 and of int8 numbers in int32, where nothing is lost by it.
 
 The product of two bfloat16 numbers is exact in float32, so hardware that multiplies bfloat16 and accumulates
 in float32 gives the same sums as float32 arithmetic, up to their order. Sums of int8 products are exact.
@@ -6,6 +6,7 @@ in float32 gives the same sums as float32 arithmetic, up to their order. Sums of
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -15,9 +16,22 @@ from lowbit_core.cpu_speeds import instructions
 INT8_SETS = ("amx_int8", "avx512_bf16", "avx512_vnni")  # elsewhere torch's own loop is slower than float32
 
 
+@cache
+def _here() -> str | None:
+    return instructions()
+
+
 def multiplies_int8(device: torch.device) -> bool:
     """Whether this processor multiplies int8 numbers several times as fast as float32 ones."""
-    return device.type == "cpu" and instructions() in INT8_SETS
+    return device.type == "cpu" and _here() in INT8_SETS
+
+
+def rounds_products(numbers: Tensor) -> bool:
+    """Whether products of these cost half as much on this processor if what they add up to is rounded to bfloat16.
+
+    With AMX they cost no more in float32 (`exact_products`), and without bfloat16's own multiplies nothing is saved.
+    """
+    return numbers.dtype == torch.bfloat16 and numbers.device.type == "cpu" and _here() == "avx512_bf16"
 
 
 def int8_product(rows: Tensor, weight: Tensor) -> Tensor:

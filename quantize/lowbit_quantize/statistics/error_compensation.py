@@ -11,10 +11,11 @@ H⁻¹ also fits what is peculiar to the calibration text. So the tokens are sum
 components u of the inputs, of one size each, either half tells by itself what every output wants of them. What the
 halves say of u_k agrees to a share r_k (their inner product over the mean of their squares, over all outputs). Of what
 both say together, 2 r_k / (1 + r_k) is to be expected again on other text (Spearman 1910, Brown 1910); that share is
-taken, as James and Stein (1961) shrink means, times a step. A small ridge keeps the smallest components defined. Of
-many inputs the components are found block by block, the largest inputs first, of what the blocks before leave: of the
-blocks on the diagonal of L, H = L Lᵀ. docs/log.md has what each gave. Tokens count as they do in H, by the attention
-they receive where that matters.
+taken, as James and Stein (1961) shrink means, times a step. Batches take turns in which of their halves goes to which
+sum: where domains lie in turns, either has all of them. A small ridge keeps the smallest components defined. Of many
+inputs the components are found block by block, the largest inputs first, of what the blocks before leave: of the blocks
+on the diagonal of L, H = L Lᵀ. docs/log.md has what each gave. Tokens count as they do in H, by the attention they
+receive where that matters.
 """
 
 from collections.abc import Sequence
@@ -28,7 +29,8 @@ from lowbit_quantize.device.parallel import one_thread
 
 STEP = 0.7
 RIDGE = 0.01  # of the mean of diag H
-COMPONENT_BLOCK = 2048  # inputs whose principal components are found together
+SHRINKAGE = 0.02  # of H towards its diagonal: it stays definite where products are rounded (hessian.py)
+COMPONENT_BLOCK = 512  # inputs whose principal components are found together
 DEALT_ROWS = 1024  # that are worked on at once, by one rank
 
 Halves = tuple[Tensor, Tensor]
@@ -121,6 +123,7 @@ class Drift:
             for rows in ranks.own(self._blocks):
                 total[rows] += _products(off[half, rows], inputs[half])
         self._tokens += len(inputs)
+        self._sums = self._sums[::-1]
         self._expected = self._residual_off = None
 
     def target(self, weight: Tensor, hessian: Tensor) -> Tensor:
@@ -171,10 +174,11 @@ def _products(off: Tensor, inputs: Tensor) -> Tensor:
 
 
 def _ordered_factor(hessian: Tensor) -> tuple[Tensor, Tensor]:
-    """Inputs by falling H_jj, and the lower L of L Lᵀ = H + ridge in this order; raises NumericsError."""
-    order = hessian.diagonal().argsort(descending=True, stable=True)
-    lower = hessian[order.unsqueeze(1), order]
-    lower.diagonal().add_(RIDGE * hessian.diagonal().mean().clamp(min=1e-12))
+    """Inputs by falling H_jj, and the lower L of L Lᵀ = H', shrunk, + ridge in this order; raises NumericsError."""
+    diagonal = hessian.diagonal()
+    order = diagonal.argsort(descending=True, stable=True)
+    lower = hessian[order.unsqueeze(1), order].mul_(1 - SHRINKAGE)
+    lower.diagonal().copy_(diagonal[order] + RIDGE * diagonal.mean().clamp(min=1e-12))
     lower, failed = torch.linalg.cholesky_ex(lower)
     if failed:
         raise NumericsError(f"an input Hessian cannot be factored with a ridge of {RIDGE} of its mean")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lowbit_quantize.device import ranks
-from lowbit_quantize.device.precision import exact_products
+from lowbit_quantize.device.precision import exact_products, rounds_products
 
 SYMMETRIC_BLOCKS = 6  # blocks of a Hessian, if it is so wide that they cost less than they save:
 WIDE = 1024
@@ -19,7 +19,8 @@ class Hessian:
     """`H`, the mean of x xᵀ over tokens, in float32, for inputs of `features` channels.
 
     Of a wide one only blocks on and above the diagonal are computed (7/12 of the products for six blocks). It is
-    the largest matrix of a run: the mean takes the sum's place.
+    the largest matrix of a run: the mean takes the sum's place. Where that halves the price, each batch's sum of
+    bfloat16 products is rounded to bfloat16: who factors H shrinks it towards its diagonal, so that it stays definite.
     """
 
     def __init__(self, features: int, device: torch.device) -> None:
@@ -41,13 +42,15 @@ class Hessian:
     def add(self, inputs: Tensor) -> None:
         """Add (tokens, features); not after `matrix`."""
         assert not self._finished, "a finished mean takes no more tokens"
-        wide = inputs.float()
+        rounds = rounds_products(inputs)
+        wide = inputs if rounds else inputs.float()
         if extra := -len(wide) % TOKEN_MULTIPLE:
             wide = torch.cat([wide, wide.new_zeros(extra, wide.shape[1])])
         with exact_products(inputs.dtype):
             for start in ranks.own(_evenly(self._starts, ranks.count())) if self._shared else self._starts:
                 stop = start + self._block
-                self._sum[start:stop, start:].addmm_(wide[:, start:stop].T, wide[:, start:])
+                total, left, right = self._sum[start:stop, start:], wide[:, start:stop].T, wide[:, start:]
+                total.add_(left @ right) if rounds else total.addmm_(left, right)
         self.tokens += len(inputs)
 
     def matrix(self) -> Tensor:

@@ -18,15 +18,17 @@ class Moments:
         self._second = torch.zeros(2, features, features, device=device)
         self._first = torch.zeros(2, features, device=device)
         self._tokens = [0, 0]
+        self._turn = 0, 1  # which half takes the first tokens of a batch, and the rest
 
     def add(self, inputs: Tensor) -> None:
-        """Take (tokens, features); the first half of each batch is one half, the rest the other."""
+        """Take (tokens, features), half of them each; batches take turns: where domains lie in turns, both have all."""
         wide, middle = inputs.float(), len(inputs) // 2
-        for half, rows in enumerate((wide[:middle], wide[middle:])):
+        for half, rows in zip(self._turn, (wide[:middle], wide[middle:]), strict=True):
             with exact_products(inputs.dtype):
                 self._second[half].addmm_(rows.T, rows)
             self._first[half] += rows.sum(0)
             self._tokens[half] += len(rows)
+        self._turn = self._turn[::-1]
 
     @property
     def tokens(self) -> int:
@@ -92,7 +94,7 @@ class Aim(Moments):
         ).float()
         off = off if self._residual is None else off + self._residual
         rounded, middle = off.to(inputs.dtype).float(), len(inputs) // 2
-        for half, rows in enumerate((slice(None, middle), slice(middle, None))):
+        for half, rows in zip(self._turn, (slice(None, middle), slice(middle, None)), strict=True):
             with exact_products(inputs.dtype):
                 self._cross[half].addmm_(rounded[rows].T, inputs[rows].float())
             self._off[half] += rounded[rows].sum(0)

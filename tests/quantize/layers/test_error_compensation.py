@@ -10,7 +10,7 @@ from tests.quantize.layers.test_decoder import decoder_of, token_ids
 from lowbit_quantize.model.architecture import linear_of
 from lowbit_quantize.model.decoder import END, BasePass
 from lowbit_quantize.statistics import error_compensation
-from lowbit_quantize.statistics.error_compensation import RIDGE, STEP, Drift
+from lowbit_quantize.statistics.error_compensation import RIDGE, SHRINKAGE, STEP, Drift
 from lowbit_quantize.statistics.kv_absmax import KVAbsmax
 from lowbit_quantize.statistics.layer import LayerStatistics
 
@@ -23,9 +23,10 @@ def drawn(*shape: int, seed: int) -> torch.Tensor:
 
 def least_squares(weight: torch.Tensor, x: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """The obvious slow version: append the ridge to the data as rows, and solve for what is added to the weight."""
-    ridge = (RIDGE * x.square().mean() * len(x)).sqrt() * torch.eye(x.shape[1])
-    rows = torch.cat([x, ridge]).double()
-    missing = torch.cat([wanted - x @ weight.T, torch.zeros(x.shape[1], len(weight))]).double()
+    ridge = (RIDGE * x.square().mean() + SHRINKAGE * x.square().mean(0)).mul(len(x)).sqrt().diag()
+    share = (1 - SHRINKAGE) ** 0.5
+    rows = torch.cat([share * x, ridge]).double()
+    missing = torch.cat([(wanted - x @ weight.T) / share, torch.zeros(x.shape[1], len(weight))]).double()
     step: torch.Tensor = torch.linalg.lstsq(rows, missing).solution.T.float()
     return weight + step
 
@@ -84,6 +85,22 @@ def test_what_the_halves_do_not_agree_on_is_left_out(
         assert left(found) < 0.6 * left(torch.zeros_like(found))
     else:
         assert found.norm() < 0.5 * plain.norm()
+
+
+def test_what_one_domain_wants_is_taken_where_domains_lie_in_turns() -> None:
+    """Every batch begins with texts of one kind, which read other inputs than those it ends with."""
+    inputs, weight = drawn(TOKENS, INPUTS, seed=1), torch.zeros(OUTPUTS, INPUTS)
+    truth, here = drawn(OUTPUTS, INPUTS, seed=2), torch.arange(INPUTS) % 2 == 0
+    drift = Drift([weight], residual=True)
+    for batch in inputs.split(100):
+        batch[:50, ~here], batch[50:, here] = 0.0, 0.0
+        drift.expect_residual(batch[:, here] @ truth[:, here].T)
+        drift.see_residual(torch.zeros(100, OUTPUTS))
+        drift.expect(batch)
+        drift.add(batch)
+    found = drift.target(weight, inputs.T @ inputs / TOKENS)
+    assert (found - STEP * truth)[:, here].norm() < 0.2 * (STEP * truth)[:, here].norm()
+    assert found[:, ~here].norm() < 0.1 * found.norm()
 
 
 def test_products_of_bfloat16_are_rounded_and_others_are_not() -> None:
