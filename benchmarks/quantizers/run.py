@@ -42,8 +42,9 @@ def thread_limits(threads: int) -> dict[str, str]:
 
     Idle threads sleep. By default they spin, and on a machine with neighbours that counts as CPU time.
     """
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "GPTQMODEL_CPU_WORKERS")
-    limits = {name: str(threads) for name in names[:-1]} | {names[-1]: str(max(2, threads))}  # it takes two at least
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    limits = {name: str(threads) for name in names}
+    limits["GPTQMODEL_CPU_WORKERS"] = str(max(2, threads))  # it does not start with one
     quiet = {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     return {**os.environ, **limits, **quiet}
 
