@@ -124,7 +124,7 @@ CASES = (
         settings={"observer": "imatrix_mse"},
     ),
     Case("autoround", "autoround", "AutoRound tuned rounding", "autoround", once=True),
-    of_recipe("gptq-more-text-g64", "GPTQ on 72 rows"),
+    of_recipe("gptq-more-text-g64", "GPTQ on 88 rows"),
     of_recipe("gptq-best-g64", "GPTQ on 224 rows"),
     lowbit("awq+gptq"),
     lowbit("awq"),

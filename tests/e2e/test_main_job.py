@@ -27,7 +27,7 @@ from lowbit_quantize.recipe import parse_recipe
 pytestmark = pytest.mark.engine
 
 PROMPTS = (
-    "What is the capital of France?",
+    "What is the capital of Germany?",
     "Write a haiku about the sea.",
     "List three prime numbers.",
     "Explain gravity to a child in two sentences.",
@@ -59,7 +59,7 @@ def quantize_demo_model(out: Path, *arguments: str) -> dict[str, Any]:
 
 
 def test_the_demo_answers_and_its_stream_equals_its_whole_answer(demo: Demo) -> None:
-    assert "Paris" in demo.report["answer"]
+    assert "Berlin" in demo.report["answer"]
     assert demo.report["streamed_answer"] == demo.report["answer"]
     assert demo.report["generation_tokens_per_second"] > 0
 
@@ -96,7 +96,7 @@ def stock_vllm_answers(checkpoint: Path, worker_extension: str = "") -> list[str
 
 def test_stock_vllm_opens_the_checkpoint_and_answers(demo: Demo) -> None:
     answers = stock_vllm_answers(demo.checkpoint)
-    assert "Paris" in answers[0]
+    assert "Berlin" in answers[0]
     assert all(answers)
 
 
@@ -200,11 +200,11 @@ def test_the_demo_exported_without_its_cache_scales_is_served_with_a_cache_of_16
     with serving(tmp_path / "out", free_port()) as url:
         document = get(f"{url}/lowbit/checkpoint")
         client = OpenAI(base_url=f"{url}/v1", api_key="none")
-        messages = [{"role": "user", "content": "What is the capital of France?"}]
+        messages = [{"role": "user", "content": "What is the capital of Germany?"}]
         answer = client.chat.completions.create(model=MODEL, messages=messages, temperature=0, max_tokens=24)  # type: ignore[arg-type]
     assert document["manifest"]["kv_cache"] is None
     assert not document["engine"]["kv_cache_dtype"].startswith("fp8")
-    assert "Paris" in (answer.choices[0].message.content or "")
+    assert "Berlin" in (answer.choices[0].message.content or "")
 
 
 def test_quality_of_the_walk_is_what_a_reload_in_plain_transformers_measures(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.engine
 
 QUESTION: dict[str, Any] = {  # as the client's methods take it; they know no temperature
     "model": MODEL, "max_tokens": 24, "extra_body": {"temperature": 0},
-    "messages": [{"role": "user", "content": "What is the capital of France?"}],
+    "messages": [{"role": "user", "content": "What is the capital of Germany?"}],
 }  # fmt: skip
 BODY = {name: value for name, value in QUESTION.items() if name != "extra_body"} | QUESTION["extra_body"]
 CITY = {"type": "string", "enum": ["Rome", "Oslo"]}
@@ -115,7 +115,7 @@ def test_a_chat_is_answered_and_counted_by_its_key(served: Served) -> None:
     raw = served.client().messages.with_raw_response.create(**QUESTION, system="You answer in one sentence.")
     message = Message.model_validate(raw.http_response.json(), strict=True)
     assert message.content[0].type == "text"
-    assert "Paris" in message.content[0].text
+    assert "Berlin" in message.content[0].text
     assert message.stop_reason == "end_turn"
     assert served.tokens("prompt") - prompt == message.usage.input_tokens
     assert served.tokens("generated") - generated == message.usage.output_tokens

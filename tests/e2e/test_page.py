@@ -37,7 +37,7 @@ def picture(tab: Watched, name: str, folder: Path) -> None:
 
 
 def test_a_question_is_answered_by_the_model_as_the_api_answers_it(browser: Any, server: str) -> None:
-    question = "What is the capital of France?"
+    question = "What is the capital of Germany?"
     body = {
         "model": MODEL,
         "messages": [{"role": "user", "content": question}],
@@ -50,7 +50,7 @@ def test_a_question_is_answered_by_the_model_as_the_api_answers_it(browser: Any,
         tab.settings(24)
         tab.ask(question)
         assert tab.answer.inner_text().strip() == said.json()["choices"][0]["message"]["content"].strip()
-        assert "Paris" in tab.answer.inner_text()
+        assert "Berlin" in tab.answer.inner_text()
 
 
 def test_the_answer_streams_and_the_numbers_move_and_come_to_rest(browser: Any, server: str) -> None:
@@ -101,7 +101,7 @@ def test_pictures_light_dark_and_of_a_phone(browser: Any, server: str, tmp_path:
     with watching(browser, server) as tab:
         tab.open()
         tab.settings(160)
-        tab.ask("What is the capital of France?")
+        tab.ask("What is the capital of Germany?")
         tab.ask(QUESTION)
         tab.ask("Write a Python function that checks whether a word is a palindrome.")
         tab.page.evaluate("document.activeElement.blur()")
@@ -119,7 +119,7 @@ def test_pictures_light_dark_and_of_a_phone(browser: Any, server: str, tmp_path:
     with watching(browser, server, viewport=PHONE, device_scale_factor=1.5) as tab:
         tab.open()
         tab.settings(160)
-        tab.ask("What is the capital of France?")
+        tab.ask("What is the capital of Germany?")
         tab.ask(QUESTION)
         tab.page.evaluate("document.activeElement.blur()")
         picture(tab, "page-phone", tmp_path)
