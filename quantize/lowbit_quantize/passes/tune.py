@@ -101,7 +101,7 @@ class Tune(PlainPass):
                 self._norms(layer, quantized),
                 context.result.hook,
             )
-            aside = range(min(options.set_aside_every, rows) - 1, rows, options.set_aside_every)
+            aside = judging_rows(rows, options.set_aside_every)
             return tuning.run(context.calibration, wanted, aside, options.rates, options.seed)
 
     def _norms(self, layer: nn.Module, quantized: dict[str, Any]) -> list[str]:
@@ -118,6 +118,12 @@ class Tune(PlainPass):
                 for linear in group.linears
             )
         ]
+
+
+def judging_rows(rows: int, every: int) -> list[int]:
+    """One of every so many rows, each time a place further on: where domains lie in turns, all of them judge."""
+    found = (start + turn % every for turn, start in enumerate(range(0, rows, every)))
+    return [row for row in found if row < rows]
 
 
 class TuneKind:

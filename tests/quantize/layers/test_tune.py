@@ -15,7 +15,7 @@ from lowbit_quantize.catalog import CATALOG
 from lowbit_quantize.model.architecture import Architecture
 from lowbit_quantize.model.reference import find_model
 from lowbit_quantize.passes.learned_linear import LearnedLinear
-from lowbit_quantize.passes.tune import Tune, TuneKind, TuneOptions
+from lowbit_quantize.passes.tune import Tune, TuneKind, TuneOptions, judging_rows
 from lowbit_quantize.passes.tune_layer import straight_through
 from lowbit_quantize.pipeline import quantize
 from lowbit_quantize.plan import make_plan
@@ -106,6 +106,21 @@ def test_gradients_pass_through_a_rounded_cache() -> None:
     assert torch.equal(rounded[0], keys.round())
     (given,) = torch.autograd.grad((rounded[0] * 3).sum() + rounded[1].sum(), keys)
     assert torch.equal(given, torch.full_like(keys, 3))
+
+
+@pytest.mark.parametrize(("rows", "every"), [(32, 8), (64, 8), (16, 4), (72, 6)])
+def test_all_of_four_domains_in_turns_judge(rows: int, every: int) -> None:
+    found = judging_rows(rows, every)
+    assert len(found) == rows // every
+    assert {row % 4 for row in found} == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize(("rows", "every"), [(2, 8), (3, 2), (9, 8), (17, 5)])
+def test_some_rows_judge_and_some_teach(rows: int, every: int) -> None:
+    found = judging_rows(rows, every)
+    assert found == sorted(set(found))
+    assert 0 < len(found) < rows
+    assert all(0 <= row < rows for row in found)
 
 
 @pytest.mark.parametrize("scheme", ["W2A16", "W4A16", "W4A16_ASYM"])
