@@ -113,13 +113,16 @@ def comparison(result: dict[str, Any]) -> str:
 
 
 def texts_table(result: dict[str, Any]) -> str:
-    """Divergence on the unseen text, the lowest first, and on the bundled one."""
-    rows = []
+    """Divergence on the unseen text, the lowest first, and on the bundled one; a line for each case."""
+    cases: Cases = {}
     for run in sorted(result["runs"], key=lambda one: float(one["unseen"]["mean_kl_nats"])):
-        symmetry = "symmetric" if run["case"]["symmetric"] else "asymmetric"
-        figures = [divergence(run[text]) for text in ("unseen", "quality")]
-        agreement = f"{100 * run['unseen']['top1_agreement']:.1f} %"
-        rows.append([f"{label([run])}, {symmetry}", *figures, agreement, f"{run['cpu_s']:.0f}"])
+        cases.setdefault(run["case"]["name"], []).append(run)
+    rows = []
+    for runs in cases.values():
+        symmetry = "symmetric" if runs[0]["case"]["symmetric"] else "asymmetric"
+        figures = [divergence(runs[0][text]) for text in ("unseen", "quality")]
+        agreement = f"{100 * runs[0]['unseen']['top1_agreement']:.1f} %"
+        rows.append([f"{label(runs)}, {symmetry}", *figures, agreement, each(runs, "cpu_s")])
     return grid(["", "KL, unseen text", "KL, bundled text", "top-1, unseen", "CPU s"], rows)
 
 
