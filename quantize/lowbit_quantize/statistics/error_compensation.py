@@ -29,7 +29,11 @@ from lowbit_quantize.device.parallel import one_thread
 
 STEP = 0.7
 RIDGE = 0.01  # of the mean of diag H
-SHRINKAGE = 0.02  # of H towards its diagonal: it stays definite where products are rounded (hessian.py)
+SHRINKAGE = (
+    0.02,
+    0.1,
+    0.5,
+)  # of H towards its diagonal, the next where it is not definite: products are rounded
 COMPONENT_BLOCK = 512  # inputs whose principal components are found together
 DEALT_ROWS = 1024  # that are worked on at once, by one rank
 
@@ -177,12 +181,13 @@ def _ordered_factor(hessian: Tensor) -> tuple[Tensor, Tensor]:
     """Inputs by falling H_jj, and the lower L of L Lᵀ = H', shrunk, + ridge in this order; raises NumericsError."""
     diagonal = hessian.diagonal()
     order = diagonal.argsort(descending=True, stable=True)
-    lower = hessian[order.unsqueeze(1), order].mul_(1 - SHRINKAGE)
-    lower.diagonal().copy_(diagonal[order] + RIDGE * diagonal.mean().clamp(min=1e-12))
-    lower, failed = torch.linalg.cholesky_ex(lower)
-    if failed:
-        raise NumericsError(f"an input Hessian cannot be factored with a ridge of {RIDGE} of its mean")
-    return order, lower
+    for shrinkage in SHRINKAGE:
+        lower = hessian[order.unsqueeze(1), order].mul_(1 - shrinkage)
+        lower.diagonal().copy_(diagonal[order] + RIDGE * diagonal.mean().clamp(min=1e-12))
+        lower, failed = torch.linalg.cholesky_ex(lower)
+        if not failed:
+            return order, lower
+    raise NumericsError(f"an input Hessian cannot be factored with a ridge of {RIDGE} of its mean")
 
 
 def _principal(lower: Tensor) -> list[Tensor]:

@@ -9,8 +9,9 @@ from tests.quantize.layers.test_decoder import decoder_of, token_ids
 
 from lowbit_quantize.model.architecture import linear_of
 from lowbit_quantize.model.decoder import END, BasePass
-from lowbit_quantize.statistics import error_compensation
+from lowbit_quantize.statistics import error_compensation, hessian
 from lowbit_quantize.statistics.error_compensation import RIDGE, SHRINKAGE, STEP, Drift
+from lowbit_quantize.statistics.hessian import Hessian
 from lowbit_quantize.statistics.kv_absmax import KVAbsmax
 from lowbit_quantize.statistics.layer import LayerStatistics
 
@@ -23,8 +24,8 @@ def drawn(*shape: int, seed: int) -> torch.Tensor:
 
 def least_squares(weight: torch.Tensor, x: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """The obvious slow version: append the ridge to the data as rows, and solve for what is added to the weight."""
-    ridge = (RIDGE * x.square().mean() + SHRINKAGE * x.square().mean(0)).mul(len(x)).sqrt().diag()
-    share = (1 - SHRINKAGE) ** 0.5
+    ridge = (RIDGE * x.square().mean() + SHRINKAGE[0] * x.square().mean(0)).mul(len(x)).sqrt().diag()
+    share = (1 - SHRINKAGE[0]) ** 0.5
     rows = torch.cat([share * x, ridge]).double()
     missing = torch.cat([(wanted - x @ weight.T) / share, torch.zeros(x.shape[1], len(weight))]).double()
     step: torch.Tensor = torch.linalg.lstsq(rows, missing).solution.T.float()
@@ -101,6 +102,25 @@ def test_what_one_domain_wants_is_taken_where_domains_lie_in_turns() -> None:
     found = drift.target(weight, inputs.T @ inputs / TOKENS)
     assert (found - STEP * truth)[:, here].norm() < 0.2 * (STEP * truth)[:, here].norm()
     assert found[:, ~here].norm() < 0.1 * found.norm()
+
+
+def test_rounded_products_of_few_tokens_are_factored_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One batch of inputs that are nearly one number each: rounded, what they have in common outweighs the rest."""
+    monkeypatch.setattr(hessian, "rounds_products", lambda numbers: True)
+    inputs = (drawn(2 * TOKENS, 1, seed=1) + 0.02 * drawn(2 * TOKENS, 512, seed=2)).bfloat16()
+    seen, weight, base = (
+        Hessian(512, torch.device("cpu")),
+        drawn(OUTPUTS, 512, seed=3).bfloat16(),
+        1.1 * inputs,
+    )
+    seen.add(inputs)
+    assert float(torch.linalg.eigvalsh(seen.matrix())[0]) < 0
+    drift = Drift([weight])
+    drift.expect(base)
+    drift.add(inputs)
+    found = drift.target(weight.float(), seen.matrix())
+    before, after = ((base @ weight.T - inputs @ one.T).float().norm() for one in (weight, found.bfloat16()))
+    assert after < before
 
 
 def test_products_of_bfloat16_are_rounded_and_others_are_not() -> None:
