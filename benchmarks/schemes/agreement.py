@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.endpoint import lowbit_serve, write_result  # noqa: E402
-from tests.e2e.greedy import RoundingCache  # noqa: E402
+from tests.e2e.greedy import CutCache  # noqa: E402
 
 from lowbit_core.manifest import read_manifest  # noqa: E402
 from lowbit_evaluate.loaded_model import load_model  # noqa: E402
@@ -138,7 +138,7 @@ def mean_loss(texts: Sequence[Sequence[float]]) -> float:
 
 
 def plain(checkpoint: Path, *, fp8_cache: bool = True) -> Logits:
-    """transformers as it is, its cache rounded with the checkpoint's scales."""
+    """transformers as it is, its cache cut off as stock vLLM's, with the checkpoint's scales."""
     gc.collect()
     config, scales = AutoConfig.from_pretrained(checkpoint), read_checkpoint_scales(checkpoint)
     if (quantized := getattr(config, "quantization_config", None)) is not None:
@@ -149,7 +149,7 @@ def plain(checkpoint: Path, *, fp8_cache: bool = True) -> Logits:
 
     def logits(ids: Tensor) -> Tensor:
         with torch.inference_mode():
-            found: Tensor = model(ids, past_key_values=RoundingCache(config, scales)).logits[0]
+            found: Tensor = model(ids, past_key_values=CutCache(config, scales)).logits[0]
         return found
 
     return logits

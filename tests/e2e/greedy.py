@@ -19,7 +19,7 @@ from transformers import AutoConfig, DynamicCache
 
 from lowbit_core.manifest import read_manifest
 from lowbit_quantize.model.skeleton import model_class
-from lowbit_quantize.schemes.kv_cache import KVScales
+from lowbit_quantize.schemes.kv_cache import FP8, FP8_MAX
 from lowbit_server.engine.kv_scales import KVScale, read_checkpoint_scales
 
 PROMPTS = SENTENCES[:, :CONTEXT]
@@ -35,18 +35,31 @@ ENVIRONMENT = {
 }
 
 
-class RoundingCache(DynamicCache):  # type: ignore[misc]  # transformers has no type information here
-    """transformers' cache with the keys and values that an FP8 cache of the checkpoint's scales holds."""
+class CutCache(DynamicCache):  # type: ignore[misc]  # transformers has no type information here
+    """transformers' cache with the keys and values that stock vLLM's FP8 cache holds on CPUs: cut off toward zero.
+
+    tests/contract/test_vllm_fp8_cache.py holds vLLM to that; `lowbit serve` rounds to the nearest.
+    """
 
     def __init__(self, config: Any, scales: dict[int, KVScale]) -> None:
         super().__init__(config=config)
-        self._scales = {layer: KVScales(scale.k_scale, scale.v_scale) for layer, scale in scales.items()}
+        self._scales = scales
 
     def update(self, key_states: Any, value_states: Any, layer_idx: int, *rest: Any, **more: Any) -> Any:
-        """Round what one layer adds, then keep it."""
-        if layer_idx in self._scales:
-            key_states, value_states = self._scales[layer_idx](key_states, value_states)
+        """Cut off what one layer adds, then keep it."""
+        if (scale := self._scales.get(layer_idx)) is not None:
+            key_states, value_states = held(key_states, scale.k_scale), held(value_states, scale.v_scale)
         return super().update(key_states, value_states, layer_idx, *rest, **more)
+
+
+def held(values: torch.Tensor, scales: float | tuple[float, ...]) -> torch.Tensor:
+    """What is read of (texts, heads, tokens, size), times one scale or each head's, whose codes were cut off."""
+    scale = torch.tensor(scales).view(-1, 1, 1)
+    wanted = (values.float() / scale).clamp(-FP8_MAX, FP8_MAX)
+    found = wanted.to(FP8)
+    codes = found.view(torch.uint8)
+    farther = found.float().abs() > wanted.abs()
+    return (torch.where(farther, codes - 1, codes).view(FP8).float() * scale).to(values.dtype)
 
 
 def reference(directory: Path, prompts: torch.Tensor = PROMPTS, tokens: int = NEW_TOKENS) -> dict[str, Any]:
@@ -58,7 +71,7 @@ def reference(directory: Path, prompts: torch.Tensor = PROMPTS, tokens: int = NE
         )  # transformers would round as well, with scales cut to bfloat16
     model = model_class(config).from_pretrained(directory, config=config, dtype=torch.bfloat16)
     stored, skipped = read_checkpoint_scales(directory), _skipped(directory)
-    cache = RoundingCache(config, {layer: one for layer, one in stored.items() if layer not in skipped})
+    cache = CutCache(config, {layer: one for layer, one in stored.items() if layer not in skipped})
     with torch.inference_mode():
         done = model.generate(
             prompts,
