@@ -96,6 +96,13 @@ def product(linear: Any, inputs: Tensor) -> Tensor:
     return read @ weight.T
 
 
+def rounds_products(inputs: Tensor) -> bool:
+    """Whether the walk's Hessians are of rounded sums on this device."""
+    from lowbit_quantize.device.precision import rounds_products
+
+    return rounds_products(inputs)
+
+
 def hessian_of(inputs: Tensor) -> Tensor:
     """The mean of x xᵀ over (tokens, features) as the walk computes it."""
     from lowbit_quantize.statistics.hessian import Hessian
