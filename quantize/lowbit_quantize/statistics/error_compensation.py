@@ -29,11 +29,8 @@ from lowbit_quantize.device.parallel import one_thread
 
 STEP = 0.7
 RIDGE = 0.01  # of the mean of diag H
-SHRINKAGE = (
-    0.02,
-    0.1,
-    0.5,
-)  # of H towards its diagonal, the next where it is not definite: products are rounded
+# Of H towards its diagonal; the next where it is not definite, as products are rounded (hessian.py).
+SHRINKAGE = (0.02, 0.1, 0.5)
 COMPONENT_BLOCK = 512  # inputs whose principal components are found together
 DEALT_ROWS = 1024  # that are worked on at once, by one rank
 
