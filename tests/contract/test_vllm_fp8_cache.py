@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from tests.e2e.greedy import cut_off
 
 from lowbit_quantize.schemes.kv_cache import FP8, FP8_MAX
 
@@ -32,14 +33,6 @@ def written(
     ops.cpu_attn_reshape_and_cache(keys[None], values[None], *caches, slot, "vec", scale, scale, "fp8")
     found = [cache.view(FP8).float().flatten() for cache in caches]
     return found[0][found[0] != 0].sort().values, found[1][found[1] != 0].sort().values
-
-
-def cut_off(values: torch.Tensor) -> torch.Tensor:
-    """The nearest FP8 number that is not farther from zero."""
-    values = values.float().clamp(-FP8_MAX, FP8_MAX)
-    nearest = values.to(FP8)
-    codes = nearest.view(torch.uint8)
-    return torch.where(nearest.float().abs() > values.abs(), codes - 1, codes).view(FP8).float()
 
 
 @NEEDS_AVX512

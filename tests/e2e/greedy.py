@@ -55,11 +55,15 @@ class CutCache(DynamicCache):  # type: ignore[misc]  # transformers has no type 
 def held(values: torch.Tensor, scales: float | tuple[float, ...]) -> torch.Tensor:
     """What is read of (texts, heads, tokens, size), times one scale or each head's, whose codes were cut off."""
     scale = torch.tensor(scales).view(-1, 1, 1)
-    wanted = (values.float() / scale).clamp(-FP8_MAX, FP8_MAX)
-    found = wanted.to(FP8)
-    codes = found.view(torch.uint8)
-    farther = found.float().abs() > wanted.abs()
-    return (torch.where(farther, codes - 1, codes).view(FP8).float() * scale).to(values.dtype)
+    return (cut_off(values.float() / scale) * scale).to(values.dtype)
+
+
+def cut_off(values: torch.Tensor) -> torch.Tensor:
+    """The nearest FP8 number that is not farther from zero, saturated, as float32."""
+    values = values.float().clamp(-FP8_MAX, FP8_MAX)
+    nearest = values.to(FP8)
+    codes = nearest.view(torch.uint8)
+    return torch.where(nearest.float().abs() > values.abs(), codes - 1, codes).view(FP8).float()
 
 
 def reference(directory: Path, prompts: torch.Tensor = PROMPTS, tokens: int = NEW_TOKENS) -> dict[str, Any]:
