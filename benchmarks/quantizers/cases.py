@@ -125,7 +125,7 @@ CASES = (
     ),
     Case("autoround", "autoround", "AutoRound tuned rounding", "autoround", once=True),
     of_recipe("gptq-more-text-g64", "GPTQ on 88 rows"),
-    of_recipe("gptq-best-g64", "GPTQ on 224 rows"),
+    of_recipe("gptq-best-g64", "GPTQ on 448 rows"),
     lowbit("awq+gptq"),
     lowbit("awq"),
     lowbit("awq", bare=True),
