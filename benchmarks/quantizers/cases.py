@@ -124,6 +124,14 @@ CASES = (
         settings={"observer": "imatrix_mse"},
     ),
     Case("autoround", "autoround", "AutoRound tuned rounding", "autoround", once=True),
+    Case(
+        "autoround-light",
+        "autoround",
+        "AutoRound light",
+        "autoround",
+        settings={"iters": 50, "lr": 5e-3},  # its `light` recipe: a quarter of the steps
+        once=True,
+    ),
     of_recipe("gptq-more-text-g64", "GPTQ on 88 rows"),
     of_recipe("gptq-best-g64", "GPTQ on 448 rows"),
     lowbit("awq+gptq"),
