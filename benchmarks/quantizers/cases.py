@@ -50,6 +50,8 @@ class Case:
             return "2:4"
         if self.scheme:
             return self.scheme
+        if "auto_scheme" in self.settings:
+            return "mixed"
         family = "gptq" if "gptq" in self.method or self.method == "autoround" else self.method
         return family if self.symmetric else f"{family}-asymmetric"
 
@@ -74,6 +76,15 @@ IN_GROUPS = {"W2A16", "W3A16", "W4A16", "W5A16", "W6A16", "W4A8"}  # of the scen
 def of_recipe(recipe: str, label: str) -> Case:
     """Lowbit's, by a bundled recipe that takes more calibration text than the scenario gives."""
     return Case(f"lowbit-{recipe}", "lowbit", f"Lowbit {label}", "gptq", once=True, recipe=recipe)
+
+
+def mixed_by_autoround(name: str, bits: list[int]) -> Case:
+    """AutoRound's light recipe, AutoScheme choosing among `bits` for each linear: 4.5 bits of a code in the mean."""
+    chosen = {"bits": bits, "avg_bits": 4.5}
+    settings = {"iters": 50, "lr": 5e-3, "auto_scheme": chosen}
+    return Case(
+        f"autoscheme-{name}", "autoround", "AutoRound AutoScheme", "autoround", settings=settings, once=True
+    )
 
 
 def of_preset(scheme: str, method: str) -> Case:
@@ -132,6 +143,8 @@ CASES = (
         settings={"iters": 50, "lr": 5e-3},  # its `light` recipe: a quarter of the steps
         once=True,
     ),
+    mixed_by_autoround("integers", [3, 4, 5, 6, 8]),
+    mixed_by_autoround("served", [4, 8]),
     of_recipe("gptq-more-text-g64", "GPTQ on 88 rows"),
     of_recipe("gptq-best-g64", "GPTQ on 448 rows"),
     lowbit("awq+gptq"),
