@@ -50,6 +50,22 @@ def sparsegpt_loses_no_more_than_that_of_its_peer_on_the_same_tokens() -> None:
         assert mean <= 2 * error, f"{text}: {mean:.4f} ± {error:.4f}"
 
 
+def more_text_lowers_gptq_on_text_that_nobody_saw_as_said() -> None:
+    runs = {run["case"]["name"]: run for run in _read("quantizers/results/both_texts.json")["runs"]}
+
+    def kl(name: str, text: str) -> float:
+        return float(runs[name][text]["mean_kl_nats"])
+
+    for recipe, of_first, bundled in (("more-text", 0.85, 0.055), ("best", 0.75, 0.050)):
+        name = f"lowbit-gptq-{recipe}-g64"
+        assert kl(name, "unseen") <= of_first * kl("lowbit-gptq-ca07873", "unseen"), name
+        assert kl(name, "quality") <= bundled, name
+    peers = [name for name, run in runs.items() if run["case"]["tool"] != "lowbit"]
+    ours = [name for name in runs if name not in peers]
+    for name in ours:
+        assert kl(name, "unseen") < min(kl(peer, "unseen") for peer in peers), name
+
+
 def the_readme_shows_the_table_of_the_large_runs() -> None:
     printed = _printed("scale/table.py")
     shown = (
@@ -186,6 +202,7 @@ def an_adapter_learned_its_format_and_left_the_base_as_it_was() -> None:
 
 
 CHECKS = (
+    more_text_lowers_gptq_on_text_that_nobody_saw_as_said,
     the_shadow_agrees_with_evaluate_on_the_same_tokens,
     the_readmes_show_the_tables_of_the_comparison_with_other_quantizers,
     the_readme_shows_the_table_of_the_schemes,
