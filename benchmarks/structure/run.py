@@ -2,10 +2,11 @@
 
     python benchmarks/structure/run.py MODEL --out benchmarks/structure/results/NAME.json [--only NAME …]
 
-Each case is `lowbit quantize` with one pass and no scheme: weights stay in the base's type, so that all that is lost
-is lost by structure. All cases have the same calibration and held-out texts (the bundled ones). Cases that the result
-holds already are not run again, so a stopped script goes on where it was; `table.py` makes the table. CPU seconds are
-the process's own, of whole runs; the machine may have been shared, so they say what order a cost has and no more.
+Each case is `lowbit quantize` with one pass and no scheme, where its name says so with the method `compensate`: weights
+stay in the base's type, so that all that is lost is lost by structure. All cases have the same calibration and held-out
+texts (the bundled ones). Cases that the result holds already are not run again, so a stopped script goes on where it
+was; `table.py` makes the table. CPU seconds are the process's own, of whole runs; the machine may have been shared, so
+they say what order a cost has and no more.
 """
 
 import argparse
@@ -40,6 +41,9 @@ CASES: dict[str, dict[str, Any]] = {
     },
     **{f"kv-third {one}": {"prune_width": {"kv_groups": 2, "criterion": one}} for one in WIDTH},
 }
+# The same, where all linears that stay make up for what went.
+COMPENSATED = " compensated"
+CASES |= {f"{name}{COMPENSATED}": step for name, step in CASES.items() if "random" not in name}
 
 
 def main() -> None:
@@ -59,7 +63,7 @@ def main() -> None:
         raise SystemExit(f"{asked.out} is of another model or text; give a new file")
     for name in asked.only:
         if name not in result["cases"]:
-            result["cases"][name] = _case(asked.model, CASES[name], texts)
+            result["cases"][name] = _case(asked.model, name, texts)
             partial = asked.out.with_suffix(".part")
             partial.write_text(json.dumps(result, indent=1) + "\n")
             partial.replace(asked.out)
@@ -84,12 +88,18 @@ def _begun(model: Path, texts: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _case(model: Path, step: dict[str, Any], texts: dict[str, Any]) -> dict[str, Any]:
-    recipe = parse_recipe({"passes": [step], "kv_cache": {"dtype": "none"}} | texts, "of a case")
+def _case(model: Path, name: str, texts: dict[str, Any]) -> dict[str, Any]:
+    step, more = CASES[name], dict[str, Any]()
+    passes: list[Any] = [step]
+    if name.endswith(COMPENSATED):
+        passes.append("quantize")
+        more["modules"] = [{"match": "*", "scheme": "none", "methods": ["compensate"]}]
+    recipe = parse_recipe({"passes": passes, "kv_cache": {"dtype": "none"}} | more | texts, "of a case")
     before = sum(os.times()[:2])
     with tempfile.TemporaryDirectory() as out:
         manifest = quantize(str(model), recipe, Path(out) / "checkpoint", torch.device("cpu"))
-    return _kept(manifest) | {"pass": step, "cpu_s": round(sum(os.times()[:2]) - before, 1)}
+    cpu_s = round(sum(os.times()[:2]) - before, 1)
+    return _kept(manifest) | {"pass": step, "cpu_s": cpu_s, "git_revision": revision(HERE.parent.parent)}
 
 
 def _kept(manifest: Manifest) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from lowbit_core.names import did_you_mean
 from lowbit_quantize.methods.awq import Awq
+from lowbit_quantize.methods.compensate import Compensate
 from lowbit_quantize.methods.gptq import Gptq
 from lowbit_quantize.methods.magnitude import Magnitude
 from lowbit_quantize.methods.method import Method
@@ -41,7 +42,7 @@ CATALOG = Catalog(
         *float_blocks.PRESETS,
         *rounded_integers.PRESETS,
     ),
-    methods=(RoundToNearest(), Awq(), SmoothQuant(), Gptq(), Magnitude(), Wanda(), SparseGpt()),
+    methods=(RoundToNearest(), Awq(), SmoothQuant(), Gptq(), Magnitude(), Wanda(), SparseGpt(), Compensate()),
     passes=(
         DropLayersKind(),
         PruneWidthKind(),

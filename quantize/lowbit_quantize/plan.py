@@ -113,11 +113,9 @@ class Plan:
 
     @property
     def compensates(self) -> bool:
-        """Whether methods do; not where a pass changes what layers compute: that is no error to be made up for."""
-        changed = any(one.changes_function for one in self.passes)
+        """Whether methods do, for what passes before them have taken out as well."""
         entries = (entry for name, entry in self.modules.items() if name != self.architecture.head)
-        asked = any(one.needs_base_stream for one in self.passes)
-        return not changed and (asked or any(entry.compensates for entry in entries))
+        return any(entry.compensates for entry in entries)
 
     @property
     def quantizes_head(self) -> bool:

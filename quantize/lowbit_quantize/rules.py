@@ -12,6 +12,7 @@ import torch
 from lowbit_core.documents import parse_document
 from lowbit_core.errors import RecipeError
 from lowbit_quantize.catalog import Catalog, unknown_name
+from lowbit_quantize.methods.compensate import Compensate
 from lowbit_quantize.methods.method import Method
 from lowbit_quantize.methods.pruner import Pruner
 from lowbit_quantize.recipe import NONE, MethodStep, Rule
@@ -19,6 +20,7 @@ from lowbit_quantize.schemes.dense import Dense
 from lowbit_quantize.schemes.scheme import Preset, Scheme
 from lowbit_quantize.walk.module_plan import ModulePlan
 
+CHANGES_WEIGHTS = (Pruner, Compensate)  # methods that do so where nothing is quantized
 DEFAULT_METHODS = (MethodStep.model_validate("awq"),)
 
 
@@ -109,15 +111,15 @@ def _entry(rule: Rule, key: str, catalog: Catalog, dtype: torch.dtype) -> Module
 
 
 def _plain_entry(rule: Rule, key: str, catalog: Catalog, dtype: torch.dtype) -> ModulePlan | None:
-    """What is not quantized stays as it is, unless a method sets weights to zero."""
+    """What is not quantized stays as it is, unless a method changes it all the same."""
     if not rule.methods:
         return None
     methods = _methods(rule.methods, key, catalog)
-    if len(methods) > 1 or not isinstance(methods[0], Pruner):
+    if len(methods) > 1 or not isinstance(methods[0], CHANGES_WEIGHTS):
+        able = _names(one for one in catalog.methods if isinstance(one, CHANGES_WEIGHTS))
         raise RecipeError(
-            f"{key} = {_names(methods)}: scheme none quantizes nothing, so one method that sets weights to zero may "
-            f"go with it ({', '.join(_names(m for m in catalog.methods if isinstance(m, Pruner)))}) and no other; "
-            "leave methods out, or give another scheme"
+            f"{key} = {_names(methods)}: scheme none quantizes nothing, so one method that changes weights all the "
+            f"same may go with it ({', '.join(able)}) and no other; leave methods out, or give another scheme"
         )
     return ModulePlan(Dense(dtype), methods)
 

@@ -44,6 +44,7 @@ class Drift:
     (features,), is what the compressed model's inputs are divided by, where an AWQ scale was folded into the linear
     before. For each batch of tokens: `expect` and, with `residual`, `expect_residual` take what the base model has,
     then `see_residual` and `add` what the compressed model has. Where tokens count by attention, `weigh` follows.
+    `base` is the base model's linear where it reads more than this one, which has been pruned.
 
     Where the linears give less than they read, W D + R is summed, (out, features), and D never made.
     """
@@ -54,11 +55,14 @@ class Drift:
         divisor: Tensor | None = None,
         attended: bool = False,
         residual: bool = False,
+        base: nn.Linear | None = None,
+        bias: Tensor | None = None,
     ) -> None:
         self.attended, self._divisor = attended, divisor
+        self._base, self._bias = base, bias
         features, outputs = weights[0].shape[1], sum(map(len, weights))
         self._weight: Tensor | None = None
-        if residual or 2 * outputs <= features:
+        if residual or base is not None or 2 * outputs <= features:
             weight = torch.cat(tuple(weights)) if len(weights) > 1 else weights[0]
             self._weight = weight if divisor is None else (weight * divisor).to(weight.dtype)
         rows = features if self._weight is None else outputs
@@ -83,6 +87,9 @@ class Drift:
 
     def expect(self, inputs: Tensor) -> None:
         """Take the base model's inputs, (tokens, features)."""
+        if self._base is not None:
+            self._expected = nn.functional.linear(inputs, self._base.weight, self._base.bias)
+            return
         if self._divisor is not None:
             inputs = torch.div(inputs, self._divisor)
         # Some models attend to the hidden states themselves, which may have moved on before what waits is read.
@@ -112,11 +119,7 @@ class Drift:
         inputs, self._waiting = self._waiting, None
         if inputs is None or self._expected is None or self._sums is None:
             return
-        off = (self._expected - inputs).to(inputs.dtype)
-        if self._weight is not None:
-            off = nn.functional.linear(off, self._weight)
-            if self._residual_off is not None:
-                off += self._residual_off
+        off = self._off(inputs, self._expected)
         if received is not None:
             off = (off * ((1 + received) / 2).unsqueeze(1)).to(inputs.dtype)
         middle = len(inputs) // 2
@@ -126,6 +129,18 @@ class Drift:
         self._tokens += len(inputs)
         self._sums = self._sums[::-1]
         self._expected = self._residual_off = None
+
+    def _off(self, inputs: Tensor, expected: Tensor) -> Tensor:
+        """How far inputs, or what the linears give for them, are from the base model's, (tokens, …)."""
+        if self._base is not None:
+            assert self._weight is not None
+            off = expected - nn.functional.linear(inputs, self._weight, self._bias)
+        else:
+            off = (expected - inputs).to(inputs.dtype)
+            if self._weight is None:
+                return off
+            off = nn.functional.linear(off, self._weight)
+        return off if self._residual_off is None else off.add_(self._residual_off)
 
     def target(self, weight: Tensor, hessian: Tensor) -> Tensor:
         """The weight to quantize instead of `weight`, (out, in), on inputs of this Hessian (in, in); once.

@@ -34,11 +34,13 @@ class LayerStatistics:
         sampled: Collection[str] = (),
         block: "LayerStatistics | None" = None,
         entering: Sequence[LinearGroup] = (),
+        base: nn.Module | None = None,
     ) -> None:
         """Observe `groups`, by default all of the layer.
 
         `paired` names the first linears of groups whose inputs are observed in the base model too, and what the
-        compressed model's inputs of each are divided by, (features,), if by anything; `sampled` those whose inputs are
+        compressed model's inputs of each are divided by, (features,), if by anything; `base` is the layer as the base
+        model has it, for linears that read fewer inputs than there; `sampled` those whose inputs are
         kept in part, as they are. `entering` are experts' groups that read what all are called with: that is observed
         for all of them; `block` has observed it before, where `groups` are one expert's.
         """
@@ -60,13 +62,21 @@ class LayerStatistics:
                 for name in self._places(group):
                     self._samples.setdefault(name, InputSample(features, device))
             if paired and group.linears[0] in paired:
-                weights = [linear_of(layer, name).weight for name in group.linears]
-                drift = Drift(weights, paired[group.linears[0]], group.attended, bool(group.residual))
-                self._drifts[group.linears[0]] = drift
+                drift = self._drifts[group.linears[0]] = self._drift(group, paired[group.linears[0]], base)
                 if group.residual:
                     self._residuals[group.residual] = drift
         if entering:
             self._observe_block(entering, sampled, device)
+
+    def _drift(self, group: LinearGroup, divisor: Tensor | None, base: nn.Module | None) -> Drift:
+        linears = [linear_of(self._layer, name) for name in group.linears]
+        wider = linear_of(base, group.linears[0]) if base is not None else None
+        if wider is None or wider.in_features == linears[0].in_features:
+            wider = None
+        return Drift(
+            [one.weight for one in linears], divisor, group.attended, bool(group.residual),
+            wider, linears[0].bias if wider is not None else None,
+        )  # fmt: skip
 
     def _observe_block(
         self, entering: Sequence[LinearGroup], sampled: Collection[str], device: torch.device

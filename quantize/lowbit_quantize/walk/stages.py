@@ -250,8 +250,9 @@ class StagedLayer:
             if self._modules[group.linears[0]].samples_inputs
         }
         return LayerStatistics(
-            self._layer, self._architecture, self._decoder.device, groups, paired, sampled, entering=entering
-        )
+            self._layer, self._architecture, self._decoder.device, groups, paired, sampled, entering=entering,
+            base=self._base[0] if self._base else None,
+        )  # fmt: skip
 
     def _observe(
         self, statistics: LayerStatistics, hook: KVCacheHook | None, advance: str | None, kept: Kept

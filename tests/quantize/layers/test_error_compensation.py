@@ -55,6 +55,26 @@ def test_where_both_halves_say_the_same_it_is_a_step_towards_least_squares(
     assert (wanted - inputs @ found.T).square().sum() < (wanted - inputs @ weight.T).square().sum()
 
 
+def test_a_linear_that_lost_inputs_aims_at_what_the_whole_one_gave() -> None:
+    """Its bias, which the whole one has not, is part of what it gives; the residual stream is off as well."""
+    part = torch.arange(TOKENS // 4).repeat(2)
+    whole = torch.nn.Linear(INPUTS + 8, OUTPUTS, bias=False).requires_grad_(False)
+    weight, bias = whole.weight[:, :INPUTS].clone(), drawn(OUTPUTS, seed=1)
+    base, stream = drawn(TOKENS // 4, INPUTS + 8, seed=2), drawn(TOKENS // 4, OUTPUTS, seed=3)
+    base[:, INPUTS:] += base[:, :8]  # what went can be made up for in part
+    inputs = base[:, :INPUTS] + 0.1 * drawn(TOKENS // 4, INPUTS, seed=4)
+    drift = Drift([weight], residual=True, base=whole, bias=bias)
+    for _ in range(2):
+        drift.expect_residual(torch.zeros_like(stream)[part])
+        drift.see_residual(stream[part])
+        drift.expect(base[part])
+        drift.add(inputs[part])
+    wanted = whole(base) - bias - stream
+    found = drift.target(weight, inputs.T @ inputs / len(inputs))
+    expected = weight + STEP * (least_squares(weight, inputs, wanted) - weight)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("signal", [0.0, 1.0])
 @pytest.mark.parametrize("together", [INPUTS, 7])
 def test_what_the_halves_do_not_agree_on_is_left_out(

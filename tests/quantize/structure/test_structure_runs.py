@@ -122,3 +122,24 @@ def test_a_gguf_base_loses_layers_and_channels_like_a_directory(tmp_path: Path) 
     assert manifest.structure is not None
     assert config["num_hidden_layers"] == len(manifest.structure.kept_layers) == manifest.structure.layers - 1
     assert (config["intermediate_size"], config["num_key_value_heads"]) == (128, 1)
+
+
+@pytest.mark.parametrize("passes", [(WIDTH,), ({"drop_layers": {"layers": [1]}},)])
+def test_linears_that_stay_make_up_for_what_went(passes: tuple[dict[str, Any], ...], tmp_path: Path) -> None:
+    """By `compensate` in 16 bits, and by GPTQ on the way to 4."""
+    model = str(base_of("llama", tmp_path / "base"))
+    found = {}
+    for name, scheme, method in (("16", "none", ""), ("16 made up", "none", "compensate"), ("8", "W8A16", "rtn"),
+                                 ("8 made up", "W8A16", "gptq")):  # fmt: skip
+        group = {} if scheme == "none" else {"group_size": 32}
+        rules = [{"match": "*", "scheme": scheme, "methods": [method], **group}] if method else []
+        order = [*passes, "quantize"] if method else [*passes]
+        settings = (
+            "calibration.num_samples=32", "quality.num_samples=8", "kv_cache.dtype=none",
+            f"modules={json.dumps(rules)}", f"passes={json.dumps(order)}",
+        )  # fmt: skip
+        found[name] = quantize(
+            model, load_recipe("gptq-g64", settings), tmp_path / name, CPU
+        ).quality.mean_kld
+    assert found["16 made up"] < 0.95 * found["16"]
+    assert found["8 made up"] < 0.95 * found["8"]
