@@ -25,6 +25,7 @@ log = get_logger("plan")
 
 PRUNED = (0.0, 0.25, 0.5)  # shares of the routed experts, by REAP
 PLAIN_EXPERTS = {"match": "*.experts.*", "scheme": NONE}
+NO_EXPERTS = r"re:^(?!.*\.experts\.)"
 PLAIN = "bf16"  # what `none` is called: weights as they are
 
 
@@ -126,7 +127,7 @@ def _made(
     """The candidate, or nothing and a line that says why the model cannot have it."""
     figures = known_kl()
     lost = figures["schemes"][scheme]["kl"] + (figures["fp8_cache"]["kl"] if fp8 else 0.0)
-    name, rules = _name(scheme, share, structure, fp8=fp8), _rules(scheme)
+    name, rules = _name(scheme, share, structure, fp8=fp8), _rules(scheme, structure)
     before = [*structure.passes]
     before += [{"prune_experts": {"prune_ratio": share, "criterion": "reap"}}] if share else []
     try:
@@ -150,8 +151,10 @@ def _name(scheme: str, share: float, structure: Structure, *, fp8: bool) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def _rules(scheme: str) -> list[dict[str, Any]]:
-    """Of a scheme everywhere, by the methods that its figure was measured with."""
+def _rules(scheme: str, structure: Structure) -> list[dict[str, Any]]:
+    """Of a scheme everywhere, by the methods that its figure was measured with; 16 bits make up for lost structure."""
+    if scheme == NONE:
+        return [{"match": NO_EXPERTS, "scheme": NONE, "methods": ["compensate"]}] if structure.passes else []
     figures = known_kl()["schemes"][scheme]
     settings = {key: figures[key] for key in ("group_size", "methods") if key in figures}
-    return [] if scheme == NONE else [{"match": "*", "scheme": scheme, **settings}]
+    return [{"match": "*", "scheme": scheme, **settings}]

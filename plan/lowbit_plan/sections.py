@@ -23,7 +23,8 @@ def planned(
 ) -> tuple[Sections, Plan]:
     """The recipe of some rules and a cache, after the passes `before`, and its plan; raises RecipeError."""
     sections: Sections = {"modules": [dict(rule) for rule in rules]} if rules else {}
-    sections["passes"] = [*before, QUANTIZE] if any(rule["scheme"] != NONE for rule in rules) else [*before]
+    changes = any(rule["scheme"] != NONE or rule.get("methods") for rule in rules)
+    sections["passes"] = [*before, QUANTIZE] if changes else [*before]
     sections |= {"kv_cache": {"dtype": "fp8" if fp8 else NONE}} | _texts(reference)
     return sections, make_plan(reference, parse_recipe(sections, "the plan"))
 

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from lowbit_core.errors import ConfigError, OutputError
+from lowbit_plan.candidates import candidates, structures
 from lowbit_plan.cards import find_card
 from lowbit_plan.latency import inter_token
+from lowbit_plan.place import find_place
 from lowbit_plan.work import work_of
 from lowbit_quantize.check.preflight import dry_run
 from lowbit_quantize.model.reference import find_model
@@ -149,6 +151,21 @@ def test_structure_goes_only_where_bits_alone_do_not_fit(
     assert "lowbit distill" in out.read_text()
     told_bytes = dry_run(str(model), load_recipe(str(out)), 48e9 / GIB, 1 << 30)["checkpoint_bytes"]
     assert chosen["weights_bytes"] == told_bytes
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_less_structure_in_16_bits_makes_up_for_what_went(tiny_model: Models, family: str) -> None:
+    """Attention and networks; experts stay as they are."""
+    dropped = [one for one in structures() if one.name == "a fifth of its layers dropped"]
+    model, place = find_model(str(tiny_model(family))), find_place("L4")
+    found = candidates(model, place, ["bf16"], fp8_cache=False, of=dropped)
+    assert found
+    for one in found:
+        methods = {
+            name: [method.name for method in entry.methods] for name, entry in one.plan.modules.items()
+        }
+        assert methods
+        assert all(names == ["compensate"] and ".experts." not in name for name, names in methods.items())
 
 
 def test_structure_makes_a_token_faster(plan: Run, tiny_model: Models) -> None:
