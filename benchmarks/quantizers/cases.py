@@ -70,7 +70,7 @@ FORMATS = (
     "W6A16", "W5A16", "W2A16",
 )  # fmt: skip
 FORMAT_METHODS = ("gptq", "rtn", "awq")
-IN_GROUPS = {"W2A16", "W3A16", "W4A16", "W5A16", "W6A16", "W4A8"}  # of the scenario's size
+IN_GROUPS = {"W2A16", "W3A16", "W4A16", "W5A16", "W6A16", "W8A16", "W4A8"}  # of the scenario's size
 
 
 def of_recipe(recipe: str, label: str) -> Case:
