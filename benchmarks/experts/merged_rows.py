@@ -18,7 +18,6 @@ class MergeRouterRows(PlainPass):
     """Each row becomes the average over its group of the base's rows, weighed by the tokens routed to each."""
 
     name = "merge_router_rows"
-    changes_function = True
 
     def __init__(self, architecture: Architecture) -> None:
         self._architecture = architecture

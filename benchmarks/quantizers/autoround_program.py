@@ -61,9 +61,7 @@ def quantize(task: Task) -> None:
             nsamples=len(task.rows),
             seqlen=max(map(len, task.rows)),
             device_map="cpu",
-            enable_torch_compile=False
-            if asked
-            else None,  # each block has other bits, and would be compiled anew
+            enable_torch_compile=False if asked else None,  # blocks of other bits would be compiled anew
             **settings,
         )
         rounds.quantize_and_save(f"{scratch}/out", format="fake" if asked else "auto_gptq")

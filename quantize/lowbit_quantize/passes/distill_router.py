@@ -87,7 +87,6 @@ class DistillRouter(PlainPass):
     """Fits the router of each layer whose experts were pruned; kept only if held-out KL falls."""
 
     name = "distill_router"
-    changes_function = True
     on_trial = True
 
     def __init__(self, architecture: Architecture) -> None:

@@ -61,7 +61,6 @@ class DropLayers(PlainPass):
     kept: tuple[int, ...] | None = None
 
     name = NAME
-    changes_function = True
 
     def run(self, layer: nn.Module, context: LayerContext) -> None:
         """What walks are the layers that stay: nothing is left to do."""

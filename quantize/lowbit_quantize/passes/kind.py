@@ -28,7 +28,6 @@ class PassKind(Protocol):
 class PlainPass:
     """A pass that changes no shapes and no configuration; others override what differs."""
 
-    changes_function = False
     on_trial = False
     before_quantize = True
     resizes = False

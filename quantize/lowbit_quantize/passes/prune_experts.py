@@ -108,7 +108,6 @@ class PruneExperts(PlainPass):
     architecture: Architecture
 
     name = NAME
-    changes_function = True
 
     def run(self, layer: nn.Module, context: LayerContext) -> None:
         if not self.architecture.has_experts(layer):

@@ -89,7 +89,6 @@ class PruneWidth(PlainPass):
     served: OpenModel | None = None
 
     name = NAME
-    changes_function = True
     resizes = True
 
     def fitted(self, walked: OpenModel, served: OpenModel) -> "PruneWidth":

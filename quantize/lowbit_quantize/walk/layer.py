@@ -147,8 +147,7 @@ class LayerContext:
 class Pass(Protocol):
     """Something done to each layer, in the order of the recipe.
 
-    `changes_function`: what the layer computes is not to stay what it was, so that later errors are not measured
-    against the base model's layer. `on_trial`: it is kept only if held-out KL falls. `before_quantize`: it changes
+    `on_trial`: it is kept only if held-out KL falls. `before_quantize`: it changes
     weights or their names, and so stands before `quantize`. `resizes`: its configuration is one of other sizes, of
     which a model is built before the walk begins; its layers must have these shapes afterwards. `needs_base_stream`: it
     is to be given the base model's calibration tokens, which then walk too. `bytes_a_weight`: what it holds beside a
@@ -157,8 +156,6 @@ class Pass(Protocol):
 
     @property
     def name(self) -> str: ...
-    @property
-    def changes_function(self) -> bool: ...
     @property
     def on_trial(self) -> bool: ...
     @property

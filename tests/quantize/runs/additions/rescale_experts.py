@@ -23,7 +23,6 @@ class RescaleExperts(PlainPass):
     """What experts give is linear in the factor of their last linears: the best one is a quotient."""
 
     name = "rescale_experts"
-    changes_function = True
 
     def __init__(self, architecture: Architecture, most: float) -> None:
         self._architecture, self._most = architecture, most
