@@ -92,7 +92,8 @@ async def _send(exchange: Exchange, writer: asyncio.StreamWriter) -> None:
         return
     if exchange.ending == "reset":
         sock = writer.get_extra_info("socket")
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        if sock is not None:  # None where the server was faster and has reset the connection itself
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
 @asynccontextmanager
