@@ -132,6 +132,7 @@ def one_run(case: Case, pythons: dict[str, Path], scenario: Scenario, work: Path
     line = command(case, pythons[case.tool], scenario, checkpoint)
     measurement = measured(case.name, line, thread_limits(scenario.threads), checkpoint)
     digest = sha256(sorted(checkpoint.glob("*.safetensors")))
+    alike = [run for run in runs if run["case"]["scheme"] == case.scheme]  # others may round their inputs
     return {
         "case": {**asdict(case), "family": case.family},
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -140,8 +141,8 @@ def one_run(case: Case, pythons: dict[str, Path], scenario: Scenario, work: Path
         "cpu_s": round(measurement.cpu_s, 1),
         "bits_a_weight": round(bits_a_weight(checkpoint, scenario.model), 3),
         "weights_sha256": digest,
-        "quality": judged(pythons["lowbit"], scenario, "quality", checkpoint, digest, runs),
-        "unseen": judged(pythons["lowbit"], scenario, "unseen", checkpoint, digest, runs),
+        "quality": judged(pythons["lowbit"], scenario, "quality", checkpoint, digest, alike),
+        "unseen": judged(pythons["lowbit"], scenario, "unseen", checkpoint, digest, alike),
     }
 
 

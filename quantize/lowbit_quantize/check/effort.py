@@ -6,16 +6,13 @@ products at a share of the maker's figures, and is called so.
 """
 
 import time
-from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from lowbit_quantize.model.architecture import LayerKind, LinearGroup, linear_of
-from lowbit_quantize.model.experts.routing import USED
+from lowbit_quantize.check.groups import Group, groups_of, kinds_of
 from lowbit_quantize.plan import Plan
 from lowbit_quantize.quality.dataset import TokenText, judging_ids
 from lowbit_quantize.statistics.error_compensation import COMPONENT_BLOCK
@@ -61,56 +58,30 @@ def effort(plan: Plan, calibration: TokenText, heldout: TokenText) -> Effort:
     )
     calibrated, streams = calibration.ids.numel(), 2 if plan.paired else 1
     forward = exact = 0.0
-    for index, kind, layers in _kinds(plan):
-        layer: nn.Module = plan.skeleton.get_submodule(f"{plan.architecture.layers}.{index}")
-        for group, experts, used in _groups(plan, layer, kind):
-            inputs, outputs = _shape(layer, group)
-            once = 2 * inputs * outputs * used
+    for index, kind, layers in kinds_of(plan):
+        for group in groups_of(plan, index, kind):
+            once = 2 * group.inputs * group.outputs * group.used
             forward += layers * once * (PASSES * streams * calibrated + judged)
             exact += layers * once * float32
-            entry = plan.modules.get(f"{plan.architecture.layers}.{index}.{group.linears[0]}")
-            if entry is not None:
-                tokens = calibrated * used / experts
-                exact += layers * experts * _quantizing(entry, group, inputs, outputs, tokens)
+            if group.entry is not None:
+                tokens = calibrated * group.used / group.count
+                exact += layers * group.count * _quantizing(group.entry, group, tokens)
     head = 2 * plan.config.hidden_size * plan.config.vocab_size
     return Effort(forward, exact + head * 2 * judged)
 
 
-def _kinds(plan: Plan) -> Iterator[tuple[int, LayerKind, int]]:
-    """The first layer of each kind, the kind, and how many layers are of it."""
-    kinds = plan.architecture.kinds
-    for kind, count in Counter(kinds).items():
-        yield kinds.index(kind), kind, count
-
-
-def _groups(plan: Plan, layer: nn.Module, kind: LayerKind) -> Iterator[tuple[LinearGroup, int, float]]:
-    """Each group, the first expert's where experts have it; how many there are, and how many a token goes through."""
-    count = len(layer.get_submodule(kind.experts)) if kind.experts else 1  # type: ignore[arg-type]
-    chosen = next((getattr(plan.config, name) for name in USED if hasattr(plan.config, name)), 1)
-    for group in kind.groups:
-        routed = "*" in group.linears[0]
-        yield group.of_expert(0), count if routed else 1, float(chosen) if routed else 1.0
-
-
-def _shape(layer: nn.Module, group: LinearGroup) -> tuple[int, int]:
-    """Inputs, and outputs of all its linears."""
-    linears = [linear_of(layer, name) for name in group.linears]
-    return linears[0].in_features, sum(one.out_features for one in linears)
-
-
-def _quantizing(entry: ModulePlan, group: LinearGroup, inputs: int, outputs: int, tokens: float) -> float:
+def _quantizing(entry: ModulePlan, group: Group, tokens: float) -> float:
     """Operations in float32 for one group: Hessian, factor, codes, refined scales, and what it aims at."""
     if not any("hessian" in method.needs for method in entry.methods):
         return 0.0
-    square = inputs * inputs
+    inputs, outputs, square = group.inputs, group.outputs, group.inputs**2
     total = tokens * square * 7 / 6 + 3 * outputs * square  # the Hessian's blocks, and refining
     if entry.pruner is not None:
         total += 2 * entry.pruner.products * outputs * square
     if not entry.compensates:
         return total
     total += inputs * square / 3 + outputs * square
-    if not (group.other_readers or group.enters):
-        rows = outputs if group.residual or 2 * outputs <= inputs else inputs
+    if rows := group.drift_rows:
         together = min(inputs, COMPONENT_BLOCK)
         total += 2 * tokens * inputs * rows + inputs * square / 3 + 3 * outputs * square
         total += inputs * together * (9 * together + 6 * outputs)  # principal components, and turning to them

@@ -5,14 +5,12 @@ The serving figures follow docs/deploy.md: weights and cache of a rank, and 2 Gi
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import nn
 
 from lowbit_core.model_shape import BYTES_PER_VALUE, shape_from_config
 from lowbit_quantize.check.sharding import key_value_heads, parts
-from lowbit_quantize.model.architecture import Architecture, kind_of, linear_of
+from lowbit_quantize.model.architecture import kind_of, linear_of
 from lowbit_quantize.model.skeleton import text_tensors
 from lowbit_quantize.model.streams.form import DIGITS
 from lowbit_quantize.plan import Plan, decoder_layers
@@ -28,8 +26,6 @@ KV_SCALES_BYTES = 2 * 4  # of a layer, or of a head
 BASE_BYTES = 2  # of a number that is not quantized
 DISK_MARGIN_BYTES = 64 << 20
 BLOCK_TOKENS = 16  # of the paged cache
-SQUARES = 6  # float32 matrices of a linear's inputs by its inputs, while channels are chosen
-BOUND_FACTOR, BOUND_REST_BYTES = 1.25, 1_500_000_000  # docs/checkpoint.md, "Memory"
 
 
 @dataclass(frozen=True)
@@ -105,52 +101,6 @@ def run_disk_bytes(plan: Plan, streams: int, stream_memory_bytes: int, carried: 
     unpacked = plan.parameters * BASE_BYTES if plan.reference.kind == "gguf" else 0
     generations = 3 if streams > stream_memory_bytes else 2
     return results * disk_bytes(plan, carried) + unpacked + generations * streams + DISK_MARGIN_BYTES
-
-
-def memory_bound_bytes(plan: Plan, streams: int) -> int:
-    """What a walk stays below: 1.25 x (embedding + head + 2 x largest layer + streams) + 1.5 GB.
-
-    Where the model's own code around its layers is run, all that this holds counts as well as the embedding.
-    A pass that trains a layer holds more of it, and what the base gives for the calibration text.
-    Of layers that route, twice what is around the experts counts, and four experts; of their streams, four times as
-    much: what experts are called with, and what they have given so far. Where channels are pruned, the Hessians of the
-    widest linear count.
-    """
-    config = plan.config
-    embedding = config.vocab_size * config.hidden_size * BASE_BYTES
-    outside = (embedding if plan.tied else 2 * embedding) + _around_bytes(plan)
-    weights = max(_at_once(layer, plan.architecture) for layer in plan.walked.layers)
-    trained = max((one.bytes_a_weight for one in plan.passes), default=0)
-    squares = SQUARES * 4 * _widest(plan) ** 2 if any(one.resizes for one in plan.passes) else 0
-    kept = streams * (4 if plan.architecture.experts else 1) * (2 if trained else 1)
-    held = outside + (2 * BASE_BYTES + trained) * weights + kept
-    return int(BOUND_FACTOR * held) + squares + BOUND_REST_BYTES
-
-
-def _widest(plan: Plan) -> int:
-    """Inputs of the widest linear of a layer that walks."""
-    linears = (one for layer in plan.walked.layers for one in layer.modules())
-    return max(one.in_features for one in linears if isinstance(one, nn.Linear))
-
-
-def _around_bytes(plan: Plan) -> int:
-    """Bytes of the module that holds the decoder layers, without them, where its code is run."""
-    if plan.architecture.stream.plain:
-        return 0
-    parent, _, layers = plan.architecture.layers.rpartition(".")
-    tensors = plan.skeleton.get_submodule(parent).state_dict().items()
-    numbers: int = sum(one.numel() for name, one in tensors if not name.startswith(f"{layers}."))
-    return numbers * BASE_BYTES
-
-
-def _at_once(layer: Any, architecture: Architecture) -> int:
-    """Parameters of a layer that are in memory together, as dense layers are counted."""
-    whole: int = sum(one.numel() for one in layer.parameters())
-    if not architecture.has_experts(layer):
-        return whole
-    experts = layer.get_submodule(architecture.experts)
-    one: int = sum(parameter.numel() for parameter in experts[0].parameters())
-    return 2 * (whole - len(experts) * one) + 4 * one
 
 
 def rank_bytes(plan: Plan, size: int) -> int:

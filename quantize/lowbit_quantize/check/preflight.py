@@ -15,11 +15,12 @@ from rich.table import Table
 from lowbit_core.cpu_speeds import KernelSpeed, instructions, of_kernels
 from lowbit_core.manifest import UnopenedRecord
 from lowbit_quantize.check import effort, forecast
+from lowbit_quantize.check.memory import memory_bound_bytes
 from lowbit_quantize.check.sharding import PARALLEL_SIZES, obstacles
 from lowbit_quantize.check.structure import structure_words
 from lowbit_quantize.check.unopened import unopened_records
 from lowbit_quantize.check.weights import checked_base, stored_weights
-from lowbit_quantize.model.reference import find_model
+from lowbit_quantize.model.reference import ModelReference, find_model
 from lowbit_quantize.plan import Plan, make_plan
 from lowbit_quantize.quality.dataset import load_texts
 from lowbit_quantize.recipe import Recipe
@@ -44,6 +45,17 @@ def dry_run(
 ) -> dict[str, Any]:
     """The report on a model and a recipe; raises what a run into `out` would raise before its first token."""
     reference = find_model(model, trust_remote_code=trust_remote_code)
+    return report_on(reference, recipe, gpu_memory_gib, stream_memory_bytes, out)
+
+
+def report_on(
+    reference: ModelReference,
+    recipe: Recipe,
+    gpu_memory_gib: float,
+    stream_memory_bytes: int,
+    out: Path | None = None,
+) -> dict[str, Any]:
+    """`dry_run` on a model that was found; of one on the hub, configuration and tokenizer are enough."""
     plan = make_plan(reference, recipe)
     if out is not None:
         refuse_foreign(out)
@@ -60,7 +72,7 @@ def dry_run(
         "tensor_bytes": forecast.tensor_bytes(plan, carried),
         "run_disk_bytes": run_disk,
         "streams_bytes": streams,
-        "memory_bound_bytes": forecast.memory_bound_bytes(plan, streams),
+        "memory_bound_bytes": memory_bound_bytes(plan, streams),
         "base_bytes": plan.parameters * forecast.BASE_BYTES,
         "effort": effort.report(plan, *texts),
         "gpu_memory_gib": gpu_memory_gib,
@@ -171,7 +183,9 @@ def table(report: dict[str, Any]) -> Group:
         facts.add_row("structure", report["structure"])
     facts.add_row("checkpoint", f"{report['checkpoint_bytes'] / GIB:.2f} GiB")
     facts.add_row("disk during the run", f"{report['run_disk_bytes'] / GIB:.2f} GiB")
-    facts.add_row("memory of the run", f"below {report['memory_bound_bytes'] / GIB:.2f} GiB")
+    facts.add_row(
+        "memory of the run", f"below {report['memory_bound_bytes'] / GIB:.2f} GiB (on a GPU: there)"
+    )
     facts.add_row("read of the base", f"{report['base_bytes'] / GIB:.2f} GiB")
     facts.add_row("time on this processor", f"about {_hours(report['effort']['seconds_here'])}")
     for gpu, seconds in report["effort"]["seconds_of_products_on"].items():

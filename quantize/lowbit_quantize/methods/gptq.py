@@ -27,6 +27,7 @@ from torch import Tensor
 from lowbit_core.errors import NumericsError
 from lowbit_quantize.device import ranks
 from lowbit_quantize.device.blocks import column_rows
+from lowbit_quantize.device.factors import cholesky_in_place, ordered
 from lowbit_quantize.methods.method import InputScale, Need, Site
 from lowbit_quantize.schemes.scheme import Params, QuantizeColumn, Quantized, Scheme, take_rows
 
@@ -127,19 +128,24 @@ def ordered_factor(hessian: Tensor, together: int = 1) -> tuple[Tensor, Tensor]:
     factored; raises NumericsError.
     """
     order = _rising(hessian.diagonal(dim1=1, dim2=2), together)
-    for damping in DAMPING:  # one name for all steps: few of these large matrices are held
-        factor = torch.empty_like(hessian)
-        for one, matrix, rank in zip(factor, hessian, order, strict=True):
-            one.copy_(matrix[rank.unsqueeze(1), rank])
+    for damping in DAMPING:
+        factor = _all_ordered(hessian, order)
         diagonal = factor.diagonal(dim1=1, dim2=2)
         damped = diagonal + damping * diagonal.mean(1, keepdim=True).clamp(min=1e-12)
         factor.mul_(1 - SHRINKAGE)
         diagonal.copy_(damped)
-        factor, failed = torch.linalg.cholesky_ex(factor)
+        factor, failed = cholesky_in_place(factor)
         # Ends as they lie in memory: aminmax copies anything else.
         if not failed.any() and torch.isfinite(torch.stack(torch.aminmax(factor.mT))).all():
             return order, factor
+        del factor  # before there is another
     raise NumericsError(f"an input Hessian cannot be factored even with damping {DAMPING[-1]}")
+
+
+def _all_ordered(hessian: Tensor, order: Tensor) -> Tensor:
+    if len(hessian) == 1:
+        return ordered(hessian[0], order[0]).unsqueeze(0)
+    return torch.stack([ordered(matrix, rank) for matrix, rank in zip(hessian, order, strict=True)])
 
 
 def _rising(variance: Tensor, together: int) -> Tensor:

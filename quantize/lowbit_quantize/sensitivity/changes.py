@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from lowbit_quantize.device.factors import divided
 from lowbit_quantize.methods.method import InputScale, Site, SitePart
 from lowbit_quantize.model.architecture import LinearGroup, linear_of
 from lowbit_quantize.model.experts.visited import RoutedCall
@@ -81,7 +82,7 @@ class FeltGroup:
         inputs = None if sample is None else sample.rows()
         scale = _input_scale(self.group, entry, weight, hessian, inputs)
         if scale is not None:
-            weight, hessian = weight * scale, hessian / torch.outer(scale, scale)
+            weight, hessian = weight * scale, divided(hessian, scale)
         served = entry.quantized(weight, hessian).dequantize()
         difference = served - weight if scale is None else (served - weight) / scale
         quantizer, input_scale = entry.scheme.input_quantizer, None
@@ -143,7 +144,7 @@ def _input_scale(
     total: Tensor | None = None
     for method in entry.input_scalers:
         before = torch.ones_like(hessian[0]) if total is None else total
-        cost = entry.quantizer.cost(hessian / torch.outer(before, before))
+        cost = entry.quantizer.cost(divided(hessian, before))
         inputs = None if rows is None else rows / before
         part = SitePart(weight * before, entry.scheme, cost)
         choice: InputScale | None = method.input_scale(

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from lowbit_quantize.check.effort import rate
-from lowbit_quantize.check.forecast import BOUND_FACTOR, BOUND_REST_BYTES, stream_width
+from lowbit_quantize.check.forecast import stream_width
+from lowbit_quantize.check.memory import BOUND_FACTOR, BOUND_REST_BYTES
 from lowbit_quantize.model.architecture import kind_of
 from lowbit_quantize.model.decoder import BATCH_TOKENS
 from lowbit_quantize.model.experts.routing import USED

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from lowbit_core.errors import NumericsError
 from lowbit_quantize.device import ranks
+from lowbit_quantize.device.factors import cholesky_in_place, ordered
 from lowbit_quantize.device.parallel import one_thread
 
 STEP = 0.7
@@ -194,11 +195,12 @@ def _ordered_factor(hessian: Tensor) -> tuple[Tensor, Tensor]:
     diagonal = hessian.diagonal()
     order = diagonal.argsort(descending=True, stable=True)
     for shrinkage in SHRINKAGE:
-        lower = hessian[order.unsqueeze(1), order].mul_(1 - shrinkage)
+        lower = ordered(hessian, order).mul_(1 - shrinkage)
         lower.diagonal().copy_(diagonal[order] + RIDGE * diagonal.mean().clamp(min=1e-12))
-        lower, failed = torch.linalg.cholesky_ex(lower)
+        lower, failed = cholesky_in_place(lower)
         if not failed:
             return order, lower
+        del lower  # before there is another
     raise NumericsError(f"an input Hessian cannot be factored with a ridge of {RIDGE} of its mean")
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowbit_quantize.device.factors import divided
 from lowbit_quantize.device.precision import exact_products
 from lowbit_quantize.methods.method import InputScale, Site, SitePart
 from lowbit_quantize.model.decoder import BATCH_TOKENS
@@ -57,7 +58,7 @@ def quantize_head(
     hessian = _hessian(norm, states, weight)
     folded = _fold(norm, weight, entry, hessian, offset) if fold else None
     if folded is not None:
-        hessian = hessian / torch.outer(folded.scale, folded.scale)
+        hessian = divided(hessian, folded.scale)
     codes, served, errors, powers = [], torch.empty_like(weight), 0.0, 0.0
     for rows in _blocks(weight, block_bytes):
         target = weight[rows].float() * (1.0 if folded is None else folded.scale)
@@ -88,7 +89,7 @@ def _fold(norm: Any, weight: Tensor, entry: ModulePlan, hessian: Tensor, offset:
     folded: InputScale | None = None
     for method in entry.input_scalers:
         before = torch.ones_like(hessian[0]) if folded is None else folded.scale
-        cost = entry.quantizer.cost(hessian / torch.outer(before, before))
+        cost = entry.quantizer.cost(divided(hessian, before))
         choice = method.input_scale(Site([SitePart(rows * before, entry.scheme, cost)]))
         if choice is not None:
             folded = InputScale(before * divide_norm(norm, choice.scale, offset), choice.alpha)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit_core.errors import NumericsError
+from lowbit_quantize.device.factors import divided
 from lowbit_quantize.device.precision import exact_products
 from lowbit_quantize.methods.method import InputScale, Method, Site, SitePart
 from lowbit_quantize.model.architecture import Architecture, Fold, LinearGroup, kind_of, linear_of
@@ -69,7 +70,7 @@ class Waiting:
     def scale_columns(self, folded: InputScale) -> None:
         """Take a scale that the inputs were divided by, after those taken before."""
         self.weight = self.weight * folded.scale
-        self.hessian = self.hessian / torch.outer(folded.scale, folded.scale)
+        self.hessian = divided(self.hessian, folded.scale)
         self.folded = folded if self.folded is None else _product(self.folded, folded)
 
     @property
@@ -294,7 +295,7 @@ def _norm_site(
     step = 1 if len(quantized) == 1 else max(1, -(-rows // SITE_ROWS))
     hessian = statistics.joint_hessian(quantized)
     if folded is not None:
-        hessian = hessian / torch.outer(folded.scale, folded.scale)
+        hessian = divided(hessian, folded.scale)
     sample = statistics.joint_sample(quantized)
     alike: dict[ModulePlan, list[Tensor]] = {}
     for group in quantized:
