@@ -21,8 +21,7 @@ NARROW, WIDE = 256, 7168
 def test_hessians_of_a_wide_network_are_held_no_more_often_than_forecast(recipe: str, tmp_path: Path) -> None:
     peaks, works = [], []
     for width in (NARROW, WIDE):
-        sizes = {"intermediate_size": width, "num_hidden_layers": 1}
-        model = write_tiny_model(tmp_path / f"model-{width}", **sizes)
+        model = write_tiny_model(tmp_path / f"model-{width}", intermediate_size=width, num_hidden_layers=1)
         log = tmp_path / f"log-{width}"
         out = tmp_path / f"out-{width}"
         command = ["quantize", "--model", str(model), "--recipe", recipe, "--out", str(out), *SMALL_FLAGS]
