@@ -6,7 +6,7 @@ held-out sequences, and bare: no FP8 cache, two held-out sequences (the least a 
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +147,10 @@ CASES = (
     mixed_by_autoround("served", [4, 8]),
     of_recipe("gptq-more-text-g64", "GPTQ on 88 rows"),
     of_recipe("gptq-best-g64", "GPTQ on 448 rows"),
+    of_recipe("w4a16-w8a8-down", "AWQ and GPTQ, last linears of networks in W8A8"),
+    replace(
+        of_recipe("gptq", "GPTQ in groups of 128, on 64 rows"), name="lowbit-gptq-g128"
+    ),  # of the padded model
     lowbit("awq+gptq"),
     lowbit("awq"),
     lowbit("awq", bare=True),

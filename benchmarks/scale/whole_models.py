@@ -1,6 +1,6 @@
 """What `lowbit quantize --dry-run` says of models too large for this machine, from their published configurations.
 
-    python benchmarks/scale/whole_models.py [--recipe gptq-g64] [--json benchmarks/scale/results/forecast/whole_models.json]
+    python benchmarks/scale/whole_models.py [--recipe gptq-g64] [--json FILE]   # results/forecast/whole_models.json
 
 Nothing is downloaded and nothing is run: arithmetic on shapes, and rates of this processor that are measured for a
 moment. The tokenizer is a tiny one, whose texts have as many tokens. Prints a Markdown table.

@@ -208,6 +208,17 @@ class Bench:
             name, self.lowbit("quantize", "--model", self.model, "--recipe", recipe, *out, *flags)
         )
 
+    def take_peers(self, file: Path) -> None:
+        """Take what a peer's own allocation gave on the same texts, out of a result of `quantizers/run.py`."""
+        found = json.loads(file.read_text(encoding="utf-8"))
+        theirs, ours = found["scenario"], self.result["scenario"]
+        texts = {"token_ids_sha256": "calibration_sha256"}
+        for key in ("model_sha256", "token_ids_sha256", "heldout_sha256", "unseen_sha256"):
+            if theirs[key] != ours[texts.get(key, key)]:
+                raise SystemExit(f"{file} is of another {key.removesuffix('_sha256')} than {self.out}")
+        self.result["peers"] = [run for run in found["runs"] if "auto_scheme" in run["case"]["settings"]]
+        self.save()
+
     def recipe(self, case: Case) -> Path:
         """The recipe of a case."""
         file = self.work / f"{case.name}.yaml"
@@ -275,6 +286,9 @@ def options() -> argparse.Namespace:
         "--heldout-rows", type=int, default=40, help="rows of 512 to judge on, of either text"
     )
     parser.add_argument("--tokens", type=int, default=4096, help="of lowbit sensitivity")
+    parser.add_argument(
+        "--peers", type=Path, help="a result of quantizers/run.py that has AutoScheme's cases"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument(
         "--lowbit-python", type=Path, default=Path(sys.executable), help="an environment with Lowbit"
@@ -298,6 +312,8 @@ def main() -> None:
             )
     bench.measure("sensitivity-served", SERVED)
     bench.gptq()
+    if arguments.peers:
+        bench.take_peers(arguments.peers)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ NAMES = {
     "integers-4.25": "allocated, {3, 4, 5, 6, 8} bits",
     "integers-4.5": "allocated, {3, 4, 5, 6, 8} bits",
     "integers-5": "allocated, {3, 4, 5, 6, 8} bits",
+    "autoscheme-integers": "AutoRound's AutoScheme, {3, 4, 5, 6, 8} bits",
+    "autoscheme-served": "AutoRound's AutoScheme, {4, 8} bits",
 }
 PAIRS = (  # an allocated checkpoint and one that it is held against
     ("served-4.5", "uniform-4-8"),
@@ -28,6 +30,8 @@ PAIRS = (  # an allocated checkpoint and one that it is held against
     ("integers-4.5", "uniform-4-5"),
     ("integers-4.5", "ends-8-integers"),
     ("integers-5", "uniform-5"),
+    ("served-4.5", "autoscheme-served"),
+    ("integers-4.5", "autoscheme-integers"),
 )
 Run = dict[str, Any]
 
@@ -50,7 +54,23 @@ def predictions(result: dict[str, Any]) -> list[str]:
             kl(run, "quality"), f"{100 * off:+.0f} %", kl(run, "unseen"),
         )  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
+    for run in result.get("peers", []):
+        peer = (
+            NAMES[run["case"]["name"]],
+            f"{bits(run):.3f}",
+            "–",
+            "–",
+            kl(run, "quality"),
+            "–",
+            kl(run, "unseen"),
+        )
+        lines.append("| " + " | ".join(peer) + " |")
     return lines
+
+
+def bits(run: Run) -> float:
+    """Bits of a code in the mean; a peer's are those that it was given."""
+    return float(run["bits"] if "bits" in run else run["case"]["settings"]["auto_scheme"]["avg_bits"])
 
 
 def factor(result: dict[str, Any], run: Run) -> float:
@@ -64,11 +84,12 @@ def factor(result: dict[str, Any], run: Run) -> float:
 def differences(result: dict[str, Any]) -> list[str]:
     """Allocated less others of about the same bits, row by row, with the standard error of the paired difference."""
     runs = {run["name"]: run for run in result["runs"]}
+    runs |= {run["case"]["name"]: run for run in result.get("peers", [])}
     lines = ["| allocated | less | bundled | unseen |", "|---|---|---|---|"]
     for ours, other in PAIRS:
         if ours in runs and other in runs:
             cells = [difference(runs[ours], runs[other], text) for text in ("quality", "unseen")]
-            words = [f"{NAMES[name]}, {runs[name]['bits']:.2f} bits" for name in (ours, other)]
+            words = [f"{NAMES[name]}, {bits(runs[name]):.2f} bits" for name in (ours, other)]
             lines.append("| " + " | ".join([*words, *cells]) + " |")
     return lines
 

@@ -1,4 +1,4 @@
-"""What a model may become: one scheme everywhere, a cache as it is or in FP8, experts pruned or not; as recipes.
+"""What a model may become: one scheme everywhere or a bundled mix, a cache as it is or in FP8, experts pruned or not.
 
 Where bits alone do not fit, structure may go too: the same with fewer layers and channels.
 
@@ -62,6 +62,21 @@ class Structure:
 WHOLE = Structure()
 
 
+@dataclass(frozen=True)
+class Numbers:
+    """How linears are stored: a recipe's rules, what they are called, and what they lost of one small model."""
+
+    name: str
+    rules: tuple[dict[str, Any], ...]
+    known_kl: float
+
+    def after(self, structure: Structure) -> list[dict[str, Any]]:
+        """The rules; linears that stay in 16 bits make up for structure that has gone."""
+        if self.rules or not structure.passes:
+            return list(self.rules)
+        return [{"match": NO_EXPERTS, "scheme": NONE, "methods": ["compensate"]}]
+
+
 @cache
 def known_kl() -> dict[str, Any]:
     """The figures that candidates are ordered by, with where they were measured."""
@@ -92,13 +107,13 @@ def candidates(
     _, base = planned(reference)
     caches = [False, True] if fp8_cache is None else [fp8_cache]
     found: list[Candidate] = []
-    for scheme in _schemes(place, schemes):
+    for numbers in _numbers(place, schemes):
         for fp8 in caches:
             if fp8 and not place.caches_fp8(base):
                 continue
             for structure in of:
                 for share in PRUNED if base.experts else PRUNED[:1]:
-                    found += _made(reference, place, scheme, share, structure, fp8=fp8)
+                    found += _made(reference, place, numbers, share, structure, fp8=fp8)
     if not found and WHOLE in of:
         raise ConfigError(
             f"none of the schemes {', '.join(_schemes(place, schemes))} fits {reference.name} on {place.name}; give "
@@ -121,13 +136,32 @@ def _schemes(place: Place, asked: Sequence[str] | None) -> list[str]:
     return names
 
 
+def _numbers(place: Place, asked: Sequence[str] | None) -> Iterator[Numbers]:
+    """One scheme everywhere, by the methods that its figure was measured with; and mixes, where none is asked for."""
+    known, schemes = known_kl(), _schemes(place, asked)
+    for scheme in schemes:
+        figures = known["schemes"][scheme]
+        rule = {"match": "*", "scheme": scheme}
+        rule |= {key: figures[key] for key in ("group_size", "methods") if key in figures}
+        name, rules = (PLAIN, ()) if scheme == NONE else (scheme, (rule,))
+        yield Numbers(name, rules, figures["kl"])
+    for mix in known["mixes"] if asked is None else []:
+        if {rule["scheme"] for rule in mix["modules"]} <= set(schemes):
+            yield Numbers(mix["name"], tuple(mix["modules"]), mix["kl"])
+
+
 def _made(
-    reference: ModelReference, place: Place, scheme: str, share: float, structure: Structure, *, fp8: bool
+    reference: ModelReference,
+    place: Place,
+    numbers: Numbers,
+    share: float,
+    structure: Structure,
+    *,
+    fp8: bool,
 ) -> Iterator[Candidate]:
     """The candidate, or nothing and a line that says why the model cannot have it."""
-    figures = known_kl()
-    lost = figures["schemes"][scheme]["kl"] + (figures["fp8_cache"]["kl"] if fp8 else 0.0)
-    name, rules = _name(scheme, share, structure, fp8=fp8), _rules(scheme, structure)
+    lost = numbers.known_kl + (known_kl()["fp8_cache"]["kl"] if fp8 else 0.0)
+    name, rules = _name(numbers, share, structure, fp8=fp8), numbers.after(structure)
     before = [*structure.passes]
     before += [{"prune_experts": {"prune_ratio": share, "criterion": "reap"}}] if share else []
     try:
@@ -141,20 +175,11 @@ def _made(
     yield Candidate(name, sections, plan, lost + structure.known_kl, share, structure=structure.name)
 
 
-def _name(scheme: str, share: float, structure: Structure, *, fp8: bool) -> str:
+def _name(numbers: Numbers, share: float, structure: Structure, *, fp8: bool) -> str:
     parts = [
-        PLAIN if scheme == NONE else scheme,
+        numbers.name,
         "FP8 cache" if fp8 else "",
         structure.name,
         f"{share:.0%} of experts pruned" if share else "",
     ]
     return ", ".join(part for part in parts if part)
-
-
-def _rules(scheme: str, structure: Structure) -> list[dict[str, Any]]:
-    """Of a scheme everywhere, by the methods that its figure was measured with; 16 bits make up for lost structure."""
-    if scheme == NONE:
-        return [{"match": NO_EXPERTS, "scheme": NONE, "methods": ["compensate"]}] if structure.passes else []
-    figures = known_kl()["schemes"][scheme]
-    settings = {key: figures[key] for key in ("group_size", "methods") if key in figures}
-    return [{"match": "*", "scheme": scheme, **settings}]

@@ -11,6 +11,7 @@ from lowbit_quantize.plan import Plan, make_plan
 from lowbit_quantize.recipe import NONE, QUANTIZE, parse_recipe
 
 SEQUENCE = 512  # tokens of a calibration sequence, fewer where the model has fewer positions
+ROWS = 448  # of calibration text, the most that a bundled recipe takes: a plan says what can be had, whatever it takes
 Sections = dict[str, Any]
 
 
@@ -42,4 +43,4 @@ def _carried(reference: ModelReference) -> int:
 def _texts(reference: ModelReference) -> Sections:
     positions = getattr(reference.config.get_text_config(), "max_position_embeddings", None) or SEQUENCE
     text = {"dataset": "default", "max_seq_length": min(SEQUENCE, positions), "seed": 0}
-    return {"calibration": {"num_samples": 32, **text}, "quality": {"num_samples": 16, **text}}
+    return {"calibration": {"num_samples": ROWS, **text}, "quality": {"num_samples": 16, **text}}
