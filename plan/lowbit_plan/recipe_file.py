@@ -14,8 +14,8 @@ from lowbit_plan.targets import Targets
 from lowbit_plan.verdict import Verdict
 
 TEXT = (
-    f"{ROWS} rows of calibration text lose least; --set calibration.num_samples=32 takes a tenth of the time and, of the "
-    "4-bit demo, loses a quarter more."
+    f"{ROWS} rows of calibration text lose least; --set calibration.num_samples=32 takes a tenth of the time and, "
+    "of the 4-bit demo, loses a quarter more."
 )
 
 
