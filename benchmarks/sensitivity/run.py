@@ -73,6 +73,7 @@ RULES = {
 CASES = (
     Case("integers-4.5", INTEGERS, 4.5, corrected_by=("uniform-4",)),
     Case("served-4.5", SERVED, 4.5, corrected_by=("uniform-4",)),
+    Case("served-4.53", SERVED, 4.5334, corrected_by=("uniform-4",)),  # the bits of the next one
     Case("ends-8", rule="ends-W4A16-W8A8"),
     Case("uniform-4", rule="W4A16"),
     Case("uniform-4-5", rule="every-2nd-W4A16-W5A16"),

@@ -18,6 +18,7 @@ NAMES = {
     "ends-8": "first and last two layers W8A8, else W4A16",
     "ends-8-integers": "first and last two layers W8A16, else W4A16",
     "served-4.5": "allocated, {W4A16, W8A8}",
+    "served-4.53": "allocated, {W4A16, W8A8}",
     "integers-4.25": "allocated, {3, 4, 5, 6, 8} bits",
     "integers-4.5": "allocated, {3, 4, 5, 6, 8} bits",
     "integers-5": "allocated, {3, 4, 5, 6, 8} bits",
@@ -27,6 +28,7 @@ NAMES = {
 PAIRS = (  # an allocated checkpoint and one that it is held against
     ("served-4.5", "uniform-4-8"),
     ("served-4.5", "ends-8"),
+    ("served-4.53", "ends-8"),
     ("integers-4.5", "uniform-4-5"),
     ("integers-4.5", "ends-8-integers"),
     ("integers-5", "uniform-5"),

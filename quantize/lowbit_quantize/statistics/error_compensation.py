@@ -120,28 +120,33 @@ class Drift:
         inputs, self._waiting = self._waiting, None
         if inputs is None or self._expected is None or self._sums is None:
             return
-        off = self._off(inputs, self._expected)
-        if received is not None:
-            off = (off * ((1 + received) / 2).unsqueeze(1)).to(inputs.dtype)
+        moved = None if self._base is not None else (self._expected - inputs).to(inputs.dtype)
         middle = len(inputs) // 2
-        for total, half in zip(self._sums, (slice(None, middle), slice(middle, None)), strict=True):
-            for rows in ranks.own(self._blocks):
-                total[rows] += _products(off[half, rows], inputs[half])
+        for rows in ranks.own(self._blocks):
+            off = self._off(rows, inputs, moved)
+            if received is not None:
+                off = (off * ((1 + received) / 2).unsqueeze(1)).to(inputs.dtype)
+            for total, half in zip(self._sums, (slice(None, middle), slice(middle, None)), strict=True):
+                total[rows] += _products(off[half], inputs[half])
         self._tokens += len(inputs)
         self._sums = self._sums[::-1]
         self._expected = self._residual_off = None
 
-    def _off(self, inputs: Tensor, expected: Tensor) -> Tensor:
-        """How far inputs, or what the linears give for them, are from the base model's, (tokens, …)."""
-        if self._base is not None:
-            assert self._weight is not None
-            off = expected - nn.functional.linear(inputs, self._weight, self._bias)
+    def _off(self, rows: slice, inputs: Tensor, moved: Tensor | None) -> Tensor:
+        """How far some inputs, or what the linears give for all, are from the base model's, (tokens, …).
+
+        `moved` is by how much the base model's inputs differ, where they are as many.
+        """
+        if moved is not None and self._weight is None:
+            return moved[:, rows]
+        assert self._weight is not None
+        if moved is not None:
+            off = nn.functional.linear(moved, self._weight[rows])
         else:
-            off = (expected - inputs).to(inputs.dtype)
-            if self._weight is None:
-                return off
-            off = nn.functional.linear(off, self._weight)
-        return off if self._residual_off is None else off.add_(self._residual_off)
+            assert self._expected is not None
+            bias = None if self._bias is None else self._bias[rows]
+            off = self._expected[:, rows] - nn.functional.linear(inputs, self._weight[rows], bias)
+        return off if self._residual_off is None else off.add_(self._residual_off[:, rows])
 
     def target(self, weight: Tensor, hessian: Tensor) -> Tensor:
         """The weight to quantize instead of `weight`, (out, in), on inputs of this Hessian (in, in); once.
@@ -206,14 +211,17 @@ def _ordered_factor(hessian: Tensor) -> tuple[Tensor, Tensor]:
 
 def _principal(lower: Tensor) -> list[Tensor]:
     """What turns L⁻¹ x into principal components, each of variance one: a rotation of each block of inputs."""
-    turns = []
-    for start in range(0, len(lower), COMPONENT_BLOCK):
+
+    def turn(start: int) -> Tensor:
         block = lower[start : start + COMPONENT_BLOCK, start : start + COMPONENT_BLOCK].tril()
         covariance = block @ block.T
         with one_thread():
             variances, vectors = torch.linalg.eigh(covariance)
-        turns.append(vectors.T @ block / variances.clamp(min=1e-30).sqrt().unsqueeze(1))
-    return turns
+        turned: Tensor = vectors.T @ block / variances.clamp(min=1e-30).sqrt().unsqueeze(1)
+        return turned
+
+    starts = range(0, len(lower), COMPONENT_BLOCK)
+    return ranks.in_order([turn(start) for start in ranks.own(starts)], lower.device)
 
 
 def _turned(turns: list[Tensor], numbers: Tensor) -> Tensor:
