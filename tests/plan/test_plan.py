@@ -12,6 +12,7 @@ from lowbit_plan.candidates import candidates, structures
 from lowbit_plan.cards import find_card
 from lowbit_plan.latency import inter_token
 from lowbit_plan.place import find_place
+from lowbit_plan.sections import checkpoint_bytes
 from lowbit_plan.work import work_of
 from lowbit_quantize.check.preflight import dry_run
 from lowbit_quantize.model.reference import find_model
@@ -257,3 +258,28 @@ def test_the_figures_that_order_candidates_are_those_of_the_quantizers_benchmark
             runs = json.loads((results / row["result"]).read_text())["runs"]
             figures = [run["quality"]["mean_kl_nats"] for run in runs if run["case"]["tool"] == "lowbit"]
             assert any(abs(figure - row["kl"]) < 1e-4 for figure in figures), name
+
+
+KNOWN = {  # bundled recipes, and where what they lose of the demo's model was measured
+    "gptq-g64": ("both_texts", "lowbit-gptq-bare"),
+    "gptq-more-text-g64": ("both_texts", "lowbit-gptq-more-text-g64"),
+    "gptq-best-g64": ("both_texts", "lowbit-gptq-best-g64"),
+    "gptq": ("mixes", "lowbit-gptq-g128"),
+    "w4a16-w8a8-down": ("mixes", "lowbit-w4a16-w8a8-down"),
+    "w8a8": ("eight_bits", "lowbit-w8a8-smoothquant+gptq"),
+    "fp8-dynamic": ("eight_bits", "lowbit-fp8-dynamic-gptq"),
+    "nvfp4": ("float_blocks", "lowbit-nvfp4-gptq"),
+    "mxfp4": ("float_blocks", "lowbit-mxfp4-gptq"),
+}
+
+
+@pytest.mark.parametrize("recipe", KNOWN)
+def test_no_bundled_recipe_is_known_to_lose_less_in_as_many_bytes(tiny_model: Models, recipe: str) -> None:
+    file, case = KNOWN[recipe]
+    results = Path(__file__).parents[2] / "benchmarks" / "quantizers" / "results"
+    runs = json.loads((results / f"{file}.json").read_text(encoding="utf-8"))["runs"]
+    lost = min(run["quality"]["mean_kl_nats"] for run in runs if run["case"]["name"] == case)
+    reference = find_model(str(tiny_model("llama")))
+    limit = checkpoint_bytes(make_plan(reference, load_recipe(recipe, ("kv_cache=none",))))
+    found = candidates(reference, find_place("B200"), None, fp8_cache=False)
+    assert min(one.known_kl for one in found if checkpoint_bytes(one.plan) <= limit) <= 1.05 * lost
