@@ -172,6 +172,7 @@ CASES = (
         for case in (of_preset, compressor_of_preset)
         for method in ("awq+gptq", "smoothquant+gptq")
     ),
+    *(of_preset(scheme, "awq+gptq") for scheme in ("NVFP4A16", "MXFP4A16")),
     *(compressor_of_preset(scheme, method) for scheme in ("NVFP4", "MXFP4") for method in FORMAT_METHODS),
     *(of_preset(scheme, method) for method in FORMAT_METHODS for scheme in FORMATS),
     *SPARSE,

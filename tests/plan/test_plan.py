@@ -253,7 +253,7 @@ def test_a_recipe_that_is_there_is_not_written_over(plan: Run, tiny_model: Model
 def test_the_figures_that_order_candidates_are_those_of_the_quantizers_benchmark() -> None:
     results = Path(__file__).parents[2] / "benchmarks" / "quantizers" / "results"
     known = json.loads((Path(__file__).parents[2] / "plan" / "lowbit_plan" / "known_kl.json").read_text())
-    for name, row in known["schemes"].items():
+    for name, row in [*known["schemes"].items(), *((one["name"], one) for one in known["mixes"])]:
         if row["result"].endswith(".json"):
             runs = json.loads((results / row["result"]).read_text())["runs"]
             figures = [run["quality"]["mean_kl_nats"] for run in runs if run["case"]["tool"] == "lowbit"]
@@ -264,7 +264,7 @@ KNOWN = {  # bundled recipes, and where what they lose of the demo's model was m
     "gptq-g64": ("both_texts", "lowbit-gptq-bare"),
     "gptq-more-text-g64": ("both_texts", "lowbit-gptq-more-text-g64"),
     "gptq-best-g64": ("both_texts", "lowbit-gptq-best-g64"),
-    "gptq": ("mixes", "lowbit-gptq-g128"),
+    "gptq": ("groups_of_128", "lowbit-gptq-g128"),
     "w4a16-w8a8-down": ("mixes", "lowbit-w4a16-w8a8-down"),
     "w8a8": ("eight_bits", "lowbit-w8a8-smoothquant+gptq"),
     "fp8-dynamic": ("eight_bits", "lowbit-fp8-dynamic-gptq"),
