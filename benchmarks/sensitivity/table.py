@@ -122,8 +122,13 @@ def tables() -> str:
     parts = []
     for path in sorted((HERE / "results").glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
-        parts += [*costs(result), "", *predictions(result), "", *differences(result)]
-    return "\n".join(parts)
+        rows, judged = result["scenario"]["rows"], len(result["runs"][0]["quality"]["kl_by_row"])
+        parts += [
+            f"`results/{path.name}`: {rows} x 512 calibration tokens, judged on {judged} + {judged} rows.",
+            "",
+        ]
+        parts += [*costs(result), "", *predictions(result), "", *differences(result), ""]
+    return "\n".join(parts).strip()
 
 
 def shown() -> str:
