@@ -11,6 +11,7 @@ from tests.tiny_models import write_tiny_model
 
 from lowbit_quantize.check.memory import memory_bound_bytes, working_bytes
 from lowbit_quantize.device.factors import cholesky_in_place, divided, ordered
+from lowbit_quantize.device.memory import KEPT_BYTES
 from lowbit_quantize.model.reference import find_model
 from lowbit_quantize.plan import make_plan
 
@@ -34,7 +35,7 @@ def test_hessians_of_a_wide_network_are_held_no_more_often_than_forecast(recipe:
     more, square = peaks[1] - peaks[0], 4 * WIDE**2
     held = round((works[1] - works[0]) / square)
     assert held == (2 if recipe == "gptq-g64" else 3)
-    assert 1.5 * square < more < (held + 1) * square  # what was freed may not be given back yet
+    assert 1.5 * square < more < (held + 1) * square + KEPT_BYTES  # what was freed may not be given back yet
 
 
 def test_a_matrix_is_factored_where_it_lies() -> None:
