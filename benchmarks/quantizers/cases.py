@@ -179,6 +179,7 @@ CASES = (
     *(  # of a model whose widths are multiples of 128 (`pad.py`)
         case("FP8_BLOCK", method) for case in (of_preset, compressor_of_preset) for method in ("gptq", "rtn")
     ),
+    of_preset("FP8_BLOCK", "awq"),
 )
 
 
