@@ -14,7 +14,7 @@ FLOAT32_BYTES = 4
 PRUNING_SQUARES = 6  # matrices of a linear's inputs by its inputs, while channels are chosen
 FACTOR_SQUARES, SCALING_SQUARES = 1, 1  # beside the Hessian: its factor; it as another scale makes it
 WEIGHT_COPIES = (
-    4  # of a group's stacked weight: as it is read, what its drift says, its target, and that in parts
+    4  # of a group's weights: as they are read, what their drift says, their target, and that in parts
 )
 BOUND_FACTOR, BOUND_REST_BYTES = 1.25, 1_500_000_000
 

@@ -19,11 +19,12 @@ def cholesky_in_place(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return lower, failed
 
 
-def ordered(matrix: Tensor, order: Tensor) -> Tensor:
-    """The matrix, (n, n), with rows and columns in another order, (n,); indexing it with both holds a third one."""
-    result = torch.empty_like(matrix)
-    for some in _rows(matrix):
-        torch.index_select(matrix[order[some]], 1, order, out=result[some])
+def ordered(matrices: Tensor, orders: Tensor) -> Tensor:
+    """Matrices, (n, in, in), with rows and columns of each in another order, (n, in)."""
+    result = torch.empty_like(matrices)
+    for place, matrix, order in zip(result, matrices, orders, strict=True):
+        for some in _rows(matrix):
+            torch.index_select(matrix[order[some]], 1, order, out=place[some])
     return result
 
 

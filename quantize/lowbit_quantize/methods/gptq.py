@@ -129,7 +129,7 @@ def ordered_factor(hessian: Tensor, together: int = 1) -> tuple[Tensor, Tensor]:
     """
     order = _rising(hessian.diagonal(dim1=1, dim2=2), together)
     for damping in DAMPING:
-        factor = _all_ordered(hessian, order)
+        factor = ordered(hessian, order)
         diagonal = factor.diagonal(dim1=1, dim2=2)
         damped = diagonal + damping * diagonal.mean(1, keepdim=True).clamp(min=1e-12)
         factor.mul_(1 - SHRINKAGE)
@@ -140,12 +140,6 @@ def ordered_factor(hessian: Tensor, together: int = 1) -> tuple[Tensor, Tensor]:
             return order, factor
         del factor  # before there is another
     raise NumericsError(f"an input Hessian cannot be factored even with damping {DAMPING[-1]}")
-
-
-def _all_ordered(hessian: Tensor, order: Tensor) -> Tensor:
-    if len(hessian) == 1:
-        return ordered(hessian[0], order[0]).unsqueeze(0)
-    return torch.stack([ordered(matrix, rank) for matrix, rank in zip(hessian, order, strict=True)])
 
 
 def _rising(variance: Tensor, together: int) -> Tensor:

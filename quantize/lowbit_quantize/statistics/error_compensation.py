@@ -200,7 +200,7 @@ def _ordered_factor(hessian: Tensor) -> tuple[Tensor, Tensor]:
     diagonal = hessian.diagonal()
     order = diagonal.argsort(descending=True, stable=True)
     for shrinkage in SHRINKAGE:
-        lower = ordered(hessian, order).mul_(1 - shrinkage)
+        lower = ordered(hessian.unsqueeze(0), order.unsqueeze(0))[0].mul_(1 - shrinkage)
         lower.diagonal().copy_(diagonal[order] + RIDGE * diagonal.mean().clamp(min=1e-12))
         lower, failed = cholesky_in_place(lower)
         if not failed:
