@@ -270,7 +270,7 @@ KNOWN = {  # bundled recipes, where what they lose of the demo's model was measu
     "w8a8": ("eight_bits", "lowbit-w8a8-smoothquant+gptq", "H100"),
     "fp8-dynamic": ("eight_bits", "lowbit-fp8-dynamic-gptq", "H100"),
     "nvfp4": ("float_blocks_32_rows", "lowbit-nvfp4-awq+gptq", "B200"),
-    "mxfp4": ("float_blocks", "lowbit-mxfp4-gptq", "B200"),
+    "mxfp4": ("formats", "lowbit-mxfp4-awq+gptq", "B200"),
 }
 
 
