@@ -48,15 +48,11 @@ MODELS: dict[str, dict[str, Any]] = {  # their config.json, as published
         "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
         "rope_parameters": YARN, "max_position_embeddings": 163840, "rms_norm_eps": 1e-6,
     },
-    "Kimi-K2": {
-        "model_type": "deepseek_v3", "hidden_size": 7168, "intermediate_size": 18432, "num_hidden_layers": 61,
-        "num_attention_heads": 64, "num_key_value_heads": 64, "vocab_size": 163840, "n_routed_experts": 384,
-        "num_experts_per_tok": 8, "moe_intermediate_size": 2048, "n_shared_experts": 1, "first_k_dense_replace": 1,
-        "n_group": 1, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 2.827, "kv_lora_rank": 512,
-        "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
-        "rope_parameters": YARN | {"factor": 32.0, "beta_fast": 1}, "max_position_embeddings": 131072,
-        "rms_norm_eps": 1e-6,
-    },
+}  # fmt: skip
+MODELS["Kimi-K2"] = MODELS["DeepSeek-V3"] | {
+    "num_attention_heads": 64, "num_key_value_heads": 64, "vocab_size": 163840, "n_routed_experts": 384,
+    "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.827,
+    "rope_parameters": YARN | {"factor": 32.0, "beta_fast": 1}, "max_position_embeddings": 131072,
 }  # fmt: skip
 
 

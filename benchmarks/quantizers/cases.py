@@ -148,9 +148,8 @@ CASES = (
     of_recipe("gptq-more-text-g64", "GPTQ on 88 rows"),
     of_recipe("gptq-best-g64", "GPTQ on 448 rows"),
     of_recipe("w4a16-w8a8-down", "AWQ and GPTQ, last linears of networks in W8A8"),
-    replace(
-        of_recipe("gptq", "GPTQ in groups of 128, on 64 rows"), name="lowbit-gptq-g128"
-    ),  # of the padded model
+    # Of the padded model (`pad.py`).
+    replace(of_recipe("gptq", "GPTQ in groups of 128, on 64 rows"), name="lowbit-gptq-g128"),
     lowbit("awq+gptq"),
     lowbit("awq"),
     lowbit("awq", bare=True),

@@ -1,19 +1,60 @@
-"""What a run holds at most, where Hessians are the most of it; and how their work is done without a third one."""
+"""What a dry run says of a run's products and memory is about what a run computes and holds."""
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from tests.quantize.small_runs import SMALL_FLAGS, recipe_of
+from tests.quantize.small_runs import CPU, SMALL_FLAGS, recipe_of
 from tests.quantize.stoppable import run
 from tests.tiny_models import write_tiny_model
+from torch.utils.flop_counter import FlopCounterMode
 
+from lowbit_quantize.check.effort import GPU_SHARE, GPUS, Effort, effort, rate
 from lowbit_quantize.check.memory import memory_bound_bytes, working_bytes
 from lowbit_quantize.device.factors import cholesky_in_place, divided, ordered
 from lowbit_quantize.device.memory import KEPT_BYTES
 from lowbit_quantize.model.reference import find_model
+from lowbit_quantize.pipeline import quantize
 from lowbit_quantize.plan import make_plan
+from lowbit_quantize.quality.dataset import load_texts
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Threads of a pool do not see who counts."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "deepseek_v2"])
+@pytest.mark.parametrize("recipe", ["gptq-g64", "rtn-g64", "w8a8"])
+def test_products_are_counted(
+    family: str, recipe: str, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model, asked = tiny_model(family), recipe_of(recipe)
+    with one_thread(), FlopCounterMode(display=False) as counted:
+        quantize(str(model), asked, tmp_path / "out", CPU)
+    reference = find_model(str(model))
+    plan = make_plan(reference, asked)
+    texts = load_texts(asked.calibration, asked.quality, reference.tokenizer(), plan.config.vocab_size)
+    found = effort(plan, *texts)
+    assert 0.5 < (found.forward + found.exact) / counted.get_total_flops() < 2
+
+
+def test_time_is_that_of_both_kinds_of_products() -> None:
+    found = Effort(forward=6e9, exact=1e9)
+    assert found.seconds(3e9, 0.5e9) == 4.0
+    forward, exact = GPUS["H100"]
+    assert found.seconds_on("H100") == pytest.approx(6e9 / (GPU_SHARE * forward) + 1e9 / (GPU_SHARE * exact))
+    assert 1e9 < rate(torch.float32) < 1e14
+
 
 NARROW, WIDE = 256, 7168
 
